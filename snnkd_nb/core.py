@@ -113,13 +113,13 @@ def lock(
     path,  # the file or folder that is guarded
     timeout=-1,  # seconds to wait; -1: as long as it takes
 ):
-    "Hold the machine-wide lock of `path`; it is freed even if the process is killed."
+    "Hold the machine-wide lock of `path`; freed even if the process is killed, and free to be taken again by its holder."
     from filelock import FileLock
 
     name = sha256_of(str(Path(path).resolve()))[:24]
     where = cache_dir() / "locks"
     where.mkdir(parents=True, exist_ok=True)
-    with FileLock(where / f"{name}.lock", timeout=timeout): yield
+    with FileLock(where / f"{name}.lock", is_singleton=True).acquire(timeout=timeout): yield
 
 # %% ../nbs/lib/00_core.ipynb #f5ed6791
 def cores():

@@ -1,0 +1,284 @@
+"""What must hold for every registered network, and the counts that the papers' definitions fix."""
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
+
+from snnkd_nb.core import UserError
+from snnkd_nb.metrics.activity import CONVENTIONS, count_macs, energy, firing_rates, mean_rate, sops
+from snnkd_nb.models.blocks import BasicBlock, Bottleneck, eval_mode
+from snnkd_nb.models.zoo import create_model, list_models, model_info
+from snnkd_nb.neurons.lif import FromSpikingJelly
+from snnkd_nb.vision import torchvision
+
+NAMES = list_models()
+SHARED = [n for n in NAMES if not n.endswith("_ckd")]
+COUNTS = {  # (name, "ann"/"snn", classes): millions, from the definitions the papers' code runs
+    ("resnet18", "ann", 10): 11.174, ("resnet18", "snn", 100): 11.220, ("resnet34", "ann", 100): 21.328,
+    ("resnet50", "ann", 100): 23.705, ("resnet20", "ann", 10): 0.272, ("resnet32x4", "ann", 100): 7.434,
+    ("resnet19_tet", "snn", 10): 12.631, ("resnet19_tet", "snn", 100): 12.654,
+    ("resnet19_rate", "snn", 10): 12.698, ("resnet19_rate", "snn", 100): 12.721,
+    ("resnet19_ckd", "ann", 100): 12.615, ("resnet19_ckd", "snn", 100): 12.721, ("resnet19_sastc", "ann", 10): 12.502,
+    ("resnet20_ckd", "ann", 100): 0.278, ("resnet20_ckd", "snn", 100): 0.314,
+    ("vgg11_sastc", "snn", 10): 34.44, ("vgg11_sastc", "snn", 100): 34.81,
+    ("vgg11_rate", "snn", 100): 11.05, ("vgg13_rate", "snn", 100): 9.46, ("vgg13", "ann", 100): 9.462,
+}
+
+
+def small(name, T=None, **kw):
+    torch.manual_seed(0)
+    return create_model(name, T=T, width=0.1, image_size=16, **kw)
+
+
+def images(b=3, size=16, c=3, seed=0): return torch.rand(b, c, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def lively(model, x):
+    "Running statistics set to those of `x` and a louder head, so that neurons in eval mode really fire."
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d): m.momentum = 1.0
+    with torch.no_grad():
+        model.head[0].weight.mul_(30)
+        model.train()(x)
+    return model.eval()
+
+
+@pytest.mark.parametrize("key", COUNTS, ids=lambda k: "-".join(map(str, k)))
+def test_parameter_count(key):
+    name, mode, classes = key
+    m = model_info(name, classes)["params"][mode] / 1e6
+    digits = len(str(COUNTS[key]).split(".")[1])
+    assert round(m, digits) == COUNTS[key]
+
+
+def test_every_model_has_a_count(): assert {k[0] for k in COUNTS} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_and_features(name):
+    x = images()
+    for T in (None, 2):
+        net = small(name, T).eval()
+        with torch.no_grad(): logits, feats = net(x, features=True)
+        lead = (3,) if T is None else (T, 3)
+        assert logits.shape == (*lead, 10) and tuple(feats) == net.stage_names and net.T == T
+        assert {n: tuple(f.shape) for n, f in feats.items()} == {n: (*lead, *s) for n, s in net.feature_shapes().items()}
+        assert net.feature_channels() == {n: s[0] for n, s in net.feature_shapes().items()}
+        assert net.head[0].in_features == net.num_features and net.head.out.out_features == 10
+        if T: assert all(f._base is not None for f in feats.values()), "features are views"
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_ann_weights_fit_the_snn(name):
+    ann, snn = small(name), small(name, 2)
+    assert list(ann.state_dict()) == list(snn.state_dict())
+    snn.load_state_dict(ann.state_dict())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_channels_last_throughout_and_gradients_everywhere(name):
+    for T, x in ((None, images()), (2, images()), (2, images(6).view(2, 3, 3, 16, 16)), (2, images(c=1))):
+        net, bad = small(name, T, in_channels=x.shape[-3]), []
+        for n, m in net.named_modules():
+            m.register_forward_hook(lambda m, i, o, n=n: bad.append(n) if torch.is_tensor(o) and o.dim() == 4 and not
+                                    o.is_contiguous(memory_format=torch.channels_last) else None)
+        net(x).square().sum().backward()
+        assert not bad and all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_static_image_equals_repeated_frames(name):
+    x = images()
+    net = lively(small(name, 3), x)
+    with torch.no_grad(): torch.testing.assert_close(net(x), net(x.expand(3, *x.shape)), atol=1e-5, rtol=1e-4)
+
+
+class StepLIF(nn.Module):
+    "One step a call with the membrane kept between calls: m = m/2 + x, spike above 1, hard reset."
+    m = 0.0
+
+    def forward(self, x):
+        m = self.m / 2 + x
+        spike = (m > 1).to(x)
+        self.m = m * (1 - spike)
+        return spike
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet50", "resnet19_tet", "vgg11_rate", "vgg13"])
+def test_folded_time_equals_a_loop_over_steps(name):
+    frames = torch.rand(4, 3, 3, 16, 16)
+    snn, step = lively(small(name, 4), frames), small(name)
+    step.load_state_dict(snn.state_dict())
+    for m in list(step.modules()):
+        for child, c in m.named_children():
+            if isinstance(c, nn.ReLU): setattr(m, child, StepLIF())
+    with torch.no_grad(): loop = torch.stack([step.eval()(x) for x in frames])
+    with torch.no_grad(): torch.testing.assert_close(snn(frames), loop, atol=1e-4, rtol=1e-3)
+    assert loop.std(0).sum() > 0
+
+
+@pytest.mark.parametrize("ours", [BasicBlock, Bottleneck])
+def test_blocks_are_torchvisions(ours):
+    theirs = getattr(torchvision("models.resnet"), ours.__name__)
+    down = nn.Sequential(nn.Conv2d(8, 4 * ours.expansion, 1, 2, bias=False), nn.BatchNorm2d(4 * ours.expansion))
+    a, b = ours(8, 4, 2, nn.ReLU), theirs(8, 4, 2, down)
+    names = {k: k.replace("downsample.0", "shortcut.conv").replace("downsample.1", "shortcut.bn") for k in b.state_dict()}
+    a.load_state_dict({names[k]: v for k, v in b.state_dict().items()})
+    x = torch.rand(2, 8, 7, 7)
+    torch.testing.assert_close(a(x), b(x))
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet19_tet", "resnet20_ckd", "vgg11_sastc", "vgg13_rate"])
+def test_no_batch_mates_no_history(name):
+    a, b = images(3), images(3, seed=1)
+    net = lively(small(name, 3), torch.cat([a, b]))
+    with torch.no_grad():
+        fresh = net(b)
+        net(a)
+        assert net(b).equal(fresh)
+        torch.testing.assert_close(net(torch.cat([a, b]))[:, 3:], fresh, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(net(b[1:2]), fresh[:, 1:2], atol=1e-5, rtol=1e-4)
+    assert fresh.std(1).sum() > 0, "a dead network would pass this test"
+
+
+def test_training_keeps_no_state_either():
+    net, x = small("resnet20", 2), images()
+    net(x).sum().backward()
+    first = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    net(x).sum().backward()
+    for p, g in zip(net.parameters(), first): torch.testing.assert_close(p.grad, g, atol=1e-5, rtol=1e-4)
+
+
+def test_dry_run_changes_nothing():
+    net = small("resnet20", 2).train()
+    net.stage1.eval()
+    before, rng = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
+    net.feature_shapes(8)
+    assert all(v.equal(before[k]) for k, v in net.state_dict().items()) and torch.get_rng_state().equal(rng)
+    assert net.training and net.stage2.training and not net.stage1.training and torch.is_grad_enabled()
+
+
+def test_input_is_not_changed():
+    x = images()
+    copy = x.clone()
+    for T in (None, 2): small("resnet20", T)(x)
+    assert x.equal(copy) and x.is_contiguous()
+
+
+@given(size=st.integers(1, 40), name=st.sampled_from(NAMES), channels=st.integers(1, 4), T=st.sampled_from([None, 1, 2]))
+@settings(max_examples=25, deadline=None)
+def test_any_image_size(size, name, channels, T):
+    net = create_model(name, 7, T=T, width=0.05, in_channels=channels, image_size=size).eval()
+    with torch.no_grad(): assert net(torch.rand(1, channels, size, size)).shape == ((1, 7) if T is None else (T, 1, 7))
+
+
+@pytest.mark.parametrize("call, words", [
+    (dict(name="resnet2O"), "did you mean 'resnet20'"), (dict(name="resnet20", T=0), "T (None makes an ANN) = 0"),
+    (dict(name="resnet20", T=-1), "at least 1"), (dict(name="resnet20", T=2.0), "whole number"),
+    (dict(name="resnet20", width=0), "width = 0"), (dict(name="resnet20", width=float("nan")), "width"),
+    (dict(name="resnet20", T=2, neuron="tett"), "tett"), (dict(name="resnet20", num_classes=0), "num_classes"),
+    (dict(name="resnet19_ckd", lasst="relu"), "did you mean 'last'"), (dict(name="resnet19_ckd", T=2, last="ReLU"), "relu"),
+])
+def test_bad_arguments_are_one_line(call, words):
+    with pytest.raises(UserError) as e: create_model(**call)
+    assert words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_bad_input_says_what_to_do():
+    net = small("resnet20", 4)
+    for x, words in ((torch.rand(3, 2, 3, 16, 16), "T=3"), (images(c=1), "in_channels=1"), (images()[0], "(B, C, H, W)")):
+        with pytest.raises(UserError, match="create_model|give images") as e: net(x)
+        assert words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_ann_sees_the_mean_of_frames():
+    x = torch.rand(4, 2, 3, 16, 16)
+    net = small("resnet20").eval()
+    with torch.no_grad(): torch.testing.assert_close(net(x), net(x.mean(0)))
+
+
+def test_a_callable_neuron():
+    class Threshold(nn.Module):
+        def __init__(self, T, v_threshold=0.5):
+            super().__init__()
+            self.T, self.v_threshold = T, v_threshold
+
+        def forward(self, x): return (x > self.v_threshold).to(x)
+
+    net = small("resnet20", 2, neuron=Threshold, neuron_args={"v_threshold": 0.1})
+    rows = firing_rates(net, images())
+    assert len(rows) == 19 and all(r["binary"] for r in rows) and net.stem.act.v_threshold == 0.1
+
+
+def test_spikingjelly_neurons_work_inside():
+    sj = pytest.importorskip("spikingjelly.activation_based.neuron")
+    make = lambda T: FromSpikingJelly(sj.LIFNode(tau=2.0, decay_input=False, v_reset=0.0), T)
+    theirs, ours = small("resnet20", 3, neuron=make), small("resnet20", 3, neuron="lif")
+    x = images()
+    theirs, ours = lively(theirs, x), lively(ours, x)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x), ours(x), atol=1e-4, rtol=1e-3)
+        assert theirs(x).equal(theirs(x)) and len(firing_rates(theirs, x)) == 19
+
+
+@pytest.mark.parametrize("last, binary", [("lif", True), ("relu", False)])
+def test_ckd_last_activation(last, binary):
+    net = small("resnet20_ckd", 2, last=last)
+    f = net(images(), features=True)[1]["stage3"]
+    assert bool(((f == 0) | (f == 1)).all()) == binary
+
+
+def test_hooks_see_what_modules_put_out():
+    seen = {}
+    for T in (None, 2):
+        net = small("resnet20", T)
+        for n, m in net.named_modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.register_forward_hook(lambda m, i, o, n=n: seen.update({n: (o, o.detach().clone())}))
+                m.register_full_backward_hook(lambda *a: None)
+        net(images()).sum().backward()
+        assert all(o.equal(c) for o, c in seen.values())
+
+
+def test_mean_rate_and_energy_agree_with_features():
+    x = images(4)
+    net = lively(small("resnet20", 4), x)
+    rows, table = firing_rates(net, x), sops(net, x)
+    with eval_mode(net): feats = net(x, features=True)[1]
+    for row, name in ((rows[0], "stem"), (rows[6], "stage1"), (rows[18], "stage3")):
+        assert row["rate"] == pytest.approx(feats[name].mean().item(), abs=1e-6)
+    assert mean_rate(rows) == pytest.approx(sum(r["rate"] * r["neurons"] for r in rows) / sum(r["neurons"] for r in rows))
+    by = {r["layer"]: r for r in table}
+    assert by["stage2.0.shortcut.conv"]["sops"] == pytest.approx(rows[6]["rate"] * by["stage2.0.shortcut.conv"]["macs"] * 4, rel=1e-5)
+    assert [r["input"] for r in table].count("image") == 1 and by["head.out"]["input"] == "averaged"
+    joule = {c: energy(table, c)["microjoule"] for c in CONVENTIONS}
+    assert joule["77fJ"] < joule["45nm"] < joule["45nm-first-xT"]
+    assert joule["45nm-first-xT"] - joule["45nm"] == pytest.approx(3 * 4.6e-6 * by["stem.conv"]["macs"])
+
+
+def test_event_frames_run_the_stem_every_step():
+    net = small("resnet20", 2)
+    frames = torch.rand(2, 3, 3, 16, 16)
+    table = sops(net, frames)
+    assert table[0]["steps"] == 2 and table[0]["input"] == "image"
+    assert energy(table)["macs"] == energy(table, "45nm-first-xT")["macs"] == 2 * table[0]["macs"]
+    assert sops(net, frames.round())[0]["input"] == "spikes"
+    assert sum(r["macs"] for r in count_macs(net, frames)) == sum(r["macs"] for r in count_macs(net, images()))
+
+
+def test_measuring_leaves_the_model_alone():
+    net = small("resnet20", 2).train()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    firing_rates(net, images()), sops(net, images())
+    assert net.training and all(v.equal(before[k]) for k, v in net.state_dict().items())
+    assert not any(m._forward_hooks for m in net.modules())
+
+
+def test_import_is_cheap_and_quiet():
+    code = "import sys, snnkd_nb.models.zoo; bad = {'nbdev', 'fastcore', 'torchvision', 'matplotlib', 'pandas', 'spikingjelly'} & set(sys.modules); sys.exit(' '.join(bad) or 0)"
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
