@@ -22,7 +22,8 @@ def unknown(
 ):
     "The `UserError` for a name that does not exist, with its nearest valid neighbours."
     valid = sorted(map(str, valid))
-    near = difflib.get_close_matches(str(name).lower(), valid, n=3, cutoff=0.5)
+    lower = {v.lower(): v for v in valid}
+    near = [lower[n] for n in difflib.get_close_matches(str(name).lower(), lower, n=3, cutoff=0.5)]
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     shown = ", ".join(valid[:24]) + (f", … ({len(valid)} in all)" if len(valid) > 24 else "")
     return UserError(f"unknown {kind} {name!r}: {hint}valid: {shown}")

@@ -179,9 +179,15 @@ def environment(
     return {"python": platform.python_version(), **versions, "cpu": _cpu(), "cores": cores(),
             "threads": torch.get_num_threads(), **gpu, **more}
 
-# %% ../nbs/lib/03_store.ipynb #8ef05ce3
-def peak_memory():
-    "Largest resident memory of this process so far, in MiB."
+# %% ../nbs/lib/03_store.ipynb #73af0665
+def peak_memory(
+    reset=False,  # start counting anew, where the system can
+):
+    "Largest resident memory of this process, MiB, since the start or the last reset."
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 1024)
+    if reset:
+        try: Path("/proc/self/clear_refs").write_text("5")
+        except OSError: pass
+    try: return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+    except (OSError, IndexError): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)

@@ -56,7 +56,7 @@ def tent_primitive(
     z = (u / width).clamp(-1, 1)
     return 0.5 + z - 0.5 * z * z.abs()
 
-
+# %% ../../nbs/lib/20_kernels.surrogate.ipynb #0ac77414
 @dataclass(frozen=True)
 class Triangle(Surrogate):
     "A tent of half width `gamma` and area one."

@@ -49,7 +49,7 @@ def _visit(spec, store, weights, jobs):
     jobs[spec.id] = Job(spec, deps, "stored" if stored else "needed", weights)
     return jobs[spec.id]
 
-
+# %% ../../nbs/lib/90_runner.graph.ipynb #8c0c0ac4
 def plan(
     specs,  # the `RunSpec`s that are wanted
     store=None,  # the `Store` they go to
@@ -71,7 +71,7 @@ def cost(
     images = d.subset or _IMAGES.get(d.name.split(":")[0], 50_000)
     return spec.optim.epochs * images * d.shots * (m.T or 1) * m.width
 
-
+# %% ../../nbs/lib/90_runner.graph.ipynb #34ee7d5a
 class Clock:
     "Learns seconds per unit of cost, by network, from what has finished."
     def __init__(self): self.seen = []

@@ -7,7 +7,7 @@ __all__ = ['RUN', 'EXECUTORS', 'KEPT', 'MISSING', 'run_one', 'cards', 'default_j
            'Lines', 'Bars', 'progress_folder', 'Outcome', 'Teller', 'execute', 'Runs', 'Page', 'ensure', 'watch']
 
 # %% ../../nbs/lib/92_runner.jobs.ipynb #3139192d
-import contextlib, difflib, errno, os, re, sys, time
+import contextlib, os, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def cards():
     if said is not None: return [c for c in said.split(",") if c.strip() not in ("", "-1")]
     return [str(i) for i, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
 
-
+# %% ../../nbs/lib/92_runner.jobs.ipynb #7a3ad1b5
 def default_jobs():
     "Workers where the user does not say: one a card, else one a core, at most eight."
     return len(cards()) or min(cores(), 8)
@@ -80,7 +80,7 @@ def _dask_answer(call, kwargs, *before):
     bad = [m for m in before if m["result"] != "ok"]
     return {"result": "skipped", "reason": "its teacher failed"} if bad else answer({"call": call, "kwargs": kwargs}, lambda m: None)
 
-
+# %% ../../nbs/lib/92_runner.jobs.ipynb #5abe7214
 def _dask():
     try: import dask.distributed as dd
     except ImportError: raise UserError('the dask executor needs dask.distributed: pip install "snnkd_nb[extra]"') from None
@@ -118,7 +118,7 @@ class Lines:
     def epoch(self, task, m): pass
     def end(self, task): pass
 
-
+# %% ../../nbs/lib/92_runner.jobs.ipynb #47634486
 class Bars(Lines):
     "Lines that scroll past above the bars of the runs that are going."
     def __init__(self):
@@ -140,7 +140,7 @@ class Bars(Lines):
     def end(self, task):
         if task.id in self.going: self.bars.remove_task(self.going.pop(task.id))
 
-# %% ../../nbs/lib/92_runner.jobs.ipynb #47634486
+# %% ../../nbs/lib/92_runner.jobs.ipynb #ba3739b0
 def progress_folder():
     "Where runs write their progress and workers the tracebacks of what failed."
     return root() / "results" / "progress"
@@ -153,7 +153,6 @@ class Outcome:
     done: list = field(default_factory=list)  # ids
     failed: dict = field(default_factory=dict)  # id -> why
     skipped: dict = field(default_factory=dict)  # id -> why
-    usage: str = ""  # the message where a failure is a mistake in the input
 
     @property
     def ok(self): return len(self.done) == self.total
@@ -162,7 +161,7 @@ class Outcome:
         more = [f"{len(d)} {word}" for d, word in ((self.failed, "failed"), (self.skipped, "skipped")) if d]
         return " · ".join([f"{len(self.done)} of {self.total} runs done", *more])
 
-
+# %% ../../nbs/lib/92_runner.jobs.ipynb #e2054b2e
 class Teller:
     "Turns the messages of tasks into lines and an `Outcome`."
     def __init__(self, jobs, workers, board):
@@ -189,7 +188,6 @@ class Teller:
 
     def failed(self, task, m):
         self.out.failed[task.id] = m["reason"]
-        if m["kind"] == "UserError": self.out.usage = m["reason"]
         log = progress_folder() / f"{task.id}.log"
         with contextlib.suppress(OSError): atomic_write(log, m["trace"] or m["reason"])
         self.line(task, f"FAILED  {m['reason']}  ({log.relative_to(root())})")
@@ -235,7 +233,7 @@ class Runs(dict):
     def summary(self): return f"{len(self)} needed · {len(self) - len(self.missing)} stored · {len(self.missing)} missing"
     def __repr__(self): return self.summary()
 
-
+# %% ../../nbs/lib/92_runner.jobs.ipynb #61e7a7f9
 MISSING = ("run", "show", "error")
 
 
@@ -256,7 +254,7 @@ class Page:
 
         if self.handle: clear_output(wait=True)
 
-# %% ../../nbs/lib/92_runner.jobs.ipynb #61e7a7f9
+# %% ../../nbs/lib/92_runner.jobs.ipynb #d228ace5
 def ensure(
     specs,  # the `RunSpec`s a table or figure needs
     store=None,  # the `Store`; None: `results/runs`
@@ -275,7 +273,7 @@ def ensure(
     if missing == "error" and runs.missing: raise UserError(f"{len(runs.missing)} runs are missing, e.g. {runs.missing[0].id}: make them with snnkd run")
     return runs
 
-
+# %% ../../nbs/lib/92_runner.jobs.ipynb #36750ace
 def _make(runs, store, jobs, progress, call):
     page = Page() if progress and in_notebook() else None
     out = execute(runs.missing, jobs, store, page or (print if progress else lambda line: None), call=call)

@@ -106,6 +106,7 @@ def _listener(spec, on_event):
 # %% ../../nbs/lib/69_training.job.ipynb #39a613a7
 def _train(spec, teacher, record_t, emit):
     data, t0 = load_spec(spec.data), time.perf_counter()
+    peak_memory(reset=True)
     emit({"event": "start", "epochs": spec.optim.epochs})
     student = build_model(spec.model, data, spec.seed)
     distiller = create_distiller(spec.method, student, teacher, spec.variant, **_options(spec))

@@ -1,0 +1,114 @@
+"""Every built artefact at every scale, and one of them from nothing to bytes that do not change."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from snnkd_nb.models.zoo import create_model
+from snnkd_nb.losses.zoo import parse_methods
+from snnkd_nb.papers import dsas, sastc, studies
+from snnkd_nb.published.format import published
+from snnkd_nb.reports.compare import Report
+from snnkd_nb.reports.grid import SCALES
+
+ROOT = Path(__file__).resolve().parents[1]
+GRIDS = {"sastc/table02": sastc.table02, "sastc/table07": sastc.table07, "sastc/table08": sastc.table08,
+         "dsas/table12": dsas.table12, "dsas/table15": dsas.table15, "studies/kd": studies.kd}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("key", GRIDS)
+def test_every_run_of_a_grid_can_be_built(key, scale):
+    "Names, widths and time steps exist at medium and paper scale too, without training anything."
+    seen = set()
+    for s in GRIDS[key](scale).specs:
+        parse_methods(s.method) if s.method != "none" else None
+        if s.model in seen: continue
+        seen.add(s.model)
+        with torch.device("meta"):
+            create_model(s.model.name, 10, T=s.model.T, neuron=s.model.neuron, width=s.model.width, **s.model.args)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("key", [k for k in GRIDS if not k.startswith("studies")])
+def test_every_cell_has_its_published_number_and_an_empty_table_says_why(key, scale):
+    report = Report(GRIDS[key](scale), {})
+    assert len(report.rows) == len(published(key).records)
+    assert all(r["note"] for r in report.rows) and not any(r["n"] for r in report.rows)
+    assert set(report.claims()["ours"]) <= {"not run"}
+
+
+@pytest.mark.parametrize("key", GRIDS)
+def test_scales_do_not_mix(key):
+    specs = {scale: set(GRIDS[key](scale).specs) for scale in SCALES}
+    for a in SCALES:
+        for b in SCALES: assert a == b or not specs[a] & specs[b]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    "A project folder of its own: notebooks, no results."
+    top = tmp_path_factory.mktemp("project")
+    shutil.copy(ROOT / "settings.ini", top)
+    shutil.copytree(ROOT / "nbs", top / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    return top, {**os.environ, "SNNKD_ROOT": str(top), "SNNKD_CACHE": str(top / "cache"), "OMP_NUM_THREADS": "1"}
+
+
+def snnkd(project, *args, ok=True):
+    top, env = project
+    r = subprocess.run([sys.executable, "-m", "snnkd_nb.cli", *args], cwd=top, env=env, capture_output=True, text=True, timeout=400)
+    assert not ok or r.returncode == 0, r.stdout + r.stderr
+    return r
+
+
+def derived(top): return {p.relative_to(top): p.read_bytes() for f in ("results/tables", "figures") for p in sorted((top / f).rglob("*")) if p.is_file()}
+
+
+def test_reproduce_trains_once_and_renders_the_same_bytes(project):
+    top, env = project
+    snnkd(project, "reproduce", "dsas/table15", "dsas/figure08", "--scale", "smoke", "-j", "2")
+    first, records = derived(top), {p.name: p.read_bytes() for p in (top / "results/runs").glob("*.json")}
+    assert {str(p) for p in first} >= {"results/tables/dsas/table15-smoke.csv", "results/tables/dsas/table15-smoke.md",
+                                       "figures/dsas/figure08.png", "figures/dsas/figure08.csv"}
+    assert len(records) == len(dsas.table15("smoke").specs)
+    for f in ("results/tables", "figures"): shutil.rmtree(top / f)
+    snnkd(project, "render", "dsas/table15", "dsas/figure08", "--scale", "smoke")
+    assert derived(top) == first, "tables and figures come back byte for byte"
+    again = snnkd(project, "reproduce", "dsas/table15", "--scale", "smoke", "-j", "2")
+    assert {p.name: p.read_bytes() for p in (top / "results/runs").glob("*.json")} == records, again.stdout
+
+
+def test_the_table_says_what_stands_behind_each_number(project):
+    top, _ = project
+    text = (top / "results/tables/dsas/table15-smoke.csv").read_text()
+    ids = {p.stem for p in (top / "results/runs").glob("*.json")}
+    named = set(re.findall(r"digits-[\w.]+(?:-[\w.]+)+-[0-9a-f]{10}", text))
+    assert named == ids
+    record = json.loads((top / "results/runs" / f"{sorted(ids)[0]}.json").read_text())
+    assert {"id", "spec", "metrics", "history", "environment", "dataset", "weights", "sha256"} <= set(record)
+    assert {"acc_last", "acc_best_val", "acc_best_test", "params"} <= set(record["metrics"])
+    assert all(p.stat().st_size <= 16 * 1024 for p in (top / "results/runs").glob("*.json"))
+
+
+def test_plain_papermill_works_without_the_driver(project):
+    top, env = project
+    out = top / "out.ipynb"
+    command = [sys.executable, "-m", "papermill", "nbs/papers/dsas/table15.ipynb", out, "-p", "scale", "smoke", "-k", "python3"]
+    r = subprocess.run(command, cwd=top, env=env, capture_output=True, text=True, timeout=300)
+    assert r.returncode == 0, r.stderr[-2000:]
+    text = out.read_text()
+    assert "0 missing" in text and "PyramidNet200" in text
+
+
+def test_an_executed_notebook_is_the_same_twice(project):
+    top, _ = project
+    path = next((top / "results/notebooks").rglob("*table15*smoke*.ipynb"))
+    before = path.read_bytes()
+    snnkd(project, "render", "dsas/table15", "--scale", "smoke")
+    assert path.read_bytes() == before

@@ -1,0 +1,191 @@
+"""The command line as a user meets it: exit codes, one line for every mistake, quick answers."""
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from snnkd_nb.cli import VERBS, comments_of, main, parse
+from snnkd_nb.core import UserError
+from snnkd_nb.papers.registry import artefacts
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    "A project of its own with the real notebooks."
+    (tmp_path / "settings.ini").write_text((ROOT / "settings.ini").read_text())
+    (tmp_path / "nbs").symlink_to(ROOT / "nbs")
+    monkeypatch.setenv("SNNKD_ROOT", str(tmp_path))
+    return tmp_path
+
+
+def fails(capsys, *words):
+    "The one line on stderr of a command that must end with code 2."
+    code = main(words)
+    out = capsys.readouterr()
+    assert code == 2, (words, code, out)
+    assert out.err.startswith("snnkd: ") and out.err.count("\n") == 1 and "Traceback" not in out.err, out.err
+    return out.err
+
+
+BAD = [
+    (["lst"], "did you mean 'list'"),
+    (["list", "sastc/tabel02"], "did you mean 'sastc/table02'"),
+    (["run", "satsc"], "'sastc'"),
+    (["list", "--scale", "smal"], "did you mean 'small'"),
+    (["run", "dsas/table15", "--scale", "papr"], "did you mean 'paper'"),
+    (["reproduce", "dsas/table15", "--executor", "dusk"], "did you mean 'dask'"),
+    (["reproduce", "dsas/table15", "-j", "0"], "at least 1"),
+    (["render", "dsas/table15", "--missing", "shw"], "did you mean 'show'"),
+    (["render", "dsas/table15", "-p", "scal", "smoke"], "did you mean 'scale'"),
+    (["render", "dsas/table15", "-p", "scale"], "-p"),
+    (["render", "dsas/figure08", "-p", "reach", "far"], "give a float"),
+    (["render"], "render what?"),
+    (["list", "--jsn"], "did you mean --json"),
+    (["run", "dsas/table15", "-j", "two"], "--jobs"),
+    (["train", "--student", "resnet2O"], "did you mean 'resnet20'"),
+    (["train", "--teacher", "resnet21", "--T", "2"], "did you mean 'resnet20'"),
+    (["train", "--teacher", "resnet20", "--method", "kdd"], "did you mean 'kd'"),
+    (["train", "--dataset", "digit"], "did you mean 'digits'"),
+    (["train", "--neuron", "tett"], "did you mean 'tet'"),
+    (["train", "--T", "0"], "T = 0"),
+    (["train", "--T", "-2"], "T = -2"),
+    (["train", "--T", "four"], "--T"),
+    (["train", "--label-noise", "-0.1"], "label_noise = -0.1"),
+    (["train", "--label-noise", "1.5"], "label_noise = 1.5"),
+    (["train", "--shots", "0"], "shots = 0"),
+    (["train", "--epochs", "0"], "epochs = 0"),
+    (["train", "--width", "0"], "width = 0"),
+    (["train", "--schedule", "cosin"], "did you mean 'cosine'"),
+    (["train", "--precision", "fp8"], "did you mean 'fp32'"),
+    (["train", "--augment", "crop+flp"], "did you mean 'flip'"),
+    (["train", "--variant", "papr"], "did you mean 'paper'"),
+    (["train", "--method", "kd"], "needs a teacher"),
+    (["train", "--teacher", "resnet20", "--method", "none"], "no teacher"),
+    (["train", "--subset", "3"], "subset"),
+    (["train", "--dataset", "folder:nowhere"], "no folder"),
+    (["watch", "no-such-run"], "unknown run"),
+]
+
+
+@pytest.mark.parametrize("words, said", BAD, ids=[" ".join(w) for w, _ in BAD])
+def test_a_mistake_is_one_line_with_the_nearest_names(home, capsys, words, said):
+    assert said in fails(capsys, *words)
+    assert not list((home / "results").rglob("*.json")) if (home / "results").exists() else True
+
+
+def picture(path, broken=False):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), (10, 200, 30)).save(path)
+    if broken: path.write_bytes(path.read_bytes()[:20])
+
+
+FOLDERS = {
+    "no classes": (["train/x.png", "test/y.png"], "class folders"),
+    "unreadable image": (["train/cat/a.png", "train/dog/BAD.png", "test/cat/a.png", "test/dog/b.png"], "BAD.png"),
+    "test class missing from train": (["train/cat/a.png", "train/dog/a.png", "test/cat/a.png", "test/cow/b.png"], "cow"),
+    "no train folder": (["test/cat/a.png"], "train"),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_bad_image_folder_is_one_line_that_names_the_place(home, capsys, kind):
+    files, said = FOLDERS[kind]
+    for f in files: picture(home / "images" / f, broken="BAD" in f)
+    assert said in fails(capsys, "train", "--dataset", f"folder:{home / 'images'}", "--epochs", "1")
+
+
+def test_what_is_not_built_yet_is_said_and_is_not_success(home, capsys):
+    absent = next(a.id for a in artefacts() if not a.built)
+    for verb in ("run", "render", "reproduce"):
+        assert main([verb, absent]) == 1
+        assert capsys.readouterr().err == f"snnkd: {absent} not built yet\n"
+
+
+def snnkd(*words, **kw): return subprocess.run([sys.executable, "-m", "snnkd_nb.cli", *words], capture_output=True, text=True, timeout=60, **kw)
+
+
+def test_the_process_has_the_exit_code_and_no_traceback(home):
+    r = snnkd("train", "--T", "0")
+    assert (r.returncode, r.stdout) == (2, "") and re.fullmatch(r"snnkd: T = 0: .+\n", r.stderr)
+    assert snnkd().returncode == 2 and snnkd("--help").returncode == 0 and snnkd("--version").stdout.startswith("snnkd_nb ")
+
+
+def test_a_closed_pipe_is_no_error(home):
+    r = subprocess.run(f"{sys.executable} -m snnkd_nb.cli list | head -1", shell=True, capture_output=True, text=True)
+    assert r.stdout.startswith("dsas/table01") and r.stderr == ""
+
+
+def test_ctrl_c_is_130_and_one_line(home, capsys, monkeypatch):
+    def stop(**kw): raise KeyboardInterrupt
+    monkeypatch.setitem(VERBS, "status", stop)
+    monkeypatch.setattr("snnkd_nb.cli.parse", lambda *a: {})
+    assert main(["status"]) == 130
+    err = capsys.readouterr().err
+    assert err.startswith("snnkd: stopped") and err.count("\n") == 1
+
+
+def test_list_knows_all_artefacts_and_answers_at_once(home):
+    times = []
+    for _ in range(3):
+        t0 = time.perf_counter()
+        r = snnkd("list", "--json")
+        times.append(time.perf_counter() - t0)
+    rows = json.loads(r.stdout)
+    assert len(rows) == 74 and min(times) < 1.5, times
+    assert all(row["needed"] == row["stored"] + row["missing"] for row in rows)
+    assert {row["id"] for row in rows if row["built"]} == {a.id for a in artefacts() if a.built}
+
+
+def test_list_loads_nothing_heavy(home):
+    code = "import sys; from snnkd_nb.cli import main; main(['list']); print(sorted({'torch', 'numpy', 'pandas', 'papermill', 'matplotlib'} & set(sys.modules)), file=sys.stderr)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == "[]\n"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_parameter_is_explained_and_parses_to_its_default(verb, capsys):
+    import inspect
+
+    fn, said = VERBS[verb], comments_of(VERBS[verb])
+    params = inspect.signature(fn).parameters
+    assert set(params) <= set(said) and fn.__doc__
+    with pytest.raises(SystemExit) as e: parse(verb, fn, ["--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert e.value.code == 0 and all(" ".join(said[p].split()[:3]) in shown for p in params), shown
+    words = ["x"] if "run" in params else []
+    assert parse(verb, fn, words) == {n: p.default if p.default is not p.empty else "x" if n == "run" else [] for n, p in params.items()}
+
+
+@pytest.mark.parametrize("words", [["--epochs"], ["--what"], ["train", "--", "x"], ["list", "-x"], ["watch"], ["watch", "a", "b"], ["list", ""], ["train", ""]])
+def test_odd_words_are_usage_errors(home, capsys, words): fails(capsys, *words)
+
+
+def test_parse_does_not_leave_a_changed_environment():
+    before = dict(os.environ)
+    with pytest.raises(UserError): parse("list", VERBS["list"], ["--nope"])
+    assert dict(os.environ) == before
+
+
+def test_train_prints_accuracy_and_record_and_the_second_time_trains_nothing(home, capsys):
+    words = ["train", "--student", "vgg11_sastc", "--teacher", "vgg11_sastc", "--width", "0.0625", "--T", "2", "--epochs", "1", "--teacher-epochs", "2", "--subset", "256"]
+    assert main(words) == 0
+    first = capsys.readouterr().out
+    path = home / first.splitlines()[-1]
+    spec = json.loads(path.read_text())["spec"]
+    assert spec["method"] == "kd" and spec["teacher"]["optim"]["epochs"] == 2 and "test accuracy" in first
+    assert main(words) == 0 and "epoch" not in capsys.readouterr().out.replace("last epoch", "").replace("validation epoch", "")
+    assert main(["watch", json.loads(path.read_text())["id"]]) == 0
+
+
+def test_status_readme_and_doctor(home, capsys):
+    assert main(["status"]) == 0 and (home / "results/README.md").read_text().startswith("# Results")
+    assert main(["readme", "--check"]) == 1 and main(["readme"]) == 0 and main(["readme", "--check"]) == 0
+    capsys.readouterr()
+    assert main(["doctor"]) == 0 and "everything that is required is in place" in capsys.readouterr().out
