@@ -171,7 +171,7 @@ def forward(x, s, a, lo, hi):
 def backward(x, g, gx, a, lo, hi):
     "Gradient of the input: x, gx (T or 1, n) and g (T, n)."
     T, static = g.shape[0], x.shape[0] < g.shape[0]
-    size = max(256, min(2048, 4096 // T))
+    size = 2048 if T <= 8 else 1024
     v, d, e, total, m = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32), np.empty((T, size), np.float32)
     for i in range(lo, hi, size):
         j = min(i + size, hi)

@@ -87,11 +87,10 @@ NOT_BUILT = "not built yet"
 
 def _table02(scale, dataset, student, name, T):
     at = {"dataset": dataset, "student": student, "teacher": name, "T": T}
-    sastc = Cell(at, "SASTC", note=NOT_BUILT)
-    if network(scale, student, T) is None or network(scale, name) is None:
-        return [Cell(at, c, note=NOT_BUILT) for c in ("Baseline", "KD", "Feature KD")] + [sastc]
-    groups = columns(scale, dataset, student, T, teacher(scale, dataset, name), SEEDS[scale])
-    return [Cell(at, c, g) for c, g in groups.items()] + [sastc]
+    groups = {} if network(scale, student, T) is None else \
+        {"Baseline": seeded(SEEDS[scale], lambda s: run(scale, dataset, student, T, "none", seed=s))}
+    if groups and network(scale, name): groups = columns(scale, dataset, student, T, teacher(scale, dataset, name), SEEDS[scale])
+    return [Cell(at, c, groups.get(c, ()), "" if c in groups else NOT_BUILT) for c in ("Baseline", "KD", "Feature KD", "SASTC")]
 
 
 def table02(

@@ -150,7 +150,7 @@ def step_rows(tiny=False):
         "SpikingJelly, best": stepper(peer_net(channels, T=T).to(memory_format=last), x, y, True, functional.reset_net),
         "SpikingJelly": stepper(peer_net(channels, T=T), x, y, False, functional.reset_net),
     }
-    t, name = in_turns(fns, 2 if tiny else 7), f"ResNet-20, T={T}, batch {batch}"
+    t, name = in_turns(fns, 2 if tiny else 5), f"ResNet-20, T={T}, batch {batch}"
     return [
         row("step", f"{name}: SpikingJelly fp32 / ours", t, "SpikingJelly", "ours", goal=">= 3.5"),
         row("step", f"{name}: SpikingJelly bf16, channels last / ours", t, "SpikingJelly, best", "ours", goal=">= 1.6"),

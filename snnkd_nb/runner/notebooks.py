@@ -252,6 +252,6 @@ def reproduce(
     specs = list(dict.fromkeys(s for k in keys for s in specs_for(k, scale)))
     runs = execute(specs, jobs, on_line=on_line, executor=executor)
     pages = render_all(keys, scale, jobs=jobs and min(jobs, cores()), on_line=on_line)
-    where = write_status().relative_to(root())
+    where = write_status(scale=scale).relative_to(root())
     on_line(f"{len(pages.done)} of {len(keys)} pages rendered at scale {scale} ({len(meant) - len(keys)} artefacts are not built yet); see {where}")
     return Reproduced(runs, pages, len(keys), len(meant))

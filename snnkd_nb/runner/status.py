@@ -119,10 +119,11 @@ def status_text(
 # %% ../../nbs/lib/93_runner.status.ipynb #dcb82df0
 def write_status(
     store=None,  # the `Store`
+    scale=None,  # the scale whose page is asked for
 ):
-    "Write results/README.md, and smoke.md beside it, where they have changed; returns the first's path."
+    "Write results/README.md, and smoke.md beside it, where they have changed; returns the path of the scale's page."
     pages = {"smoke.md": status_text(store, SCALES[:1]), "README.md": status_text(store)}
     for name, text in pages.items():
         path = root() / "results" / name
         if not path.exists() or path.read_text() != text: atomic_write(path, text)
-    return path
+    return path.with_name("smoke.md") if scale == SCALES[0] else path

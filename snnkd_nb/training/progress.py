@@ -6,7 +6,7 @@
 __all__ = ['in_notebook', 'epoch_line', 'Printer', 'JsonLines', 'read_events']
 
 # %% ../../nbs/lib/52_training.progress.ipynb #2a5ef15a
-import json, sys, time
+import contextlib, json, sys, time
 from pathlib import Path
 
 # %% ../../nbs/lib/52_training.progress.ipynb #188dec7e
@@ -49,13 +49,14 @@ class Printer:
 
 # %% ../../nbs/lib/52_training.progress.ipynb #34bd3f68
 class JsonLines:
-    "Appends every event with its time to a file."
-    def __init__(self, path):
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+    "Appends every event with its time to a file; a log that cannot be written never stops a run."
+    def __init__(self, path): self.path = Path(path)
 
     def __call__(self, event):
-        with open(self.path, "a") as f: f.write(json.dumps({"time": round(time.time(), 2), **event}) + "\n")
+        line = json.dumps({"time": round(time.time(), 2), **event}) + "\n"
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a") as f: f.write(line)
 
 
 def read_events(
