@@ -46,7 +46,7 @@ def wait_for(condition, seconds=20):
 # --- training ---------------------------------------------------------------------------------------------------------
 
 ZYGOTE = """
-import json, os, random, signal, sys, time
+import json, os, pathlib, random, signal, sys, time
 import safetensors.torch, torch
 from accelerate import Accelerator
 from snnkd_nb.data.corrupt import load_spec
@@ -76,10 +76,16 @@ assert end(start("warm")) == 0
 t0 = time.perf_counter()
 assert end(start("whole")) == 0
 whole = time.perf_counter() - t0
+def epochs(place):
+    logs = pathlib.Path(top, place, "project/results/progress").glob("*.jsonl")
+    return sum(log.read_text().count('"event": "epoch"') for log in logs)
+
 moments, killed = random.Random(0), 0
+total = epochs("whole")
 for i in range(10):
-    pid = start(f"killed{i}")
-    time.sleep(moments.uniform(0.05, 0.95) * whole)
+    pid, seen = start(f"killed{i}"), moments.randrange(total - 1)
+    while epochs(f"killed{i}") < seen: time.sleep(0.002)
+    time.sleep(moments.uniform(0, whole / total))  # anywhere within the epoch that follows
     os.kill(pid, signal.SIGKILL)
     killed += end(pid) == -signal.SIGKILL
     assert end(start(f"killed{i}")) == 0
