@@ -18,7 +18,7 @@ def teacher(
 ):
     "The `RunSpec` of the ordinary ResNet-20 of double width."
     data, optim = data_at(scale, "CIFAR-10").replace(subset=None, val=0.02), optim_at(scale, epochs=200, batch_size=128)
-    optim = optim.replace(epochs=8) if scale == "small" else optim
+    optim = optim.replace(epochs=10, nesterov=True) if scale == "small" else optim
     return RunSpec(data, ModelSpec("resnet20", width=2.0, **SHRINK.get(scale, {})), optim)
 
 
