@@ -45,6 +45,9 @@ def _plain(v, where):
 
 def _freeze(spec, *names):
     for n in names: object.__setattr__(spec, n, _plain(getattr(spec, n), n))
+    for f in fields(spec):  # 1 and 1.0 are equal, so they must have one text
+        v = getattr(spec, f.name)
+        if f.type in ("float", float, float | None) and type(v) is int: object.__setattr__(spec, f.name, float(v))
 
 
 def _thaw(v):

@@ -93,10 +93,10 @@ class Store:
         except (BadRecord, TypeError, UnicodeDecodeError) as e:
             warnings.warn(f"{path.name} is damaged ({e}); the run counts as not done", stacklevel=3)
 
-    def put(self, record):
-        "Store a record unless a valid one stands there; returns the one that stands."
+    def put(self, record, replace=False):
+        "Store a record unless a valid one stands there (or `replace`); returns the one that stands."
         with lock(self.path(record.id)):
-            old = self._read(self.path(record.id), record.id)
+            old = None if replace else self._read(self.path(record.id), record.id)
             if old is None: atomic_write(self.path(record.id), dump(record))
         return old or record
 

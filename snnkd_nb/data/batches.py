@@ -115,6 +115,10 @@ class ImageData:
 
     def describe(self): return describe(self)
 
+    def __repr__(self):
+        sizes = " / ".join(f"{len(s.labels):,} {k}" for k, s in self.splits.items())
+        return f"ImageData({self.name!r}, {sizes}, {self.num_classes} classes, {'×'.join(map(str, self.shape))})"
+
 # %% ../../nbs/lib/11_data.batches.ipynb #430e641d
 def count_batches(n, batch_size, drop_last): return n // batch_size if drop_last else -(-n // batch_size)
 

@@ -35,6 +35,11 @@ def cross_entropy(
 def _paths(model): return [n for n, _ in model.named_modules() if n]
 
 
+def _unfold(f, logits):
+    steps, batch = logits.shape[:2] if logits.dim() == 3 else (1, len(logits))
+    return f.unflatten(0, (steps, batch)) if steps > 1 and f.dim() == 4 and len(f) == steps * batch else f
+
+
 def observe(
     model,  # any classifier
     x,  # images (B, C, H, W) or frames (T, B, C, H, W)
@@ -54,7 +59,8 @@ def observe(
         if n not in modules: raise unknown("stage or module path", n, [*stages, *_paths(model)])
     try:
         for n in names: hooks.append(modules[n].register_forward_hook(lambda m, i, o, n=n: feats.__setitem__(n, o)))
-        return model(x), feats
+        logits = model(x)
+        return logits, {n: _unfold(f, logits) for n, f in feats.items()}
     finally:
         for h in hooks: h.remove()
 
@@ -101,6 +107,14 @@ class Method(nn.Module):
         raise TypeError(f"{type(self).__name__} defines no terms(batch)")
 
 # %% ../../nbs/lib/40_losses.base.ipynb #e3e02c39
+def _classes(logits_s, logits_t, y):
+    k = logits_s.shape[-1]
+    if logits_t is not None and logits_t.shape[-1] != k:
+        raise UserError(f"the teacher has {logits_t.shape[-1]} classes and the student {k}: both need those of the data")
+    if y.device.type == "cpu" and len(y) and int(y.max()) >= k:
+        raise UserError(f"a label is {int(y.max())} and the student has {k} classes: create it with num_classes={int(y.max()) + 1} or more")
+
+# %% ../../nbs/lib/40_losses.base.ipynb #00a58c9e
 class Distiller(nn.Module):
     "Student, teacher and methods: `forward(x, y)` gives the named, weighted terms of the loss and the decision."
 
@@ -130,6 +144,7 @@ class Distiller(nn.Module):
             self.teacher.eval()
             with torch.no_grad(): logits_t, feats_t = observe(self.teacher, x, self.teacher_features)
         logits_s, feats_s = observe(self.student, x, self.student_features)
+        _classes(logits_s, logits_t, y)
         return Batch(x, y, logits_s, None if logits_t is None else mean_logits(logits_t), feats_s, feats_t)
 
     def forward(self, x, y):

@@ -33,7 +33,7 @@ class KD(Method):
         temp=4.0,  # temperature, > 0 (paper: 4)
     ):
         super().__init__(student, teacher, variant)
-        need(temp > 0, f"temp = {temp}: the temperature must be above 0 (the paper uses 4)")
+        need(isinstance(temp, (int, float)) and temp > 0, f"temp = {temp!r}: the temperature must be above 0 (the paper uses 4)")
         self.temp = temp
 
     def terms(self, batch): return {"kd": kd_loss(mean_logits(batch.logits_s).float(), batch.logits_t.float(), self.temp)}

@@ -41,8 +41,10 @@ def parse_methods(
     for part in text.replace(" ", "").split("+"):
         weight, _, name = part.rpartition("*")
         if name not in _methods: raise unknown("method", name, list_distillers())
-        try: out.append((float(weight or 1), name))
-        except ValueError: raise UserError(f"weight {weight!r} in {text!r}: write a number, as in '0.5*{name}'") from None
+        try: value = float(weight) if "*" in part else 1.0
+        except ValueError: value = -1.0
+        need(0 <= value < float("inf"), f"weight {weight!r} in {text!r}: write a number that is not negative, as in '0.5*{name}'")
+        out.append((value, name))
     need(len({n for _, n in out}) == len(out), f"{text!r} names a method twice: give each once, with its weight")
     return out
 

@@ -175,6 +175,7 @@ def prepare(
     check_scale(scale)
     if not found.built: raise UserError(f"{key} is not built yet: there is no {found.path.relative_to(root())}")
     nb = json.loads(found.path.read_text())
+    if "scale" in dict(given): raise UserError("the scale is not a parameter to give with -p: use --scale")
     base = {**found.params, **({"scale": scale} if "scale" in parameters(nb) else {})}
     return found, check_parameters(key, nb, {**base, **dict(given)})
 

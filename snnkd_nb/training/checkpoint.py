@@ -43,8 +43,9 @@ def load_checkpoint(
     path,  # the file
     module,  # filled in place
     optimiser,  # filled in place
+    of=None,  # what the checkpoint must say it is of; None: anything
 ):
-    "The JSON data of a checkpoint after filling module and optimiser; None where there is none that is whole."
+    "The JSON data of a checkpoint after filling module and optimiser; None where there is none that is whole and fits."
     from safetensors.torch import load
 
     if not Path(path).exists(): return None
@@ -52,6 +53,8 @@ def load_checkpoint(
     if blob is None: return warnings.warn(f"checkpoint {Path(path).name} is damaged; the run starts again", stacklevel=2)
     size = int.from_bytes(blob[:8], "little")
     tensors, state = load(blob), json.loads(json.loads(blob[8 : 8 + size])["__metadata__"]["state"])
+    if of and state.get("of") != of:
+        return warnings.warn(f"checkpoint {Path(path).name} belongs to another training; this one starts anew", stacklevel=2)
     module.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("module.")})
     _fill(optimiser, tensors)
     return state

@@ -94,7 +94,7 @@ def run_train(
         teacher, record_t = _teacher(spec, store, on_event)
         record = _train(spec, teacher, record_t, _listener(spec, on_event))
         kept = store.put(record)
-        if kept.weights != record.weights: twins().put(record)
+        if kept.weights != record.weights: twins().put(record, replace=True)
         _checkpoint(spec).unlink(missing_ok=True)
         return record if weights else kept
 
@@ -116,7 +116,7 @@ def _train(spec, teacher, record_t, emit):
     env = environment(precision=spec.optim.precision, seconds=sum(e["seconds"] for e in history), peak_mib=peak_memory())
     emit({"event": "done", "seconds": time.perf_counter() - t0, "acc_last": metrics["acc_last"]})
     used = record_t and {"id": record_t.id, "sha256": record_t.weights["sha256"], "acc_last": record_t.metrics["acc_last"]}
-    return Record(to_dict(spec), metrics, history.columns(), env, data.describe(), used, entry)
+    return Record(to_dict(spec, full=True), metrics, history.columns(), env, data.describe(), used, entry)
 
 
 def _options(spec): return to_dict(spec).get("method_args", {})

@@ -11,7 +11,7 @@ import contextlib, dataclasses, time
 import torch
 from torch import nn
 
-from ..core import UserError, seed_for, unknown
+from ..core import UserError, seed_for, sha256_of, unknown
 from ..losses.base import Distiller, mean_logits
 from ..spec import OptimSpec
 from .checkpoint import load_checkpoint, save_checkpoint
@@ -83,6 +83,12 @@ def _check(terms, distiller, x, y, epoch, step):
     raise NonFiniteLoss(f"loss term {bad[0]!r} is {float(terms[bad[0]].detach())} at epoch {epoch + 1}, step {step + 1}; {where}. "
                         "Lower the learning rate, add warm-up or clip the gradient")
 
+# %% ../../nbs/lib/54_training.loop.ipynb #6646ede5
+def _check_weights(distiller, epoch):
+    bad = next((n for n, t in distiller.state_dict().items() if _bad(t)), None)
+    if bad: raise NonFiniteLoss(f"{bad} is not finite after epoch {epoch + 1}, although the loss was (a spiking layer hides it). "
+                                "Lower the learning rate, add warm-up or clip the gradient")
+
 # %% ../../nbs/lib/54_training.loop.ipynb #75504ade
 def _step(accelerator, module, optimiser, scaler, optim, x, y, at):
     with autocast(accelerator.device, optim.precision): terms, logits = module(x, y)
@@ -144,7 +150,12 @@ def _optim(optim, overrides):
 def _accelerator(device):
     from accelerate import Accelerator
 
-    return Accelerator(cpu=device == "cpu" or None)
+    kind = str(device).split(":")[0] if device else None
+    if kind not in (None, "cpu", "cuda", "mps", "xpu"): raise unknown("device", device, ["cpu", "cuda", "mps", "xpu"])
+    accelerator = Accelerator(cpu=kind == "cpu" or None)
+    have = accelerator.device.type
+    if kind not in (None, have): raise UserError(f"device = {device!r}: this machine offers {have!r} to torch; leave device=None to take what is there")
+    return accelerator
 
 # %% ../../nbs/lib/54_training.loop.ipynb #35cbaf72
 def fit(
@@ -162,11 +173,13 @@ def fit(
     "Train and return the `History`. Raises `NonFiniteLoss` (nothing is saved then) and `UserError`."
     optim, emit = _optim(optim, overrides), on_event or Printer()
     distiller = distiller or Distiller(student)
+    if not hasattr(data, "loader"): raise UserError(f"data = {data!r}: give an ImageData, e.g. load('digits')")
     if distiller.student is not student: raise UserError("the distiller was made for another student: create it from the one that is trained")
     accelerator = _accelerator(device)
     distiller.to(accelerator.device)
     optimiser = sgd(distiller, optim)
-    history = _resume(checkpoint, distiller, optimiser)
+    of = _identity(optim, augment, seed, data, distiller) if checkpoint else ""
+    history = _resume(checkpoint, distiller, optimiser, of)
     module = accelerator.prepare_model(distiller) if accelerator.num_processes > 1 else distiller
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=optim.precision == "fp16")
     for epoch in range(len(history), optim.epochs):
@@ -174,14 +187,22 @@ def fit(
         loader = data.loader("train", optim.batch_size, seed=seed, epoch=epoch, augment=augment,
                              drop_last=len(data.train) > optim.batch_size, device=accelerator.device)
         row = _epoch(accelerator, module, optimiser, scaler, optim, loader, epoch)
+        _check_weights(distiller, epoch)
         history.append(_measure(row, student, data, optim.precision))
-        if checkpoint and accelerator.is_main_process: save_checkpoint(checkpoint, distiller, optimiser, {"history": history})
+        if checkpoint and accelerator.is_main_process: save_checkpoint(checkpoint, distiller, optimiser, {"of": of, "history": history})
         emit({"event": "epoch", "epochs": optim.epochs, **history[-1]})
     return history
 
 
-def _resume(checkpoint, distiller, optimiser):
-    state = load_checkpoint(checkpoint, distiller, optimiser) if checkpoint else None
+def _identity(optim, augment, seed, data, distiller):
+    teacher = distiller.teacher.state_dict() if distiller.teacher is not None else {}
+    sums = [[k, float(v.double().sum())] for k, v in teacher.items()]
+    methods = [[type(m).__name__, w] for m, w in zip(distiller.methods, distiller.weights)]
+    return sha256_of(repr([optim, augment, seed, getattr(data, "fingerprint", ""), methods, sums]))
+
+
+def _resume(checkpoint, distiller, optimiser, of):
+    state = load_checkpoint(checkpoint, distiller, optimiser, of) if checkpoint else None
     return History(state["history"] if state else [])
 
 
