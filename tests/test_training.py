@@ -41,8 +41,9 @@ def test_every_precision_trains_with_fp32_weights(digits, precision):
 
 def test_a_spiking_student_trains_in_bf16(digits):
     torch.manual_seed(0)
-    history = fit(small(), digits, epochs=1, precision="bf16", on_event=quiet, device="cpu")
-    assert all(v == v for v in history[-1].values() if isinstance(v, float))
+    student = create_model("resnet20", T=2, depth=0.34, in_channels=1, image_size=8)
+    history = fit(student, digits, epochs=2, batch_size=32, precision="bf16", on_event=quiet, device="cpu")
+    assert history.acc_last > 50
 
 
 def test_two_processes_train_as_one(digits, tmp_path):
