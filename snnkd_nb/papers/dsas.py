@@ -6,7 +6,7 @@
 __all__ = ['WIDTHS', 'SEEDS', 'NAMES', 'NOT_BUILT', 'PAIRS', 'teacher', 'student', 'table12', 'table15']
 
 # %% ../../nbs/lib/88_papers.dsas.ipynb #d7f830e3
-from ..reports.grid import Cell, Grid, check_scale, data_at, optim_at, seeded
+from ..reports.grid import Cell, Grid, budget_in_words, check_scale, data_at, optim_at, seeded
 from ..spec import ModelSpec, RunSpec
 
 # %% ../../nbs/lib/88_papers.dsas.ipynb #0e434347
@@ -47,10 +47,10 @@ PAIRS = [("ResNet-50", "ResNet-34"), ("ResNet-50", "ResNet-18"), ("ResNet-34", "
 
 def _deviations(scale):
     data = {"smoke": "the data sets are replaced by the 8×8 digits of scikit-learn (1,797 scans)",
-            "small": "CIFAR-10 is a JPEG re-encoding; students train on 10,000 of its images"}.get(scale)
+            "small": "CIFAR-10 is a JPEG re-encoding; students get 10,000 of its images"}.get(scale)
     optim = _optim(scale)
     size = [data, f"all networks at {WIDTHS[scale]:g} of the width" + (" and a third of the blocks" if scale == "smoke" else "")] if data else []
-    return [*size, f"{optim.epochs} epochs of batch {optim.batch_size} (paper: 300 epochs of batch 64)",
+    return [*size, budget_in_words(optim, data_at(scale, "CIFAR-10")) + " (paper: 300 epochs of batch 64, rate 0.01, weight decay 1e-6)",
             "the weight between logits MSE and cross-entropy is not stated in the paper; ours is 1",
             "τ of the neuron is not stated in the paper; ours is SpikingJelly's default 2"]
 

@@ -9,7 +9,7 @@ __all__ = ['STUDENTS', 'TEACHERS', 'WIDTHS', 'PAIRS', 'COMBINATIONS', 'SEEDS', '
 # %% ../../nbs/lib/88_papers.sastc.ipynb #b88f6e73
 from functools import partial
 
-from ..reports.grid import Cell, Grid, check_scale, data_at, optim_at, seeded
+from ..reports.grid import Cell, Grid, budget_in_words, check_scale, data_at, optim_at, seeded
 from ..spec import ModelSpec, RunSpec
 
 # %% ../../nbs/lib/88_papers.sastc.ipynb #829a6b77
@@ -106,10 +106,11 @@ def _deviations(scale):
     width = {"small": "a quarter of the width for students, half for teachers",
              "smoke": "an eighth of the width for students, a quarter for teachers, ResNets with a third of the blocks"}.get(scale)
     data = {"smoke": "CIFAR-10 and CIFAR-100 are both replaced by the 8×8 digits of scikit-learn (1,797 scans)",
-            "small": "CIFAR-10 is a JPEG re-encoding; students train on 10,000 of its images"}.get(scale)
+            "small": "CIFAR-10 is a JPEG re-encoding; students get 10,000 of its images"}.get(scale)
     optim = optim_at(scale, epochs=240, **_STEPS)
     size = [data, f"networks at {width}"] if data else []
-    return [*size, f"{optim.epochs} epochs of batch {optim.batch_size} (paper: 240 epochs of batch 128)",
+    return [*size, budget_in_words(optim, data_at(scale, "CIFAR-10")) + " (paper: 240 epochs of batch 128, rate 0.01 in steps)",
+            "the triangular surrogate has γ = 1, as in the published code (paper: 0.3)",
             f"feature KD averages {PAIRS[scale]} single pairs of layers of equal depth (paper: all pairs)",
             "the paper reports means of 3 trials on CIFAR, and its published code keeps the best test epoch; ours is the last epoch"]
 
