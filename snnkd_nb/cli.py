@@ -169,7 +169,9 @@ def train(
     subset: int | None = None,  # training images taken, class-balanced; default: all
     shots: float = 1.0,  # fraction of the training images of every class
     label_noise: float = 0.0,  # fraction of wrong training labels
+    val: float = 0.1,  # fraction of the training images held out for model selection
     augment: str = "none",  # "+"-joined: crop, flip, cutout, autoaugment, erase
+    download: bool = False,  # fetch a data set that is not there (CIFAR)
     seed: int = 0,  # decides weights, order and augmentation
 ):
     "Train one network, and its teacher before it; prints the accuracy and the record's path."
@@ -177,13 +179,14 @@ def train(
     from snnkd_nb.spec import DataSpec, ModelSpec, OptimSpec, RunSpec
 
     if teacher is None and method not in (None, "none"): raise UserError(f"--method {method} needs a teacher: add --teacher NAME")
-    data = DataSpec(dataset, size, subset, shots, label_noise, augment=augment)
+    data = DataSpec(dataset, size, subset, shots, label_noise, val=val, augment=augment)
     optim = OptimSpec(epochs, batch_size, lr, schedule=schedule, precision=precision)
     t_model = teacher and ModelSpec(teacher, None, width if teacher_width is None else teacher_width)
     t_optim = optim if teacher_epochs is None else optim.replace(epochs=teacher_epochs)
     t = t_model and RunSpec(data, t_model, t_optim, seed=seed)
     spec = RunSpec(data, ModelSpec(student, T, width, neuron), optim, method or ("kd" if t else "none"), variant, {}, t, seed)
     _check_names(spec)
+    if download: __import__("snnkd_nb.data.images").data.images.load(dataset, download=True, size=size)
     return _train(spec)
 
 # %% ../nbs/lib/99_cli.ipynb #d2c64111

@@ -29,6 +29,21 @@ def _number(spec, name, low, high=float("inf"), kind=(int, float), none=False):
     need(good, f"{name} = {v!r}: give {what} from {low} to {high}" + (" or None" if none else ""))
 
 
+def _flag(spec, name):
+    v = getattr(spec, name)
+    need(isinstance(v, bool), f"{name} = {v!r}: give True or False")
+
+
+def _part(spec, name, cls, none=False):
+    v = getattr(spec, name)
+    need(isinstance(v, cls) or (none and v is None), f"{name} = {v!r}: give a {cls.__name__}, e.g. {name}={cls.__name__}(…)")
+
+
+def _options(spec, name):
+    v = getattr(spec, name)
+    need(isinstance(v, (dict, MappingProxyType)), f'{name} = {v!r}: give a dict of options, e.g. {name}={{"name": value}}')
+
+
 def _word(spec, name, valid=None):
     v = getattr(spec, name)
     need(isinstance(v, str) and v, f"{name} = {v!r}: give a name")
@@ -106,8 +121,8 @@ class DataSpec(Spec):
     __hash__ = Spec.__hash__
 
     def __post_init__(self):
-        _freeze(self, "args")
-        _word(self, "name")
+        _options(self, "args"), _freeze(self, "args")
+        _word(self, "name"), _word(self, "augment")
         _number(self, "size", 1, kind=int, none=True), _number(self, "subset", 1, kind=int, none=True)
         _number(self, "shots", 0, 1), _number(self, "label_noise", 0, 1), _number(self, "val", 0, 0.9)
         _number(self, "corrupt_seed", 0, kind=int)
@@ -127,7 +142,7 @@ class ModelSpec(Spec):
     __hash__ = Spec.__hash__
 
     def __post_init__(self):
-        _freeze(self, "args")
+        _options(self, "args"), _freeze(self, "args")
         _word(self, "name"), _word(self, "neuron")
         need(self.T != 0, "T = 0: a spiking network needs at least one time step; T=None makes it an ordinary network")
         _number(self, "T", 1, 1024, kind=int, none=True)
@@ -156,11 +171,15 @@ class OptimSpec(Spec):
     __hash__ = Spec.__hash__
 
     def __post_init__(self):
-        _freeze(self, "milestones")
+        rising = isinstance(self.milestones, (list, tuple)) and all(type(m) is int and m > 0 for m in self.milestones)
+        need(rising and list(self.milestones) == sorted(set(self.milestones)), f"milestones = {self.milestones!r}: give rising whole numbers of epochs, e.g. [150, 180]")
+        _freeze(self, "milestones"), _flag(self, "nesterov"), _flag(self, "decay_norm")
         _word(self, "schedule", SCHEDULES), _word(self, "precision", PRECISIONS)
         _number(self, "epochs", 1, kind=int), _number(self, "batch_size", 1, kind=int)
         for n in ("lr", "weight_decay", "warmup", "gamma"): _number(self, n, 0)
         _number(self, "momentum", 0, 1), _number(self, "clip", 0, none=True)
+        need(self.clip != 0, "clip = 0: every gradient would be cut to nothing; give a norm above 0, or None for no clipping")
+        need(not self.nesterov or self.momentum > 0, "nesterov = True needs momentum above 0")
 
 # %% ../nbs/lib/02_spec.ipynb #be76e6c0
 def _slug(s): return re.sub(r"[^A-Za-z0-9.]+", "_", s).strip("_")
@@ -180,7 +199,8 @@ class RunSpec(Spec):
     __hash__ = Spec.__hash__
 
     def __post_init__(self):
-        _freeze(self, "method_args")
+        for name, cls in (("data", DataSpec), ("model", ModelSpec), ("optim", OptimSpec)): _part(self, name, cls)
+        _part(self, "teacher", RunSpec, none=True), _options(self, "method_args"), _freeze(self, "method_args")
         _word(self, "method"), _word(self, "variant", ("paper", "code"))
         _number(self, "seed", 0, 2**31 - 1, kind=int)
         need(self.method == "none" or self.teacher is not None, f"method = {self.method!r} needs a teacher: give teacher=RunSpec(…)")

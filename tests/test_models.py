@@ -25,12 +25,22 @@ COUNTS = {  # (name, "ann"/"snn", classes): millions, from the definitions the p
     ("resnet20_ckd", "ann", 100): 0.278, ("resnet20_ckd", "snn", 100): 0.314,
     ("vgg11_sastc", "snn", 10): 34.44, ("vgg11_sastc", "snn", 100): 34.81,
     ("vgg11_rate", "snn", 100): 11.05, ("vgg13_rate", "snn", 100): 9.46, ("vgg13", "ann", 100): 9.462,
+    ("vggsnn", "snn", 10): 9.271, ("dsas", "snn", 10): 12.829,
+    ("wrn16_2", "ann", 10): .692, ("wrn28_4", "ann", 10): 5.849, ("wrn40_2", "ann", 100): 2.255, ("bottleneck_sastc", "snn", 10): 20.525,
+    ("pyramidnet18", "ann", 100): .22, ("pyramidnet20", "ann", 100): 2.95, ("pyramidnet110", "ann", 100): 28.5,
+    ("pyramidnet200", "ann", 100): 26.845, ("pyramidnet101", "ann", 1000): 42.46,
 }
+
+
+def shallow(name): return {"depth": 0.1} if "depth" in model_info(name)["options"] and name not in ("resnet20", "resnet50", "resnet19_tet") else {}
 
 
 def small(name, T=None, **kw):
     torch.manual_seed(0)
-    return create_model(name, T=T, width=0.1, image_size=16, **kw)
+    return create_model(name, T=T, **{"width": 0.1, "image_size": 16, **SHALLOW[name], **kw})
+
+
+SHALLOW = {n: shallow(n) for n in NAMES}
 
 
 def images(b=3, size=16, c=3, seed=0): return torch.rand(b, c, size, size, generator=torch.Generator().manual_seed(seed))
@@ -69,6 +79,27 @@ def test_shapes_and_features(name):
         assert net.feature_channels() == {n: s[0] for n, s in net.feature_shapes().items()}
         assert net.head[0].in_features == net.num_features and net.head.out.out_features == 10
         if T: assert all(f._base is not None for f in feats.values()), "features are views"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_rest_of_a_network(name):
+    x = images()
+    for T in (None, 2):
+        net = small(name, T).eval()
+        logits, feats = net(x, features=True)
+        for stage in (net.stage_names[0], net.stage_names[-1]):
+            f = feats[stage].detach().requires_grad_()
+            again = net.forward_from(stage, f)
+            torch.testing.assert_close(again, logits, atol=1e-5, rtol=1e-4)
+            again.square().sum().backward()
+            assert f.grad is not None and f.grad.isfinite().all()
+
+
+def test_event_networks_see_two_channels():
+    for name in ("vggsnn", "resnet19_tet", "resnet20"):
+        net = small(name, 4, in_channels=2, image_size=48)
+        assert net(torch.rand(4, 2, 2, 48, 48)).shape == (4, 2, 10)
+        assert small(name, in_channels=2, image_size=48)(torch.rand(4, 2, 2, 48, 48)).shape == (2, 10)  # an ANN sees their mean
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -131,7 +162,7 @@ def test_blocks_are_torchvisions(ours):
     torch.testing.assert_close(a(x), b(x))
 
 
-@pytest.mark.parametrize("name", ["resnet20", "resnet19_tet", "resnet20_ckd", "vgg11_sastc", "vgg13_rate"])
+@pytest.mark.parametrize("name", NAMES)
 def test_no_batch_mates_no_history(name):
     a, b = images(3), images(3, seed=1)
     net = lively(small(name, 3), torch.cat([a, b]))
@@ -172,7 +203,7 @@ def test_input_is_not_changed():
 @given(size=st.integers(1, 40), name=st.sampled_from(NAMES), channels=st.integers(1, 4), T=st.sampled_from([None, 1, 2]))
 @settings(max_examples=25, deadline=None)
 def test_any_image_size(size, name, channels, T):
-    net = create_model(name, 7, T=T, width=0.05, in_channels=channels, image_size=size).eval()
+    net = create_model(name, 7, T=T, width=0.05, in_channels=channels, image_size=size, **SHALLOW[name]).eval()
     with torch.no_grad(): assert net(torch.rand(1, channels, size, size)).shape == ((1, 7) if T is None else (T, 1, 7))
 
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ZERO', 'ONE', 'ROUND', 'LOG2E', 'LN2', 'LN2_LOW', 'EXP', 'LOOP', 'FREE', 'TASK', 'HEAD', 'GRAIN', 'as_bits',
-           'as_float', 'load', 'store', 'exp_minus', 'slope', 'neuron', 'step', 'charge', 'back', 'move', 'forward',
-           'backward', 'pointer', 'ask', 'share', 'openmp', 'to_c', 'compiled', 'pool', 'launch']
+           'as_float', 'load', 'store', 'exp_minus', 'bell', 'tent', 'witch', 'slope', 'neuron', 'step', 'charge',
+           'back', 'back_tent', 'move', 'forward', 'backward', 'pointer', 'ask', 'share', 'openmp', 'to_c', 'compiled',
+           'pool', 'team_size', 'run', 'launch']
 
 # %% ../../nbs/lib/21_kernels.flat.ipynb #43e57321
 import ctypes, functools, os, struct
@@ -80,21 +81,31 @@ def exp_minus(z):
 
 # %% ../../nbs/lib/21_kernels.flat.ipynb #566e5508
 @njit(**FREE)
+def bell(u, p, q):
+    e = exp_minus(p * abs(u))
+    d = ONE / (ONE + e)
+    return p * e * d * d
+
+
+@njit(**FREE)
+def tent(u, p, q):
+    d = p - q * abs(u)
+    return ZERO if d < ZERO else d
+
+
+@njit(**FREE)
+def witch(u, p, q): return p / (ONE + (q * u) * (q * u))
+
+
+@njit(**FREE)
 def slope(m, out, kind, v_th, p, q):
     "`out` becomes the surrogate's derivative at `m - v_th`."
     if kind == 0:
-        for i in range(m.size):
-            e = exp_minus(p * abs(m[i] - v_th))
-            d = ONE / (ONE + e)
-            out[i] = p * e * d * d
+        for i in range(m.size): out[i] = bell(m[i] - v_th, p, q)
     elif kind == 1:
-        for i in range(m.size):
-            d = p - q * abs(m[i] - v_th)
-            out[i] = ZERO if d < ZERO else d
+        for i in range(m.size): out[i] = tent(m[i] - v_th, p, q)
     else:
-        for i in range(m.size):
-            z = q * (m[i] - v_th)
-            out[i] = p / (ONE + z * z)
+        for i in range(m.size): out[i] = witch(m[i] - v_th, p, q)
 
 # %% ../../nbs/lib/21_kernels.flat.ipynb #b9385a4e
 TASK = np.dtype([
@@ -150,6 +161,18 @@ def back(g, m, d, v, gx, decay, gain, fire, hard, detach, jump):
         store(gx, i, gain * e)
 
 
+@njit(**FREE)
+def back_tent(g, m, v, gx, decay, gain, fire, hard, detach, jump, v_th, p, q):
+    "`back` with the triangle's derivative, which is cheaper to compute than to keep."
+    for i in range(g.size):
+        through = load(g[i])
+        if not detach: through += v[i] * (jump - m[i] if hard else jump)
+        k = ONE if (m[i] >= fire) & hard else ZERO
+        e = through * tent(m[i] - v_th, p, q) + v[i] * (ONE - k)
+        v[i] = decay * e
+        store(gx, i, gain * e)
+
+
 @njit(**LOOP)
 def move(x, y, add):
     "`y = x` or `y += x`."
@@ -181,6 +204,9 @@ def backward(x, g, gx, a, lo, hi):
         v[:] = ZERO
         for t in range(T - 1, -1, -1):
             detach = (a.detach != 0) | (t == T - 1)
+            if a.kind == 1 and not static:
+                back_tent(g[t, i:j], m[t, :n], v[:n], gx[t, i:j], a.decay, a.gain, a.fire, hard, detach, a.jump, a.v_th, a.p, a.q)
+                continue
             slope(m[t, :n], d[:n], a.kind, a.v_th, a.p, a.q)
             if not static: back(g[t, i:j], m[t, :n], d[:n], v[:n], gx[t, i:j], a.decay, a.gain, a.fire, hard, detach, a.jump)
             else:
@@ -260,6 +286,30 @@ def pool(pid):
     return ThreadPoolExecutor(os.cpu_count(), "snnkd-neuron")
 
 
+def team_size(
+    numbers,  # how many the team has to deal with
+):
+    "Threads worth waking for a kernel."
+    return max(1, min(torch.get_num_threads(), numbers // GRAIN))
+
+
+def run(
+    task,  # a C function over a `TASK`, or over a record that begins like one
+    a,  # the record; it is not changed
+    T,  # time steps
+    n,  # neurons in a step
+    x,  # address of the input
+    g,  # address of the gradient, 0 forward
+    y,  # address of the result
+    static=False,  # whether all steps have the same input
+):
+    "Run a compiled kernel on as many threads as PyTorch would use."
+    omp, numbers, k = openmp(), a.tobytes()[HEAD.size :], team_size(T * n)
+    if omp and k > 1: return omp[0](task.address, HEAD.pack(*omp[1:], 0, k, T, n, static, x, g, y) + numbers, k, 0)
+    jobs = [HEAD.pack(0, 0, i, k, T, n, static, x, g, y) + numbers for i in range(k)]
+    list(pool(os.getpid()).map(task.ctypes, jobs)) if k > 1 else task.ctypes(jobs[0])
+
+
 def launch(
     name,  # "forward": x → y; "backward": x, g → y
     a,  # a neuron's `TASK`, which is not changed
@@ -271,9 +321,5 @@ def launch(
     y,  # address of the result: T·n numbers, backward and static n
     static=False,  # whether all steps have the same input
 ):
-    "Run a kernel over memory, on as many threads as PyTorch would use."
-    task, omp, numbers = compiled(name, half), openmp(), a.tobytes()[HEAD.size :]
-    k = max(1, min(torch.get_num_threads(), T * n // GRAIN))
-    if omp and k > 1: return omp[0](task.address, HEAD.pack(*omp[1:], 0, k, T, n, static, x, g, y) + numbers, k, 0)
-    jobs = [HEAD.pack(0, 0, i, k, T, n, static, x, g, y) + numbers for i in range(k)]
-    list(pool(os.getpid()).map(task.ctypes, jobs)) if k > 1 else task.ctypes(jobs[0])
+    "Run a neuron's kernel over memory."
+    run(compiled(name, half), a, T, n, x, g, y, static)

@@ -132,7 +132,7 @@ def check(x, T, static, decay, v_threshold, v_reset, backend):
 def uncovered(x, surrogate):
     "What no fused kernel covers, in words; empty if there is one."
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16): return f"{x.dtype} on {x.device.type}"
-    return "" if getattr(surrogate, "kind", -1) in (0, 1, 2) else f"the surrogate {surrogate!r}"
+    return "" if vars(type(surrogate)).get("kind", -1) in (0, 1, 2) else f"the surrogate {surrogate!r}"
 
 
 @functools.cache

@@ -38,11 +38,11 @@ def feature_loss(
     f_t,  # teacher feature (B, C', H', W')
     project,  # module that maps C to C' channels
 ):
-    "Mean squared error between the projected student and the teacher, mean over steps, images and elements."
+    "Mean squared error between the projected student and the teacher, in fp32; mean over steps, images and elements."
     steps = f_s.shape[0] if f_s.dim() == 5 else 1
     folded, target = align(f_s.flatten(0, 1) if f_s.dim() == 5 else f_s, f_t)
     guess = project(folded)
-    return (guess.unflatten(0, (steps, -1)) - target).square().mean()
+    return (guess.float().unflatten(0, (steps, -1)) - target.float()).square().mean()
 
 # %% ../../nbs/lib/42_losses.feature.ipynb #3124214a
 def stages_of(model): return [n for n in getattr(model, "stage_names", ())]

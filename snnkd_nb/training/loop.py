@@ -13,6 +13,7 @@ from torch import nn
 
 from ..core import UserError, seed_for, sha256_of, unknown
 from ..losses.base import Distiller, mean_logits
+from ..models.blocks import eval_mode
 from ..spec import OptimSpec
 from .checkpoint import load_checkpoint, save_checkpoint
 from .optim import lr_at, sgd
@@ -31,7 +32,6 @@ def autocast(
     return torch.autocast(torch.device(device).type, dtype=dtype) if dtype else contextlib.nullcontext()
 
 # %% ../../nbs/lib/54_training.loop.ipynb #5469bf39
-@torch.no_grad()
 def evaluate(
     model,  # a classifier: logits (T, B, K) or (B, K)
     data,  # an `ImageData`
@@ -39,14 +39,12 @@ def evaluate(
     batch_size=256,  # images at once
     precision="fp32",  # autocast precision
 ):
-    "Top-1 accuracy in percent on a split; the model is left in the mode it was in."
-    device, was = next(model.parameters()).device, model.training
-    model.eval()
-    right = seen = 0
-    for x, y in data.loader(split, batch_size, shuffle=False, device=device):
-        with autocast(device, precision): logits = mean_logits(model(x))
-        right, seen = right + (logits.argmax(-1) == y).sum(), seen + len(y)
-    model.train(was)
+    "Top-1 accuracy in percent on a split; every module of the model is left in the mode it was in."
+    device, right, seen = next(model.parameters()).device, 0, 0
+    with eval_mode(model):
+        for x, y in data.loader(split, batch_size, shuffle=False, device=device):
+            with autocast(device, precision): logits = mean_logits(model(x))
+            right, seen = right + (logits.argmax(-1) == y).sum(), seen + len(y)
     return 100 * float(right) / max(seen, 1)
 
 # %% ../../nbs/lib/54_training.loop.ipynb #9ec1442b
@@ -75,10 +73,10 @@ def first_bad_layer(
     return found[0] if found else None
 
 # %% ../../nbs/lib/54_training.loop.ipynb #058343a7
-def _check(terms, distiller, x, y, epoch, step):
+def _check(terms, distiller, x, y, epoch, step, precision="fp32"):
     bad = [k for k, v in terms.items() if not torch.isfinite(v)]
     if not bad: return
-    layer = first_bad_layer(distiller, x, y)
+    with autocast(x.device, precision): layer = first_bad_layer(distiller, x, y)
     where = f"first seen in layer {layer}" if layer else "all layers are finite: the loss itself overflows"
     raise NonFiniteLoss(f"loss term {bad[0]!r} is {float(terms[bad[0]].detach())} at epoch {epoch + 1}, step {step + 1}; {where}. "
                         "Lower the learning rate, add warm-up or clip the gradient")
@@ -92,7 +90,7 @@ def _check_weights(distiller, epoch):
 # %% ../../nbs/lib/54_training.loop.ipynb #75504ade
 def _step(accelerator, module, optimiser, scaler, optim, x, y, at):
     with autocast(accelerator.device, optim.precision): terms, logits = module(x, y)
-    _check(terms, accelerator.unwrap_model(module), x, y, *at)
+    _check(terms, accelerator.unwrap_model(module), x, y, *at, optim.precision)
     scaler.scale(sum(terms.values())).backward()
     if optim.clip:
         scaler.unscale_(optimiser)
@@ -137,7 +135,12 @@ class History(list):
     @property
     def val_best(self): return max((e["val_acc"] for e in self if e.get("val_acc") is not None), default=None)
 
-    def columns(self): return {k: [e.get(k) for e in self] for k in self[0]}
+    def columns(self, most=100):
+        "The history as columns of seven digits; of more than `most` epochs every n-th, the first, the best and the last."
+        n = len(self)
+        best = [max(range(n), key=lambda i, k=k: self[i].get(k) or 0) for k in ("test_acc", "val_acc")]
+        rows = [self[i] for i in sorted({*range(0, n, -(-n // most)), *best, n - 1})]
+        return {k: [float(f"{v:.7g}") if isinstance(v := e.get(k), float) else v for e in rows] for k in self[0]}
 
 # %% ../../nbs/lib/54_training.loop.ipynb #68bfd6c2
 def _optim(optim, overrides):
@@ -179,9 +182,9 @@ def fit(
     distiller.to(accelerator.device)
     optimiser = sgd(distiller, optim)
     of = _identity(optim, augment, seed, data, distiller) if checkpoint else ""
-    history = _resume(checkpoint, distiller, optimiser, of)
-    module = accelerator.prepare_model(distiller) if accelerator.num_processes > 1 else distiller
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=optim.precision == "fp16")
+    history = _resume(checkpoint, distiller, optimiser, scaler, of)
+    module = accelerator.prepare_model(distiller) if accelerator.num_processes > 1 else distiller
     for epoch in range(len(history), optim.epochs):
         torch.manual_seed(seed_for(seed, "epoch", epoch))
         loader = data.loader("train", optim.batch_size, seed=seed, epoch=epoch, augment=augment,
@@ -189,7 +192,8 @@ def fit(
         row = _epoch(accelerator, module, optimiser, scaler, optim, loader, epoch)
         _check_weights(distiller, epoch)
         history.append(_measure(row, student, data, optim.precision))
-        if checkpoint and accelerator.is_main_process: save_checkpoint(checkpoint, distiller, optimiser, {"of": of, "history": history})
+        state = {"of": of, "history": history, "scaler": scaler.state_dict()}
+        if checkpoint and accelerator.is_main_process: save_checkpoint(checkpoint, distiller, optimiser, state)
         emit({"event": "epoch", "epochs": optim.epochs, **history[-1]})
     return history
 
@@ -201,8 +205,9 @@ def _identity(optim, augment, seed, data, distiller):
     return sha256_of(repr([optim, augment, seed, getattr(data, "fingerprint", ""), methods, sums]))
 
 
-def _resume(checkpoint, distiller, optimiser, of):
+def _resume(checkpoint, distiller, optimiser, scaler, of):
     state = load_checkpoint(checkpoint, distiller, optimiser, of) if checkpoint else None
+    if state and state.get("scaler"): scaler.load_state_dict(state["scaler"])
     return History(state["history"] if state else [])
 
 

@@ -1,0 +1,220 @@
+"""Networks that were not written here: as teachers in real training, in threads, under autocast, and when things fail."""
+import copy
+import pickle
+import sys
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
+
+from snnkd_nb.core import UserError, sha256_of
+from snnkd_nb.data.corrupt import subset
+from snnkd_nb.data.images import load
+from snnkd_nb.losses.zoo import create_distiller
+from snnkd_nb.models.foreign import Foreign, Tap, create_foreign, from_map, load_weights, patch_for, to_map, vit_small, with_channels
+from snnkd_nb.models.zoo import create_model
+from snnkd_nb.spec import ModelSpec
+from snnkd_nb.training.loop import fit
+from snnkd_nb.vision import torchvision
+
+
+def resnet(channels=3, **kw):
+    "A torchvision ResNet of one block a layer, narrow enough for a test."
+    torch.manual_seed(0)
+    models = torchvision("models.resnet")
+    net = models.ResNet(models.Bottleneck, [1, 1, 1, 1], num_classes=10, width_per_group=8)
+    return Foreign(with_channels(net, channels), image_size=32, **kw)
+
+
+def vit(**kw): return torch.manual_seed(0) and vit_small(width=0.1, depth=2, patch=8, **kw)
+def images(b=3, seed=0): return torch.randn(b, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+def hooks_in(net): return sum(len(m._forward_hooks) for m in net.modules())
+
+
+MAKERS = {"resnet": resnet, "vit": vit, "vit raw": lambda: vit(tokens="raw"), "resized": lambda: resnet(input_size=48)}
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def net(request): return MAKERS[request.param]().eval()
+
+
+def test_every_stage_leads_to_the_same_logits(net):
+    x = images()
+    with torch.no_grad(): logits, feats = net(x, features=True)
+    assert tuple(feats) == net.stage_names and logits.equal(net(x))
+    for s, f in feats.items():
+        assert tuple(f.shape[1:]) == net.feature_shapes()[s] and net.forward_from(s, f).equal(logits)
+        given = f.detach().clone().requires_grad_()
+        y = net.forward_from(s, given, getattr(f, "prefix", None))
+        assert y.equal(logits)
+        grad = torch.autograd.grad(y.sum(), given)[0]
+        assert grad.isfinite().all() and (grad.abs().sum() > 0 or s == "stage2")  # ViT's head reads the class token alone
+
+
+def test_gradient_of_the_rest_is_that_of_the_whole():
+    net, x = resnet().eval(), images()
+    logits, feats = net(x, features=True)
+    whole = torch.autograd.grad(logits.square().sum(), list(feats.values()))
+    for (s, f), g in zip(feats.items(), whole):
+        given = f.detach().clone().requires_grad_()
+        assert torch.allclose(torch.autograd.grad(net.forward_from(s, given).square().sum(), given)[0], g, rtol=1e-4, atol=1e-7)
+
+
+def test_features_are_those_of_torch_fx():
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    net, x = resnet().eval(), images()
+    theirs = create_feature_extractor(net.net, {t.path: n for n, t in net.taps.items()})(x)
+    for n, f in net(x, features=True)[1].items(): assert torch.allclose(f, theirs[n], atol=1e-6)
+
+
+def test_nothing_is_left_behind(net):
+    x, state, rng = images(), copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    net.train()
+    f = {n: torch.randn(2, *s) for n, s in net.feature_shapes().items()}
+    for s in net.stage_names[:1]: net.forward_from(s, f[s], prefix="mean")
+    net.feature_shapes()
+    front = next(iter(net.state_dict()))
+    assert net.training and net.state_dict()[front].equal(state[front]) and hooks_in(net) == 0
+    net.load_state_dict(state)
+    with pytest.raises(Exception): net(x[:, :, 0], features=True)
+    with pytest.raises(UserError): net.forward_from(net.stage_names[0], x[:, :1])
+    assert hooks_in(net) == 0 and net.eval()
+    torch.set_rng_state(rng)
+    again = pickle.loads(pickle.dumps(net))
+    assert again(x).equal(net(x)) and copy.deepcopy(net)(x, features=True)[0].equal(net(x))
+
+
+def test_threads_see_their_own_features():
+    net, found = resnet().eval(), {}
+    alone = {i: net(images(2, i), features=True)[1]["stage2"] for i in range(4)}
+    def work(i):
+        for _ in range(5): found[i] = net(images(2, i), features=True)[1]["stage2"]
+    workers = [threading.Thread(target=work, args=(i,)) for i in alone]
+    for w in workers: w.start()
+    for w in workers: w.join()
+    assert all(found[i].equal(alone[i]) for i in alone) and hooks_in(net) == 0
+
+
+def test_under_autocast(net):
+    x, stage = images(), net.stage_names[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, feats = net(x, features=True)
+        rest = net.forward_from(stage, feats[stage])
+        assert rest.dtype == torch.bfloat16 and rest.equal(logits) and net(x).equal(logits)
+
+
+def test_under_inference_mode_and_on_meta():
+    with torch.inference_mode(): net = resnet().eval()
+    with torch.inference_mode(): logits, feats = net(images(), features=True)
+    with torch.inference_mode(): assert net.forward_from("stage1", feats["stage1"]).equal(logits)
+    with torch.device("meta"): wide = vit_small(image_size=224)
+    assert wide.feature_shapes()["stage1"] == (384, 14, 14) and wide.forward_from("stage3", torch.empty(2, 384, 14, 14, device="meta"), "mean").shape == (2, 10)
+
+
+def test_oblong_images_give_oblong_maps():
+    net = Foreign(nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.Flatten(2), Swap(), nn.Linear(4, 6), Mean(), nn.Linear(6, 2)), ["3"], 16)
+    logits, feats = net(torch.randn(2, 3, 32, 16), features=True)
+    assert feats["3"].shape == (2, 6, 8, 4) and net.forward_from("3", feats["3"]).equal(logits)
+
+
+class Swap(nn.Module):
+    "Maps to tokens."
+    def forward(self, x): return x.transpose(1, 2)
+
+
+class Mean(nn.Module):
+    "Mean of the tokens."
+    def forward(self, x): return x.mean(1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(b=st.integers(1, 3), c=st.integers(1, 5), h=st.integers(1, 6), prefix=st.integers(0, 4))
+def test_tokens_to_map_and_back(b, c, h, prefix):
+    tokens, tap = torch.rand(b, prefix + h * h, c), Tap("", 3, prefix)
+    m = to_map(tokens, tap)
+    assert m.shape == (b, c, h, h) and from_map(m, tap, m.prefix).equal(tokens)
+
+
+@given(size=st.integers(1, 512))
+def test_patches_tile_the_image(size): assert size % patch_for(size) == 0 and patch_for(size) <= 16
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+def test_a_foreign_teacher_teaches(name):
+    torch.manual_seed(0)
+    data = subset(load("digits", size=16), 120, 0)
+    net = resnet(channels=1) if name == "resnet" else vit_small(width=0.1, depth=3, image_size=16, in_channels=1)
+    student = create_model("resnet20", T=2, width=0.25, depth=0.34, in_channels=1, image_size=16)
+    pairs = [["stage2", "stage1"], ["stage3", "stage2"]]
+    distiller = create_distiller("kd+feature", student, net, pairs=pairs)
+    before, head = copy.deepcopy(net.state_dict()), student.head.out.weight.clone()
+    history = fit(student, data, distiller, epochs=2, batch_size=32, lr=0.02, device="cpu", on_event=lambda e: None)
+    assert {"ce", "kd"} <= set(history[-1]) and history[-1]["feature"] < history[0]["feature"]
+    assert all(v.equal(before[k]) for k, v in net.state_dict().items()) and not student.head.out.weight.equal(head) and hooks_in(net) == 0
+
+
+def test_default_pairs_from_the_output_backwards():
+    student = create_model("resnet20", T=2, width=0.25, image_size=32)
+    method = create_distiller("feature", student, resnet()).methods[0]
+    assert method.pairs == [("stem", "stage1"), ("stage1", "stage2"), ("stage2", "stage3"), ("stage3", "stage4")]
+
+
+def test_a_spec_can_say_all_of_it():
+    spec = ModelSpec("torchvision:resnet18", args={"stages": {"early": "layer1", "late": "layer3"}, "tokens": "map"})
+    other = ModelSpec("torchvision:resnet18", args={"stages": ["layer2"]})
+    with torch.device("meta"): nets = [create_foreign(*s.name.split(":"), **s.args) for s in (spec, other)]
+    assert [n.stage_names for n in nets] == [("early", "late"), ("layer2",)]
+
+
+def test_timm_is_asked_for_when_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match="pip install timm"): vit_small()
+
+
+def test_pretrained_without_a_connection_is_one_line(monkeypatch):
+    import timm
+
+    def offline(*args, **kw): raise OSError("no route to the Hub\nand more")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(UserError, match="no route to the Hub; get the weights once") as e: vit_small(pretrained=True)
+    assert "\n" not in str(e.value)
+    models = torchvision("models")
+    monkeypatch.setattr(models._api.WeightsEnum, "get_state_dict", offline)
+    with pytest.raises(UserError, match="weights=FILE"): create_foreign("torchvision", "squeezenet1_1", pretrained=True)
+    with pytest.raises(UserError, match="width=1.0"): vit_small(pretrained=True, width=0.5)
+
+
+def test_pretrained_torchvision_keeps_its_own_classifier_only_for_its_classes(monkeypatch):
+    models = torchvision("models")
+    theirs = models.resnet18().state_dict()
+    monkeypatch.setattr(models._api.WeightsEnum, "get_state_dict", lambda self, **kw: theirs)
+    other, same = (create_foreign("torchvision", "resnet18", k, pretrained=True).net for k in (10, 1000))
+    assert other.conv1.weight.equal(theirs["conv1.weight"]) and other.fc.out_features == 10 and same.fc.weight.equal(theirs["fc.weight"])
+    with pytest.raises(UserError, match="conv1.weight is"): create_foreign("torchvision", "resnet18", 10, None, 1, pretrained=True)
+
+
+def test_weights_in_the_data_folder_with_a_hash(tmp_path, monkeypatch):
+    monkeypatch.setenv("SNNKD_DATA", str(tmp_path))
+    (tmp_path / "weights").mkdir()
+    source = vit(num_classes=7)
+    file = tmp_path / "weights" / "mine.pt"
+    torch.save(source.net.state_dict(), file)
+    digest = sha256_of(file)
+    kw = dict(width=0.1, depth=2, patch=8, weights="mine.pt")
+    assert vit_small(num_classes=7, sha256=digest, **kw)(images()).shape == (3, 7)
+    net = vit_small(num_classes=10, head=False, **kw)
+    assert net.net.patch_embed.proj.weight.equal(source.net.patch_embed.proj.weight) and net.num_classes == 10
+    with pytest.raises(UserError, match="head.weight is"): vit_small(num_classes=10, **kw)
+    with pytest.raises(UserError, match="SHA-256 begins"): vit_small(num_classes=7, sha256="0" * 64, **kw)
+    renamed = file.rename(file.with_name(f"mine-{digest[:8]}.pth"))
+    assert load_weights(source.net, renamed) and load_weights(source.net, renamed.name)
+    with pytest.raises(UserError, match="SHA-256 begins"): load_weights(source.net, file.with_name(renamed.name).rename(tmp_path / "mine-01234567.pth"))
+
+
+def test_a_pickle_with_code_is_not_run(tmp_path):
+    torch.save({"w": threading.Lock}, tmp_path / "evil.pt")
+    with pytest.raises(UserError, match="cannot be read"): load_weights(nn.Linear(1, 1), tmp_path / "evil.pt")
