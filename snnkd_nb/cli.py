@@ -140,10 +140,10 @@ def reproduce(
 # %% ../nbs/lib/99_cli.ipynb #52dd79e8
 def _check_names(spec):
     from snnkd_nb.losses.zoo import parse_methods
-    from snnkd_nb.models.zoo import list_models
+    from snnkd_nb.models.zoo import check_model
     from snnkd_nb.neurons.lif import list_neurons
 
-    if spec.model.name not in list_models(): raise unknown("model", spec.model.name, list_models())
+    check_model(spec.model.name, spec.model.T)
     if spec.model.T and spec.model.neuron not in list_neurons(): raise unknown("neuron", spec.model.neuron, list_neurons())
     if spec.method != "none": parse_methods(spec.method)
     if spec.teacher: _check_names(spec.teacher)

@@ -13,7 +13,8 @@ from snnkd_nb.core import UserError, sha256_of
 from snnkd_nb.data.corrupt import subset
 from snnkd_nb.data.images import load
 from snnkd_nb.losses.zoo import create_distiller
-from snnkd_nb.models.foreign import Foreign, Tap, create_foreign, from_map, load_weights, patch_for, to_map, vit_small, with_channels
+from snnkd_nb.models.foreign import create_foreign, load_weights, patch_for, vit_small, with_channels
+from snnkd_nb.models.taps import Foreign, Tap, from_map, to_map
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.spec import ModelSpec
 from snnkd_nb.training.loop import fit
@@ -28,7 +29,7 @@ def resnet(channels=3, **kw):
     return Foreign(with_channels(net, channels), image_size=32, **kw)
 
 
-def vit(**kw): return torch.manual_seed(0) and vit_small(width=0.1, depth=2, patch=8, **kw)
+def vit(**kw): return torch.manual_seed(0) and vit_small(width=0.1, blocks=2, patch=8, **kw)
 def images(b=3, seed=0): return torch.randn(b, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 def hooks_in(net): return sum(len(m._forward_hooks) for m in net.modules())
 
@@ -145,9 +146,9 @@ def test_patches_tile_the_image(size): assert size % patch_for(size) == 0 and pa
 @pytest.mark.parametrize("name", ["resnet", "vit"])
 def test_a_foreign_teacher_teaches(name):
     torch.manual_seed(0)
-    data = subset(load("digits", size=16), 120, 0)
-    net = resnet(channels=1) if name == "resnet" else vit_small(width=0.1, depth=3, image_size=16, in_channels=1)
-    student = create_model("resnet20", T=2, width=0.25, depth=0.34, in_channels=1, image_size=16)
+    data = subset(load("digits"), 120, 0)
+    net = resnet(channels=1) if name == "resnet" else vit_small(width=0.1, blocks=3, image_size=8, in_channels=1)
+    student = create_model("resnet20", T=2, width=0.25, depth=0.34, in_channels=1, image_size=8)
     pairs = [["stage2", "stage1"], ["stage3", "stage2"]]
     distiller = create_distiller("kd+feature", student, net, pairs=pairs)
     before, head = copy.deepcopy(net.state_dict()), student.head.out.weight.clone()
@@ -204,7 +205,7 @@ def test_weights_in_the_data_folder_with_a_hash(tmp_path, monkeypatch):
     file = tmp_path / "weights" / "mine.pt"
     torch.save(source.net.state_dict(), file)
     digest = sha256_of(file)
-    kw = dict(width=0.1, depth=2, patch=8, weights="mine.pt")
+    kw = dict(width=0.1, blocks=2, patch=8, weights="mine.pt")
     assert vit_small(num_classes=7, sha256=digest, **kw)(images()).shape == (3, 7)
     net = vit_small(num_classes=10, head=False, **kw)
     assert net.net.patch_embed.proj.weight.equal(source.net.patch_embed.proj.weight) and net.num_classes == 10

@@ -9,12 +9,12 @@ from torch import nn
 
 from snnkd_nb.core import UserError
 from snnkd_nb.metrics.activity import CONVENTIONS, count_macs, energy, firing_rates, mean_rate, sops
-from snnkd_nb.models.blocks import BasicBlock, Bottleneck, eval_mode
+from snnkd_nb.models.blocks import MODELS, BasicBlock, Bottleneck, eval_mode
 from snnkd_nb.models.zoo import create_model, list_models, model_info
 from snnkd_nb.neurons.lif import FromSpikingJelly
 from snnkd_nb.vision import torchvision
 
-NAMES = list_models()
+NAMES = [n for n in list_models() if MODELS[n]["spiking"]]
 SHARED = [n for n in NAMES if not n.endswith("_ckd")]
 COUNTS = {  # (name, "ann"/"snn", classes): millions, from the definitions the papers' code runs
     ("resnet18", "ann", 10): 11.174, ("resnet18", "snn", 100): 11.220, ("resnet34", "ann", 100): 21.328,
@@ -29,10 +29,13 @@ COUNTS = {  # (name, "ann"/"snn", classes): millions, from the definitions the p
     ("wrn16_2", "ann", 10): .692, ("wrn28_4", "ann", 10): 5.849, ("wrn40_2", "ann", 100): 2.255, ("bottleneck_sastc", "snn", 10): 20.525,
     ("pyramidnet18", "ann", 100): .22, ("pyramidnet20", "ann", 100): 2.95, ("pyramidnet110", "ann", 100): 28.5,
     ("pyramidnet200", "ann", 100): 26.845, ("pyramidnet101", "ann", 1000): 42.46,
+    **{(f"{kind}{n}{end}", mode, 1000): m for kind, end, mode in (("resnet", "_imagenet", "ann"), ("sew_resnet", "", "snn")) for n, m in ((18, 11.69), (34, 21.80), (50, 25.56))},
+    ("preact_resnet18", "snn", 1000): 11.694, ("preact_resnet34", "snn", 1000): 21.806,
+    ("spikformer", "snn", 10): 9.325, ("spikingformer", "snn", 10): 4.152,  # without two normalisations a block that the published code makes and never calls
 }
 
 
-def shallow(name): return {"depth": 0.1} if "depth" in model_info(name)["options"] and name not in ("resnet20", "resnet50", "resnet19_tet") else {}
+def shallow(name): return {"depth": 0.1} if "depth" in MODELS[name]["options"] and name not in ("resnet20", "resnet50", "resnet19_tet") else {}
 
 
 def small(name, T=None, **kw):

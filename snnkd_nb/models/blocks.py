@@ -256,11 +256,12 @@ MODELS = {}
 def register_model(
     paper,  # where the network is used, in words
     defined,  # where its definition stands
+    spiking=True,  # whether it can be built with time steps
     **native,  # the input it was made for where that is not 3×32×32, e.g. image_size=224
 ):
     "Decorator that enters a function returning a `Net` into the registry under its own name."
     def enter(fn):
         own = {k: p.default for k, p in inspect.signature(fn).parameters.items() if p.kind != p.VAR_KEYWORD}
-        MODELS[fn.__name__] = {"make": fn, "summary": inspect.getdoc(fn), "paper": paper, "defined": defined, "options": own, "native": native}
+        MODELS[fn.__name__] = {"make": fn, "summary": inspect.getdoc(fn), "paper": paper, "defined": defined, "options": own, "spiking": spiking, "native": native}
         return fn
     return enter

@@ -102,7 +102,7 @@ def _step(accelerator, module, optimiser, scaler, optim, x, y, at):
 
 def _shard(accelerator, *tensors):
     rank, n = accelerator.process_index, accelerator.num_processes
-    return tensors if n == 1 else tuple(t.chunk(n)[rank] for t in tensors)
+    return tensors if n == 1 else tuple(t.chunk(n, int(t.dim() == 5))[rank] for t in tensors)  # frames have time first
 
 # %% ../../nbs/lib/54_training.loop.ipynb #c8818313
 def _epoch(accelerator, module, optimiser, scaler, optim, loader, epoch):
