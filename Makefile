@@ -19,7 +19,7 @@ $(READY): settings.ini setup.py constraints.txt
 	@touch $(READY)
 
 reproduce: $(READY)
-	$(BIN)/snnkd reproduce all studies/kd --scale $(SCALE) -j $(JOBS)
+	$(BIN)/snnkd reproduce all studies --scale $(SCALE) -j $(JOBS)
 
 test: $(READY)
 	$(BIN)/python -m pytest tests -n 2 --dist worksteal -q

@@ -19,7 +19,7 @@ from snnkd_nb.reports.grid import SCALES
 
 ROOT = Path(__file__).resolve().parents[1]
 GRIDS = {"sastc/table02": sastc.table02, "sastc/table07": sastc.table07, "sastc/table08": sastc.table08,
-         "dsas/table12": dsas.table12, "dsas/table15": dsas.table15, "studies/kd": studies.kd}
+         "dsas/table12": dsas.table12, "dsas/table15": dsas.table15, "studies/kd": studies.kd, "studies/events": studies.events}
 
 
 @pytest.mark.parametrize("scale", SCALES)

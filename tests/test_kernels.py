@@ -304,8 +304,8 @@ def test_compiled_models_take_the_reference(monkeypatch):
 
 
 def test_bench_runs(capsys):
-    from snnkd_nb.runner.bench import bench
-    assert {r["what"] for r in bench("all", tiny=True)} == {"neuron", "step"} and "machine:" in capsys.readouterr().out
+    from snnkd_nb.runner.bench import BENCHMARKS, bench
+    assert {r["what"] for r in bench("all", tiny=True)} == set(BENCHMARKS) and "machine:" in capsys.readouterr().out
     bench("neuron", tiny=True, json=True)
     assert capsys.readouterr().out.startswith('{"machine"')
     with pytest.raises(UserError, match="benchmark"): bench("stepp")
