@@ -149,8 +149,13 @@ def _check_names(spec):
     if spec.teacher: _check_names(spec.teacher)
 
 # %% ../nbs/lib/99_cli.ipynb #32d69a55
+def _cuts(dataset):
+    "Whether a data set's recordings are cut into frames."
+    return dataset.split(":")[0] in ("digits-events", "events", "cifar10-dvs", "dvs-gesture")
+
+
 def train(
-    dataset: str = "digits",  # digits, cifar10, cifar100, folder:NAME, tiny-imagenet:NAME
+    dataset: str = "digits",  # digits, cifar10, cifar100, folder:NAME, tiny-imagenet:NAME, digits-events, events:SET, cifar10-dvs:NAME, dvs-gesture:NAME
     student: str = "resnet20",  # the network that is trained
     teacher: str | None = None,  # an ordinary network, trained first; default: no teacher
     method: str | None = None,  # distillation method, e.g. kd or kd+0.5*feature; default: kd with a teacher
@@ -166,6 +171,7 @@ def train(
     schedule: str = "onecycle",  # cosine, multistep, onecycle, constant
     precision: str = "fp32",  # fp32, bf16, fp16
     size: int | None = None,  # pixels an edge; default: as they are
+    frames: int | None = None,  # of an event data set; default: as many as time steps
     subset: int | None = None,  # training images taken, class-balanced; default: all
     shots: float = 1.0,  # fraction of the training images of every class
     label_noise: float = 0.0,  # fraction of wrong training labels
@@ -179,7 +185,8 @@ def train(
     from snnkd_nb.spec import DataSpec, ModelSpec, OptimSpec, RunSpec
 
     if teacher is None and method not in (None, "none"): raise UserError(f"--method {method} needs a teacher: add --teacher NAME")
-    data = DataSpec(dataset, size, subset, shots, label_noise, val=val, augment=augment)
+    cut = {"frames": frames or T or 4} if frames or _cuts(dataset) else {}
+    data = DataSpec(dataset, size, subset, shots, label_noise, val=val, augment=augment, args=cut)
     optim = OptimSpec(epochs, batch_size, lr, schedule=schedule, precision=precision)
     t_model = teacher and ModelSpec(teacher, None, width if teacher_width is None else teacher_width)
     t_optim = optim if teacher_epochs is None else optim.replace(epochs=teacher_epochs)

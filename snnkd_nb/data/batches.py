@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['raw_bits', 'permutation', 'stratified', 'Split', 'rows', 'describe', 'ImageData', 'count_batches', 'check_batches',
-           'epoch_order', 'normaliser', 'on_device', 'resolve_augment', 'Loader']
+           'epoch_order', 'time_first', 'normaliser', 'on_device', 'resolve_augment', 'Loader']
 
 # %% ../../nbs/lib/11_data.batches.ipynb #5eaf549a
 from dataclasses import dataclass
@@ -76,7 +76,8 @@ def describe(
     data,  # an `ImageData`, or anything with its fields
 ):
     "What a run record keeps of a data set: JSON data."
-    return {"name": data.name, "fingerprint": data.fingerprint, "classes": data.num_classes, "shape": list(data.shape),
+    frames = {"frames": data.frames} if data.frames else {}
+    return {"name": data.name, "fingerprint": data.fingerprint, "classes": data.num_classes, "shape": list(data.shape), **frames,
             "sizes": {k: len(s) for k, s in data.splits.items()}, "split": list(data.splits),
             "mean": [round(float(m), 4) for m in data.mean], "std": [round(float(s), 4) for s in data.std],
             "changes": [dict(c) for c in data.changes]}
@@ -93,11 +94,12 @@ class ImageData:
     test: Split
     val: Split | None = None
     changes: tuple = ()  # what was done to it since it was loaded, dicts
+    frames: int | None = None  # T of recordings; None: images
 
     @property
     def num_classes(self): return len(self.classes)
     @property
-    def shape(self): return tuple(self.train.images.shape[1:])
+    def shape(self): return ((s := self.train.images.shape)[1] // (self.frames or 1), *s[2:])
     @property
     def splits(self): return {k: s for k in ("train", "val", "test") if (s := getattr(self, k)) is not None}
     @cached_property
@@ -117,7 +119,8 @@ class ImageData:
 
     def __repr__(self):
         sizes = " / ".join(f"{len(s.labels):,} {k}" for k, s in self.splits.items())
-        return f"ImageData({self.name!r}, {sizes}, {self.num_classes} classes, {'×'.join(map(str, self.shape))})"
+        frames = f"{self.frames} frames of " if self.frames else ""
+        return f"ImageData({self.name!r}, {sizes}, {self.num_classes} classes, {frames}{'×'.join(map(str, self.shape))})"
 
 # %% ../../nbs/lib/11_data.batches.ipynb #430e641d
 def count_batches(n, batch_size, drop_last): return n // batch_size if drop_last else -(-n // batch_size)
@@ -134,16 +137,25 @@ def epoch_order(n, seed, epoch, shuffle):
     return torch.from_numpy(permutation(n, seed, "order", epoch)) if shuffle else torch.arange(n)
 
 # %% ../../nbs/lib/11_data.batches.ipynb #8ee229be
+def time_first(
+    x,  # (B, T·C, H, W), channels_last
+    T,  # frames of a recording
+):
+    "Frames that lie behind each other as channels, as `(T·B, C, H, W)`, channels_last."
+    (B, C, H, W), r = x.shape, x.permute(0, 2, 3, 1)
+    return r.reshape(B, H, W, T, C // T).permute(3, 0, 1, 2, 4).reshape(T * B, H, W, C // T).permute(0, 3, 1, 2)
+
+
 def normaliser(data, device="cpu"):
-    "The function from uint8 (B, C, H, W) to normalised float32, both channels_last."
+    "The function from uint8 (B, C, H, W) to normalised float32, both channels_last; of recordings to (T, B, C, H, W)."
     def fn(x):
         r, n = x.permute(0, 2, 3, 1), x.shape[2] * x.shape[3]
         flat = r.reshape(len(r), -1).float()
         return flat.mul_(scale.repeat(n)).add_(shift.repeat(n)).view(r.shape).permute(0, 3, 1, 2)
     scale, shift = (v.float().to(device) for v in (1 / (255 * data.std), -data.mean / data.std))
-    return fn
+    return fn if data.frames is None else lambda x: fn(time_first(x, data.frames)).unflatten(0, (data.frames, -1))
 
-# %% ../../nbs/lib/11_data.batches.ipynb #f885ea77
+# %% ../../nbs/lib/11_data.batches.ipynb #45f6bb0c
 def on_device(split, device):
     "Image rows (N, H·W·C) and labels on a device; copied there once and kept with the split."
     kept = split.__dict__.setdefault("_on", {})
@@ -154,11 +166,13 @@ def on_device(split, device):
 def resolve_augment(augment, data):
     "The augmentation as a function of `(x, generator)`."
     if callable(augment): return augment
-    return augmenter(augment, mean=data.mean)
+    return augmenter(augment, mean=0.0 if data.frames else data.mean)
 
 # %% ../../nbs/lib/11_data.batches.ipynb #487e7ffd
 class Loader:
-    "Batches `(x, y)` of one split in one epoch: float32 `(B, C, H, W)` channels_last and int64 `(B,)`; may be iterated again."
+    """Batches `(x, y)` of one split in one epoch: float32 `(B, C, H, W)` channels_last and int64 `(B,)`; may be iterated again.
+
+    Recordings come time first, `(T, B, C, H, W)`, and channels_last where time is folded into the batch."""
 
     def __init__(
         self,

@@ -32,10 +32,11 @@ def fit_image(
 
 # %% ../../nbs/lib/12_data.decode.ipynb #a9b6b8eb
 def pixels(
-    item,  # a path, or an array uint8 (H, W) or (H, W, 3)
-    size=None,  # as in `fit_image`
+    item,  # a path, an array uint8 (H, W) or (H, W, 3), or a function without arguments
+    size=None,  # as in `fit_image`; a function knows its own size
 ):
     "One decoded image, uint8 (H, W, C); a file that cannot be read is a `UserError` naming it."
+    if callable(item): return item()
     try:
         if isinstance(item, np.ndarray): image = Image.fromarray(item)
         else: image = Image.open(item).convert("RGB")
@@ -80,7 +81,7 @@ def _differ(one, two):
 
 
 def decode(
-    items,  # paths or arrays, see `Source`
+    items,  # what `pixels` takes, see `Source`
     size,  # as in `fit_image`
     what="decoding",  # for the progress
 ):
@@ -114,8 +115,9 @@ class Source:
     "Where images come from, before any of them is read."
     name: str  # of the data set
     key: object  # JSON data that changes with the content
-    read: object  # () -> (class names, {split: (items, labels)}); an item is a path or a uint8 array (H, W[, C])
+    read: object  # () -> (class names, {split: (items, labels)}); an item is what `pixels` takes
     normal: tuple | None = None  # (mean, std) where a convention exists; None: computed from the training images
+    frames: int | None = None  # T where the items are recordings (H, W, T·C); None: images
 
 
 def cache_folder(source, size):
@@ -155,7 +157,8 @@ def write_cache(
     np.save(folder / "labels.npy", labels)
     of = {s: images[a:b] for s, (a, b) in zip(parts, itertools.pairwise(ends))}
     meta = {"classes": list(classes), "splits": [[s, len(x), sha256_of(np.ascontiguousarray(x).data)] for s, x in of.items()],
-            "normal": [list(v) for v in source.normal or moments(of["train"])], "sums": [checksum(images), checksum(labels)]}
+            "normal": [list(v) for v in source.normal or moments(of["train"])], "sums": [checksum(images), checksum(labels)],
+            **({"frames": source.frames} if source.frames else {})}
     (folder / "meta.json").write_text(canonical_json({**meta, "sha256": sha256_of(canonical_json(meta))}))
 
 # %% ../../nbs/lib/12_data.decode.ipynb #5d5a1775
@@ -173,7 +176,7 @@ def read_cache(
     x, y = torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
     splits = {s: Split(x[a:b], y[a:b], h) for (s, _, h), (a, b) in zip(meta["splits"], itertools.pairwise(ends))}
     mean, std = (torch.tensor(v) for v in meta["normal"])
-    return ImageData(name, meta["classes"], mean, std, **splits)
+    return ImageData(name, meta["classes"], mean, std, **splits, frames=meta.get("frames"))
 
 # %% ../../nbs/lib/12_data.decode.ipynb #2dbdeeb2
 def prepare(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXTENSIONS', 'CIFAR', 'SOURCES', 'list_images', 'check_classes', 'folder_splits', 'data_path', 'listing_key',
            'listed_source', 'folder', 'tiny_titles', 'tiny_val', 'tiny_imagenet', 'digits', 'cifar', 'plugin',
-           'list_datasets', 'load']
+           'list_datasets', 'opener', 'load']
 
 # %% ../../nbs/lib/13_data.images.ipynb #40534497
 import importlib, inspect, itertools, os
@@ -185,15 +185,21 @@ def plugin(target):
 
 SOURCES = {  # name -> opener, or "module:function" of a module further up; called with (arg, root, download, size, **options)
     "digits": digits, "cifar10": cifar, "cifar100": partial(cifar, kind="cifar100"), "folder:PATH": folder,
-    "tiny-imagenet:PATH": tiny_imagenet, "imagefolder-stream:PATH": "snnkd_nb.data.stream:open_stream"}
+    "tiny-imagenet:PATH": tiny_imagenet, "imagefolder-stream:PATH": "snnkd_nb.data.stream:open_stream",
+    "digits-events": "snnkd_nb.data.events:digits_events", "events:PATH": "snnkd_nb.data.events:events_of",
+    "cifar10-dvs:PATH": "snnkd_nb.data.neuromorphic:cifar10_dvs", "dvs-gesture:PATH": "snnkd_nb.data.neuromorphic:dvs_gesture"}
 
 
 def list_datasets():
-    "The names `load` knows; `PATH` stands for a folder below the data root."
+    "The names `load` knows; `PATH` stands for a folder below the data root, after `events:` for an image data set."
     return sorted(SOURCES)
 
 # %% ../../nbs/lib/13_data.images.ipynb #227cff01
-def _opener(name, root):
+def opener(
+    name,  # of a data set, as `load` takes it
+    root=None,  # the data root
+):
+    "`(opener, argument)` of a name, see `SOURCES`."
     kind, colon, arg = name.partition(":")
     if kind in SOURCES and not colon: return plugin(SOURCES[kind]), ""
     if f"{kind}:PATH" in SOURCES: return plugin(SOURCES[f"{kind}:PATH"]), arg
@@ -213,7 +219,7 @@ def load(
     Raises `UserError` for an unknown name, missing data, a folder that is not laid out as it should be,
     or an image that cannot be read (the message names it)."""
     if size is not None and (not isinstance(size, int) or size < 1): raise UserError(f"size = {size!r}: give a whole number of pixels from 1, or None")
-    open_source, arg = _opener(name, root)
+    open_source, arg = opener(name, root)
     valid = list(inspect.signature(open_source).parameters)[4:]
     for o in options:
         if o not in valid or o == "kind": raise unknown(f"option of {name}", o, [v for v in valid if v != "kind"])

@@ -6,7 +6,7 @@
 __all__ = ['PAPERS', 'Artefact', 'artefacts', 'studies', 'artefact', 'match', 'specs_for']
 
 # %% ../../nbs/lib/89_papers.registry.ipynb #0d27ae5d
-import fnmatch, functools, importlib
+import fnmatch, functools, importlib, re
 from dataclasses import dataclass, field
 
 from ..core import root, unknown
@@ -135,7 +135,12 @@ def artefacts():
 def studies():
     "What no paper asked: every notebook in nbs/studies."
     found = sorted(p.stem for p in (root() / "nbs" / "studies").glob("*.ipynb"))
-    return [Artefact(f"studies/{n}", "study", "ours", "a question no paper asked", "-", f"studies/{n}") for n in found]
+    return [Artefact(f"studies/{n}", "study", "ours", _title(n), "-", f"studies/{n}") for n in found]
+
+
+def _title(study):
+    with open(root() / "nbs" / "studies" / f"{study}.ipynb", encoding="utf-8") as f: found = re.search(r'"# (.+?)(\\n)?"', f.read(2000))
+    return found[1] if found else "a question no paper asked"
 
 
 def artefact(
