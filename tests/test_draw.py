@@ -9,7 +9,7 @@ from torch import nn
 
 matplotlib.use("Agg")
 
-from snnkd_nb.models.blocks import BasicBlock, Bottleneck, activation
+from snnkd_nb.models.blocks import MODELS, BasicBlock, Bottleneck, activation
 from snnkd_nb.models.genome import dsas
 from snnkd_nb.models.zoo import create_model, list_models
 from snnkd_nb.neurons.lif import FromSpikingJelly
@@ -27,7 +27,7 @@ def overlaps(nodes):
     return [(a[4], b[4]) for i, a in enumerate(at) for b in at[:i] if abs(a[0] - b[0]) < (a[2] + b[2]) / 2 and abs(a[1] - b[1]) < (a[3] + b[3]) / 2]
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", [n for n in list_models() if MODELS[n]["spiking"]])
 @pytest.mark.parametrize("T", [None, 2])
 def test_every_layer_of_every_network_is_drawn_once(name, T):
     net = create_model(name, T=T, width=0.05, image_size=32)

@@ -52,7 +52,7 @@ def kd(
     return Grid("studies/kd", scale, [Cell({"method": "Teacher"}, "accuracy", ((teacher(scale),),)), *arms], conditions(scale))
 
 # %% ../../nbs/lib/88_papers.studies.ipynb #93c21c38
-NETWORKS = {"VGGSNN": "vggsnn", "ResNet-19 (TET)": "resnet19_tet"}
+NETWORKS = {"VGGSNN": "vggsnn", "ResNet-19": "resnet19_sastc"}
 
 
 def recordings(scale):
@@ -64,10 +64,9 @@ def recordings(scale):
 
 def network(scale, name, seed):
     "The `RunSpec` of one network on recordings."
-    smoke, wide = scale == "smoke", 1.0 if scale in ("medium", "paper") else 0.125 if scale == "smoke" else 0.25
-    args = {"neuron_args": {"v_threshold": 0.5}} | ({"depth": 0.34} if smoke and name.startswith("resnet") else {})
-    optim = OptimSpec(epochs=12, batch_size=16, lr=0.05, warmup=1) if smoke else optim_at(scale, epochs=300, batch_size=64)
-    return RunSpec(recordings(scale), ModelSpec(name, T=4, width=wide, args=args), optim, seed=seed)
+    wide = {"smoke": 0.125, "small": 0.25}.get(scale, 1.0)
+    optim = OptimSpec(epochs=10, batch_size=16, lr=0.05, warmup=1) if scale == "smoke" else optim_at(scale, epochs=300, batch_size=64)
+    return RunSpec(recordings(scale), ModelSpec(name, T=4, width=wide, args={"neuron_args": {"v_threshold": 0.5}}), optim, seed=seed)
 
 
 def events(
