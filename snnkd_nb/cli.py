@@ -149,11 +149,6 @@ def _check_names(spec):
     if spec.teacher: _check_names(spec.teacher)
 
 # %% ../nbs/lib/99_cli.ipynb #32d69a55
-def _cuts(dataset):
-    "Whether a data set's recordings are cut into frames."
-    return dataset.split(":")[0] in ("digits-events", "events", "cifar10-dvs", "dvs-gesture")
-
-
 def train(
     dataset: str = "digits",  # digits, cifar10, cifar100, folder:NAME, tiny-imagenet:NAME, digits-events, events:SET, cifar10-dvs:NAME, dvs-gesture:NAME
     student: str = "resnet20",  # the network that is trained
@@ -182,10 +177,12 @@ def train(
 ):
     "Train one network, and its teacher before it; prints the accuracy and the record's path."
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from snnkd_nb.data.images import load, opener
     from snnkd_nb.spec import DataSpec, ModelSpec, OptimSpec, RunSpec
 
     if teacher is None and method not in (None, "none"): raise UserError(f"--method {method} needs a teacher: add --teacher NAME")
-    cut = {"frames": frames or T or 4} if frames or _cuts(dataset) else {}
+    recorded = "frames" in inspect.signature(opener(dataset)[0]).parameters
+    cut = {"frames": frames or T or 4} if frames or recorded else {}
     data = DataSpec(dataset, size, subset, shots, label_noise, val=val, augment=augment, args=cut)
     optim = OptimSpec(epochs, batch_size, lr, schedule=schedule, precision=precision)
     t_model = teacher and ModelSpec(teacher, None, width if teacher_width is None else teacher_width)
@@ -193,7 +190,7 @@ def train(
     t = t_model and RunSpec(data, t_model, t_optim, seed=seed)
     spec = RunSpec(data, ModelSpec(student, T, width, neuron), optim, method or ("kd" if t else "none"), variant, {}, t, seed)
     _check_names(spec)
-    if download: __import__("snnkd_nb.data.images").data.images.load(dataset, download=True, size=size)
+    if download: load(dataset, download=True, size=size)
     return _train(spec)
 
 # %% ../nbs/lib/99_cli.ipynb #d2c64111

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import UserError, unknown
+from ..models.blocks import eval_mode
+from ..models.taps import hooked
 
 # %% ../../nbs/lib/40_losses.base.ipynb #ad114198
 def mean_logits(
@@ -53,16 +55,11 @@ def observe(
     if set(names) <= set(stages):
         logits, feats = model(x, features=True)
         return logits, {n: feats[n] for n in names}
-    feats, hooks = {}, []
-    modules = dict(model.named_modules())
+    feats, modules = {}, dict(model.named_modules())
     for n in names:
         if n not in modules: raise unknown("stage or module path", n, [*stages, *_paths(model)])
-    try:
-        for n in names: hooks.append(modules[n].register_forward_hook(lambda m, i, o, n=n: feats.__setitem__(n, o)))
-        logits = model(x)
-        return logits, {n: _unfold(f, logits) for n, f in feats.items()}
-    finally:
-        for h in hooks: h.remove()
+    with hooked(model, names, feats.__setitem__): logits = model(x)
+    return logits, {n: _unfold(f, logits) for n, f in feats.items()}
 
 # %% ../../nbs/lib/40_losses.base.ipynb #beb17cbb
 def feature_shapes(
@@ -74,11 +71,7 @@ def feature_shapes(
     size = getattr(model, "image_size", 32)
     shape = input_shape or (getattr(model, "in_channels", 3), size, size)
     p = next(model.parameters())
-    was = {m: m.training for m in model.modules()}
-    try:
-        with torch.no_grad(): _, feats = observe(model.eval(), torch.zeros(1, *shape, device=p.device, dtype=p.dtype), names)
-    finally:
-        for m, t in was.items(): m.training = t
+    with eval_mode(model): _, feats = observe(model, torch.zeros(1, *shape, device=p.device, dtype=p.dtype), names)
     return {n: tuple(f.shape[-3:]) for n, f in feats.items()}
 
 # %% ../../nbs/lib/40_losses.base.ipynb #463c5506

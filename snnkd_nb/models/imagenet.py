@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..core import UserError, data_dir, sha256_of, unknown
-from .blocks import BasicBlock, Bottleneck, Net, activation, linears, register_model, repeat_time, scaled
+from .blocks import BasicBlock, Bottleneck, Net, activation, fire_static, linears, norm_act, register_model, repeat_time, scaled
 from .resnet import WIDE, stage
 from ..spec import need
 
@@ -36,10 +36,11 @@ class ImageStem(nn.Module):
         self.pool = nn.MaxPool2d(3, 2, 1) if kind == "imagenet" else nn.Identity()
 
     def forward(self, x, repeat=None):
-        y = self.bn(self.conv(x))
-        if self.act is None: y = self.pool(y)
-        if repeat is not None: y = repeat_time(y, repeat)
-        return y if self.act is None else self.pool(self.act(y))
+        y = self.conv(x)
+        if self.act is None:
+            y = self.pool(self.bn(y))
+            return y if repeat is None else repeat_time(y, repeat)
+        return self.pool(norm_act(self.bn, self.act, y) if repeat is None else fire_static(self.act, self.bn(y), repeat))
 
 # %% ../../nbs/lib/35_models.imagenet.ipynb #e23f0f73
 def spiking_shortcut(block, act):
@@ -54,8 +55,8 @@ class SEWBlock(BasicBlock):
         spiking_shortcut(self, act)
 
     def forward(self, x):
-        y = self.act1(self.bn1(self.conv1(x)))
-        return self.act2(self.bn2(self.conv2(y))) + self.shortcut(x)
+        y = norm_act(self.bn1, self.act1, self.conv1(x))
+        return norm_act(self.bn2, self.act2, self.conv2(y)) + self.shortcut(x)
 
 
 class SEWBottleneck(Bottleneck):
@@ -65,9 +66,9 @@ class SEWBottleneck(Bottleneck):
         spiking_shortcut(self, act)
 
     def forward(self, x):
-        y = self.act1(self.bn1(self.conv1(x)))
-        y = self.act2(self.bn2(self.conv2(y)))
-        return self.act3(self.bn3(self.conv3(y))) + self.shortcut(x)
+        y = norm_act(self.bn1, self.act1, self.conv1(x))
+        y = norm_act(self.bn2, self.act2, self.conv2(y))
+        return norm_act(self.bn3, self.act3, self.conv3(y)) + self.shortcut(x)
 
 # %% ../../nbs/lib/35_models.imagenet.ipynb #4b125605
 class PreActBlock(BasicBlock):

@@ -10,7 +10,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from .blocks import Bottleneck, Net, Stem, activation, gap, linears, register_model, scaled, shortcut
+from .blocks import Bottleneck, Net, Stem, activation, gap, linears, norm_act, register_model, scaled, shortcut
 from .resnet import resnet
 
 # %% ../../nbs/lib/34_models.wide.ipynb #35f7efa0
@@ -23,8 +23,8 @@ class WideBlock(nn.Module):
         self.shortcut = None if stride == 1 and c_in == c else nn.Conv2d(c_in, c, 1, stride, bias=False)
 
     def forward(self, x):
-        a = self.act1(self.bn1(x))
-        y = self.conv2(self.act2(self.bn2(self.conv1(a))))
+        a = norm_act(self.bn1, self.act1, x)
+        y = self.conv2(norm_act(self.bn2, self.act2, self.conv1(a)))
         return y + (x if self.shortcut is None else self.shortcut(a))
 
 # %% ../../nbs/lib/34_models.wide.ipynb #4f0f8faf
