@@ -17,6 +17,7 @@ from snnkd_nb.core import UserError
 from snnkd_nb.kernels import flat
 from snnkd_nb.kernels.lif import is_run, lif, lif_reference
 from snnkd_nb.kernels.surrogate import ATan, PiecewiseQuadratic, Sigmoid, Surrogate, Triangle
+from snnkd_nb.models.zoo import create_model
 from snnkd_nb.neurons.lif import IF, LIF, FromSpikingJelly, ToSpikingJelly, create_neuron, list_neurons
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -233,6 +234,12 @@ def test_where_nothing_can_be_cached_it_is_compiled():
 def test_import_is_lazy(): assert in_fresh_process("import sys, snnkd_nb.neurons.lif; print('numba' in sys.modules, 'spikingjelly' in sys.modules)").split() == ["False", "False"]
 
 
+def test_a_cpu_never_loads_triton():
+    code = ("import sys, torch\nfrom snnkd_nb.models.zoo import create_model\nnet = create_model('resnet20', T=2)\n"
+            "net(torch.rand(8, 3, 32, 32)).sum().backward()\nprint('triton' in sys.modules, 'snnkd_nb.kernels.gpu' in sys.modules)")
+    assert in_fresh_process(code).split() == ["False", "False"]
+
+
 def test_a_type_without_kernel_is_said_once():
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -298,9 +305,27 @@ def test_bridge_to_spikingjelly_and_back():
     with pytest.raises(UserError): FromSpikingJelly(sj_neuron.LIFNode(), 0)
 
 
-def test_compiled_models_take_the_reference(monkeypatch):
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert "FusedLIF" not in lif(torch.ones(2, 3, requires_grad=True)).grad_fn.name()
+@pytest.mark.parametrize("static", [False, True])
+def test_compiled_neuron_is_one_operation(static):
+    def f(x): return lif(x + 0.1, T=3, static=static, v_reset=None, surrogate=ATan(2.0))
+    x, w = torch.randn(6, 2, 4, 4).contiguous(memory_format=CL), torch.randn((3, 6, 2, 4, 4) if static else (6, 2, 4, 4))
+    torch._dynamo.reset()
+    (a, ga), (b, gb) = (run(g, x, w) for g in (f, torch.compile(f, backend="aot_eager", fullgraph=True)))
+    assert a.equal(b) and ga.equal(gb) and a.stride() == b.stride() and ga.abs().max() > 0
+
+
+def test_compiled_network_is_the_network():
+    net, x = create_model("resnet20", T=2, width=0.25), torch.randn(4, 3, 16, 16)
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    a, b = (torch.autograd.grad(f(x).square().sum(), list(net.parameters())) for f in (net.eval(), compiled))
+    for p, q in zip(a, b): torch.testing.assert_close(p, q)
+
+
+def test_operation_keeps_torchs_rules():
+    x = torch.randn(6, 2, requires_grad=True)
+    from snnkd_nb.kernels.lif import lif_op
+    torch.library.opcheck(lif_op, (x, 3, False, "auto", 0.5, 1.0, 0.0, False, False, 1, 1.0, 1.0, True))
 
 
 def test_bench_runs(capsys):

@@ -1,6 +1,8 @@
 """What must hold for every registered network, and the counts that the papers' definitions fix."""
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +13,10 @@ from snnkd_nb.core import UserError
 from snnkd_nb.metrics.activity import CONVENTIONS, count_macs, energy, firing_rates, mean_rate, sops
 from snnkd_nb.models.blocks import MODELS, BasicBlock, Bottleneck, eval_mode
 from snnkd_nb.models.zoo import create_model, list_models, model_info
-from snnkd_nb.neurons.lif import FromSpikingJelly
+from snnkd_nb.neurons.lif import LIF, FromSpikingJelly
 from snnkd_nb.vision import torchvision
 
+ROOT = Path(__file__).resolve().parents[1]
 NAMES = [n for n in list_models() if MODELS[n]["spiking"]]
 SHARED = [n for n in NAMES if not n.endswith("_ckd")]
 COUNTS = {  # (name, "ann"/"snn", classes): millions, from the definitions the papers' code runs
@@ -103,6 +106,58 @@ def test_event_networks_see_two_channels():
         net = small(name, 4, in_channels=2, image_size=48)
         assert net(torch.rand(4, 2, 2, 48, 48)).shape == (4, 2, 10)
         assert small(name, in_channels=2, image_size=48)(torch.rand(4, 2, 2, 48, 48)).shape == (2, 10)  # an ANN sees their mean
+
+
+RECORDINGS = """
+import sys, torch
+from tests.test_models import NAMES, small
+for name in NAMES:
+    for T in (None, 2):
+        print(name, T, flush=True)
+        net = small(name, T, width=0.125, in_channels=2, image_size=48)
+        y = net(torch.rand(2, 2, 2, 48, 48))
+        (y * torch.randn_like(y)).sum().backward()
+        assert y.shape[-2:] == (2, 10) and all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
+print("done")
+"""
+
+
+def test_every_network_takes_recordings_forward_and_backward():
+    "In a process of its own: a fault of a library below ends the process without a word."
+    r = subprocess.run([sys.executable, "-c", RECORDINGS], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "ignore"})
+    assert r.stdout.endswith("done\n"), f"rc {r.returncode} at {r.stdout.splitlines()[-1:]}: {r.stderr[-500:]}"
+
+
+# What parameter counts cannot see: resolutions, kinds of pooling, neurons in the head.
+EDGES = {
+    "vgg11_rate": [32, 16, 8, 4, 2], "vgg13_rate": [32, 32, 16, 8, 4, 2], "vgg13": [32, 32, 16, 8, 4, 4], "vgg11_sastc": [32, 16, 8, 4, 2], "vggsnn": [32, 32, 16, 8, 4],
+    "resnet19_tet": [32, 32, 16, 8], "resnet19_rate": [32, 32, 16, 8], "resnet19_ckd": [32, 32, 16, 8], "resnet20": [32, 32, 16, 8], "resnet18": [32, 32, 16, 8, 4],
+    "wrn16_2": [32, 32, 16, 8], "pyramidnet110": [32, 32, 16, 8], "sew_resnet18": [8, 8, 4, 2, 1], "spikformer": [8] * 5, "spikingformer": [8] * 5,
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_resolutions(name): assert [s[-1] for s in small(name, 2, width=0.05, image_size=32).feature_shapes().values()] == EDGES[name]
+
+
+def test_poolings_shortcuts_and_heads():
+    kinds = {n: {type(m) for m in small(n, 2).modules() if "Pool" in type(m).__name__} for n in ("vgg11_rate", "vgg13", "vggsnn", "spikformer")}
+    assert nn.AvgPool2d in kinds["vgg11_rate"] and nn.MaxPool2d not in kinds["vgg11_rate"] and nn.MaxPool2d in kinds["vgg13"] and nn.AvgPool2d not in kinds["vgg13"]
+    assert nn.AvgPool2d in kinds["vggsnn"] and nn.MaxPool2d in kinds["spikformer"]
+    strided = lambda n: next(b.shortcut for b in small(n, 2).stage2 if not isinstance(b.shortcut, nn.Identity))
+    assert isinstance(strided("resnet19_ckd")[0], nn.AvgPool2d) and isinstance(strided("resnet19_tet")[0], nn.Conv2d)
+    heads = {n: [type(m).__name__ for m in small(n, 2).head] for n in ("resnet19_tet", "resnet19_rate", "vgg11_sastc")}
+    assert heads["resnet19_tet"] == ["Linear", "LIF", "Linear"] and heads["vgg11_sastc"] == ["Linear"] * 3
+    assert abs(create_model("vgg11_rate", 100, width=0.5).head.out.weight.std().item() - 0.5) < 0.02
+
+
+def test_a_neuron_with_a_forward_of_its_own_is_called():
+    class Loud(LIF):
+        def forward(self, x): return super().forward(0 * x + 5)
+
+    net = create_model("resnet20", T=2, width=0.25, neuron=Loud)
+    _, feats = net(images(size=32), features=True)
+    assert all(f.eq(1).all() for f in feats.values())
 
 
 @pytest.mark.parametrize("name", SHARED)

@@ -1,8 +1,10 @@
 """BatchNorm, sum and neuron in one pass: equal to the three one after the other, whatever the shape and the switches."""
+import copy
 import threading
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -130,3 +132,83 @@ def test_who_watches_sees_every_module(monkeypatch):
         if isinstance(m, (nn.BatchNorm2d, neurons.LIF)): m.register_forward_hook(lambda m, i, o: seen.append(type(m).__name__))
     net(torch.rand(2, 3, 8, 8))
     assert seen.count("BatchNorm2d") == 21 and seen.count("LIF") == 19
+
+
+def plain(bn, x, T, residual=None):
+    "The three modules one after the other."
+    act = neurons.LIF(T, surrogate=Triangle(1.0))
+    return act, act(bn(x) if residual is None else bn(x) + residual)
+
+
+KEPT = {"checkpoint": lambda f, x: torch.utils.checkpoint.checkpoint(f, x, use_reentrant=False), "plain": lambda f, x: f(x)}
+
+
+@pytest.mark.parametrize("way", ["checkpoint", "hooks"])
+def test_gradients_do_not_depend_on_where_autograd_keeps_things(way):
+    grads = []
+    for kept in ("plain", way):
+        torch.manual_seed(0)
+        bn, act = bn_of(32, True), neurons.LIF(4, surrogate=Triangle(1.0))
+        x, r = (torch.randn(16, 32, 32, 32).contiguous(memory_format=CL).requires_grad_() for _ in range(2))
+        f = lambda x: act.after(bn, x, r)
+        if kept == "hooks":
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t): y = f(x)
+        else: y = KEPT[kept](f, x)
+        junk = [torch.rand(32) for _ in range(200)]  # what was given back is used for something else
+        (y * torch.linspace(0, 1, y.numel()).view_as(y)).sum().backward()
+        grads.append([x.grad, r.grad, bn.weight.grad, bn.bias.grad])
+        assert junk
+    for a, b in zip(*grads): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def nhwc(*shape, dtype=torch.float32): return torch.randn(*shape).to(dtype).contiguous(memory_format=CL)
+
+
+class Own(nn.BatchNorm2d):
+    def forward(self, x): return super().forward(x) + 1
+
+
+ODD = {  # what the one pass must leave to the three modules: (BatchNorm, input, residual)
+    "contiguous input": (nn.BatchNorm2d(16), torch.randn(16, 16, 32, 32), None),
+    "residual of another type": (nn.BatchNorm2d(16), nhwc(16, 16, 32, 32), nhwc(16, 16, 32, 32, dtype=torch.float64)),
+    "broadcast residual": (nn.BatchNorm2d(16), nhwc(16, 16, 32, 32), torch.randn(16, 1, 1)),
+    "no scale": (nn.BatchNorm2d(16, affine=False), nhwc(16, 16, 32, 32), None),
+    "a subclass": (Own(16), nhwc(16, 16, 32, 32), None),
+    "BatchNorm in half precision": (nn.BatchNorm2d(16).bfloat16(), nhwc(16, 16, 32, 32, dtype=torch.bfloat16), None),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+@pytest.mark.parametrize("training", [False, True])
+def test_what_the_kernels_do_not_cover_is_left_to_the_modules(case, training):
+    bn, x, r = ODD[case]
+    bn = copy.deepcopy(bn).train(training)
+    act, expected = plain(copy.deepcopy(bn), x, 4, r)
+    assert x.numel() >= norm.WORTH and act.after(bn, x, r).equal(expected)
+
+
+def test_statistics_of_the_batch_where_none_are_tracked():
+    bn, x = nn.BatchNorm2d(16, track_running_stats=False).eval(), nhwc(16, 16, 32, 32)
+    act, expected = plain(bn, x, 4)
+    assert (act.after(bn, x) != expected).float().mean() < 1e-3 and norm.statistics(bn, x)[2]
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook", "global"])
+def test_every_kind_of_hook_is_served(kind):
+    bn, act, seen = bn_of(16, True), neurons.LIF(4), []
+    see = lambda m, *a: seen.append(type(m).__name__)
+    handle = torch.nn.modules.module.register_module_forward_hook(see) if kind == "global" else getattr(bn, kind)(see)
+    try: act.after(bn, nhwc(16, 16, 32, 32).requires_grad_()).sum().backward()
+    finally: handle.remove()
+    assert "BatchNorm2d" in seen
+
+
+def test_infinity_stays_where_it_is_in_eval_mode():
+    x = nhwc(4, 64, 33, 33)
+    x[0, 0, 0, 0] = float("inf")
+    bn, grads = bn_of(64, False), []
+    for f in (lambda v: neurons.LIF(2, surrogate=Triangle(1.0)).after(bn, v), lambda v: plain(bn, v, 2)[1]):
+        z = x.detach().requires_grad_()
+        f(z).sum().backward()
+        grads.append(z.grad)
+    assert grads[0].isnan().sum() == grads[1].isnan().sum() <= 4

@@ -74,13 +74,25 @@ def test_two_processes_train_as_one(digits, tmp_path):
 @pytest.mark.parametrize("method", [m for m in list_distillers() if m != "none"])
 def test_every_method_teaches_a_student_and_spares_the_teacher(digits, method):
     torch.manual_seed(0)
-    student, teacher = small(), create_model("vgg11_sastc", width=0.125, in_channels=1, image_size=8)
+    student, teacher = (create_model("resnet20", T=T, width=0.125, depth=0.34, in_channels=1, image_size=8) for T in (2, None))
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     distiller = create_distiller(method, student, teacher)
     fit(student, digits, distiller, epochs=1, lr=0.01, on_event=quiet, device="cpu")
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items()), "statistics of the teacher moved"
     assert all(p.grad is None for p in teacher.parameters()) and not teacher.training
     assert not any("teacher" in k for k in distiller.state_dict())
+
+
+def test_compiled_networks_learn_the_same(digits):
+    losses = []
+    for backend in (None, "aot_eager"):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        student, teacher = (create_model("resnet20", T=T, width=0.125, depth=0.34, in_channels=1, image_size=8) for T in (2, None))
+        history = fit(student, digits, create_distiller("kd+feature", student, teacher), epochs=1, lr=0.01, on_event=quiet, device="cpu", compile=backend)
+        losses.append(history[-1]["loss"])
+    assert abs(losses[0] - losses[1]) < 1e-3 * losses[0]
+    with pytest.raises(UserError, match="aot_eager"): fit(student, digits, epochs=1, compile="aot_eagre", on_event=quiet)
 
 
 def test_any_module_can_teach_by_module_path(digits):

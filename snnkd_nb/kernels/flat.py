@@ -313,13 +313,12 @@ def run(
 def launch(
     name,  # "forward": x → y; "backward": x, g → y
     a,  # a neuron's `TASK`, which is not changed
-    half,  # whether the numbers are bfloat16, else float32
     T,  # time steps
-    n,  # neurons in a step
-    x,  # address of the input: T·n numbers without a gap, or n if static
-    g,  # address of the gradient of the spikes, T·n numbers; 0 forward
-    y,  # address of the result: T·n numbers, backward and static n
+    x,  # the input: T·n numbers without a gap, or n if static; float32 or bfloat16
+    g,  # the gradient of the spikes, T·n numbers; None forward
+    y,  # the result: T·n numbers, backward and static n
     static=False,  # whether all steps have the same input
 ):
-    "Run a neuron's kernel over memory."
-    run(compiled(name, half), a, T, n, x, g, y, static)
+    "Run a neuron's kernel over the memory of tensors."
+    n = x.numel() // (1 if static else T)
+    run(compiled(name, x.dtype == torch.bfloat16), a, T, n, x.data_ptr(), 0 if g is None else g.data_ptr(), y.data_ptr(), static)

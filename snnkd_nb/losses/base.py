@@ -89,6 +89,7 @@ class Batch:
 class Method(nn.Module):
     "Base of the methods: says which features it needs and turns a `Batch` into named terms."
     needs_teacher = True
+    replaces_ce = False  # True: its terms stand in place of the cross-entropy
 
     def __init__(self, student, teacher, variant="paper"):
         super().__init__()
@@ -123,6 +124,8 @@ class Distiller(nn.Module):
         self.student, self.ce, self.ce_weight = student, ce, ce_weight
         self.weights, self.methods = [w for w, _ in methods], nn.ModuleList(m for _, m in methods)
         object.__setattr__(self, "teacher", teacher.eval() if teacher is not None else None)
+        self.replaced = [type(m).__name__ for m in self.methods if m.replaces_ce]
+        if self.replaced and (ce != "mean" or ce_weight != 1): raise UserError(f"{self.replaced[0]} stands in place of the cross-entropy: leave ce and ce_weight out, and weigh the method itself")
         names = lambda which: tuple(dict.fromkeys(n for m in self.methods for n in getattr(m, which)))
         self.student_features, self.teacher_features = names("student_features"), names("teacher_features")
 
@@ -143,7 +146,7 @@ class Distiller(nn.Module):
     def forward(self, x, y):
         "`(terms, logits)`: the weighted terms, whose sum is the loss, and the student's decision (B, K), detached."
         batch = self.look(x, y)
-        terms = {"ce": self.ce_weight * cross_entropy(batch.logits_s.float(), y, self.ce)}
+        terms = {} if self.replaced else {"ce": self.ce_weight * cross_entropy(batch.logits_s.float(), y, self.ce)}
         for w, m in zip(self.weights, self.methods):
             for name, value in m.terms(batch).items():
                 if name in terms: raise UserError(f"two methods give a term {name!r}: leave one of them out of the sum")

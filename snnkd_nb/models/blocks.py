@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'activation', 'norm_act', 'Chain', 'channels_last', 'repeat_time', 'fire_static', 'scaled', 'Stem',
-           'shortcut', 'BasicBlock', 'Bottleneck', 'linears', 'initialise', 'eval_mode', 'gap', 'Net', 'fold',
-           'register_model']
+           'Pointwise', 'shortcut', 'BasicBlock', 'Bottleneck', 'linears', 'initialise', 'eval_mode', 'gap',
+           'last_norm', 'Net', 'fold', 'register_model']
 
 # %% ../../nbs/lib/30_models.blocks.ipynb #0e02e063
 import contextlib, functools, inspect
@@ -14,9 +14,10 @@ from itertools import pairwise
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from ..core import UserError, unknown
-from ..neurons.lif import LIF, create_neuron, watched
+from ..neurons.lif import LIF, create_neuron, is_plain, watched
 from ..spec import need
 
 # %% ../../nbs/lib/30_models.blocks.ipynb #bd5fc432
@@ -38,17 +39,18 @@ def norm_act(
     residual=None,  # added before the activation
 ):
     "`act(norm(x) + residual)`, in one pass over memory where there is one."
-    if isinstance(act, LIF) and isinstance(x, torch.Tensor): return act.after(norm, x, residual)
+    if is_plain(act) and isinstance(x, torch.Tensor): return act.after(norm, x, residual)
     y = norm(x)
     return act(y if residual is None else y + residual)
 
 
 class Chain(nn.Sequential):
     "A sequence in which every BatchNorm that stands before an activation is taken together with it."
-    def forward(self, x):
-        parts, skip = list(self), False
+    def forward(self, x, then=None):
+        "`then`: an activation that follows."
+        parts, skip = [*self, *([] if then is None else [then])], False
         for m, after in zip(parts, [*parts[1:], None]):
-            if not skip: x = norm_act(m, after, x) if (pair := isinstance(m, nn.BatchNorm2d) and isinstance(after, LIF)) else m(x)
+            if not skip: x = norm_act(m, after, x) if (pair := isinstance(m, nn.BatchNorm2d) and is_plain(after)) else m(x)
             skip = not skip and pair
         return x
 
@@ -76,7 +78,7 @@ def fire_static(
     T,  # time steps
 ):
     "`act(repeat_time(y, T))`."
-    return act(y, static=True) if isinstance(act, LIF) and act.T == T and not watched(act) else act(repeat_time(y, T))
+    return act(y, static=True) if is_plain(act) and act.T == T and not watched(act) else act(repeat_time(y, T))
 
 # %% ../../nbs/lib/30_models.blocks.ipynb #6df54d81
 def scaled(
@@ -99,7 +101,17 @@ class Stem(nn.Module):
         if repeat is None: return norm_act(self.bn, self.act, self.conv(x))
         return fire_static(self.act, self.bn(self.conv(x)), repeat)
 
-# %% ../../nbs/lib/30_models.blocks.ipynb #98233843
+# %% ../../nbs/lib/30_models.blocks.ipynb #79d18939
+class Pointwise(nn.Conv2d):
+    "A 1×1 convolution, safe with a stride."
+    def __init__(self, c_in, c_out, stride=1, bias=False): super().__init__(c_in, c_out, 1, stride, bias=bias)
+
+    def forward(self, x):
+        s = self.stride[0]
+        if s == 1 or self.out_channels > 16 or max(x.shape[-2:]) <= 32: return super().forward(x)
+        return F.conv2d(channels_last(x[..., ::s, ::s]), self.weight, self.bias)
+
+# %% ../../nbs/lib/30_models.blocks.ipynb #7a080549
 def shortcut(
     c_in,  # channels that come in
     c_out,  # channels of the block's output
@@ -110,7 +122,7 @@ def shortcut(
     if stride == 1 and c_in == c_out: return nn.Identity()
     pool = kind == "pool" and stride > 1
     parts = {"pool": nn.AvgPool2d(stride, ceil_mode=True)} if pool else {}
-    parts |= {"conv": nn.Conv2d(c_in, c_out, 1, 1 if pool else stride, bias=False), "bn": nn.BatchNorm2d(c_out)}
+    parts |= {"conv": Pointwise(c_in, c_out, 1 if pool else stride), "bn": nn.BatchNorm2d(c_out)}
     return nn.Sequential(OrderedDict(parts))
 
 # %% ../../nbs/lib/30_models.blocks.ipynb #b1de95d1
@@ -189,6 +201,14 @@ def gap():
     return nn.Sequential(OrderedDict(mean=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten()))
 
 
+def last_norm(
+    channels,  # that the last stage puts out
+    act,  # makes an activation
+):
+    "What ends a network whose blocks end in a sum: BatchNorm, activation, global average."
+    return Chain(OrderedDict(bn=nn.BatchNorm2d(channels), act=act(), mean=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten()))
+
+
 class Net(nn.Module):
     "A classifier made of a stem, named stages, a pooling and a head: an ANN, or an SNN of `T` steps."
     def __init__(self, stem, stages, head, pool=None, T=None, image_size=32):
@@ -211,6 +231,9 @@ class Net(nn.Module):
         "Logits from the feature `x` that `stage` put out, in the form `features=True` gives it; gradients flow into `x`."
         if stage not in self.stage_names: raise unknown("stage", stage, self.stage_names)
         need(x.dim() == 4 + (self.T is not None), f"feature of shape {tuple(x.shape)}: {stage} of this network puts out {'(B, C, H, W)' if self.T is None else '(T, B, C, H, W)'}")
+        need(self.T is None or len(x) == self.T, f"the feature has {len(x)} time steps, the model runs T={self.T}: give (T, B, C, H, W) as features=True does")
+        c = self.widths[stage]
+        need(x.shape[-3] == c, f"the feature has {x.shape[-3]} channels, {stage} puts out {c}")
         h = channels_last(x if self.T is None else x.flatten(0, 1))
         for name in self.stage_names[self.stage_names.index(stage) + 1 :]: h = getattr(self, name)(h)
         return self.classify(h)
@@ -234,6 +257,11 @@ class Net(nn.Module):
     def feature_channels(self):
         "{stage: C}."
         return {name: shape[0] for name, shape in self.feature_shapes().items()}
+
+    @functools.cached_property
+    def widths(self):
+        "`feature_channels()`, found once."
+        return self.feature_channels()
 
 # %% ../../nbs/lib/30_models.blocks.ipynb #267d0d91
 def fold(

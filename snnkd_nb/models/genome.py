@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from ..core import unknown
-from .blocks import BasicBlock, Net, Stem, activation, linears, register_model, repeat_time, scaled
+from .blocks import BasicBlock, Net, Stem, activation, fire_static, linears, norm_act, register_model, repeat_time, scaled
 from ..spec import need
 
 # %% ../../nbs/lib/37_models.genome.ipynb #0365e378
@@ -90,9 +90,9 @@ class FirstBlock(BasicBlock):
     def conv(self): return self.conv1
 
     def forward(self, x, repeat=None):
-        first, second = self.bn1(self.conv1(x)), self.shortcut(x)
-        if repeat is not None: first, second = repeat_time(first, repeat), repeat_time(second, repeat)
-        return self.act2(self.bn2(self.conv2(self.act1(first))) + second)
+        if repeat is None: return super().forward(x)
+        first, second = fire_static(self.act1, self.bn1(self.conv1(x)), repeat), repeat_time(self.shortcut(x), repeat)
+        return norm_act(self.bn2, self.act2, self.conv2(first), second)
 
 # %% ../../nbs/lib/37_models.genome.ipynb #43562d80
 def genome_parameters(

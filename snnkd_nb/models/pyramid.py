@@ -7,13 +7,11 @@ __all__ = ['widths', 'PadShortcut', 'PyramidBlock', 'PyramidBottleneck', 'small_
            'pyramidnet20', 'pyramidnet110', 'pyramidnet200', 'pyramidnet101']
 
 # %% ../../nbs/lib/36_models.pyramid.ipynb #019f4907
-from collections import OrderedDict
-
 from torch import nn
 from torch.nn import functional as F
 
 from ..core import unknown
-from .blocks import Net, activation, gap, linears, norm_act, register_model, scaled
+from .blocks import Net, activation, last_norm, linears, norm_act, register_model, scaled
 from .imagenet import STEMS, ImageStem
 from ..spec import need
 
@@ -116,7 +114,7 @@ def pyramid(
     act, depths = activation(T, neuron, neuron_args), [scaled(n, depth) for n in depths]
     c = scaled(base, width)
     stages, c_out = chain(block, c, widths(c, alpha * width, sum(depths)), depths, act)
-    pool = nn.Sequential(OrderedDict(bn=nn.BatchNorm2d(c_out), act=act(), **gap()._modules))
+    pool = last_norm(c_out, act)
     return Net(stem(in_channels, c, act), stages, linears((c_out, num_classes)), pool, T, image_size)
 
 # %% ../../nbs/lib/36_models.pyramid.ipynb #c06c3202

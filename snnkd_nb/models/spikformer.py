@@ -13,7 +13,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from .blocks import Net, Stem, activation, linears, register_model
+from .blocks import Chain, Net, Stem, activation, linears, norm_act, register_model
 from ..spec import need
 
 # %% ../../nbs/lib/36_models.spikformer.ipynb #20977b5c
@@ -57,9 +57,11 @@ class Attention(nn.Module):
         self.attn_act = act_attn()
         self.proj, self.proj_bn = nn.Conv2d(dim, dim, 1), nn.BatchNorm2d(dim)
 
-    def forward(self, x):
-        q, k, v = (heads_of(part, self.heads) for part in self.qkv_act(self.qkv_bn(self.qkv(x))).chunk(3, 1))
-        return self.proj_bn(self.proj(self.attn_act(map_of(attend(q, k, v), x.shape))))
+    def forward(self, x, then=None):
+        "`then`: an activation that follows."
+        q, k, v = (heads_of(part, self.heads) for part in norm_act(self.qkv_bn, self.qkv_act, self.qkv(x)).chunk(3, 1))
+        y = self.proj(self.attn_act(map_of(attend(q, k, v), x.shape)))
+        return self.proj_bn(y) if then is None else norm_act(self.proj_bn, then, y)
 
 # %% ../../nbs/lib/36_models.spikformer.ipynb #38266e9b
 class Block(nn.Module):
@@ -68,15 +70,15 @@ class Block(nn.Module):
         super().__init__()
         self.pre, self.act1, self.act2 = pre, act(), act()
         self.attn = Attention(dim, heads, act, act_attn, bias=not pre)
-        self.mlp = nn.Sequential(OrderedDict(conv1=nn.Conv2d(dim, 4 * dim, 1), bn1=nn.BatchNorm2d(4 * dim), act=act(),
-                                             conv2=nn.Conv2d(4 * dim, dim, 1), bn2=nn.BatchNorm2d(dim)))
+        self.mlp = Chain(OrderedDict(conv1=nn.Conv2d(dim, 4 * dim, 1), bn1=nn.BatchNorm2d(4 * dim), act=act(),
+                                     conv2=nn.Conv2d(4 * dim, dim, 1), bn2=nn.BatchNorm2d(dim)))
 
     def forward(self, x):
         if self.pre:
             y = x + self.attn(self.act1(x))
             return y + self.mlp(self.act2(y))
-        y = x + self.act1(self.attn(x))
-        return y + self.act2(self.mlp(y))
+        y = x + self.attn(x, then=self.act1)
+        return y + self.mlp(y, then=self.act2)
 
 # %% ../../nbs/lib/36_models.spikformer.ipynb #f698f1c4
 def pooling(): return nn.MaxPool2d(3, 2, 1)
@@ -86,7 +88,7 @@ def patch(c_in, c_out, act, pool=False):
     "conv3×3 – BatchNorm – activation, and max pooling at the end or not."
     parts = OrderedDict(conv=nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), bn=nn.BatchNorm2d(c_out), act=act())
     if pool: parts["pool"] = pooling()
-    return nn.Sequential(parts)
+    return Chain(parts)
 
 # %% ../../nbs/lib/36_models.spikformer.ipynb #63ee8cac
 class SpikformerStem(Stem):
@@ -111,7 +113,7 @@ class SpikingformerStem(Stem):
             if i > 1: parts[f"act{i}"] = act()
             if i > 2: parts[f"pool{i}"] = pooling()
             parts[f"conv{i}"], parts[f"bn{i}"] = nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b)
-        self.patches = nn.Sequential(parts)
+        self.patches = Chain(parts)
 
     def forward(self, x, repeat=None): return self.patches(super().forward(x, repeat))
 

@@ -6,11 +6,9 @@
 __all__ = ['WideBlock', 'bare_stem', 'wrn', 'wrn16_2', 'wrn28_4', 'wrn40_2', 'WideBottleneck', 'bottleneck_sastc']
 
 # %% ../../nbs/lib/34_models.wide.ipynb #91952fc3
-from collections import OrderedDict
-
 from torch import nn
 
-from .blocks import Bottleneck, Net, Stem, activation, gap, linears, norm_act, register_model, scaled, shortcut
+from .blocks import Bottleneck, Net, Pointwise, Stem, activation, last_norm, linears, norm_act, register_model, scaled, shortcut
 from .resnet import resnet
 
 # %% ../../nbs/lib/34_models.wide.ipynb #35f7efa0
@@ -20,7 +18,7 @@ class WideBlock(nn.Module):
         super().__init__()
         self.bn1, self.act1, self.conv1 = nn.BatchNorm2d(c_in), act(), nn.Conv2d(c_in, c, 3, stride, 1, bias=False)
         self.bn2, self.act2, self.conv2 = nn.BatchNorm2d(c), act(), nn.Conv2d(c, c, 3, 1, 1, bias=False)
-        self.shortcut = None if stride == 1 and c_in == c else nn.Conv2d(c_in, c, 1, stride, bias=False)
+        self.shortcut = None if stride == 1 and c_in == c else Pointwise(c_in, c, stride)
 
     def forward(self, x):
         a = norm_act(self.bn1, self.act1, x)
@@ -58,7 +56,7 @@ def wrn(
         c_in, c = c, scaled(16 * 2**i * k, width)
         blocks = [WideBlock(c if b else c_in, c, 2 if i and not b else 1, act) for b in range(scaled(n, depth))]
         groups.append(nn.Sequential(*blocks))
-    pool = nn.Sequential(OrderedDict(bn=nn.BatchNorm2d(c), act=act(), **gap()._modules))
+    pool = last_norm(c, act)
     return Net(stem, groups, linears((c, num_classes)), pool, T, image_size)
 
 # %% ../../nbs/lib/34_models.wide.ipynb #2a54945e

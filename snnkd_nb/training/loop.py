@@ -146,7 +146,7 @@ class History(list):
 def _optim(optim, overrides):
     valid = [f.name for f in dataclasses.fields(OptimSpec)]
     for k in overrides:
-        if k not in valid: raise unknown("option of fit", k, [*valid, "augment", "seed", "device", "checkpoint", "on_event"])
+        if k not in valid: raise unknown("option of fit", k, [*valid, "augment", "seed", "device", "checkpoint", "on_event", "compile"])
     return dataclasses.replace(optim or OptimSpec(), **overrides)
 
 
@@ -161,6 +161,14 @@ def _accelerator(device):
     return accelerator
 
 # %% ../../nbs/lib/54_training.loop.ipynb #35cbaf72
+def _compile(distiller, backend):
+    valid = sorted({"inductor", "aot_eager", "eager", *torch.compiler.list_backends()})
+    if backend not in valid: raise unknown("backend of torch.compile", backend, valid)
+    mode = {"mode": "reduce-overhead"} if backend == "inductor" and torch.cuda.is_available() else {}
+    for m in (distiller.student, distiller.teacher):
+        if m is not None: m.compile(backend=backend, **mode)
+
+# %% ../../nbs/lib/54_training.loop.ipynb #43d3b459
 def fit(
     student,  # the network that is trained, in place
     data,  # an `ImageData` or anything with its `loader`
@@ -171,6 +179,7 @@ def fit(
     device=None,  # "cpu", "cuda"; None: the accelerator that is there
     checkpoint=None,  # file: written after every epoch, resumed from where it is whole
     on_event=None,  # called with every event; None: a `Printer`
+    compile=None,  # backend of torch.compile for student and teacher, such as "inductor" (takes a minute; on a GPU with CUDA graphs); None: neither
     **overrides,  # fields of `OptimSpec`: epochs=5, lr=0.1, …
 ):
     "Train and return the `History`. Raises `NonFiniteLoss` (nothing is saved then) and `UserError`."
@@ -185,6 +194,7 @@ def fit(
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=optim.precision == "fp16")
     history = _resume(checkpoint, distiller, optimiser, scaler, of)
     module = accelerator.prepare_model(distiller) if accelerator.num_processes > 1 else distiller
+    if compile: _compile(distiller, compile)
     for epoch in range(len(history), optim.epochs):
         torch.manual_seed(seed_for(seed, "epoch", epoch))
         loader = data.loader("train", optim.batch_size, seed=seed, epoch=epoch, augment=augment,

@@ -1,0 +1,344 @@
+"""CKDSNN's losses and its baselines beyond their notebooks: published numbers, shapes, precisions, students and teachers of many kinds."""
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from snnkd_nb.core import UserError, root
+from snnkd_nb.data.images import load
+from snnkd_nb.losses.base import Distiller, mean_logits
+from snnkd_nb.losses.baselines import adapter, bkd_loss, generator
+from snnkd_nb.losses.ckdsnn import CKDSNN, SAMD, nld_loss, samd_loss
+from snnkd_nb.losses.kd import kd_loss
+from snnkd_nb.losses.maps import SCALINGS, ClassMap, cam, grad_cam, isi_sam, rescale, sam, same_size
+from snnkd_nb.losses.zoo import create_distiller
+from snnkd_nb.models.foreign import timm
+from snnkd_nb.models.taps import Foreign
+from snnkd_nb.models.zoo import create_model
+from snnkd_nb.training.loop import autocast, fit
+
+METHODS = ("samd", "nld", "ckdsnn", "kdsnn", "bkd", "tet", "e2kd", "catkd")
+
+
+def quiet(event): pass
+
+
+@pytest.fixture(scope="module")
+def digits(): return load("digits")
+
+
+def golden(name):
+    return {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(root() / "tests" / "golden" / f"{name}.npz").items()}
+
+
+def net(name="resnet20", T=None, width=0.125, **kw):
+    return create_model(name, T=T, width=width, in_channels=1, image_size=8, **kw)
+
+
+def untouched(teacher): return all(p.grad is None for p in teacher.parameters())
+
+
+# published numbers
+
+def test_maps_and_samd_are_those_of_the_published_code():
+    g = golden("ckdsnn_published_code")
+    spikes = g["spikes"].clone().requires_grad_()
+    a, b = rescale(sam(spikes), "batch"), rescale(cam(g["teacher_feature"], g["classifier_weight"], g["predicted_class"]), "batch")
+    loss = samd_loss(a, b, squared=False)
+    loss.backward()
+    for ours, theirs in ((a, g["sam"]), (b, g["cam"]), (loss, g["samd_loss"]), (spikes.grad, g["grad_spikes"])):
+        torch.testing.assert_close(ours.detach(), theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_nld_is_that_of_the_published_code():
+    g = golden("ckdsnn_published_code")
+    z = g["student_logits"].clone().requires_grad_()
+    loss = nld_loss(z, g["teacher_logits"], mix="probabilities", draw=g["standard_normal_draw"])
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), g["nld_loss"], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(z.grad, g["grad_student_logits"], atol=1e-6, rtol=1e-5)
+
+
+def test_the_methods_of_the_code_variant_are_the_published_code(monkeypatch):
+    g = golden("ckdsnn_published_code")
+
+    class Teacher(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(1, 16, 1), nn.Linear(16, 10, bias=False)
+            self.head.weight.data = g["classifier_weight"]
+
+        def forward(self, x): return self.head(self.conv(x).mean((2, 3)))
+
+    student, teacher = net(T=4), Foreign(Teacher(), {"last": "conv"}, image_size=8)
+    both = CKDSNN(student, teacher, "code", stage=("stage1", "last"))
+    batch = Distiller(student, teacher, [(1.0, both)]).look(torch.rand(6, 1, 8, 8), torch.arange(6))
+    batch.feats_s["stage1"], batch.feats_t["last"] = g["spikes"].clone().requires_grad_(), g["teacher_feature"]
+    batch.logits_t = nn.functional.one_hot(g["predicted_class"], 10).float()
+    samd = both.terms(batch)["samd"]
+    samd.backward()
+    torch.testing.assert_close(samd.detach(), g["samd_loss"], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(batch.feats_s["stage1"].grad, g["grad_spikes"], atol=1e-6, rtol=1e-5)
+    batch.logits_s, batch.logits_t = g["student_logits"], g["teacher_logits"]
+    monkeypatch.setattr(torch, "randn_like", lambda z: g["standard_normal_draw"])
+    torch.testing.assert_close(both.parts[1].terms(batch)["nld"], g["nld_loss"], atol=1e-6, rtol=1e-5)
+
+
+def test_the_blurred_loss_is_that_of_the_published_code():
+    g = golden("bkd_loss")
+    adapt, generate = adapter(12, 16), generator(16)
+    for module, name in ((adapt, "align"), (generate, "generation")):
+        module.load_state_dict({k.split(".", 2)[2]: v for k, v in g.items() if k.startswith(f"param.{name}.")})
+    leaf = g["student"].clone().requires_grad_()
+    loss = bkd_loss(adapt(leaf), g["teacher"], generate, g["mask"])
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), g["loss"], atol=1e-7, rtol=1e-5)
+    torch.testing.assert_close(leaf.grad, g["grad_student"], atol=1e-8, rtol=1e-5)
+
+
+# shapes
+
+sizes = st.integers(1, 9)
+features = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 7), sizes, sizes, st.integers(0, 9999))
+
+
+@settings(max_examples=40, deadline=None)
+@given(features)
+def test_sam_counts_every_spike_once_in_every_layout(shape):
+    *dims, seed = shape
+    spikes = (torch.rand(*dims, generator=torch.Generator().manual_seed(seed)) > 0.6).float()
+    folded = spikes.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, dims[:2])
+    for s in (spikes, folded, folded.bfloat16()):
+        assert sam(s).equal(spikes.sum((0, 2))) and sam(s).dtype == torch.float32
+    assert sam(folded).sum() == spikes.sum() and sam(spikes[0]).equal(spikes[0].sum(1))
+    maps = isi_sam(spikes, 0.5)
+    assert maps.shape == (dims[0], dims[1], *dims[3:]) and not maps[0].any()
+    assert (maps <= spikes.sum(2) / (np.exp(0.5) - 1) + 1e-5).all()  # a geometric series bounds the trace
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 4), st.tuples(sizes, sizes), st.tuples(sizes, sizes), st.sampled_from(SCALINGS), st.integers(0, 9999))
+def test_samd_of_any_two_resolutions(batch, a, b, scaling, seed):
+    g = torch.Generator().manual_seed(seed)
+    s, t = torch.rand(batch, *a, generator=g, dtype=torch.float64), torch.rand(batch, *b, generator=g, dtype=torch.float64)
+    s.requires_grad_()
+    loss = samd_loss(s, t, scaling=scaling)
+    loss.backward()
+    assert loss >= -1e-6 and torch.isfinite(loss) and torch.isfinite(s.grad).all()
+    assert abs(samd_loss(s, s, scaling=scaling)) < 1e-6
+    small_s, small_t = same_size(s, t)
+    assert small_s.shape[1:] == small_t.shape[1:] == tuple(map(min, a, b))
+    each = torch.stack([samd_loss(s[i : i + 1], t[i : i + 1], scaling=scaling) for i in range(batch)]).mean()
+    torch.testing.assert_close(loss, each, atol=1e-5, rtol=1e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 5), st.integers(2, 12), st.floats(0, 3), st.floats(0.5, 9), st.integers(0, 9999))
+def test_nld_is_finite_and_its_mean_does_not_matter(batch, k, lam, temp, seed):
+    g = torch.Generator().manual_seed(seed)
+    s, t, xi = (torch.randn(batch, k, generator=g, dtype=torch.float64) for _ in range(3))
+    torch.testing.assert_close(nld_loss(s, t, temp, lam, draw=xi), kd_loss(s + lam * s.std(-1, keepdim=True) * xi, t, temp))
+    for mix in ("logits", "probabilities"):
+        assert nld_loss(s, t, temp, 0.0, mix=mix) == kd_loss(s, t, temp)
+        loss = nld_loss(s, t, temp, min(lam, 1.0), mix=mix, draw=xi)
+        assert torch.isfinite(loss) and loss >= -1e-9
+        torch.testing.assert_close(loss, nld_loss(s + 5, t - 2, temp, min(lam, 1.0), mix=mix, draw=xi))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 6), sizes, sizes, st.integers(2, 7), st.integers(0, 9999))
+def test_grad_cam_is_cam_over_positions(batch, c, h, w, k, seed):
+    g = torch.Generator().manual_seed(seed)
+    f, weight, y = torch.randn(batch, c, h, w, generator=g), torch.randn(k, c, generator=g), torch.randint(k, (batch,), generator=g)
+    leaf = f.clone().requires_grad_()
+    (leaf.mean((2, 3)) @ weight.T).gather(1, y[:, None]).sum().backward()
+    torch.testing.assert_close(grad_cam(f, leaf.grad), cam(f, weight, y) / (h * w), atol=1e-5, rtol=1e-4)
+    with pytest.raises(UserError, match="out of range"): cam(f, weight, y + k)
+
+
+# methods
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_two_steps_of_every_method(digits, method, precision):
+    torch.manual_seed(0)
+    student, teacher = net(T=2), net(width=0.25)
+    d = create_distiller(method, student, None if method == "tet" else teacher)
+    d.train()
+    opt, loader = torch.optim.SGD(d.parameters(), 0.05), iter(digits.loader("train", 16))
+    for _ in range(2):
+        with autocast("cpu", precision): terms, _ = d(*next(loader))
+        assert all(torch.isfinite(v) and v.dtype == torch.float32 for v in terms.values())
+        opt.zero_grad(), sum(terms.values()).backward(), opt.step()
+    assert untouched(teacher) and all(p.grad is not None and torch.isfinite(p.grad).all() for p in student.parameters())
+
+
+@pytest.mark.parametrize("variant", ["paper", "code"])
+@pytest.mark.parametrize("kw", [dict(student_map="isi"), dict(student_map="cam"), dict(scaling="l2"), dict(scaling="zscore"), dict(scaling="none"), dict(rescale="none"),
+                                dict(classes="predicted"), dict(stage="stage1"), dict(noise="fixed", sigma=2.0), dict(noise="none"), dict(mix="probabilities")])
+def test_every_switch_trains(digits, variant, kw):
+    student, teacher = net(T=2), net(width=0.25)
+    terms, _ = create_distiller("ckdsnn", student, teacher, variant, **kw)(*next(iter(digits.loader("train", 8))))
+    sum(terms.values()).backward()
+    assert all(torch.isfinite(v) for v in terms.values()) and untouched(teacher)
+    assert all(torch.isfinite(p.grad).all() for p in student.parameters())
+
+
+@pytest.mark.parametrize("student,stage", [("resnet19_tet", None), ("resnet19_ckd", None), ("wrn16_2", None), ("vgg11_sastc", ("stage2", "stage1")), ("vgg11_sastc", ("stage1", "stage3")), ("spikformer", None)])
+@pytest.mark.parametrize("teacher", ["resnet20", "wrn16_2"])
+def test_students_and_teachers_of_other_kinds_and_resolutions(digits, student, stage, teacher):
+    student, teacher = net(student, T=2), net(teacher, width=0.25)
+    x, y = next(iter(digits.loader("train", 5)))
+    d = create_distiller("ckdsnn+e2kd", student, teacher, **({"stage": stage} if stage else {}))
+    terms, _ = d(x, y)
+    sum(terms.values()).backward()
+    assert set(terms) == {"ce", "samd", "nld", "e2kd"} and all(torch.isfinite(v) for v in terms.values()) and untouched(teacher)
+
+
+def test_an_ordinary_student_is_one_step():
+    student, teacher, x = net(), net(width=0.25), torch.rand(3, 1, 8, 8)
+    d = create_distiller("samd", student, teacher)
+    batch = d.look(x, torch.arange(3))
+    assert d.methods[0].maps(batch)[0].equal(batch.feats_s["stage3"].sum(1))
+
+
+def test_the_teacher_runs_once_even_where_the_gradient_is_needed():
+    student, teacher, calls = net(T=2), net("wrn16_2", width=0.25), []
+    d = create_distiller("ckdsnn+e2kd", student, teacher)
+    handles = [teacher.register_forward_hook(lambda *a: calls.append("whole")), teacher.stem.register_forward_hook(lambda *a: calls.append("front"))]
+    d(torch.rand(3, 1, 8, 8), torch.arange(3))
+    for h in handles: h.remove()
+    assert calls == ["front", "whole"] and not d.methods[0].parts[0].look.linears
+
+
+def test_the_gradient_of_the_maps_leaves_nothing_behind():
+    teacher = net("resnet19_tet", width=0.25)
+    state = {k: v.clone() for k, v in teacher.state_dict().items()}
+    teacher.train()
+    look = ClassMap(teacher, "stage1")
+    with torch.no_grad(): feature = teacher.eval()(torch.rand(2, 1, 8, 8), features=True)[1]["stage1"]
+    teacher.train()
+    maps = look(feature, torch.tensor([0, 1]))
+    assert teacher.training and not maps.requires_grad and untouched(teacher)
+    assert all(v.equal(state[k]) for k, v in teacher.state_dict().items())
+
+
+def test_silent_students_and_teachers_give_finite_gradients():
+    student, teacher = net(T=2), net(width=0.25)
+    teacher.head.out.weight.data.zero_()
+    d = create_distiller("ckdsnn", student, teacher, rescale="sample")
+    batch = d.look(torch.rand(2, 1, 8, 8), torch.arange(2))
+    batch.feats_s["stage3"] = torch.zeros_like(batch.feats_s["stage3"]).requires_grad_()
+    samd = d.methods[0].terms(batch)["samd"]
+    samd.backward()
+    assert abs(samd) < 1e-6 and torch.isfinite(batch.feats_s["stage3"].grad).all()
+
+
+def test_batch_mates_matter_only_in_the_published_code():
+    torch.manual_seed(0)
+    student, teacher, x, y = net(T=2, width=0.5), net(width=0.5), torch.rand(6, 1, 8, 8), torch.arange(6)
+    for variant in ("paper", "code"):
+        d = create_distiller("samd", student, teacher, variant)
+        d.eval()
+        with torch.no_grad(): whole, parts = d(x, y)[0]["samd"], [d(x[i : i + 1], y[i : i + 1])[0]["samd"] for i in range(6)]
+        assert (abs(whole - sum(parts) / 6) < 1e-6) == (variant == "paper")
+
+
+def test_noise_is_the_same_after_a_break(digits, tmp_path):
+    class Stop(Exception): pass
+
+    def stop(event): raise Stop
+
+    def run(on_event=quiet, seed=0, **kw):
+        torch.manual_seed(seed)
+        student, teacher = net(T=1, depth=0.34), net(depth=0.34)
+        with torch.no_grad(): [p.copy_(torch.linspace(-0.3, 0.3, p.numel()).view(p.shape)) for p in teacher.parameters()]
+        fit(student, digits, create_distiller("ckdsnn+bkd", student, teacher), epochs=2, batch_size=256, seed=3, device="cpu", on_event=on_event, **kw)
+        return student.state_dict()
+
+    whole, file = run(), tmp_path / "run.ckpt"
+    with pytest.raises(Stop): run(stop, checkpoint=file)
+    resumed = run(checkpoint=file)
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_terms_of_a_sum_and_terms_twice(digits):
+    student, teacher = net(T=2), net(width=0.25)
+    x, y = next(iter(digits.loader("train", 8)))
+    torch.manual_seed(0)
+    terms, _ = create_distiller("ckdsnn+0.5*kd+2*bkd", student, teacher, beta=3.0)(x, y)
+    assert list(terms) == ["ce", "samd", "nld", "kd", "bkd"]
+    for twice in ("ckdsnn+samd", "ckdsnn+nld", "kdsnn+kd", "kdsnn+feature"):
+        with pytest.raises(UserError, match="leave one of them out"): create_distiller(twice, student, teacher)(x, y)
+    with pytest.raises(UserError, match="in place of the cross-entropy"): create_distiller("tet", student, ce_weight=0.5)
+    assert set(create_distiller("tet+kd", student, teacher)(x, y)[0]) == {"ce", "tet", "kd"}
+
+
+@pytest.mark.parametrize("kw,says", [(dict(lam=-0.1), "lam = -0.1"), (dict(temp=0), "temp = 0"), (dict(tau=0), "tau = 0"), (dict(gamma=-1), "gamma = -1"), (dict(beta=float("nan")), "beta = nan"),
+                                     (dict(stage="stage7"), "did you mean"), (dict(scaling="max"), "saliency scaling"), (dict(classes="all"), "choice of classes"), (dict(tmep=2), "did you mean 'temp'")])
+def test_mistakes_are_one_line(kw, says):
+    with pytest.raises(UserError, match=says) as e: create_distiller("ckdsnn", net(T=2), net(), **kw)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("method", ["samd", "ckdsnn", "e2kd", "catkd"])
+def test_maps_of_one_pixel_are_refused(method):
+    flat = dict(name="vgg11_sastc")
+    with pytest.raises(UserError, match="the teacher's stage4 is a map of 1×1"): create_distiller(method, net(T=2), net(**flat))
+    with pytest.raises(UserError, match="the student's stage4 is a map of 1×1"): create_distiller(method, net(**flat, T=2), net())
+
+
+def test_any_module_teaches_maps_by_path(digits):
+    teacher = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(6 * 16, 10))
+    student = net(T=2)
+    d = create_distiller("ckdsnn", student, teacher, stage=("stage3", "3"))
+    terms, _ = d(*next(iter(digits.loader("train", 8))))
+    sum(terms.values()).backward()
+    assert d.methods[0].parts[0].look.size == (4, 4) and untouched(teacher) and torch.isfinite(terms["samd"])
+
+
+@pytest.mark.parametrize("tokens", ["map", "raw"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_vit_teaches_from_its_patches(digits, tokens, precision):
+    try: timm()
+    except UserError as e: pytest.skip(str(e))
+    torch.manual_seed(0)
+    teacher = create_model("vit_small", width=0.1, blocks=3, patch=2, in_channels=1, image_size=8, tokens=tokens)
+    student = net(T=2)
+    d = create_distiller("ckdsnn", student, teacher)
+    x, y = next(iter(digits.loader("train", 4)))
+    with autocast("cpu", precision): terms, _ = d(x, y)
+    look = d.methods[0].parts[0].look
+    assert look.stage == "stage2" and look.size == (4, 4) and look.linears is None and torch.isfinite(terms["samd"]) and untouched(teacher)
+    with pytest.raises(UserError, match="class token alone"): create_distiller("samd", student, teacher, stage=("stage3", "stage3"))
+    if precision == "bf16": return
+    batch = d.look(x, y)
+    got = look(batch.feats_t["stage2"], y)
+    hooked, whole = {}, teacher.net
+    hook = whole.blocks[1].register_forward_hook(lambda m, i, o: hooked.update(out=o))
+    (score,) = (whole(x).gather(1, y[:, None]).sum(),)
+    hook.remove()
+    grads = torch.autograd.grad(score, hooked["out"])[0][:, 1:]
+    by_hand = (grads.mean(1, keepdim=True) * hooked["out"][:, 1:]).sum(-1).relu().view(4, 4, 4)
+    torch.testing.assert_close(got, by_hand.detach(), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:no fused neurons")
+def test_maps_of_a_module_of_another_precision():
+    student, teacher = net(T=2).double(), net(width=0.25).double()
+    d = create_distiller("ckdsnn", student, teacher)
+    terms, logits = d(torch.rand(3, 1, 8, 8, dtype=torch.float64), torch.arange(3))
+    assert all(torch.isfinite(v) for v in terms.values()) and logits.dtype == torch.float64
+    assert isinstance(d.methods[0].parts[0], SAMD) and mean_logits(logits).shape == (3, 10)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", METHODS)
+def test_on_a_gpu(method):
+    student, teacher = net(T=2), net("wrn16_2" if method == "e2kd" else "resnet20", width=0.25)
+    d = create_distiller(method, student, None if method == "tet" else teacher).to("cuda")
+    with autocast("cuda", "bf16"): terms, _ = d(torch.rand(8, 1, 8, 8, device="cuda"), torch.arange(8, device="cuda"))
+    sum(terms.values()).backward()
+    assert all(torch.isfinite(v) for v in terms.values()) and untouched(teacher)
