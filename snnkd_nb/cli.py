@@ -143,22 +143,40 @@ def _check_names(spec):
     from snnkd_nb.models.zoo import check_model
     from snnkd_nb.neurons.lif import list_neurons
 
-    check_model(spec.model.name, spec.model.T)
+    check_model(spec.model.name, spec.model.T, spec.model.width)
     if spec.model.T and spec.model.neuron not in list_neurons(): raise unknown("neuron", spec.model.neuron, list_neurons())
     if spec.method != "none": parse_methods(spec.method)
     if spec.teacher: _check_names(spec.teacher)
 
-# %% ../nbs/lib/99_cli.ipynb #32d69a55
+
+def _plug_in(names):
+    from snnkd_nb.data.images import import_plugins
+
+    found = [n for n in (names or "").split(",") if n]
+    files = {n: f for n in found if os.path.isfile(f := os.path.abspath(n.removesuffix(".py") + ".py"))}
+    found = [files.get(n, n) for n in found]
+    import_plugins(found)
+    if found: os.environ["SNNKD_PLUGIN"] = ",".join(found)
+
+
+def _cut(dataset, frames, T):
+    from snnkd_nb.data.images import opener
+
+    recorded = "frames" in inspect.signature(opener(dataset)[0]).parameters
+    if recorded and frames and T and frames != T: raise UserError(f"--frames {frames} --T {T}: the network takes one frame a step; give --frames {T} or --T {frames}")
+    return {"frames": frames or T or 4} if frames or recorded else {}
+
+# %% ../nbs/lib/99_cli.ipynb #66d2be7b
 def train(
     dataset: str = "digits",  # digits, cifar10, cifar100, folder:NAME, tiny-imagenet:NAME, digits-events, events:SET, cifar10-dvs:NAME, dvs-gesture:NAME
     student: str = "resnet20",  # the network that is trained
-    teacher: str | None = None,  # an ordinary network, trained first; default: no teacher
+    teacher: str | None = None,  # an ordinary network, also timm:NAME or torchvision:NAME, trained first; default: no teacher
     method: str | None = None,  # distillation method, e.g. kd or kd+0.5*feature; default: kd with a teacher
     variant: str = "paper",  # reading of the method: paper, code
     T: int | None = 4,  # time steps; None: an ordinary network
     neuron: str = "tet",  # neuron preset
     width: float = 1.0,  # factor on the student's channels
-    teacher_width: float | None = None,  # factor on the teacher's channels; default: the student's
+    teacher_width: float | None = None,  # factor on the teacher's channels; default: the student's, 1 for timm:NAME and torchvision:NAME
     epochs: int = 5,  # passes over the training images
     teacher_epochs: int | None = None,  # of the teacher; default: as many
     batch_size: int = 64,  # images a step
@@ -171,21 +189,21 @@ def train(
     shots: float = 1.0,  # fraction of the training images of every class
     label_noise: float = 0.0,  # fraction of wrong training labels
     val: float = 0.1,  # fraction of the training images held out for model selection
-    augment: str = "none",  # "+"-joined: crop, flip, cutout, autoaugment, erase
+    augment: str = "none",  # "+"-joined: crop, flip, cutout, autoaugment, erase, roll
     download: bool = False,  # fetch a data set that is not there (CIFAR)
     seed: int = 0,  # decides weights, order and augmentation
+    plugin: str | None = None,  # a module or .py file of yours that registers networks or data sets; several with commas
 ):
     "Train one network, and its teacher before it; prints the accuracy and the record's path."
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from snnkd_nb.data.images import load, opener
+    from snnkd_nb.data.images import load
     from snnkd_nb.spec import DataSpec, ModelSpec, OptimSpec, RunSpec
 
     if teacher is None and method not in (None, "none"): raise UserError(f"--method {method} needs a teacher: add --teacher NAME")
-    recorded = "frames" in inspect.signature(opener(dataset)[0]).parameters
-    cut = {"frames": frames or T or 4} if frames or recorded else {}
-    data = DataSpec(dataset, size, subset, shots, label_noise, val=val, augment=augment, args=cut)
+    _plug_in(plugin)
+    data = DataSpec(dataset, size, subset, shots, label_noise, val=val, augment=augment, args=_cut(dataset, frames, T))
     optim = OptimSpec(epochs, batch_size, lr, schedule=schedule, precision=precision)
-    t_model = teacher and ModelSpec(teacher, None, width if teacher_width is None else teacher_width)
+    t_model = teacher and ModelSpec(teacher, None, teacher_width if teacher_width is not None else 1.0 if ":" in teacher else width)
     t_optim = optim if teacher_epochs is None else optim.replace(epochs=teacher_epochs)
     t = t_model and RunSpec(data, t_model, t_optim, seed=seed)
     spec = RunSpec(data, ModelSpec(student, T, width, neuron), optim, method or ("kd" if t else "none"), variant, {}, t, seed)
@@ -224,11 +242,12 @@ def bench(
     what: str = "all",  # which benchmark
     json: bool = False,  # as JSON
     tiny: bool = False,  # the smallest sizes: does it run at all?
+    save: bool = False,  # keep the rows in results/bench, for the notebook studies/speed
 ):
     "Our speed and the peers', measured in one process, as ratios."
     from snnkd_nb.runner.bench import bench as measure
 
-    return measure(what, json=json, tiny=tiny)
+    return measure(what, as_json=json, tiny=tiny, save=save)
 
 
 def watch(

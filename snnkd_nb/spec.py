@@ -116,7 +116,7 @@ class DataSpec(Spec):
     label_noise: float = 0.0  # fraction of training labels replaced by another class
     corrupt_seed: int = 0  # seed of subset, shots and noise
     val: float = 0.1  # fraction of the training images held out for model selection
-    augment: str = "none"  # "+"-joined: crop, flip, cutout, autoaugment, erase
+    augment: str = "none"  # "+"-joined: crop, flip, cutout, autoaugment, erase, roll
     args: dict = field(default_factory=lambda: MappingProxyType({}))  # options of one data set, e.g. frames of an event set
     __hash__ = Spec.__hash__
 
@@ -209,7 +209,8 @@ class RunSpec(Spec):
     @property
     def id(self):
         "Readable prefix and ten hex digits of the content's hash."
-        d, m = self.data.name.split(":")[-1], self.model
+        kind, m = self.data.name.split(":"), self.model
+        d = kind[-1] + ("_events" if kind[0] == "events" else "")
         words = [_slug(d), _slug(m.name) + (f"x{m.width:g}" if m.width != 1 else ""), f"T{m.T}" if m.T else "ann"]
         if self.method != "none": words.append(_slug(self.method))
         return "-".join([*words, f"s{self.seed}", sha256_of(self.canonical())[:10]])

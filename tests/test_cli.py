@@ -70,6 +70,12 @@ BAD = [
     (["train", "--method", "kd"], "needs a teacher"),
     (["train", "--teacher", "resnet20", "--method", "none"], "no teacher"),
     (["train", "--subset", "3"], "subset"),
+    (["train", "--dataset", "digits-events", "--frames", "8"], "give --frames 4 or --T 8"),
+    (["train", "--plugin", "no_such_module"], "plugin no_such_module cannot be imported"),
+    (["train", "--teacher", "torchvision:resnet19"], "did you mean 'resnet18'"),
+    (["train", "--teacher", "torchvision:resnet18", "--teacher-width", "0.5"], "has no width factor"),
+    (["train", "--student", "VGGSNN"], "did you mean 'vggsnn'"),
+    (["train", "--subset", "100", "--teacher", "timm:vit_tiny_patch16_224"], "--size"),
     (["train", "--dataset", "folder:nowhere"], "no folder"),
     (["watch", "no-such-run"], "unknown run"),
 ]
@@ -182,6 +188,54 @@ def test_train_prints_accuracy_and_record_and_the_second_time_trains_nothing(hom
     assert spec["method"] == "kd" and spec["teacher"]["optim"]["epochs"] == 2 and "test accuracy" in first
     assert main(words) == 0 and "epoch" not in capsys.readouterr().out.replace("last epoch", "").replace("validation epoch", "")
     assert main(["watch", json.loads(path.read_text())["id"]]) == 0
+
+
+PLUGIN = """
+from torch import nn
+from snnkd_nb.models.blocks import register_model
+from snnkd_nb.models.taps import Foreign
+
+@register_model("me", "here", spiking=False)
+def my_own_teacher(**common):
+    "Mine."
+    net = nn.Sequential(nn.Conv2d(common["in_channels"], 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, common["num_classes"]))
+    return Foreign(net, ["1"], common["image_size"])
+"""
+
+
+def test_a_plugin_brings_a_network_and_workers_import_it_too(home, capsys, monkeypatch):
+    from snnkd_nb.models.blocks import MODELS
+    from snnkd_nb.runner.jobs import execute
+    from snnkd_nb.spec import ModelSpec, OptimSpec, RunSpec
+
+    (home / "my_own_nets.py").write_text(PLUGIN)
+    monkeypatch.setenv("SNNKD_PLUGIN", "")
+    words = ["train", "--student", "vggsnn", "--width", "0.0625", "--T", "2", "--epochs", "1", "--subset", "100", "--teacher", "my_own_teacher"]
+    assert "unknown model 'my_own_teacher'" in fails(capsys, *words)
+    try:
+        monkeypatch.chdir(home)
+        for seed, plugin in enumerate((str(home / "my_own_nets.py"), "my_own_nets.py", "my_own_nets")):
+            assert main([*words, "--seed", str(seed), "--plugin", plugin]) == 0, capsys.readouterr()
+        spec = json.loads((home / capsys.readouterr().out.splitlines()[-1]).read_text())["spec"]
+        assert spec["teacher"]["model"]["name"] == "my_own_teacher" and os.environ["SNNKD_PLUGIN"] == str(home / "my_own_nets.py")
+        run = RunSpec(model=ModelSpec("my_own_teacher"), optim=OptimSpec(epochs=1))
+        assert execute([run], 1, on_line=lambda line: None).ok, "in a worker process"
+    finally:
+        MODELS.pop("my_own_teacher", None)
+        sys.modules.pop("my_own_nets", None)
+
+
+def test_a_teacher_of_a_library_has_no_width(home, capsys):
+    words = ["train", "--student", "vggsnn", "--width", "0.0625", "--T", "2", "--epochs", "1", "--subset", "100", "--teacher", "torchvision:squeezenet1_1", "--size", "32"]
+    assert main(words) == 0, capsys.readouterr()
+    spec = json.loads((home / capsys.readouterr().out.splitlines()[-1]).read_text())["spec"]
+    assert (spec["model"]["width"], spec["teacher"]["model"]["width"]) == (0.0625, 1.0)
+
+
+def test_help_names_every_augmentation():
+    from snnkd_nb.spec import AUGMENTATIONS
+
+    assert all(a in comments_of(VERBS["train"])["augment"] for a in AUGMENTATIONS if a != "none")
 
 
 def test_status_readme_and_doctor(home, capsys):

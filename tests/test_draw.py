@@ -9,11 +9,12 @@ from torch import nn
 
 matplotlib.use("Agg")
 
+from snnkd_nb.core import UserError
 from snnkd_nb.models.blocks import MODELS, BasicBlock, Bottleneck, activation
 from snnkd_nb.models.genome import dsas
 from snnkd_nb.models.zoo import create_model, list_models
 from snnkd_nb.neurons.lif import FromSpikingJelly
-from snnkd_nb.reports.draw import dot, draw, layout, tall
+from snnkd_nb.reports.draw import dot, draw, layout, tall, trunk
 from snnkd_nb.reports.graph import label_of, table, trace
 from snnkd_nb.vision import torchvision
 
@@ -100,3 +101,61 @@ def test_hooks_are_gone_after_an_error():
     with pytest.raises(AttributeError): trace(net)
     assert not net.conv._forward_hooks and not net.conv._forward_pre_hooks and net.training
     assert torch.is_grad_enabled()
+
+
+class Odd(nn.Module):
+    "Keywords, a block that answers with a tuple, a layer fed by a buffer, and a branch that nobody reads, last."
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.dead, self.linear, self.twice = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.Conv2d(6, 9, 1), nn.Linear(2, 6), Two()
+        self.register_buffer("seed", torch.ones(1, 2))
+
+    def forward(self, x):
+        both = torch.cat(tensors=[self.a(input=x), self.b(x)], dim=1)
+        y = both + self.linear(self.seed)[..., None, None]
+        y, aux = self.twice(y)
+        return y, self.dead(aux)
+
+
+class Two(nn.Module):
+    "Two answers."
+    def __init__(self): super().__init__(), setattr(self, "conv", nn.Conv2d(6, 6, 1)), setattr(self, "act", nn.ReLU())
+    def forward(self, x): return self.act(self.conv(x)), x
+
+
+@pytest.mark.parametrize("level", ["layers", "blocks"])
+def test_calls_that_are_out_of_the_ordinary(level):
+    nodes = trace(Odd(), level)
+    by = {n.label: n for n in nodes}
+    assert [nodes[i].label for i in by["concat"].inputs] == ["1×1 conv, 3 → 3"] * 2, "a keyword argument feeds as well"
+    assert nodes[by["linear, 2 → 6"].inputs[0]].label == "constant"
+    assert [n.label for n in nodes if n.out] == (["ReLU"] if level == "layers" else ["Two, 6 → 6"])
+    assert nodes[-1].label == "1×1 conv, 6 → 9" and trunk(nodes)[-1] == next(n.id for n in nodes if n.out)
+    assert not overlaps(nodes) and {n.label for n in nodes} <= set(texts(draw(nodes)))
+
+
+def test_a_long_dead_branch_at_the_end_does_not_pile_up():
+    class Dead(nn.Module):
+        def __init__(self): super().__init__(), setattr(self, "a", nn.Conv2d(3, 3, 1)), setattr(self, "more", nn.Sequential(*[nn.Conv2d(3, 3, 1) for _ in range(5)]))
+        def forward(self, x): return (y := self.a(x), self.more(y))[0]
+
+    nodes = trace(Dead())
+    assert trunk(nodes) == [0, 1] and len(nodes) == 7 and not overlaps(nodes)
+
+
+def test_a_foreign_network_is_no_single_box():
+    with torch.device("meta"): resnet, vit = create_model("torchvision:resnet18", image_size=64), create_model("torchvision:vit_b_16", image_size=32, input_size=224)
+    labels = [n.label for n in trace(resnet)]
+    assert labels.count("BasicBlock, 64 → 64") == 2 and labels[-1] == "linear, 512 → 10" and not overlaps(trace(resnet))
+    assert [n.label for n in trace(vit)].count("EncoderBlock, 768 → 768") == 12
+
+
+def test_a_chain_is_listed_alike_in_every_stage():
+    with torch.device("meta"): net = create_model("vggsnn", T=4, in_channels=2, image_size=48)
+    stages = [n.label for n in trace(net) if n.name.startswith("stage")]
+    assert all("BatchNorm" in s and "LIF, T = 4" in s and "3×3 conv" in s for s in stages), stages
+
+
+def test_a_name_is_not_a_network():
+    for look in (draw, dot, table):
+        with pytest.raises(UserError, match=r"create_model\('resnet20'\)"): look("resnet20")

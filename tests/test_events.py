@@ -61,9 +61,39 @@ def test_frames_are_spikingjellys(n, T, size, seed, slicing):
         return
     ours = frames_of(e, T, size, slicing)
     assert ours.shape == (T, 2, size, size) and ours.sum() == n
+    if slicing == "time":
+        start, step = int(e["t"][0]), int(e["t"][-1] - e["t"][0]) // T
+        edges = [start + step * i for i in range(T)] + [np.inf]
+        assert ours.sum((1, 2, 3)).tolist() == [int(((e["t"] >= a) & (e["t"] < b)).sum()) for a, b in zip(edges, edges[1:])]
+        if (ours.sum((1, 2, 3)) == 0).any(): return  # theirs stops there
     try: theirs = spikingjelly_datasets("utils").integrate_events_by_fixed_frames_number(e, slicing, T, size, size)
     except IndexError: return  # an empty piece of time
     assert (ours == theirs).all()
+
+
+def test_an_event_behind_an_empty_last_piece_is_kept():
+    t = np.array([0] * 5 + [10, 20, 30, 40, 50, 60, 70] + [92, 94, 96, 98])
+    e = {"t": t, **{k: np.zeros(len(t), int) for k in "xyp"}}
+    assert frames_of(e, 10, 1, "time").sum((1, 2, 3)).tolist() == [5, 1, 1, 1, 1, 1, 1, 1, 0, 4]
+
+
+@quick
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=40), st.integers(1, 40), st.sampled_from(("number", "time")))
+def test_every_event_is_in_exactly_one_frame(times, T, slicing):
+    t = np.sort(np.array(times))
+    left, right = events.SLICING[slicing](t, T)
+    assert len(left) == T and left[0] == 0 and right[-1] == len(t) and (left[1:] == right[:-1]).all() and (left <= right).all()
+
+
+def test_equal_images_give_different_recordings(tmp_path):
+    for s in ("train", "test"):
+        (folder := tmp_path / "same" / s / "a").mkdir(parents=True)
+        for i in range(2): Image.fromarray(np.tile(np.arange(12, dtype=np.uint8) * 20, (12, 1))).save(folder / f"{i}.png")
+    data = load("events:folder:same", tmp_path, noise=20.0)
+    rows = [x for s in (data.train, data.test) for x in s.images]
+    assert all(not torch.equal(a, b) for i, a in enumerate(rows) for b in rows[:i]), "noise is another in every recording"
+    quiet = load("events:folder:same", tmp_path, noise=0.0)
+    assert torch.equal(quiet.train.images[0], quiet.test.images[1])
 
 
 @quick
@@ -233,8 +263,50 @@ def test_bad_cifar10_dvs(dvs, cache):
     assert "cifar10_dog_1.aedat is empty" in error(cache, *at, **kw)
     file.write_bytes(b"")
     assert "is empty" in error(cache, *at, **kw)
+    for wrong in (b"<!DOCTYPE html><html><body>Sign in</body></html>", np.random.default_rng(0).bytes(8000), whole.replace(b"DAT2.0", b"DAT3.1")):
+        file.write_bytes(wrong)
+        assert "cifar10_dog_1.aedat is no recording: it begins with" in error(cache, *at, **kw)
+    e = drawn(200)
+    write_aedat2(file, {**e, "t": np.append(e["t"][100:], e["t"][:100])})
+    assert "cifar10_dog_1.aedat goes back in time 1 times, first at event 100" in error(cache, *at, **kw)
+    assert "is a file; give the folder" in error(cache, f"cifar10-dvs:{file}", **kw)
+    for bad in ({"seed": "a"}, {"seed": -1}, {"seed": 1.5}, {"seed": None}, {"steps": True}): assert f"{[*bad][0]} = {[*bad.values()][0]!r}" in error(cache, *at, **kw | bad)
     file.write_bytes(whole)
     assert load(*at, **kw).frames == 4 and len(list(cache.iterdir())) == 1
+
+
+@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize("name, said", [("cifar10_dog_99.npz", "recording 99 twice, cifar10_dog_99.aedat and cifar10_dog_99.npz"), ("copy_99.aedat", "recording 99 twice"),
+                                        ("cifar10_dog.aedat", "no number from 0 to 999"), ("cifar10_dog_99 (1).aedat", "no number from 0 to 999"), ("cifar10_dog_1000.aedat", "no number from 0 to 999")])
+def test_no_recording_is_trained_and_tested_on(dvs, cache, name, said, partial):
+    (dvs / "dvs" / "extract" / "dog" / name).write_bytes(b"x")
+    for split in ("random-0.9", "first-100-per-class"): assert said in error(cache, "cifar10-dvs:dvs", dvs, frames=4, partial=partial, split=split)
+
+
+def test_hidden_files_are_no_recordings(dvs, cache):
+    (dvs / "dvs" / "extract" / "dog" / "._cifar10_dog_99.aedat").write_bytes(b"x")
+    assert len(load("cifar10-dvs:dvs", dvs, frames=4, partial=True, split="first-100-per-class").train) == 20
+
+
+def test_too_many_recordings_are_refused():
+    with pytest.raises(UserError, match="take away those"): neuromorphic.check_count("x", 4, 3, True, "")
+    with pytest.raises(UserError, match="0 recordings where 3 belong; unpack"): neuromorphic.check_count("x", 0, 3, True, "unpack")
+
+
+def test_a_file_written_again_is_read_again(dvs):
+    file = dvs / "dvs" / "extract" / "dog" / "cifar10_dog_1.aedat"
+    first = neuromorphic.read_events(file, neuromorphic.read_aedat2)
+    write_aedat2(file, drawn(150, seed=9))
+    assert (neuromorphic.read_events(file, neuromorphic.read_aedat2)["t"] == drawn(150, seed=9)["t"]).all() and len(first["t"]) == 200
+    with pytest.raises(UserError, match="is no recording"): neuromorphic.read_events(file, neuromorphic.read_aedat3)
+
+
+def test_a_bug_of_ours_is_no_damaged_file(dvs):
+    def broken(path): raise ZeroDivisionError("a bug")
+    with pytest.raises(ZeroDivisionError): neuromorphic.read_events(dvs / "dvs" / "extract" / "dog" / "cifar10_dog_1.aedat", broken)
+    def unreadable(path): raise OSError("disk. on fire")
+    with pytest.raises(UserError, match="disk; fetch") as e: neuromorphic.read_events(dvs / "dvs" / "extract" / "dog" / "cifar10_dog_1.aedat", unreadable)
+    assert isinstance(e.value.__cause__, OSError)
 
 
 def test_bad_gesture(gesture, cache):
@@ -249,8 +321,25 @@ def test_bad_gesture(gesture, cache):
         csv.write_text(bad)
         assert "user24_led_labels.csv" in error(cache, *at, **kw)
     csv.write_text(text + "2,5000000,6000000\n")
-    assert "from 5000000 to 6000000 µs is empty" in error(cache, *at, **kw)
+    assert "from 5000000 to 6000000 µs: the file ends at 99" in error(cache, *at, **kw)
+    csv.write_text(text.replace("8,880000,955000", "8,955000,880000"))
+    assert "user24_led_labels.csv has a gesture from 955000 to 880000 µs, which ends before it starts" in error(cache, *at, **kw)
+    csv.write_bytes(b"\xff\xfe" + text.encode("utf-16-le"))
+    assert "user24_led_labels.csv is no text file" in error(cache, *at, **kw)
     csv.write_text(text)
+    file.write_bytes(whole[: whole.index(b"#!END-HEADER\r\n") + 15 + 30 * (28 + 8 * 64) - 1])
+    assert "the file ends at" in error(cache, *at, **kw), "cut between two packets"
+    at_24 = whole.index(struct.pack("<HHIIIIII", 1, 1, 8, 4, 0, 64, 64, 64)) + 20
+    file.write_bytes(whole[:at_24] + struct.pack("<II", 65, 65) + whole[at_24 + 8 :])
+    assert "a packet for 64 events says it has 65" in error(cache, *at, **kw)
+    file.write_bytes(whole)
+    lists = home / "trials_to_train.txt"
+    names = lists.read_text()
+    lists.write_text("\n")
+    assert "the train split" in (said := error(cache, *at, **kw)) and "0 recordings" in said
+    lists.write_text(names + "user24_led.aedat\n")
+    assert "user24_led.aedat stands in trials_to_train.txt and in trials_to_test.txt" in error(cache, *at, **kw)
+    lists.write_text(names)
     for lost in (3, 8, 64 * 8 + 8):
         file.write_bytes(whole[:-lost])
         assert "user24_led.aedat is cut short" in error(cache, *at, **kw)
@@ -268,6 +357,8 @@ def test_bad_simulation(shapes, cache):
     assert "threshold = 0" in error(cache, "digits-events", threshold=0) and "noise = -1" in error(cache, "digits-events", noise=-1)
     assert "did you mean 'n-mnist'" in error(cache, "digits-events", protocol="mnist")
     assert "did you mean 'frames'" in error(cache, "digits-events", frame=4)
-    assert "0.png is empty" in error(cache, "events:folder:shapes", shapes, threshold=9.0, noise=0)
+    assert "0.png is empty" in (said := error(cache, "events:folder:shapes", shapes, threshold=9.0, noise=0)) and "take a lower threshold= or a larger size=" in said and "remove" not in said
+    assert "size = 3000: simulating a sensor of 3000x3000 pixels takes 20" in error(cache, "digits-events", size=3000)
+    for seed in ("a", -1, 1.5, None): assert f"seed = {seed!r}" in error(cache, "digits-events", seed=seed)
     Image.new("L", (13, 12)).save(shapes / "shapes" / "train" / "bars" / "1.png")
     assert "1.png is empty" in error(cache, "events:folder:shapes", shapes, noise=0.0)

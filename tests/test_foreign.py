@@ -13,9 +13,12 @@ from snnkd_nb.core import UserError, sha256_of
 from snnkd_nb.data.corrupt import subset
 from snnkd_nb.data.images import load
 from snnkd_nb.losses.zoo import create_distiller
-from snnkd_nb.models.foreign import create_foreign, load_weights, patch_for, vit_small, with_channels
-from snnkd_nb.models.taps import Foreign, Tap, from_map, to_map
-from snnkd_nb.models.zoo import create_model
+from snnkd_nb.losses.feature import default_pairs
+from snnkd_nb.models.foreign import create_foreign, patch_for, vit_small, with_channels
+from snnkd_nb.models.imagenet import PreActBlock, imagenet_resnet, load_torchvision, resnet18_imagenet
+from snnkd_nb.models.taps import Foreign, Tap, classifier, from_map, to_map
+from snnkd_nb.models.weights import load_weights
+from snnkd_nb.models.zoo import catalogue, create_model, model_info
 from snnkd_nb.spec import ModelSpec
 from snnkd_nb.training.loop import fit
 from snnkd_nb.vision import torchvision
@@ -219,3 +222,137 @@ def test_weights_in_the_data_folder_with_a_hash(tmp_path, monkeypatch):
 def test_a_pickle_with_code_is_not_run(tmp_path):
     torch.save({"w": threading.Lock}, tmp_path / "evil.pt")
     with pytest.raises(UserError, match="cannot be read"): load_weights(nn.Linear(1, 1), tmp_path / "evil.pt")
+
+
+# names, sizes and options that cannot be meant
+
+
+@pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:resnet18", "resnet20"])
+@pytest.mark.parametrize("kw", [{"num_classes": 0}, {"num_classes": True}, {"in_channels": 0}, {"image_size": "32"}, {"image_size": 0}, {"width": True}, {"width": 0}])
+def test_every_name_is_checked_alike(name, kw):
+    key, value = next(iter(kw.items()))
+    with pytest.raises(UserError, match=f"{key} = {value!r}"): create_model(name, **kw)
+
+
+@pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:resnet18"])
+def test_weights_lie_channels_last_as_promised(name):
+    net = create_model(name)
+    assert all(m.weight.is_contiguous(memory_format=torch.channels_last) for m in net.modules() if isinstance(m, nn.Conv2d))
+
+
+def test_foreign_refuses_what_it_cannot_mean():
+    for kw in ({"image_size": "32"}, {"image_size": True}, {"input_size": 0.5}, {"in_channels": "3"}):
+        with pytest.raises(UserError, match=f"{next(iter(kw))} = "): Foreign(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.LazyLinear(2)), **kw)
+    with pytest.raises(UserError, match="pretrained = 'yes'"): create_foreign("torchvision", "resnet18", pretrained="yes")
+
+
+def test_model_info_knows_networks_of_libraries():
+    assert model_info("torchvision:resnet18", num_classes=1000)["params"] == {"ann": 11_689_512}
+    assert model_info("timm:resnet18")["stages"] == ("stem", "stage1", "stage2", "stage3", "stage4") and catalogue("vit_small")[0]["stages"] == 12
+    with pytest.raises(UserError, match="did you mean 'resnet18'"): model_info("torchvision:resnet19")
+
+
+@pytest.mark.parametrize("name, ours", [("WRN-16-2", "wrn16_2"), ("WideResNet-16-2", "wrn16_2"), ("VGGSNN", "vggsnn"), ("ResNet-18", "resnet18"), ("spikformer-4-384", "spikformer"), ("ViT_Small", "vit_small")])
+def test_the_papers_spelling_leads_to_ours(name, ours):
+    with pytest.raises(UserError, match=f"did you mean '{ours}'") as e: create_model(name)
+    assert len(str(e.value)) < 160
+
+
+def test_images_too_small_for_a_network_say_what_to_do():
+    with pytest.raises(UserError, match=r"--size, size= of the data\), or input_size= .* vit_small"): create_model("timm:vit_tiny_patch16_224", in_channels=1, image_size=8)
+    assert create_model("timm:vit_tiny_patch16_224", in_channels=1, image_size=8, input_size=32)(torch.rand(1, 1, 8, 8)).shape == (1, 10)
+
+
+# hashes
+
+
+@pytest.mark.parametrize("name", ["mine-20240131.pth", "mine-1234.pth", "mine.pth", "mine-19991231.pt"])
+def test_a_date_in_a_name_is_no_hash(tmp_path, name):
+    net = nn.Linear(2, 2)
+    torch.save(net.state_dict(), file := tmp_path / name)
+    assert load_weights(nn.Linear(2, 2), file).weight.equal(net.weight)
+    with pytest.raises(UserError, match="not 20240131;"): load_weights(net, file, "20240131")
+
+
+def test_a_hash_may_be_in_capitals_and_has_eight_digits(tmp_path):
+    net = nn.Linear(2, 2)
+    torch.save(net.state_dict(), file := tmp_path / "mine.pth")
+    digest = sha256_of(file)
+    for good in (digest.upper(), digest[:8].upper(), digest[:13], False): assert load_weights(net, file, good) is net
+    for bad in (digest[:4], digest[:7], "x" * 8, 12345678, True):
+        with pytest.raises(UserError, match="give the first eight hexadecimal digits"): load_weights(net, file, bad)
+    capitals = file.rename(file.with_name(f"mine-{digest[:8].upper()}.pth"))
+    assert load_weights(net, capitals) is net
+    other = capitals.rename(file.with_name("mine-0badc0de.pth"))
+    with pytest.raises(UserError, match="sha256=False if that is no hash"): load_weights(net, other)
+    assert load_weights(net, other, False) is net
+
+
+def test_weights_behind_activations_do_not_go_before_them(tmp_path):
+    torch.save(torchvision("models").resnet18(num_classes=10).state_dict(), file := tmp_path / "resnet18.pth")
+    with pytest.raises(UserError, match="activations behind the convolutions"): load_torchvision(imagenet_resnet(PreActBlock, (2, 2, 2, 2)), file, sha256=False)
+    with pytest.raises(UserError, match="no hash in the name"): load_torchvision(resnet18_imagenet(), file)
+    net = load_torchvision(resnet18_imagenet(), file, sha256=sha256_of(file).upper())
+    assert net.head.out.weight.equal(torch.load(file)["fc.weight"])
+
+
+# classifiers
+
+
+class Aux(nn.Module):
+    "An auxiliary head, called or not, is registered after the classifier."
+    def __init__(self, called):
+        super().__init__()
+        self.body, self.fc, self.aux, self.called = nn.Conv2d(3, 4, 1), nn.Linear(4, 10), nn.Linear(4, 10), called
+
+    def forward(self, x):
+        h = self.body(x).mean((2, 3))
+        if self.called: self.aux(h)
+        y = self.fc(h)
+        if self.called: self.aux(h)
+        return y
+
+
+@pytest.mark.parametrize("called", [True, False])
+def test_the_classifier_is_what_makes_the_logits(called): assert classifier(Aux(called), 10, (3, 8, 8)) == "fc"
+
+
+def test_a_convolution_can_be_the_classifier(tmp_path):
+    theirs = create_foreign("torchvision", "squeezenet1_1", 7, image_size=64)
+    assert theirs.num_features == 512
+    torch.save(theirs.net.state_dict(), tmp_path / "w.pt")
+    net = create_foreign("torchvision", "squeezenet1_1", 5, image_size=64, weights=str(tmp_path / "w.pt"), head=False)
+    assert net.net.features[0].weight.equal(theirs.net.features[0].weight) and net.num_classes == 5
+
+
+def test_head_false_is_not_ignored_where_no_classifier_is_found(tmp_path, monkeypatch):
+    from snnkd_nb.models import foreign
+
+    odd = lambda *a: nn.Sequential(nn.Conv2d(3, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    monkeypatch.setitem(foreign.LIBRARIES, "torchvision", odd)
+    torch.save(odd().state_dict(), tmp_path / "w.pt")
+    kw = dict(num_classes=5, weights=str(tmp_path / "w.pt"))
+    with pytest.raises(UserError, match="give the module path of its classifier"): create_foreign("torchvision", "resnet18", head=False, **kw)
+    with pytest.raises(UserError, match="head = 'fc'"): create_foreign("torchvision", "resnet18", head="fc", **kw)
+    assert create_foreign("torchvision", "resnet18", head="0", **kw).num_classes == 5
+
+
+# stages
+
+
+def test_a_network_without_known_stages_says_so():
+    class Odd(nn.Module):
+        def __init__(self): super().__init__(), setattr(self, "body", nn.Conv2d(3, 4, 1)), setattr(self, "tail", nn.Linear(4, 10))
+        def forward(self, x): return self.tail(self.body(x).mean((2, 3)))
+
+    with pytest.warns(UserWarning, match=r"Odd has no stages .* stages=\[…\] of its module paths: body, tail"): net = Foreign(Odd())
+    student = create_model("resnet20", T=2, width=0.25)
+    with pytest.raises(UserError, match=r"Odd has no named stages: .*stages=\[…\].* its module paths: body, tail"): default_pairs(student, net)
+    with torch.device("meta"): shuffle = create_model("torchvision:shufflenet_v2_x0_5", image_size=64)
+    assert [t.path for t in shuffle.taps.values()] == ["stage2", "stage3", "stage4"]
+
+
+def test_module_paths_may_begin_at_the_wrapped_network():
+    net = resnet()
+    assert net.get_submodule("layer2") is net.get_submodule("net.layer2") is net.net.layer2
+    with pytest.raises(AttributeError): net.get_submodule("layer9")

@@ -47,3 +47,14 @@ def test_no_copy_of_channels_last_features():
 @pytest.mark.parametrize("x", [torch.rand(3), torch.ones(2, 3, 4, dtype=torch.int64)])
 def test_one_line_errors(x):
     with pytest.raises(UserError): gram(x)
+
+
+def test_autocast_does_not_coarsen():
+    x = torch.randn(2, 8, 500, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16): inside, exact = gram(x), gram(x.detach().bfloat16(), exact=True)
+    assert inside.equal(gram(x)) and exact.equal(gram(x.detach().bfloat16().float()))
+    with torch.autocast("cpu", torch.bfloat16): (a,) = torch.autograd.grad(inside.square().sum(), x)
+    assert a.equal(torch.autograd.grad(gram(x).square().sum(), x)[0])
+
+
+def test_large_numbers_in_float16(): assert torch.allclose(gram(torch.full((1, 2, 100), 40.0, dtype=torch.float16)), torch.tensor(160_000.0))

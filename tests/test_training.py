@@ -92,6 +92,10 @@ def test_compiled_networks_learn_the_same(digits):
         history = fit(student, digits, create_distiller("kd+feature", student, teacher), epochs=1, lr=0.01, on_event=quiet, device="cpu", compile=backend)
         losses.append(history[-1]["loss"])
     assert abs(losses[0] - losses[1]) < 1e-3 * losses[0]
+    assert student._compiled_call_impl is None and teacher._compiled_call_impl is None
+    by_path = create_distiller("kd+feature", student, teacher, pairs=[("stage2.0.conv1", "stage2.0.conv1")])
+    torch._dynamo.reset()
+    assert fit(student, digits, by_path, epochs=1, lr=0.01, on_event=quiet, device="cpu", compile="aot_eager")[-1]["feature"] > 0
     with pytest.raises(UserError, match="aot_eager"): fit(student, digits, epochs=1, compile="aot_eagre", on_event=quiet)
 
 

@@ -78,6 +78,7 @@ class Protocol:
     def path(self, size, step=2.0):
         "Times in µs (K,) and places of the image in pixels of a sensor of that size (K, 2), a sample every `step` ms."
         n, c = round(self.leg / step), np.array(self.corners) * self.reach * size
+        need(n > 0 and abs(n * step - self.leg) < 1e-9 * self.leg, f"leg = {self.leg!r} ms: give a multiple of the {step:g} ms between two samples")
         at = np.concatenate([a + (b - a) * np.arange(n)[:, None] / n for a, b in zip(c, c[1:])] + [c[-1:]])
         return np.arange(len(at)) * step * 1e3, at
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['EXTENSIONS', 'CIFAR', 'SOURCES', 'list_images', 'check_classes', 'folder_splits', 'data_path', 'listing_key',
            'listed_source', 'folder', 'tiny_titles', 'tiny_val', 'tiny_imagenet', 'digits', 'cifar', 'plugin',
-           'list_datasets', 'opener', 'load']
+           'import_plugins', 'list_datasets', 'opener', 'load']
 
 # %% ../../nbs/lib/13_data.images.ipynb #40534497
-import importlib, inspect, itertools, os
+import importlib, importlib.util, inspect, itertools, os, sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -183,6 +183,27 @@ def plugin(target):
     return getattr(importlib.import_module(module), name)
 
 
+def import_plugins(
+    names=None,  # modules or .py files; None: those that `$SNNKD_PLUGIN` lists, separated by commas
+):
+    "Import code of the user's that registers networks (`register_model`) or data sets (`SOURCES`); returns the modules."
+    names = [n.strip() for n in os.environ.get("SNNKD_PLUGIN", "").split(",") if n.strip()] if names is None else names
+    return [_imported(Path(n) if n.endswith(".py") else n) for n in names]
+
+
+def _imported(what):
+    name = what.stem if isinstance(what, Path) else what
+    try:
+        if name in sys.modules or not isinstance(what, Path): return importlib.import_module(name)
+        spec = importlib.util.spec_from_file_location(name, what)
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    except Exception as e:
+        if isinstance(what, Path): sys.modules.pop(name, None)
+        raise UserError(f"plugin {what} cannot be imported: {type(e).__name__}: {' '.join(str(e).split())}; give a module that Python finds, or the path of a .py file") from e
+
+
 SOURCES = {  # name -> opener, or "module:function" of a module further up; called with (arg, root, download, size, **options)
     "digits": digits, "cifar10": cifar, "cifar100": partial(cifar, kind="cifar100"), "folder:PATH": folder,
     "tiny-imagenet:PATH": tiny_imagenet, "imagefolder-stream:PATH": "snnkd_nb.data.stream:open_stream",
@@ -194,13 +215,14 @@ def list_datasets():
     "The names `load` knows; `PATH` stands for a folder below the data root, after `events:` for an image data set."
     return sorted(SOURCES)
 
-# %% ../../nbs/lib/13_data.images.ipynb #227cff01
+# %% ../../nbs/lib/13_data.images.ipynb #68642890
 def opener(
     name,  # of a data set, as `load` takes it
     root=None,  # the data root
 ):
     "`(opener, argument)` of a name, see `SOURCES`."
     kind, colon, arg = name.partition(":")
+    if not {kind, f"{kind}:PATH"} & set(SOURCES): import_plugins()
     if kind in SOURCES and not colon: return plugin(SOURCES[kind]), ""
     if f"{kind}:PATH" in SOURCES: return plugin(SOURCES[f"{kind}:PATH"]), arg
     here = Path(root or data_dir()).expanduser().glob("*/train")

@@ -359,7 +359,7 @@ def covers(
     plain = type(bn) is torch.nn.BatchNorm2d and bn.affine and x.dim() == 4 and x.shape[1] < WIDE
     if not plain or any(v.dtype != torch.float32 or v.device != x.device for v in (*bn.parameters(), *bn.buffers()) if v.is_floating_point()): return False
     if not x.is_contiguous(memory_format=torch.channels_last): return False
-    return residual is None or residual.dtype == x.dtype and residual.shape == x.shape and residual.is_contiguous(memory_format=torch.channels_last)
+    return residual is None or residual.device == x.device and residual.dtype == x.dtype and residual.shape == x.shape and residual.is_contiguous(memory_format=torch.channels_last)
 
 
 def norm_fire(
@@ -371,5 +371,5 @@ def norm_fire(
     passes=CPU,  # whose passes run: these, or those of the module `kernels.gpu`
 ):
     "Spikes of `neuron(bn(x) + residual)`; `bn`'s running statistics move as if it had been called."
-    mean, var, batch = statistics(bn, x, passes)
+    with torch.profiler.record_function("norm_fire statistics"): mean, var, batch = statistics(bn, x, passes)
     return NormFire.apply(x, residual, bn.weight, bn.bias, mean, var, bn.eps, T, task, batch, passes)

@@ -12,12 +12,14 @@ from ..core import UserError
 
 # %% ../../nbs/lib/28_kernels.profile.ipynb #32d809f5
 KINDS = {  # the first kind with a part of an operation's name has it
-    "BatchNorm + neuron": ("NormFire", "norm_fire"),
-    "neuron": ("FusedLIF", "Spike", "snnkd::lif", "lif_op"),
-    "convolution": ("conv", "mkldnn", "cudnn", "aten::addmm", "aten::mm", "aten::bmm", "linear"),
-    "BatchNorm": ("batch_norm",),
-    "copies and conversions": ("copy_", "contiguous", "clone", "reorder", "aten::cat", "aten::stack", "zero_", "fill_", "empty", "resize", "_to_copy"),
-    "optimiser": ("_foreach", "Optimizer"),
+    "optimiser": ("Optimizer", "_foreach", "fused_sgd", "fused_adam"),
+    "BatchNorm + neuron": ("NormFire", "norm_fire", "norm_forward", "norm_neuron", "norm_input"),
+    "neuron": ("FusedLIF", "Spike", "snnkd::lif", "lif_forward", "lif_backward", "sj_lif", "surrogate", "piecewise_quadratic", "Surrogate"),
+    "BatchNorm": ("batch_norm", "cudnn::bn_", "BatchNorm"),
+    "convolution and products": ("aten::conv", "mkldnn_conv", "Convolution", "cudnn", "xmma", "cutlass", "nvjet", "aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "aten::matmul",
+                                 "aten::linear", "scaled_dot_product", "Addmm", "MmBackward", "BmmBackward"),
+    "copies and conversions": ("aten::copy_", "aten::contiguous", "aten::clone", "reorder", "aten::cat", "aten::stack", "aten::zero_", "aten::fill_", "aten::empty", "aten::resize_",
+                               "aten::_to_copy", "aten::to", "Memcpy", "Memset", "aten::new_empty"),
 }
 
 
@@ -33,6 +35,7 @@ def where_time_goes(
     rounds=3,  # times it is profiled, after one that does not count
 ):
     "{kind: ms a call}, the largest first; on a GPU the time of its kernels. Raises `UserError` if there is nothing to see."
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     gpu = torch.cuda.is_available()
@@ -41,13 +44,13 @@ def where_time_goes(
         for _ in range(rounds): step()
     parts = {}
     for e in p.key_averages():
-        us = (e.self_device_time_total if gpu else 0) or (0 if gpu else e.self_cpu_time_total)
+        us = e.self_device_time_total if gpu and e.device_type != DeviceType.CPU else 0 if gpu else e.self_cpu_time_total
         parts[kind_of(e.key)] = parts.get(kind_of(e.key), 0) + 1e-3 * us / rounds
     if not sum(parts.values()): raise UserError("the profiler saw no operation: give a function that does one step")
     return dict(sorted(((k, v) for k, v in parts.items() if v), key=lambda kv: -kv[1]))
 
 # %% ../../nbs/lib/28_kernels.profile.ipynb #66c146c7
-COLOURS = {"convolution": "#4d4d4d", "BatchNorm": "#56b4e9", "neuron": "#d55e00", "BatchNorm + neuron": "#cc79a7", "number by number": "#e69f00",
+COLOURS = {"convolution and products": "#4d4d4d", "BatchNorm": "#56b4e9", "neuron": "#d55e00", "BatchNorm + neuron": "#cc79a7", "number by number": "#e69f00",
            "copies and conversions": "#f0e442", "optimiser": "#009e73"}
 
 
@@ -63,4 +66,4 @@ def draw_parts(
             start += p.get(kind, 0)
     ax.set(yticks=range(len(parts)), yticklabels=list(parts), xlabel="ms a step")
     ax.invert_yaxis()
-    ax.legend(fontsize=7, loc="lower right")
+    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))

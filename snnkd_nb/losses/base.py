@@ -55,9 +55,10 @@ def observe(
     if set(names) <= set(stages):
         logits, feats = model(x, features=True)
         return logits, {n: feats[n] for n in names}
-    feats, modules = {}, dict(model.named_modules())
+    feats = {}
     for n in names:
-        if n not in modules: raise unknown("stage or module path", n, [*stages, *_paths(model)])
+        try: model.get_submodule(n)
+        except AttributeError: raise unknown("stage or module path", n, [*stages, *_paths(model)]) from None
     with hooked(model, names, feats.__setitem__): logits = model(x)
     return logits, {n: _unfold(f, logits) for n, f in feats.items()}
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..core import UserError
 from .base import Method, feature_shapes
+from ..models.stages import paths_in_words
 from ..spec import need
 
 # %% ../../nbs/lib/42_losses.feature.ipynb #174e8e58
@@ -55,7 +56,9 @@ def default_pairs(
 ):
     "Stages paired from the output backwards; raises `UserError` where a network has no named stages."
     s, t = stages_of(student), stages_of(teacher)
-    need(s and t, "this network has no named stages: give pairs=[(student module path, teacher module path), …]")
+    for net, names in ((student, s), (teacher, t)):
+        need(names, f"{type(getattr(net, 'net', net)).__name__} has no named stages: give it some, Foreign(net, stages=[…]) or stages=[…] of its options, "
+                    f"or pairs=[(student module path, teacher module path), …]; its module paths: {paths_in_words(getattr(net, 'net', net))}")
     n = min(len(s), len(t))
     return list(zip(s[-n:], t[-n:]))
 

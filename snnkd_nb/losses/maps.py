@@ -124,11 +124,11 @@ def product(
     return w
 
 # %% ../../nbs/lib/44_losses.maps.ipynb #993317c1
-def _linears(model, k):
+def _linears(model, k, shape):
     head = getattr(model, "head", None)
     if stages_of(model) and isinstance(head, nn.Sequential): return [m for m in head if isinstance(m, nn.Linear)]
     net = getattr(model, "net", model)
-    return [net.get_submodule(path)] if (path := classifier(net, k)) else []
+    return [net.get_submodule(path)] if (path := classifier(net, k, shape)) else []
 
 
 def pooled_linears(
@@ -142,7 +142,7 @@ def pooled_linears(
     probe = torch.randn(feature.shape, generator=torch.Generator().manual_seed(0)).to(feature)
     with torch.no_grad(), evaluating(model):
         z, zero = (tail(model, stage, beside(f, feature), shape) for f in (probe, 0 * probe))
-        linears = _linears(model, z.shape[-1])
+        linears = _linears(model, z.shape[-1], shape)
         if not linears or linears[0].in_features != feature.shape[-3]: return None
         guess = probe.mean((-2, -1)) @ product(linears).T
     return linears if guess.shape == z.shape and torch.allclose(z - zero, guess, rtol=1e-3, atol=1e-4 * float(guess.abs().max())) else None

@@ -271,6 +271,7 @@ def fold(
 ):
     "The images as the first convolution wants them: 4-D, time folded into the batch, channels_last."
     need(x.dim() in (4, 5), f"input of shape {tuple(x.shape)}: give images (B, C, H, W) or frames (T, B, C, H, W)")
+    need(x.is_floating_point(), f"input of type {x.dtype}: give floating point numbers, x.float()")
     need(x.shape[-3] == channels, f"input has {x.shape[-3]} channels, the model was built for {channels}: create_model(..., in_channels={x.shape[-3]})")
     if x.dim() == 4: return channels_last(x)
     if T is None: return channels_last(x.mean(0))

@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['STEMS', 'URL', 'WEIGHTS', 'PLAIN', 'ImageStem', 'spiking_shortcut', 'SEWBlock', 'SEWBottleneck', 'PreActBlock',
-           'biased', 'imagenet_resnet', 'resnet18_imagenet', 'resnet34_imagenet', 'resnet50_imagenet',
-           'from_torchvision', 'architecture', 'find_weights', 'read_weights', 'misfits', 'load_torchvision',
-           'sew_resnet18', 'sew_resnet34', 'sew_resnet50', 'preact_resnet18', 'preact_resnet34']
+           'biased', 'imagenet_resnet', 'resnet18_imagenet', 'resnet34_imagenet', 'resnet50_imagenet', 'renamed',
+           'our_name', 'architecture', 'find_official', 'load_torchvision', 'sew_resnet18', 'sew_resnet34',
+           'sew_resnet50', 'preact_resnet18', 'preact_resnet34']
 
 # %% ../../nbs/lib/35_models.imagenet.ipynb #9683a3d2
-import re
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..core import UserError, data_dir, sha256_of, unknown
+from ..core import UserError, data_dir, unknown
 from .blocks import BasicBlock, Bottleneck, Net, activation, fire_static, linears, norm_act, register_model, repeat_time, scaled
 from .resnet import WIDE, stage
+from .weights import find_file, hash_in, load_state, read_state
 from ..spec import need
 
 # %% ../../nbs/lib/35_models.imagenet.ipynb #6b4032dc
@@ -129,14 +129,17 @@ def resnet50_imagenet(stem="imagenet", depth=1.0, **common):
     return imagenet_resnet(Bottleneck, (3, 4, 6, 3), stem=stem, depth=depth, **common)
 
 # %% ../../nbs/lib/35_models.imagenet.ipynb #29bb84f2
-def from_torchvision(
+def renamed(
     state,  # state dict of a torchvision ResNet, or of SpikingJelly's SEW-ResNet
 ):
     "The same tensors under our names."
-    return {_ours(name): value for name, value in state.items()}
+    return {our_name(name): value for name, value in state.items()}
 
 
-def _ours(name):
+def our_name(
+    name,  # of a tensor there, e.g. "layer1.0.downsample.0.weight"
+):
+    "Its name in the networks of this page."
     for old, new in (("downsample.0", "shortcut.conv"), ("downsample.1", "shortcut.bn"), ("layer", "stage"), ("fc.", "head.out.")): name = name.replace(old, new)
     return name if name.startswith(("stage", "head")) else "stem." + name.replace("1.", ".", 1)
 
@@ -150,6 +153,8 @@ def architecture(
     model,  # any network
 ):
     "The name of torchvision's ResNet with the same parameters up to the head; `UserError` if there is none."
+    before = any(isinstance(m, PreActBlock) for m in model.modules())
+    need(not before, "torchvision's weights are of networks with activations behind the convolutions, this one has them before: build a resnet*_imagenet or sew_resnet*")
     for name, (block, depths) in PLAIN.items():
         with torch.device("meta"): plain = imagenet_resnet(block, depths)
         if _body(plain) == _body(model): return name
@@ -160,7 +165,7 @@ def architecture(
 def _body(model): return {k: v.shape for k, v in model.state_dict().items() if not k.startswith("head.")}
 
 # %% ../../nbs/lib/35_models.imagenet.ipynb #eb3bae9e
-def find_weights(
+def find_official(
     name,  # "resnet18", "resnet34" or "resnet50"
 ):
     "The official file, in `data_dir()/\"weights\"` or torch.hub's folder; `UserError` saying where to get it and put it."
@@ -171,45 +176,17 @@ def find_weights(
     raise UserError(f"no torchvision weights for {name}: download {URL}{file} into {folders[0]} (or {folders[1]}), or give the path of {file}")
 
 # %% ../../nbs/lib/35_models.imagenet.ipynb #91757e24
-def read_weights(
-    path,  # a file named as torch.hub does, e.g. resnet34-b627a593.pth
-):
-    "The state dict, under our names, of a file whose SHA-256 begins as its name says; `UserError` if missing, changed or no state dict."
-    need(path.is_file(), f"{path}: no such file; torchvision's are at {URL}, e.g. {URL}{WEIGHTS['resnet34'][0]}")
-    digits = re.search(r"-([0-9a-f]{8,64})\.", path.name)
-    need(digits, f"{path.name}: no hash in the name; keep torchvision's own file name, e.g. {WEIGHTS['resnet34'][0]}")
-    found = sha256_of(path)
-    need(found.startswith(digits[1]), f"{path}: SHA-256 begins with {found[:8]}, not {digits[1]} as the name says; the file is damaged, download it again")
-    try: state = from_torchvision(dict(torch.load(path, map_location="cpu", weights_only=True)))
-    except Exception: state = {}
-    need(state and all(map(torch.is_tensor, state.values())), f"{path}: holds no state dict of tensors; give torchvision's own file")
-    return state
-
-# %% ../../nbs/lib/35_models.imagenet.ipynb #81723453
-def misfits(
-    state,  # state dict that was read
-    own,  # state dict of the model
-):
-    "Names that only one has, or that differ in shape, apart from the number of classes; old files lack `num_batches_tracked`."
-    def shape(d, k): return k in d and d[k].shape[1 if k.startswith("head.") else 0 :]
-    return [k for k in {**own, **state} if not k.endswith("num_batches_tracked") and shape(state, k) != shape(own, k)]
-
-
 def load_torchvision(
     model,  # a resnet*_imagenet or sew_resnet* of full width, ANN or SNN; changed in place
     path=None,  # the file of weights; None: look for the official one
     head=True,  # False: leave the classifier as it is (any number of classes)
+    sha256=None,  # the first eight digits of its SHA-256, or more; None: those in its name; False: any file
 ):
     "The model with torchvision's ImageNet weights; `UserError`, and the model untouched, if anything does not fit."
     name = architecture(model)
-    path = Path(path).expanduser() if path else find_weights(name)
-    state, own = read_weights(path), model.state_dict()
-    wrong = misfits(state, own)
-    need(not wrong, f"{path.name} does not fit {name}: {len(wrong)} tensors differ, the first is {wrong[0] if wrong else ''}; give {WEIGHTS[name][0]}")
-    classes, mine = (len(s["head.out.bias"]) for s in (state, own))
-    need(classes == mine or not head, f"{path.name} knows {classes} classes, the model {mine}: build it with num_classes={classes}, or load with head=False to keep its own classifier")
-    model.load_state_dict({k: v for k, v in state.items() if head or not k.startswith("head.")}, strict=False)
-    return model
+    path = find_file(path) if path else find_official(name)
+    need(sha256 is not None or hash_in(path.name), f"{path.name}: no hash in the name; keep torchvision's own, e.g. {WEIGHTS[name][0]}, or give sha256=")
+    return load_state(model, renamed(read_state(path, sha256)), path.name, None if head else "head")
 
 # %% ../../nbs/lib/35_models.imagenet.ipynb #0a774888
 @register_model("CKDSNN (student)", "Fang et al. 2021, ADD", image_size=224)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..core import UserError, unknown
-from ..kernels.lif import engine_for, lif, task
+from ..kernels.lif import BACKENDS, engine_for, lif, task
 from ..kernels.surrogate import ATan, Sigmoid, Triangle, create_surrogate
 
 # %% ../../nbs/lib/25_neurons.lif.ipynb #0326242f
@@ -45,6 +45,9 @@ class LIF(nn.Module):
         self.T, self.decay, self.v_threshold, self.v_reset = T, leak(tau, decay), v_threshold, v_reset
         self.decay_input, self.detach_reset, self.strict = decay_input, detach_reset, strict
         self.surrogate, self.backend = create_surrogate(surrogate), backend
+        if backend not in BACKENDS: raise unknown("backend", backend, BACKENDS)
+        for name, value in (("v_threshold", v_threshold), ("v_reset", v_reset or 0)):
+            if isinstance(value, (str, bytes)): raise UserError(f"{name}={value!r}: give a number")
 
     def options(self):
         "The neuron's part of the arguments of `kernels.lif.lif`."
@@ -58,7 +61,7 @@ class LIF(nn.Module):
     def after(self, norm, x, residual=None):
         "Spikes of `norm(x) + residual`: in one pass over memory (`kernels.norm`) where nobody watches and a kernel covers it."
         plain = torch.compiler.is_compiling() or not is_plain(self) or watched(self, norm) or x.shape[0] % self.T
-        engine = None if plain else engine_for(x, self.surrogate, self.backend)
+        engine = None if plain else engine_for(x, self.surrogate, self.backend, self.T)
         if not engine or not one_pass().covers(norm, x, residual):
             y = norm(x)
             return self(y if residual is None else y + residual)

@@ -6,7 +6,7 @@
 __all__ = ['PAPERS', 'Artefact', 'artefacts', 'studies', 'artefact', 'match', 'specs_for']
 
 # %% ../../nbs/lib/89_papers.registry.ipynb #0d27ae5d
-import fnmatch, functools, importlib, re
+import fnmatch, functools, importlib, importlib.util, re
 from dataclasses import dataclass, field
 
 from ..core import root, unknown
@@ -172,7 +172,6 @@ def specs_for(
     "The `RunSpec`s an artefact needs at a scale, each once."
     check_scale(scale)
     paper, name = artefact(key).id.split("/")
-    try: module = importlib.import_module(f"snnkd_nb.papers.{paper}")
-    except ModuleNotFoundError: return []
-    make = getattr(module, name, None)
+    found = [m for m in (f"snnkd_nb.papers.{paper}", f"snnkd_nb.papers.{paper}_maps") if importlib.util.find_spec(m)]
+    make = next(filter(None, (getattr(importlib.import_module(m), name, None) for m in found)), None)
     return list(dict.fromkeys(make(scale).specs)) if make else []

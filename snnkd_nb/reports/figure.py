@@ -12,7 +12,7 @@ from ..core import atomic_write, root
 
 # %% ../../nbs/lib/86_reports.figure.ipynb #afec47df
 COLOURS = {"Teacher": "#4d4d4d", "Baseline": "#999999", "KD": "#0072b2", "Feature KD": "#56b4e9", "SASTC": "#d55e00",
-           "ESKD": "#009e73", "CKDSNN": "#cc79a7", "DSAS": "#e69f00"}
+           "ESKD": "#009e73", "CKDSNN": "#cc79a7", "DSAS": "#e69f00", "KDSNN": "#44aa99", "BKDSNN": "#332288"}
 
 
 def use_style():
@@ -58,6 +58,7 @@ def save_figure(
 def film_strips(
     x,  # event counts (T, B, 2, H, W): darker, brighter
     names,  # of the recordings
+    images=None,  # what was recorded, uint8 (B, C, H, W), shown in front; None: not known
     most=4,  # number of events that has full colour
 ):
     "(figure, numbers): a row a recording, a column a frame; red where it became brighter, blue where darker."
@@ -65,9 +66,13 @@ def film_strips(
     import numpy as np
     import pandas as pd
 
-    T, B = x.shape[:2]
-    fig, axes = plt.subplots(B, T, figsize=(1.1 * T, 1.1 * B), squeeze=False)
-    for (i, t), ax in np.ndenumerate(axes):
-        ax.imshow(x[t, i, 1] - x[t, i, 0], cmap="bwr", vmin=-most, vmax=most)
-        ax.set(xticks=[], yticks=[], ylabel=names[i] if t == 0 else "", title=f"frame {t + 1}" if i == 0 else "")
+    (T, B), first = x.shape[:2], int(images is not None)
+    fig, axes = plt.subplots(B, T + first, figsize=(1.1 * (T + first) + 0.9, 1.1 * B), squeeze=False, layout="constrained")
+    for i, row in enumerate(axes):
+        if first: row[0].imshow(np.moveaxis(np.asarray(images[i]), 0, -1), cmap="gray")
+        for t, ax in enumerate(row[first:]): shown = ax.imshow(x[t, i, 1] - x[t, i, 0], cmap="bwr", vmin=-most, vmax=most)
+        row[0].set(ylabel=names[i])
+    for ax, title in zip(axes[0], ["image"] * first + [f"frame {t + 1}" for t in range(T)]): ax.set_title(title)
+    for ax in axes.flat: ax.set(xticks=[], yticks=[])
+    fig.colorbar(shown, ax=axes, shrink=0.7, label="brighter − darker events")
     return fig, pd.DataFrame([{"recording": i, "class": names[i], "frame": t + 1, "events": int(x[t, i].sum())} for i in range(B) for t in range(T)])

@@ -15,7 +15,7 @@ from ..core import UserError, cache_dir, lock, root, seed_for
 from ..data.corrupt import load_spec
 from ..losses.zoo import create_distiller, list_distillers, parse_methods
 from ..metrics.activity import firing_rates, mean_rate, sops
-from ..models.zoo import create_model
+from ..models.zoo import check_model, create_model
 from ..neurons.lif import LIF
 from ..spec import ModelSpec, RunSpec, need, to_dict
 from ..store import Record, Store, environment, peak_memory, save_weights, twins, with_weights
@@ -84,7 +84,8 @@ def _checkpoint(spec): return cache_dir() / "checkpoints" / f"{spec.id}.ckpt"
 def check_spec(
     spec,  # a `RunSpec`
 ):
-    "Raise `UserError` for a method name that does not exist, before anything is loaded."
+    "Raise `UserError` for a method or network that cannot be, before anything is loaded."
+    check_model(spec.model.name, spec.model.T, spec.model.width)
     if spec.method != "none": parse_methods(spec.method)
     if spec.teacher: check_spec(spec.teacher)
 

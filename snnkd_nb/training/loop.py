@@ -161,12 +161,18 @@ def _accelerator(device):
     return accelerator
 
 # %% ../../nbs/lib/54_training.loop.ipynb #35cbaf72
-def _compile(distiller, backend):
-    valid = sorted({"inductor", "aot_eager", "eager", *torch.compiler.list_backends()})
+@contextlib.contextmanager
+def _compiled(distiller, backend):
+    "Student and teacher compiled while the context lasts; hooks that methods set are seen."
+    nets = [m for m in (distiller.student, distiller.teacher) if m is not None] if backend else []
+    valid = sorted({"inductor", "aot_eager", "eager", *torch.compiler.list_backends()}) if backend else [backend]
     if backend not in valid: raise unknown("backend of torch.compile", backend, valid)
     mode = {"mode": "reduce-overhead"} if backend == "inductor" and torch.cuda.is_available() else {}
-    for m in (distiller.student, distiller.teacher):
-        if m is not None: m.compile(backend=backend, **mode)
+    try:
+        for m in nets: m.compile(backend=backend, **mode)
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False) if nets else contextlib.nullcontext(): yield
+    finally:
+        for m in nets: m._compiled_call_impl = None
 
 # %% ../../nbs/lib/54_training.loop.ipynb #43d3b459
 def fit(
@@ -194,17 +200,16 @@ def fit(
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=optim.precision == "fp16")
     history = _resume(checkpoint, distiller, optimiser, scaler, of)
     module = accelerator.prepare_model(distiller) if accelerator.num_processes > 1 else distiller
-    if compile: _compile(distiller, compile)
-    for epoch in range(len(history), optim.epochs):
-        torch.manual_seed(seed_for(seed, "epoch", epoch))
-        loader = data.loader("train", optim.batch_size, seed=seed, epoch=epoch, augment=augment,
-                             drop_last=len(data.train) > optim.batch_size, device=accelerator.device)
-        row = _epoch(accelerator, module, optimiser, scaler, optim, loader, epoch)
-        _check_weights(distiller, epoch)
-        history.append(_measure(row, student, data, optim.precision))
-        state = {"of": of, "history": history, "scaler": scaler.state_dict()}
-        if checkpoint and accelerator.is_main_process: save_checkpoint(checkpoint, distiller, optimiser, state)
-        emit({"event": "epoch", "epochs": optim.epochs, **history[-1]})
+    with _compiled(distiller, compile):
+        for epoch in range(len(history), optim.epochs):
+            torch.manual_seed(seed_for(seed, "epoch", epoch))
+            loader = data.loader("train", optim.batch_size, seed=seed, epoch=epoch, augment=augment, drop_last=len(data.train) > optim.batch_size, device=accelerator.device)
+            row = _epoch(accelerator, module, optimiser, scaler, optim, loader, epoch)
+            _check_weights(distiller, epoch)
+            history.append(_measure(row, student, data, optim.precision))
+            state = {"of": of, "history": history, "scaler": scaler.state_dict()}
+            if checkpoint and accelerator.is_main_process: save_checkpoint(checkpoint, distiller, optimiser, state)
+            emit({"event": "epoch", "epochs": optim.epochs, **history[-1]})
     return history
 
 

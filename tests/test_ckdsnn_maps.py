@@ -1,0 +1,206 @@
+"""Maps and how alike they are, energies, overhead, and the pages of CKDSNN that look inside networks."""
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import nn
+
+from snnkd_nb.core import UserError
+from snnkd_nb.metrics.energy import NAMES, energies, layer_table, spikingjelly_counts
+from snnkd_nb.metrics.likeness import brightest, iou, likeness, pearson
+from snnkd_nb.models.blocks import eval_mode
+from snnkd_nb.models.zoo import create_model
+from snnkd_nb.papers import ckdsnn_maps
+from snnkd_nb.published.format import published
+from snnkd_nb.reports import efficiency, embedding, maps, overview
+from snnkd_nb.reports.grid import SCALES
+from snnkd_nb.runner import overhead
+
+ROOT = Path(__file__).resolve().parents[1]
+FUNCTIONS = {n: getattr(ckdsnn_maps, n) for n in ("table05", "figure01", "figure02", "figure03", "figure06", "figure07")}
+
+shapes = st.tuples(st.integers(1, 3), st.integers(2, 7), st.integers(2, 7))
+stack = shapes.flatmap(lambda s: hnp.arrays(np.float64, s, elements=st.floats(-100, 100, width=32)))
+pair = shapes.flatmap(lambda s: st.tuples(*[hnp.arrays(np.float64, s, elements=st.integers(0, 9).map(float))] * 2))
+
+
+@settings(max_examples=60, deadline=None)
+@given(pair)
+def test_likeness_is_symmetric_bounded_and_blind_to_order_of_pixels(two):
+    a, b = map(torch.from_numpy, two)
+    for f, low in ((pearson, -1), (iou, 0)):
+        v = f(a, b)
+        assert v.shape == (len(a),) and (v >= low).all() and (v <= 1).all() and torch.allclose(v, f(b, a))
+        order = torch.randperm(a[0].numel(), generator=torch.Generator().manual_seed(0))
+        mixed = [m.flatten(1)[:, order].reshape(m.shape) for m in (a, b)]
+        assert torch.allclose(f(*mixed), v, atol=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(stack, st.floats(0.1, 50), st.floats(-50, 50))
+def test_a_map_is_like_itself_scaled_and_shifted(m, factor, shift):
+    a = torch.from_numpy(m)
+    flat = a.flatten(1).std(1) < 1e-4 * (1 + a.abs().amax((1, 2)) + abs(shift))
+    assert torch.allclose(pearson(a, factor * a + shift)[~flat], torch.ones(len(a)).double()[~flat], atol=1e-6)
+    assert (iou(a, a) == 1).all() and (pearson(a, torch.full_like(a, shift)) == 0).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(stack, st.floats(0.05, 1))
+def test_the_brightest_are_at_least_their_share_and_never_below_the_rest(m, share):
+    a = torch.from_numpy(m)
+    mask, flat = brightest(a, share), a.flatten(1)
+    assert (mask.sum(1) >= math.ceil(round(share * flat.shape[1], 9))).all()
+    for row, chosen in zip(flat, mask):
+        assert chosen.all() or row[chosen].min() > row[~chosen].max()
+
+
+def test_wrong_maps_are_refused():
+    with pytest.raises(UserError, match="one size"): pearson(torch.rand(2, 4, 4), torch.rand(2, 4, 5))
+    with pytest.raises(UserError, match="one size"): iou(torch.rand(4, 4), torch.rand(4, 4))
+    with pytest.raises(UserError, match="share"): brightest(torch.rand(1, 4, 4), 1.5)
+
+
+class Spiking(nn.Module):
+    "Two layers whose input is written down: an image, then two spikes in four steps."
+    T = 4
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act, self.out = nn.Conv2d(1, 2, 3, padding=1, bias=False), nn.Identity(), nn.Linear(2 * 9, 5, bias=False)
+        self.act.v_threshold = 1.0
+        self.spikes = torch.zeros(4, 18)
+        self.spikes[0, 4] = self.spikes[3, 17] = 1
+
+    def forward(self, x): return self.out(self.act(self.spikes.repeat_interleave(len(x), 0) + 0 * self.conv(x).sum()))
+
+
+def test_energy_by_hand():
+    table = layer_table(Spiking(), torch.rand(1, 1, 3, 3))
+    first, last = 9 * 2 * 9, 18 * 5
+    assert table.macs.tolist() == [first, last] and table.steps.tolist() == [1, 4]
+    assert table.acs.tolist() == [0, 2 * 5] and np.allclose(table.sops, [0, 10]) and np.allclose(table.rate[1], 2 / 72) and table.nonzero[1] == 2 / 72
+    joules = energies(table).set_index("convention").microjoule * 1e6
+    want = {"45nm": 0.9 * 10 + 4.6 * first, "45nm-first-xT": 0.9 * 10 + 4.6 * first * 4, "77fJ": 0.77 + 4.6 * first, "spikingjelly": 9 + 4.6 * first, "all-mac": 4.6 * (first + 4 * last)}
+    assert tuple(joules.index) == NAMES and all(math.isclose(joules[k], v, rel_tol=1e-5) for k, v in want.items())
+
+
+@pytest.mark.parametrize("name", ["vgg11_rate", "sew_resnet18", "resnet19_ckd"])
+def test_counts_are_spikingjellys(name):
+    torch.manual_seed(0)
+    net, x = create_model(name, T=2, width=0.0625, image_size=16), 3 * torch.randn(2, 3, 16, 16)
+    table, theirs = layer_table(net, x), spikingjelly_counts(net, x)
+    assert math.isclose(table.acs.sum(), theirs["synops"], rel_tol=1e-6) and float((table.macs * table.steps)[~table.binary].sum()) == theirs["macs"]
+
+
+def test_a_table_changes_nothing_in_the_network():
+    net = create_model("resnet20", T=2, width=0.25, image_size=8).train()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    layer_table(net, torch.rand(2, 3, 8, 8))
+    assert net.training and all(v.equal(before[k]) for k, v in net.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def nets():
+    torch.manual_seed(0)
+    make = lambda **kw: create_model("resnet20", in_channels=1, image_size=16, width=0.5, **kw)
+    snn = dict(T=2, neuron_args={"v_threshold": 0.25})
+    return {"Teacher": make(), "Baseline": make(**snn), "CKDSNN": make(**snn)}
+
+
+X, Y = torch.randn(6, 1, 16, 16, generator=torch.Generator().manual_seed(1)), torch.arange(6)
+
+
+def test_maps_of_an_image_do_not_depend_on_its_batch(nets):
+    whole = maps.saliency(nets, X, Y)
+    for n, m in maps.saliency(nets, X[2:4], Y[2:4]).items(): assert torch.allclose(m, whole[n][2:4], atol=1e-5)
+    with pytest.raises(UserError, match="teacher has not been run"): maps.saliency({"CKDSNN": nets["CKDSNN"]}, X, Y)
+
+
+def test_saved_maps_are_the_maps(nets):
+    found = maps.saliency(nets, X, Y)
+    frame = maps.map_frame(found, "teacher CAM", range(6), list("abcdef"))
+    assert len(frame) == 18 and set(frame["size"]) == {"4×4"}
+    for _, r in frame.iterrows():
+        values = torch.tensor([float(v) for v in r["values"].split()]).view(4, 4)
+        assert torch.allclose(values, found[r["map"]][r["image"]], rtol=2e-3, atol=1e-6)
+    again = likeness(found["SAM, CKDSNN"], found["teacher CAM"])
+    assert np.allclose(frame[frame["map"] == "SAM, CKDSNN"].pearson, [r["pearson"] for r in again])
+
+
+def test_the_gradient_is_exact_where_nothing_spikes_behind(nets):
+    for net in nets.values(): assert torch.allclose(*maps.silenced(net, "stage3", X, Y), atol=1e-5)
+    assert (maps.gradient_truth(nets["CKDSNN"], "stage1", X, Y) < 0.999).all()
+
+
+def test_chance_is_the_likeness_to_another_image(nets):
+    same = maps.mean_likeness({"a": torch.eye(4).view(2, 2, 4)[[0, 1, 0, 1]], "b": torch.eye(4).view(2, 2, 4)[[0, 1, 0, 1]]}, "a")
+    assert same.pearson[0] == pytest.approx(1) and same["pearson, another image"][0] == pytest.approx(1)  # half the list away is the same map
+    other = torch.eye(4).view(2, 2, 4)
+    assert maps.mean_likeness({"a": other, "b": other}, "a")["pearson, another image"][0] < 0.5
+
+
+def test_features_keep_no_trace_of_order_or_batch(nets):
+    for net in nets.values(): assert torch.allclose(embedding.pooled_features(net, X.flip(0), size=2).flip(0), embedding.pooled_features(net, X), atol=1e-5)
+
+
+def test_overview_adds_up(nets):
+    fig, numbers = overview.pipeline(nets["CKDSNN"], nets["Teacher"], X, Y, X[0, 0].numpy())
+    said = {r["module"]: float(r["puts out"]) for _, r in numbers[numbers.row == "loss"].iterrows()}
+    with eval_mode(nets["CKDSNN"]): logits = nets["CKDSNN"](X).mean(0)
+    assert said["ce"] == pytest.approx(float(nn.functional.cross_entropy(logits, Y)), rel=1e-4) and set(said) == {"ce", "samd", "nld"}
+    frame = overview.shares(overview.looks(nets, X, Y))
+    assert np.allclose(frame.groupby(["panel", "network"]).share.sum(), 1, atol=1e-4)
+
+
+def test_overhead_of_the_smallest_nets():
+    rows = overhead.overhead(["kd"], overhead.TINY, 2, memory=True)
+    assert [r["method"] for r in rows] == ["none", "kd"] and rows[0]["time"] == 1 and rows[1]["time"] > 0 and rows[1]["mib"] >= 0
+    assert set(overhead.overhead_frame({"rows": rows})) >= {"method", "time", "low", "high", "memory"}
+
+
+def test_a_missing_measurement_says_how_to_make_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("SNNKD_ROOT", str(tmp_path))
+    with pytest.raises(UserError, match="measure"): overhead.measured("cpu")
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_run_can_be_built(name, scale):
+    from snnkd_nb.losses.zoo import parse_methods
+
+    for model in {s.model for s in FUNCTIONS[name](scale).specs}:
+        if ":" in model.name: continue
+        with torch.device("meta"): create_model(model.name, 10, T=model.T, neuron=model.neuron, width=model.width, **model.args)
+    assert all(s.method == "none" or parse_methods(s.method) for s in FUNCTIONS[name](scale).specs)
+
+
+class Stored:
+    def __init__(self, acc): self.metrics = {"acc_last": acc, "firing_rate": 0.2}
+
+
+def test_table_5_meets_its_published_rows():
+    grid = ckdsnn_maps.table05("smoke")
+    own, runs = {r["method"] for r in published("ckdsnn/table05").records}, {s: Stored(50.0 + i) for i, s in enumerate(grid.specs)}
+    assert {c.index["method"] for c in grid.cells} == own
+    net = create_model("resnet20", T=2, width=0.5, in_channels=1, image_size=16, depth=0.34)
+    frame = efficiency.efficiency(grid, runs, dict.fromkeys(grid.specs, net))
+    assert len(frame) == 4 and frame["fire rate"].eq(20).all() and frame.sops.nunique() == 1
+    verdicts = efficiency.efficiency_claims(grid, frame)
+    assert verdicts.iloc[0, 2].startswith("holds") and verdicts.iloc[1, 2].startswith("fails")  # equal costs are not lower ones
+    assert set(efficiency.efficiency_claims(grid, frame[:0]).iloc[:, 2]) == {"not run"}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_pages_are_short_and_state_what_differs(name):
+    nb = json.loads((ROOT / "nbs/papers/ckdsnn" / f"{name}.ipynb").read_text())
+    code = ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code"]
+    assert len(nb["cells"]) <= 12 and any("deviations" in s for s in code)
+    assert not any(re.search(r"^\s*(def|for|while|class)\s", s, re.M) for s in code)
