@@ -108,7 +108,8 @@ def test_plain_papermill_works_without_the_driver(project):
 
 def test_an_executed_notebook_is_the_same_twice(project):
     top, _ = project
-    path = next((top / "results/notebooks").rglob("*table15*smoke*.ipynb"))
+    path = top / "results/notebooks/dsas/table15-smoke.ipynb"
+    if not path.exists(): snnkd(project, "reproduce", "dsas/table15", "--scale", "smoke")  # whichever test of this process came first
     before = path.read_bytes()
     snnkd(project, "render", "dsas/table15", "--scale", "smoke")
     assert path.read_bytes() == before
