@@ -83,4 +83,4 @@ def create_distiller(
     need(teacher is not None or not any(_methods[n].needs_teacher for n in names), f"method {name!r} needs a teacher")
     _check(names, kw)
     made = [(w, _methods[n](student, teacher, variant, **_options(n, names, kw))) for w, n in pairs]
-    return Distiller(student, teacher if names else None, made, **{k: kw[k] for k in _COMMON if k in kw})
+    return Distiller(student, teacher if any(_methods[n].needs_teacher for n in names) else None, made, **{k: kw[k] for k in _COMMON if k in kw})

@@ -11,6 +11,7 @@ import functools, json, statistics, sys
 
 from ..core import UserError, atomic_write, canonical_json, root, unknown
 from .micro import gram_rows, neuron_rows, profile_rows, roofline_rows
+from .overhead import SETTING, TINY, step_of
 from .peers import peer_net, peer_of
 from .turns import autocast, ceilings, device, images, in_turns, row, stepper
 from ..store import environment
@@ -163,28 +164,9 @@ def memory_rows(tiny=False):
 # %% ../../nbs/lib/96_runner.bench.ipynb #107f1a9d
 def loss_rows(tiny=False):
     "Training steps under each method over the step without distillation, ResNet-20 under ResNet-20 of double width."
-    import torch
+    from snnkd_nb.losses.zoo import list_distillers
 
-    from snnkd_nb.losses.zoo import create_distiller, list_distillers
-    from snnkd_nb.models.zoo import create_model
-
-    T, (batch, size, width) = 2 if tiny else 4, (8, 8, 0.25) if tiny else (64, 32, 1.0)
-    x, y = images(batch, size)
-
-    def stepped(method):
-        student, teacher = (create_model("resnet20", T=t, width=w * width, image_size=size) for t, w in ((T, 1), (None, 2)))
-        distiller = create_distiller(method, student, None if method == "none" else teacher).to(device())
-        opt = torch.optim.SGD(distiller.parameters(), lr=0.01, momentum=0.9)
-
-        def step():
-            with autocast(True): loss = sum(distiller(x, y)[0].values())
-            opt.zero_grad()
-            loss.backward()
-            opt.step()
-
-        return step
-
-    t = in_turns({m: stepped(m) for m in list_distillers()}, 3 if tiny else 5)
+    t = in_turns({m: step_of(m, TINY if tiny else SETTING) for m in list_distillers()}, 3 if tiny else 5)
     extra = lambda m: {"extra": [a - b for a, b in zip(t[m], t["none"])], "step": t[m]}
     return [row("loss", f"share of the step that {m} costs, teacher included", extra(m), "extra", "step") for m in t if m != "none"]
 
