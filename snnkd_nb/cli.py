@@ -218,7 +218,7 @@ def train(
     if teacher is None and method not in (None, *ALONE): raise UserError(f"--method {method} needs a teacher: add --teacher NAME")
     _plug_in(plugin)
     data = DataSpec(dataset, size, subset, shots, label_noise, val=val, augment=augment, args=_cut(dataset, frames, T))
-    t_optim = OptimSpec(teacher_epochs or epochs, batch_size, lr, schedule=schedule, precision=precision)
+    t_optim = OptimSpec(epochs if teacher_epochs is None else teacher_epochs, batch_size, lr, schedule=schedule, precision=precision)
     t_model = teacher and ModelSpec(teacher, None, teacher_width if teacher_width is not None else 1.0 if ":" in teacher else width)
     t = t_model and RunSpec(data, t_model, t_optim, seed=seed)
     model = ModelSpec(student, T, width, neuron, _options(student_args, "--student-args"))

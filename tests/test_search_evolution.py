@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 from snnkd_nb.core import UserError, canonical_json
 from snnkd_nb.models.genome import Gene, genome_text, parse_genome
-from snnkd_nb.search.candidates import Memo, Pool, as_score, load_state, save_state, score_from_json, score_to_json
+from snnkd_nb.search.pool import Memo, Pool, as_score, load_state, save_state, score_from_json, score_to_json
 from snnkd_nb.search.evolution import evolve, search
 from snnkd_nb.search.operators import SELECTIONS, Rates, crossover, mutate, offspring, survivors, two_parents
 from snnkd_nb.search.score import Score
@@ -214,7 +214,7 @@ def test_a_dead_worker_is_replaced_once(tmp_path, monkeypatch):
 
 ORPHAN = """
 import os, sys, time
-from snnkd_nb.search.candidates import Pool
+from snnkd_nb.search.pool import Pool
 def slow(g):
     print(os.getpid(), flush=True)
     time.sleep(60)

@@ -16,7 +16,8 @@ from snnkd_nb.core import UserError, root
 from snnkd_nb.metrics.activity import sops
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.search.candidate import candidate
-from snnkd_nb.search.score import METRICS, Scorer, Scoring, guided_slopes, set_slopes
+from snnkd_nb.models.genome import set_slopes
+from snnkd_nb.search.score import METRICS, Scorer, Scoring, guided_slopes
 from snnkd_nb.search.similarity import NORMS, activation_similarity, align, density, groups, log_determinant, mas, matrix_distance, ordered, similarity_matrix, slopes, spike_kernel, tgs, totals
 from snnkd_nb.search.space import create_space
 from snnkd_nb.vision import torchvision

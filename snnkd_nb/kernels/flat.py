@@ -9,7 +9,7 @@ __all__ = ['ZERO', 'ONE', 'ROUND', 'LOG2E', 'LN2', 'LN2_LOW', 'EXP', 'LOOP', 'FR
            'pool', 'team_size', 'run', 'launch']
 
 # %% ../../nbs/lib/21_kernels.flat.ipynb #43e57321
-import ctypes, functools, os, struct
+import ctypes, functools, os, struct, warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import carray, cfunc, njit, types
+from numba.core.errors import NumbaExperimentalFeatureWarning
 from numba.extending import intrinsic, overload
 
 # %% ../../nbs/lib/21_kernels.flat.ipynb #4122663d
@@ -253,7 +254,10 @@ def openmp():
 def to_c(task):
     "A C function from a Python one, from Numba's cache on disk if that works."
     for cache in (True, False):
-        try: return cfunc(types.void(types.voidptr), nopython=True, error_model="numpy", cache=cache)(task)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NumbaExperimentalFeatureWarning)  # a record with more fields is taken for one with fewer, as is meant
+                return cfunc(types.void(types.voidptr), nopython=True, error_model="numpy", cache=cache)(task)
         except (OSError, RuntimeError, EOFError, ValueError):
             if not cache: raise
 

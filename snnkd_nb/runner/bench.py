@@ -15,7 +15,7 @@ from .micro import gram_rows, neuron_rows, profile_rows, roofline_rows, sastc_ro
 from .overhead import SETTING, TINY, step_of
 from .peers import peer_net, peer_of
 from .ratestep import rate_rows
-from .turns import autocast, ceilings, device, images, in_turns, row, stepper
+from .turns import autocast, ceilings, device, images, in_turns, peak_of_steps, row, stepper
 from ..spec import need
 from ..store import environment
 
@@ -131,23 +131,18 @@ def inference_rows(tiny=False):
 
 # %% ../../nbs/lib/96_runner.bench.ipynb #86cde90f
 def peak_of(who, T, batch, size):
-    "MiB that three training steps of ResNet-20 need at most; for a process of its own."
+    "MiB that ResNet-20 and three training steps need at most; for a process of its own."
     import torch
     from spikingjelly.activation_based import functional
 
     from snnkd_nb.models.zoo import create_model
-    from snnkd_nb.store import peak_memory
 
-    x, y = images(batch, size)
-    if who == "ours": step = stepper(create_model("resnet20", T=T, image_size=size), x, y, True)
-    elif who == "fp32": step = stepper(peer_net((16, 32, 64), T=T), x, y, False, functional.reset_net)
-    else: step = stepper(peer_net((16, 32, 64), T=T).to(memory_format=torch.channels_last), x, y, True, functional.reset_net)
-    gpu = device().type == "cuda"
-    small = images(2, 8)
-    (stepper(create_model("resnet20", T=T, image_size=8), *small, True) if who == "ours" else stepper(peer_net((4, 8, 16), T=T), *small, False, functional.reset_net))()  # what is loaded at first use
-    before = torch.cuda.memory_allocated() / 2**20 if gpu else peak_memory(reset=True)
-    for _ in range(3): step()
-    return (torch.cuda.max_memory_allocated() / 2**20 if gpu else peak_memory()) - before
+    def make(channels, x, y):
+        if who == "ours": return stepper(create_model("resnet20", T=T, width=channels[0] / 16, image_size=x.shape[-1]), x, y, True)
+        if who == "fp32": return stepper(peer_net(channels, T=T), x, y, False, functional.reset_net)
+        return stepper(peer_net(channels, T=T).to(memory_format=torch.channels_last), x, y, True, functional.reset_net)
+
+    return peak_of_steps(lambda: make((4, 8, 16), *images(2, 8)), lambda: make((16, 32, 64), *images(batch, size)))
 
 
 def memory_rows(tiny=False):
@@ -214,8 +209,8 @@ def from_scratch(genome, weights, make):
     import torch
 
     from snnkd_nb.data.images import load
-    from snnkd_nb.models.genome import searched
-    from snnkd_nb.search.score import ask, prepared, set_slopes, slopes_of
+    from snnkd_nb.models.genome import searched, set_slopes
+    from snnkd_nb.search.score import ask, prepared, slopes_of
     from snnkd_nb.search.similarity import mas, tgs
 
     x, y = next(iter(load("digits").loader(batch_size=64)))
@@ -234,7 +229,7 @@ def search_rows(tiny=False):
 
     from snnkd_nb.data.images import load
     from snnkd_nb.models.zoo import create_model
-    from snnkd_nb.search.candidates import one_thread
+    from snnkd_nb.search.pool import one_thread
     from snnkd_nb.search.evolution import evolve
     from snnkd_nb.search.score import Scorer
     from snnkd_nb.search.space import create_space

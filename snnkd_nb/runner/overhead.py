@@ -11,8 +11,8 @@ import json, multiprocessing, statistics
 from concurrent.futures import ProcessPoolExecutor
 
 from ..core import UserError, atomic_write, root, unknown
-from .turns import autocast, device, images, in_turns, row
-from ..store import environment, peak_memory
+from .turns import autocast, device, images, in_turns, peak_of_steps, row
+from ..store import environment
 
 # %% ../../nbs/lib/95_runner.overhead.ipynb #2159451d
 SETTING = {"student": "resnet20", "teacher": "resnet20", "T": 4, "width": 1.0, "teacher_width": 2.0, "batch": 64, "size": 32}
@@ -48,15 +48,8 @@ def peak_of(
     method,  # "none" or a method
     setting,  # as for `step_of`
 ):
-    "MiB that networks, method and three training steps need above what the process held before; for a process of its own."
-    import torch
-
-    gpu = device().type == "cuda"
-    step_of(method, TINY)()  # what is imported and compiled once does not count
-    before = torch.cuda.memory_allocated() / 2**20 if gpu else peak_memory(reset=True)
-    step = step_of(method, setting)
-    for _ in range(3): step()
-    return (torch.cuda.max_memory_allocated() / 2**20 if gpu else peak_memory()) - before
+    "MiB that networks, method and three training steps need; for a process of its own."
+    return peak_of_steps(lambda: step_of(method, TINY), lambda: step_of(method, setting))
 
 # %% ../../nbs/lib/95_runner.overhead.ipynb #3f9f60de
 def overhead(

@@ -9,8 +9,7 @@ __all__ = ['SETTING', 'TINY', 'STEPS', 'WAYS', 'step_of', 'peak_of', 'peaks', 't
 import math, multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
-from .turns import device, images, in_turns, row, stepper
-from ..store import peak_memory
+from .turns import images, in_turns, peak_of_steps, row, stepper
 
 # %% ../../nbs/lib/95_runner.ratestep.ipynb #94c2e3da
 SETTING = {"model": "resnet20", "neuron": "rate", "width": 1.0, "batch": 64, "size": 32, "half": True}
@@ -44,15 +43,9 @@ def peak_of(
     T,  # time steps
     setting=SETTING,  # as for `step_of`
 ):
-    "MiB that network and three training steps need above what the process held before; for a process of its own."
-    import torch
-
-    gpu, small = device().type == "cuda", {**setting, **{k: TINY[k] for k in ("width", "batch", "size")}}
-    step_of(way, T, small)()  # what is imported and compiled once does not count
-    before = torch.cuda.memory_allocated() / 2**20 if gpu else peak_memory(reset=True)
-    step = step_of(way, T, setting)
-    for _ in range(3): step()
-    return (torch.cuda.max_memory_allocated() / 2**20 if gpu else peak_memory()) - before
+    "MiB that network and three training steps need; for a process of its own."
+    small = {**setting, **{k: TINY[k] for k in ("width", "batch", "size")}}
+    return peak_of_steps(lambda: step_of(way, T, small), lambda: step_of(way, T, setting))
 
 
 def peaks(

@@ -24,7 +24,7 @@ from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 
 from ..core import canonical_json, seed_for, unknown
 from ..models.genome import genome_text, parse_genome
-from .candidates import Memo, Pool, load_state, save_state, score_from_json, score_to_json
+from .pool import Memo, Pool, load_state, save_state, score_from_json, score_to_json
 from .operators import TRIES, Rates, check_selection, offspring, survivors
 from .score import Score, Scorer
 from ..spec import need

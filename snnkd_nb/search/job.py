@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..core import cache_dir, lock, root, unknown
 from ..data.corrupt import load_spec
-from .candidates import score_to_json
+from .pool import score_to_json
 from .evolution import OBJECTIVES, Generation, evolve
 from .operators import Rates, check_selection, create_rates
 from .score import Scorer, Scoring

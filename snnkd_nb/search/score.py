@@ -22,7 +22,7 @@ from torch import nn
 from ..core import canonical_json, seed_for, sha256_of, unknown
 from ..kernels.gram import rows
 from ..metrics.activity import COUNTED
-from ..models.genome import check_genome, genome_parameters, genome_text, set_slopes  # noqa: F401 for those who guide slopes by hand
+from ..models.genome import check_genome, genome_parameters, genome_text
 from ..models.taps import Foreign, classifier
 from ..neurons.lif import list_neurons
 from .candidate import kit_for, look
