@@ -43,7 +43,7 @@ def images(scale, dataset):
 
 # %% ../../nbs/lib/88_papers.dsas.ipynb #5f07b3bd
 RESNETS = {"smoke": (0.25, 0.34), "small": (0.25, 1.0)}  # factors on channels and on blocks; elsewhere 1
-PYRAMIDS = {"smoke": (0.125, 0.05), "small": (0.25, 0.34)}
+PYRAMIDS = {"smoke": (0.125, 0.05), "small": (0.25, 0.17)}
 SEEDS = {"smoke": 1, "small": 3, "medium": 1, "paper": 3}
 NAMES = {"ResNet-18": "resnet18", "ResNet-34": "resnet34", "ResNet-50": "resnet50", "PyramidNet101": "pyramidnet101", "PyramidNet110": "pyramidnet110", "PyramidNet200": "pyramidnet200"}
 OWN = {"ImageNet": "PyramidNet101", "Tiny-ImageNet": "PyramidNet200", "CIFAR-10": "PyramidNet200", "CIFAR-100": "PyramidNet200", EVENTS: "PyramidNet110", GESTURE: "PyramidNet110"}
@@ -67,7 +67,7 @@ def network(
 def optim(scale, teaches=False, dataset="CIFAR-10", searched=False):
     "The budget of a student, of a teacher, or of a student that a search found."
     recorded = dataset in _REAL
-    found = optim_at(scale, epochs=200 if recorded else 300, lr=0.01, batch_size=32 if recorded else 64, weight_decay=1e-6)
+    found = optim_at(scale, half=True, epochs=200 if recorded else 300, lr=0.01, batch_size=32 if recorded else 64, weight_decay=1e-6)
     if scale == "smoke": found = found.replace(**{"batch_size": 16} if recorded else {}, **({"lr": 0.3, "epochs": 8 if recorded else 4} if searched else {}))
     return found.replace(lr=0.1, weight_decay=5e-4) if teaches else found
 
@@ -80,9 +80,9 @@ def teacher(
     seed=0,
     T=4,  # frames of a recording
 ):
-    "The `RunSpec` of an ANN teacher; it sees all training images, also where its students do not, and the mean over the frames of a recording."
-    seen, name = data(scale, dataset, T), name or OWN[dataset]
-    return RunSpec(seen if scale == "smoke" or dataset in _REAL else seen.replace(subset=None), network(scale, name, dataset=dataset), optim(scale, True, dataset), seed=seed)
+    "The `RunSpec` of an ANN teacher; it sees what its students see, of a recording the mean over the frames."
+    name = name or OWN[dataset]
+    return RunSpec(data(scale, dataset, T), network(scale, name, dataset=dataset), optim(scale, True, dataset), seed=seed)
 
 
 def student(
@@ -109,7 +109,7 @@ def conditions(
 def _stand_in(scale, dataset):
     if scale == "smoke": return f"recordings are replaced by SIMULATED events of the 8×8 digits of scikit-learn ({data(scale, dataset).subset} of them)" if dataset in _REAL else "the images are replaced by the 8×8 digits of scikit-learn (1,797 scans)"
     if dataset in _REAL: return "recordings are replaced by SIMULATED events of 10,000 images of CIFAR-10 (a JPEG re-encoding), 16×16 pixels"
-    if "CIFAR" in dataset: return "CIFAR-10 and CIFAR-100 are both a JPEG re-encoding of CIFAR-10, 16×16 pixels; students get 10,000 of its images, teachers all"
+    if "CIFAR" in dataset: return "CIFAR-10 and CIFAR-100 are both a JPEG re-encoding of CIFAR-10, 16×16 pixels, 10,000 of its images"
     return f"{dataset} is replaced by 20 classes of Tiny-ImageNet, {_SMALL[dataset][1]}×{_SMALL[dataset][1]} pixels"
 
 

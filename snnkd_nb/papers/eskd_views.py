@@ -208,7 +208,7 @@ def looker(
     "The `RunSpec` of a network whose maps are drawn."
     place = ("ResNet-34", IMAGENET) if scale in ("medium", "paper") else ("ResNet-18", "CIFAR-10")
     made = eskd.teacher(scale, *place) if method == "Teacher" else eskd.student(scale, *place, LOOK_T.get(scale, 4), LOOKERS[method], seed)
-    return _enlarged(made) if scale == "smoke" else made
+    return made if scale in ("medium", "paper") else _enlarged(made)
 
 
 def figure05(
@@ -218,7 +218,7 @@ def figure05(
     n = 3 if check_scale(scale) == "small" else 1
     cells = [Cell({"method": "Teacher"}, "accuracy", ((looker(scale, "Teacher"),),)), *(Cell({"method": m}, "accuracy", seeded(n, lambda s, m=m: looker(scale, m, s))) for m in LOOKERS)]
     s = looker(scale, "ESKD")
-    what = {"smoke": "the digits of scikit-learn (1,797 scans), enlarged to 32×32", "small": "10,000 images of CIFAR-10 (JPEG)"}.get(scale, "ImageNet")
+    what = {"smoke": "the digits of scikit-learn (1,797 scans), enlarged to 32×32", "small": "5,000 images of CIFAR-10 (JPEG)"}.get(scale, "ImageNet")
     facts = [f"data: {what} (paper: ImageNet); {s.model.name} at {s.model.width:g} of its width, T = {s.model.T}, under {s.teacher.model.name} (paper: ResNet-34; T not said)",
              f"students: {budget_in_words(s.optim, s.data)}", "adapters are not kept with a student: they are fitted again, on training images, while both networks stay as they are",
              "maps are for the class of the label (paper: not said); the first test image of each class, none was chosen (paper: two random images)",

@@ -51,12 +51,12 @@ def data(
     **corrupt,  # corruptions, as `DataSpec` fields
 ):
     "The `DataSpec` a scale takes for a data set of the paper."
-    return data_at(scale, "CIFAR-10" if scale == "small" else dataset, **corrupt)
+    return data_at(scale, "CIFAR-10" if scale == "small" else dataset, half=True, **corrupt)
 
 
 def optim(scale, batch=None):
     "The budget of a student; `batch` where it is not the scale's own."
-    own = optim_at(scale, epochs=240, lr=0.01, **_STEPS)
+    own = optim_at(scale, half=True, epochs=240, lr=0.01, **_STEPS)
     return own.replace(batch_size=batch) if batch else own
 
 
@@ -67,9 +67,8 @@ def teacher(
     **corrupt,  # corruptions, as `DataSpec` fields: a teacher learns from what its students learn from
 ):
     "The `RunSpec` of a teacher; at small scale it sees all images unless they are corrupted."
-    made = RunSpec(data(scale, dataset, **corrupt), network(scale, name), optim_at(scale, epochs=300, lr=0.1, **_STEPS))
-    if scale != "small": return made
-    return made.replace(data=made.data if corrupt else made.data.replace(subset=None), optim=made.optim.replace(epochs=10))
+    made = RunSpec(data(scale, dataset, **corrupt), network(scale, name), optim_at(scale, half=True, epochs=300, lr=0.1, **_STEPS))
+    return made.replace(data=made.data.replace(subset=None)) if scale == "small" and not corrupt else made
 
 # %% ../../nbs/lib/88_papers.sastc.ipynb #d741fb00
 _STAGES = {"vgg11_sastc": 4, "vgg13": 5, "vggsnn": 4, "resnet18_imagenet": 4, "resnet34_imagenet": 4, "torchvision:resnet34": 4}  # elsewhere 3
@@ -199,7 +198,7 @@ def conditions(
 ):
     "Data, steps and budget of a scale, in sentences."
     stand = {"smoke": "CIFAR-10 and CIFAR-100 are both replaced by the 8×8 digits of scikit-learn (1,797 scans)",
-             "small": "CIFAR-10 and CIFAR-100 are both 10,000 images of CIFAR-10 (JPEG); teachers of clean data see all of it, for 10 epochs"}
+             "small": "CIFAR-10 and CIFAR-100 are both 10,000 images of CIFAR-10 (JPEG) at 16×16 pixels; teachers of clean data see all of it"}
     T = [f"time steps, the paper's → ours: {', '.join(f'{a} → {b}' for a, b in FEWER[scale].items())}"] if scale in FEWER else []
     train = f"students: {budget_in_words(optim(scale), data(scale, 'CIFAR-10'))} (paper: 240 epochs of batch 128, rate 0.01 in steps)"
     many = f"{PAIRS[scale]} single pairs of layers of equal depth" if scale in PAIRS else "all single pairs of layers"
