@@ -2,6 +2,7 @@
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -392,3 +393,24 @@ def test_two_processes_have_one_set_of_calibrated_parameters(tmp_path):
     calibrated = [k for k in a if "calibration" in k]
     assert any("query" in k for k in calibrated) and any("projections" in k for k in calibrated)
     for k in a: assert torch.equal(a[k], b[k]), k
+
+
+def test_a_batch_that_the_embeddings_were_not_made_for_is_told_once():
+    student, teacher = create_model("resnet20", T=2, width=0.1, image_size=8), create_model("resnet20", width=0.1, image_size=8)
+    x, y = torch.randn(4, 3, 8, 8), torch.randint(0, 10, (4,))
+    for size, said in ((8, "50% of every row are zeros"), (3, "mates beyond are left out")):
+        distiller = create_distiller("sastc", student, teacher, batch_size=size)
+        with pytest.warns(UserWarning, match=said): distiller(x, y)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            distiller(x, y)
+            create_distiller("sastc", student, teacher, batch_size=4)(x, y)
+
+
+def test_what_sastc_cannot_do_is_said():
+    student, teacher = create_model("resnet20", T=2, width=0.1, image_size=8), create_model("resnet20", width=0.1, image_size=8)
+    for bad, text in ((lambda: SASTC(student, teacher, "papr"), "paper"), (lambda: SASTC(student, None), "give one"), (lambda: SASTC(student, teacher, batch_size=True), "whole number")):
+        with pytest.raises(UserError, match=text): bad()
+    one = create_distiller("none", create_model("vgg11_sastc", T=1, width=0.1, image_size=8), None).train()
+    with pytest.raises(UserError, match="two images or more"): one(torch.randn(1, 3, 8, 8), torch.zeros(1, dtype=torch.long))
+    with pytest.raises(UserError, match="without images"): one(torch.randn(0, 3, 8, 8), torch.zeros(0, dtype=torch.long))

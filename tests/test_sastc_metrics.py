@@ -23,6 +23,7 @@ from snnkd_nb.models.blocks import eval_mode
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.neurons.lif import LIF
 from snnkd_nb.reports import attention, calibration
+from snnkd_nb.training.loop import History
 
 SMALL = dict(in_channels=1, image_size=8, width=0.25, depth=0.34)
 FIRES = {"v_threshold": 0.5}
@@ -155,6 +156,35 @@ def test_the_mean_of_the_last_epochs():
     history = {"stm": [float(v) for v in range(20)], "gap": [1.0, None, 3.0], "none": [None]}
     assert last_mean(history) == np.mean(range(10, 20)) and last_mean(history, n=3) == 18 and last_mean(history, "gap") == 2 and math.isnan(last_mean(history, "none"))
     with pytest.raises(UserError, match="did you mean 'stm'"): last_mean(history, "stn")
+
+
+def test_the_last_epochs_are_the_last_where_a_history_was_thinned():
+    full = History({"epoch": e, "loss": 1.0, "test_acc": 0.0, "val_acc": 0.0, "stm": float(e), **{f"attention_{k}": 0.0 for k in range(110)}} for e in range(1, 91))
+    thin = full.columns()
+    assert len(thin["epoch"]) < 15 and thin["epoch"][0] == 1 and all(e > 80 for e in thin["epoch"][-4:])
+    assert 80 < last_mean(thin) <= 90 and last_mean(thin, n=1) == 90
+
+
+def test_a_spiking_network_whose_logits_have_no_time_is_refused():
+    class Mean(nn.Module):
+        stage_names = ("net",)
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Conv2d(3, 4, 3)
+        def forward(self, x, features=False):
+            f = self.net(x.repeat(2, 1, 1, 1))
+            logits = f.mean((2, 3)).view(2, -1, 4).mean(0)
+            return (logits, {"net": f}) if features else logits
+    for B in (1, 6):
+        with pytest.raises(UserError, match="so are the logits"): stm_score(Mean(), create_model("resnet20", width=0.1, image_size=8), torch.randn(B, 3, 8, 8))
+
+
+def test_fisher_ignores_autocast_and_names_wrong_labels():
+    net, x, y = create_model("resnet20", T=2, width=0.1, image_size=8), torch.randn(3, 3, 8, 8), torch.tensor([1, 2, 3])
+    plain = F_.temporal_fisher(net, x, y)
+    with torch.autocast("cpu", torch.bfloat16): assert F_.temporal_fisher(net, x, y).equal(plain)
+    for bad in (y[:2], torch.tensor([0, 1, 10]), torch.tensor([-1, 0, 1])):
+        with pytest.raises(UserError, match="3 images of 10 classes"): F_.temporal_fisher(net, x, bad)
 
 
 FAMILIES = ("vgg11_sastc", "resnet19_tet", "bottleneck_sastc", "sew_resnet18", "wrn16_2", "pyramidnet20", "resnet20_ckd", "spikformer", "spikingformer")

@@ -150,11 +150,15 @@ class Distiller(nn.Module):
 
     def look(self, x, y):
         "The `Batch`: one forward pass of the student, one of the teacher without graph."
+        if not len(y): raise UserError("a batch without images: give at least one")
         logits_t, feats_t = None, {}
         if self.teacher is not None:
             self.teacher.eval()
             with torch.no_grad(): logits_t, feats_t = observe(self.teacher, x, self.teacher_features)
-        logits_s, feats_s = observe(self.student, x, self.student_features)
+        try: logits_s, feats_s = observe(self.student, x, self.student_features)
+        except ValueError as e:
+            if "more than 1 value per channel" not in str(e): raise
+            raise UserError(f"a batch of {len(y)} image on maps of one pixel: the student's batch norm has a single value and no variance; take two images or more a batch") from None
         _classes(logits_s, logits_t, y)
         return Batch(x, y, logits_s, None if logits_t is None else mean_logits(logits_t), feats_s, feats_t)
 

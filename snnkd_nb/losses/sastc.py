@@ -7,7 +7,7 @@ __all__ = ['REDUCTIONS', 'NORMS', 'ROUTES', 'READINGS', 'sastc_loss', 'project',
            'mean_attention']
 
 # %% ../../nbs/lib/47_losses.sastc.ipynb #370fee8e
-import math
+import math, warnings
 
 import torch
 from torch import nn
@@ -58,7 +58,7 @@ class Calibration(nn.Module):
         shared=False, normalise=True, norm="all", pool="max", route="all", reduction="mean",  # as for `SASTC`
     ):
         super().__init__()
-        self.size, self.norm, self.pool, self.route, self.reduction = size, norm, pool, route, reduction
+        self.size, self.norm, self.pool, self.route, self.reduction, self._warned = size, norm, pool, route, reduction, False
         self.query, self.key = (Embedding(len(c), size, shared, normalise) for c in (channels_s, channels_t))
         self.projections = nn.ModuleList(nn.ModuleList(projection(s, t) for t in channels_t) for s in channels_s)
         if route == "none": self.query.requires_grad_(False), self.key.requires_grad_(False)
@@ -75,7 +75,7 @@ class Calibration(nn.Module):
 
     def distances(self, students, teachers):
         "(T, S, B, L), every feature brought to a size once."
-        if self.training: self._enough(students, teachers)
+        if self.training: self._enough(students, teachers), self._warn(students[0].shape[1])
         mine, theirs, steps = Resized([f.flatten(0, 1) for f in students], self.pool), Resized(teachers, "avg"), len(students[0]) if self.norm == "step" else 1
         pair = lambda i, j, size: distance(project(self.projections[i][j], mine(i, size), steps), theirs(j, size))
         return torch.stack([torch.stack([pair(i, j, common(s.shape[-2:], t.shape[-2:])) for j, t in enumerate(teachers)], -1) for i, s in enumerate(students)], 1)
@@ -83,6 +83,12 @@ class Calibration(nn.Module):
     def _enough(self, students, teachers):
         (T, B), least = students[0].shape[:2], min(math.prod(common(s.shape[-2:], t.shape[-2:])) for s in students for t in teachers)
         need((T if self.norm == "all" else 1) * B * least > 1, f"a batch of {B} image on maps of one pixel: batch norm of SASTC's projections has a single value and no variance; take two images or more a batch")
+
+    def _warn(self, B):
+        if self._warned or 0.9 * self.size <= B <= self.size: return
+        self._warned = True
+        what = f"{1 - B / self.size:.0%} of every row are zeros" if B < self.size else "the mates beyond are left out"
+        warnings.warn(f"SASTC was made for batch_size={self.size} and is trained on batches of {B}: {what}; give batch_size={B} (images of one process, rounded up)", stacklevel=2)
 
     def forward(self, students, teachers):
         "The loss."
@@ -143,8 +149,10 @@ class SASTC(Method):
         input_shape=None,  # (C, H, W) of one image where neither network knows it
     ):
         super().__init__(student, teacher, variant)
+        one_of("variant", variant, tuple(READINGS))
+        need(teacher is not None, "SASTC calibrates towards a teacher: give one")
         own, shape = READINGS[variant], input_shape or image_shape(student) or image_shape(teacher)
-        need(isinstance(batch_size, int) and batch_size > 0, f"batch_size = {batch_size!r}: give the whole number of images in a batch (the paper has 128)")
+        need(type(batch_size) is int and batch_size > 0, f"batch_size = {batch_size!r}: give the whole number of images in a batch (the paper has 128)")
         need(shape is not None, "the size of the images is not known: give input_shape=(C, H, W)")
         need(getattr(teacher, "T", None) is None, "the teacher is a spiking network: SASTC calibrates towards an ordinary one")
         self.beta = weight("beta", beta, 1300)

@@ -44,7 +44,9 @@ def targets(
     "Whose probability is taken, one-hot by step and image: (T, B, K)."
     if labels not in LABELS: raise unknown("kind of labels", labels, LABELS)
     with eval_mode(model): z = so_far(model(x))
-    if labels == "true": y = y.expand(len(z), -1)
+    if labels == "true":
+        need(len(y) == z.shape[1] and 0 <= int(y.min()) <= int(y.max()) < z.shape[-1], f"{len(y)} labels from {int(y.min())} to {int(y.max())} for {z.shape[1]} images of {z.shape[-1]} classes: give one an image, from 0")
+        y = y.expand(len(z), -1)
     elif labels == "predicted": y = z.argmax(-1)
     else: y = torch.multinomial(z.softmax(-1).flatten(0, 1).cpu(), 1, generator=torch.Generator().manual_seed(seed)).view(z.shape[:2]).to(z.device)
     return F.one_hot(y, z.shape[-1]).to(z.dtype)
@@ -149,13 +151,14 @@ def temporal_fisher(
 ):
     "Trace of the Fisher information of the first t steps, (T,), or (1,) of an ANN. Source: SASTC Appendix 1, eq. 1."
     if how not in WAYS: raise unknown("way of taking gradients", how, WAYS)
-    hot = targets(model, x, y, labels, seed)
-    if how == "loop": return squared_norms_loop(model, x, hot).mean(0)
-    try: return squared_norms(model, x, hot, chunk).mean(0)
-    except RuntimeError as e:
-        if how == "func" or isinstance(e, torch.OutOfMemoryError): raise
-        warnings.warn(f"gradients are taken image by image, since torch.func cannot map this network: {first_line(e)}", stacklevel=2)
-    return squared_norms_loop(model, x, hot).mean(0)
+    with torch.autocast(x.device.type, enabled=False):
+        hot = targets(model, x, y, labels, seed)
+        if how == "loop": return squared_norms_loop(model, x, hot).mean(0)
+        try: return squared_norms(model, x, hot, chunk).mean(0)
+        except RuntimeError as e:
+            if how == "func" or isinstance(e, torch.OutOfMemoryError): raise
+            warnings.warn(f"gradients are taken image by image, since torch.func cannot map this network: {first_line(e)}", stacklevel=2)
+        return squared_norms_loop(model, x, hot).mean(0)
 
 # %% ../../nbs/lib/64_metrics.fisher.ipynb #1984116c
 @register_probe("Fisher information of the first t steps: trace of the empirical matrix, SASTC Appendix 1")

@@ -55,7 +55,9 @@ def relations(
     "`{layer: (T, B, B)}`, one matrix for an ANN. Source: SASTC eq. 3."
     if normalise not in NORMALISE: raise unknown("normalisation", normalise, NORMALISE)
     with eval_mode(model): logits, feats = observe(model, x, layers)
-    steps = logits.dim() == 3
+    steps, B = logits.dim() == 3, x.shape[-4]
+    for n, f in feats.items():
+        need(f.shape[1 if steps else 0] == B, f"{n} puts out {tuple(f.shape)} for {B} images: features with time are (T, B, …), and so are the logits of their network, (T, B, K)")
     return {n: normalised(gram(f if steps else f[None], exact=True), NORMALISE[normalise]) for n, f in feats.items()}
 
 # %% ../../nbs/lib/63_metrics.mismatch.ipynb #8ae19c27
@@ -132,12 +134,13 @@ def stm(student, reference, data, distiller, images=128, split="test", normalise
 def last_mean(
     history,  # column -> one value an epoch, as in a `Record`
     column="stm",  # which
-    n=10,  # how many epochs at the end; all there are, if fewer
+    n=10,  # how many epochs at the end; those of them that are kept, where the history was thinned
 ):
     "Mean of a column over the last epochs (the paper: 10); nan where no value is finite. Raises `UserError` for an unknown column."
     if column not in history: raise unknown("column of the history", column, history)
     need(n > 0, f"n = {n}: average at least one epoch")
-    values = [v for v in history[column][-n:] if v is not None and math.isfinite(v)]
+    epochs = history.get("epoch", range(1, len(history[column]) + 1))
+    values = [v for e, v in zip(epochs, history[column]) if e > max(epochs) - n and v is not None and math.isfinite(v)]
     return mean(values) if values else math.nan
 
 # %% ../../nbs/lib/63_metrics.mismatch.ipynb #78f896e7

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MIB', 'LEAST', 'LIMIT', 'RULES', 'FACTS', 'LIGHT', 'Passed', 'mean_of', 'streaming', 'in_bytes', 'limit', 'portions',
            'Later', 'in_parts', 'room', 'Operators', 'Steps', 'Rate', 'in_every_step', 'some_images', 'bits_of',
-           'filled', 'put_together', 'by_rule', 'no_rule', 'rule', 'parts', 'rates_in', 'joined', 'commutes', 'delayed',
-           'still', 'along', 'taken', 'reshaped', 'with_steps', 'summed', 'product', 'elementwise']
+           'filled', 'put_together', 'by_rule', 'no_rule', 'rule', 'parts', 'rates_in', 'joined', 'commutes', 'shaped',
+           'delayed', 'still', 'along', 'taken', 'reshaped', 'summed', 'product', 'elementwise']
 
 # %% ../../nbs/lib/27_neurons.rate.ipynb #399487f6
 import contextlib, contextvars, functools, math, os, sys
@@ -135,6 +135,11 @@ class Operators:
     def __sub__(self, other): return by_rule(torch.sub, self, other)
     def __rsub__(self, other): return by_rule(torch.rsub, self, other)
     def __neg__(self): return by_rule(torch.neg, self)
+    def __pos__(self): return by_rule(torch.positive, self)
+    def __abs__(self): return by_rule(torch.abs, self)
+    def __invert__(self): return by_rule(torch.bitwise_not, self)
+    def __eq__(self, other): return by_rule(torch.eq, self, other)
+    def __ne__(self, other): return by_rule(torch.ne, self, other)
     def __gt__(self, other): return by_rule(torch.gt, self, other)
     def __ge__(self, other): return by_rule(torch.ge, self, other)
     def __lt__(self, other): return by_rule(torch.lt, self, other)
@@ -142,7 +147,22 @@ class Operators:
     def __mul__(self, other): return by_rule(torch.mul, self, other)
     def __rmul__(self, other): return by_rule(torch.mul, other, self)
     def __truediv__(self, other): return by_rule(torch.div, self, other)
+    def __rtruediv__(self, other): return by_rule(torch.div, other, self)
     def __matmul__(self, other): return by_rule(torch.matmul, self, other)
+    def __pow__(self, other): return by_rule(torch.pow, self, other)
+    def __rpow__(self, other): return by_rule(torch.pow, other, self)
+    def __floordiv__(self, other): return by_rule(torch.floor_divide, self, other)
+    def __rfloordiv__(self, other): return by_rule(torch.floor_divide, other, self)
+    def __mod__(self, other): return by_rule(torch.remainder, self, other)
+    def __rmod__(self, other): return by_rule(torch.remainder, other, self)
+    def __and__(self, other): return by_rule(torch.bitwise_and, self, other)
+    def __or__(self, other): return by_rule(torch.bitwise_or, self, other)
+    def __xor__(self, other): return by_rule(torch.bitwise_xor, self, other)
+    __rand__, __ror__, __rxor__ = __and__, __or__, __xor__
+    def __setitem__(self, i, value): by_rule(torch.Tensor.__setitem__, self, i, value)
+    def __contains__(self, value): by_rule(torch.Tensor.__contains__, self, value)
+    def __bool__(self): return by_rule(torch.Tensor.__bool__, self)
+    __hash__ = object.__hash__
 
 
 class Steps(Operators):
@@ -319,13 +339,22 @@ def joined(rate, steps, T, what):
 def commutes(func, *args, **kwargs):
     "Both parts through the same function, the steps without a graph."
     found = rates_in((args, kwargs))
-    rate = func(*parts(args, lambda x: x.rate), **parts(kwargs, lambda x: x.rate))
+    rate = shaped(func, *parts(args, lambda x: x.rate), **parts(kwargs, lambda x: x.rate))
     if all(x.still for x in found): return parts(rate, None) if isinstance(rate, (tuple, list)) and not rate else still(rate, found[0].T)
-    if func.__name__ in LIGHT and any(x.light or x.later for x in found) and (y := delayed(func, rate, found, args, kwargs)): return y
+    if func.__name__ in LIGHT and any(x.light or x.later for x in found) and (y := delayed(func, rate, found, args, kwargs)) is not None: return y
     with torch.no_grad():
         try: steps = func(*parts(args, lambda x: x.spread().steps), **parts(kwargs, lambda x: x.spread().steps))
+        except torch.cuda.OutOfMemoryError: raise
         except RuntimeError: raise no_rule(func.__name__) from None
     return joined(rate, steps, found[0].T, func.__name__)
+
+
+def shaped(func, *args, **kwargs):
+    "The result; where a shape does not fit the rate, as one with T in place of the batch, the error of `no_rule`."
+    try: return func(*args, **kwargs)
+    except RuntimeError:
+        if func.__name__ not in ("view", "reshape", "unflatten"): raise
+        raise no_rule(func.__name__) from None
 
 
 LIGHT = ("__getitem__", "avg_pool2d", "adaptive_avg_pool2d", "add")
@@ -366,15 +395,10 @@ def reshaped(func, x, *shape):
     "A new shape behind the batch."
     shape = tuple(shape[0]) if isinstance(shape[0], (tuple, list)) else shape
     first = shape[0] if shape[0] == -1 else x.T * shape[0]
-    rate = func(x.rate, shape)
-    return Rate(rate, None, x.T) if x.still else joined(rate, func(x.steps, (first, *shape[1:])), x.T, func.__name__)
+    rate = shaped(func, x.rate, shape)
+    return Rate(rate, None, x.T) if x.still else joined(rate, shaped(func, x.steps, (first, *shape[1:])), x.T, func.__name__)
 
 # %% ../../nbs/lib/27_neurons.rate.ipynb #091d74c8
-def with_steps(x, T, B):
-    "A plain tensor that has a row an image, as the steps want it."
-    return in_every_step(x, T) if torch.is_tensor(x) and x.dim() and x.shape[0] == B > 1 else x
-
-
 @rule("add", "sub", "radd", "rsub")
 def summed(func, *args, **kwargs):
     "Sums: of two rates, or of a rate and what every step adds."

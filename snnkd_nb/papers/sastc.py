@@ -109,7 +109,7 @@ def calibration(
 ):
     "The options of SASTC."
     last = lambda m: [f"stage{_STAGES.get(m.name, 3) - i}" for i in (2, 1, 0)]
-    few = {"student_layers": last(student), "teacher_layers": last(teacher)} if scale == "smoke" else {}
+    few = {"student_layers": last(student), "teacher_layers": last(teacher)} if scale == "smoke" else {"teacher_layers": layers(teacher)} if teacher.name == "pyramidnet20" else {}
     return {"beta": beta / LESS.get(scale, 1.0), "batch_size": batch, **few}
 
 
@@ -189,7 +189,7 @@ def sizes(
 def beta_in_words(scale):
     "Which β was run, and on which layers."
     theirs = f"{BETA['CIFAR-10']:g} on CIFAR-10, {BETA['CIFAR-100']:g} on CIFAR-100"
-    why = ", for our learning rate is ten times as high; other divisors were not compared" + ("; the last three stages of both networks are calibrated (paper: all layers)" if scale == "smoke" else "")
+    why = ", for our learning rate is ten times as high; `studies/sastc_beta` compares a tenth and ten times of that, on another pair of networks" + ("; the last three stages of both networks are calibrated (paper: all layers)" if scale == "smoke" else "")
     return f"β is the paper's ({theirs}) divided by {LESS[scale]:g}{why}" if scale in LESS else f"β is the paper's: {theirs}"
 
 

@@ -168,7 +168,7 @@ def figure03(
     cells = [Cell({"method": m}, "accuracy", seeded(1 if m == "Teacher" else n, lambda s, m=m: looking(scale, m, s))) for m in ("Teacher", *sastc.METHODS)]
     s, t = looking(scale, "SASTC"), looking(scale, "Teacher")
     what = {"smoke": "scikit-learn's 8×8 digits, enlarged to 16×16", "small": "10,000 images of CIFAR-10 (JPEG), a re-encoding, at 16×16 pixels"}.get(scale, "ImageNet")
-    facts = [f"data: {what} (paper: ImageNet)", f"student: {s.model.name} at {s.model.width:g} of its width, T = {s.model.T} (paper: ResNet-18 or 34, T = 4); teacher: {t.model.name} at {t.model.width:g} of its width",
+    facts = [f"data: {what} (paper: ImageNet)", f"student: {s.model.name} at {s.model.width:g} of its width{', two thirds of its blocks, threshold 0.5' if scale == 'small' else ''}, T = {s.model.T} (paper: ResNet-18 or 34, T = 4); teacher: {t.model.name} at {t.model.width:g} of its width{', as many blocks' if scale == 'small' else ''}",
              f"β = {s.method_args['beta']:g}{', the last two stages are calibrated' if scale == 'smoke' else ''} (paper: 50 on ImageNet, all layers); {n} seed{'s' * (n > 1)}",
              f"a student's map is Kim and Panda's, from the intervals between spikes of its last stage, summed over the steps, with γ = 0.5 (paper: names the method alone){'; at T = 2 it counts the neurons that fire twice' if s.model.T == 2 else ''}; the teacher has no spikes, so its map is Grad-CAM for the right class",
              "the panel shows the first test images of each class, none was chosen; the paper does not say how its images were"]

@@ -117,7 +117,7 @@ def check_cpu(
     if flags is None: flags = next((line for line in info.read_text().splitlines() if line.startswith("flags")), "").split() if info.exists() else []
     fast = [f for f in ("avx512_bf16", "amx_bf16", "avx_ne_convert") if f in flags]
     if fast: return Finding("ok", f"{cores()} cores, bf16 in hardware ({', '.join(fast)})")
-    return Finding("note", f"{cores()} cores, no bf16 in hardware", "keep precision fp32 on this machine: bf16 works but is not faster")
+    return Finding("note", f"{cores()} cores, no bf16 in hardware", "keep precision fp32 on this machine: bf16 works but is slower, a training step up to three times")
 
 # %% ../../nbs/lib/96_runner.doctor.ipynb #62197377
 def check_numba():

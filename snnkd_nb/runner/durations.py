@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'PAIR', 'NAMES', 'step_of', 'measured_group', 'on_cifar', 'on_imagenet', 'kept_at', 'measure', 'measured',
-           'theirs', 'beside']
+           'theirs', 'beside', 'medians', 'shares']
 
 # %% ../../nbs/lib/95_runner.durations.ipynb #40da4fe7
 import json, statistics
@@ -157,3 +157,31 @@ def beside(
     spread = [f"{a:.2f} ({b:.2f} to {c:.2f})" if a == a else "" for a, b, c in zip(both["train ours"], both["low"], both["high"])]
     return both[keys].assign(**{"paper, train": both["train"], "over its baseline": both["train ratio"].round(2), "ours, step over baseline's": spread, "ours, ms": both["ms"],
                                 "paper, inference": both["infer"], "ours, forward ms": both["infer_ms"]})
+
+# %% ../../nbs/lib/95_runner.durations.ipynb #7a11e002
+def _ratios(table):
+    import pandas as pd
+
+    ours = pd.to_numeric(table["ours, step over baseline's"].str.split(" ").str[0], errors="coerce")
+    return table.assign(paper=table["over its baseline"], ours=ours).dropna(subset=["paper", "ours"])
+
+
+def medians(
+    table,  # of `beside`
+    *by,  # columns, e.g. "method"
+):
+    "Median training time over the baseline's, paper and ours, over the rows where both are known, and how many rows those are."
+    groups = _ratios(table).groupby(list(by), sort=False)
+    return groups[["paper", "ours"]].median().round(2).assign(rows=groups.size())
+
+
+def shares(
+    table,  # of `beside`
+):
+    "The share of a training step under SASTC that is not in one under KD, median over students, teachers and T, paper and ours, and of how many."
+    import pandas as pd
+
+    keys = [k for k in ("dataset", "student", "teacher", "T") if k in table]
+    wide = _ratios(table).pivot_table(["paper", "ours"], keys, "method")
+    each = pd.DataFrame({who: 1 - wide[who, "KD"] / wide[who, "SASTC"] for who in ("paper", "ours")}).dropna()
+    return each.median().round(2).to_frame("share of the step").assign(rows=len(each))

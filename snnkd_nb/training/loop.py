@@ -237,9 +237,16 @@ def fit(
 def _identity(optim, augment, seed, data, distiller, probes):
     teacher = distiller.teacher.state_dict() if distiller.teacher is not None else {}
     sums = [[k, float(v.double().sum())] for k, v in teacher.items()]
-    methods = [[type(m).__name__, w] for m, w in zip(distiller.methods, distiller.weights)]
-    text = repr([optim, augment, seed, getattr(data, "fingerprint", ""), methods, sums, *sorted(probes or {})])
+    methods = [[type(m).__name__, w, _plain_options(m)] for m, w in zip(distiller.methods, distiller.weights)]
+    shapes = [[k, tuple(v.shape)] for k, v in distiller.state_dict().items()]
+    text = repr([optim, augment, seed, getattr(data, "fingerprint", ""), methods, shapes, sums, *sorted(probes or {})])
     return sha256_of(text.replace(", gradient='bptt'", ""))  # a field that came later leaves unfinished runs alone
+
+
+def _plain_options(module):
+    plain = lambda v: isinstance(v, (int, float, str, type(None))) or isinstance(v, (list, tuple)) and all(map(plain, v))
+    own = [[k, v] for k, v in vars(module).items() if k != "training" and not k.startswith("_") and plain(v)]
+    return [*sorted(own), *([n, _plain_options(m)] for n, m in module.named_children())]
 
 
 def _resume(checkpoint, distiller, optimiser, scaler, of):
