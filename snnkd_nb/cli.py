@@ -248,8 +248,10 @@ def search(
     space: str = "digits",  # search space: digits, cifar10, cifar100, tiny-imagenet, imagenet, cifar10-dvs, dvs128-gesture, digits-events
     space_width: float = 1.0,  # factor on the channels of the space
     metric: str = "mas+tgs",  # fitness: as, mas, tgs, mas+tgs, snasnet, params, random
+    metric_args: tuple[str, ...] = (),  # its options, e.g. mode=sample norm=frobenius
     T: int = 4,  # time steps of the students
     batch: int = 64,  # training images that a candidate is scored on
+    batches: int = 1,  # so many of them, averaged over
     population: int = 200,  # individuals
     generations: int = 20,  # after the first draw
     algorithm: str = "ga",  # ga, nsga2 (small networks as well), random
@@ -267,7 +269,7 @@ def search(
     data, optim = DataSpec(dataset, size, subset, args=_cut(dataset, None, T)), OptimSpec(teacher_epochs, schedule="onecycle")
     t = RunSpec(data, ModelSpec(teacher, None, teacher_width), optim, seed=seed)
     width = {"width": space_width} if space_width != 1 else {}
-    spec = SearchSpec(data, t, space, width, metric, {}, T, "dsas", batch, 1, population, generations, algorithm, seed=seed)
+    spec = SearchSpec(data, t, space, width, metric, _options(metric_args, "--metric-args"), T, "dsas", batch, batches, population, generations, algorithm, seed=seed)
     _check_names(t)
     return _search(spec, jobs, distil)
 
@@ -275,7 +277,7 @@ def search(
 def _search(spec, jobs, distil):
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from snnkd_nb.runner.jobs import check_jobs
-    from snnkd_nb.search.job import distilled, run_search
+    from snnkd_nb.search.job import candidates_of, distilled, run_search
     from snnkd_nb.search.live import Live
     from snnkd_nb.store import Store
     from snnkd_nb.training.progress import Printer
@@ -285,7 +287,10 @@ def _search(spec, jobs, distil):
     record = run_search(spec, store, say, workers)
     b, c = record.best, record.cost
     print(f"{b['genome']}\nfitness {b['fitness']:.5g}" + "".join(f", {k} {v:.5g}" for k, v in b["parts"].items() if len(b["parts"]) > 1) + f", {b['parameters']:,} parameters, {b['depth']} blocks")
-    print(f"{c['candidates']} candidates, {c['evaluated']} scored, {c['seconds']:.1f} s, {c['per_second']:.1f} a second, {c['days']:.2g} days of this machine\n{os.path.relpath(store.path(spec.id), root())}")
+    print(f"{c['candidates']} candidates, {c['evaluated']} scored, {c['seconds']:.1f} s, {c['per_second']:.1f} a second, {c['days']:.2g} days of this machine")
+    scored = {s["genome"]: s for s in candidates_of(record)} if record.front else {}
+    if scored: print("front, from small to fit:", *(f"fitness {scored[g]['fitness']:.5g}, {scored[g]['parameters']:,} parameters  {g}" for g in record.front), sep="\n")
+    print(f"{os.path.relpath(store.path(spec.id), root())}")
     if distil: _train(distilled(record))
 
 # %% ../nbs/lib/99_cli.ipynb #946eba37

@@ -27,7 +27,8 @@ def _number(spec, name, low, high=float("inf"), kind=(int, float), none=False):
     if v is None and none: return
     good = isinstance(v, kind) and not isinstance(v, bool) and low <= v <= high
     what = "a whole number" if kind is int else "a number"
-    need(good, f"{name} = {v!r}: give {what} from {low} to {high}" + (" or None" if none else ""))
+    span = f"from {low} to {high}" if high < float("inf") else f"of at least {low}"
+    need(good, f"{name} = {v!r}: give {what} {span}" + (" or None" if none else ""))
 
 
 def _flag(spec, name):

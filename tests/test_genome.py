@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from snnkd_nb.core import UserError
-from snnkd_nb.models.genome import EXAMPLES, check_genome, dsas, fit_genome, genome_parameters, genome_text, halvings, parse_genome
+from snnkd_nb.models.genome import EXAMPLES, check_genome, dsas, fit_genome, genome_parameters, genome_text, halvings, parse_genome, set_slopes
 from snnkd_nb.spec import ModelSpec, RunSpec
 
 GENES = st.tuples(st.sampled_from("nd"), st.integers(1, 40))
@@ -89,3 +89,9 @@ def test_mistakes_are_one_line(genome, words):
 @pytest.mark.parametrize("stem", [0, -1, 1.5, True, "64"])
 def test_a_stem_is_a_number_of_channels(stem):
     with pytest.raises(UserError, match="stem = "): dsas("n4", stem)
+
+
+def test_a_part_without_a_neuron_is_left_out():
+    at = lambda genome: [m.surrogate.alpha for m in dsas(genome, slopes=[2.0, 2.5, 3.0], T=1, neuron="dsas", image_size=8).modules() if hasattr(m, "surrogate")]
+    assert at("n4") == [2.0, 3.0] and at("n4 n4") == [2.0, 2.5, 2.5, 3.0] and at("n4 d4 n4") == [2.0, 2.0, 2.5, 2.5, 3.0, 3.0]
+    with pytest.raises(UserError, match="no spiking neurons"): set_slopes(dsas("n4", image_size=8), [2.0])

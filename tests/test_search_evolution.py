@@ -1,4 +1,5 @@
 """Evolution: always valid genomes, the same search whoever computes it and however often it is stopped, each architecture scored once."""
+import contextlib
 import json
 import math
 import os
@@ -23,6 +24,17 @@ SMALL = Space("small", channels=(8, 16, 32), normal=(1, 6), downsample=(1, 3), i
 
 
 def toy(genome): return abs(len(genome) - 7) + sum(g.channels for g in genome) / 1000
+toy.key = "toy"
+
+
+class Counted:
+    "The toy; it breaks off after some calls, and counts them."
+    key = "toy"
+    def __init__(self, calls=10**6): self.calls, self.seen = calls, []
+    def __call__(self, g):
+        self.calls -= 1
+        if self.calls < 0: raise KeyboardInterrupt
+        return self.seen.append(genome_text(g)) or toy(g)
 
 
 # --- operators --------------------------------------------------------------------------------------------------------
@@ -127,6 +139,7 @@ def test_stopped_anywhere_any_number_of_times_it_ends_the_same(tmp_path_factory,
     seen, path = [], tmp_path_factory.mktemp("stops") / "a.search"
 
     class Fragile:
+        key = "toy"
         def __init__(self, calls): self.calls = calls
         def __call__(self, g):
             self.calls -= 1
@@ -152,6 +165,7 @@ space = Space("small", channels=(8, 16, 32), normal=(1, 6), downsample=(1, 3), i
 def toy(g):
     time.sleep(0.01)
     return abs(len(g) - 7) + sum(x.channels for x in g) / 1000
+toy.key = "toy"
 evolve(space, toy, 12, 30, checkpoint=sys.argv[1], on_event=lambda e: print(e["generation"], flush=True))
 """
 
@@ -162,10 +176,31 @@ def test_killed_outright_it_goes_on_with_the_same_generations(tmp_path):
     while child.stdout.readline().strip() != "3": pass
     time.sleep(0.05)
     child.kill(), child.wait()
-    calls = []
-    resumed = evolve(SMALL, lambda g: calls.append(g) or toy(g), 12, 30, checkpoint=path)
+    rest = Counted()
+    resumed = evolve(SMALL, rest, 12, 30, checkpoint=path)
     whole = evolve(SMALL, toy, 12, 30)
-    assert resumed == whole and 0 < len(calls) < len(whole.scores)
+    assert resumed == whole and 0 < len(rest.seen) < len(whole.scores)
+
+
+def test_a_checkpoint_is_of_one_fitness(tmp_path):
+    path = tmp_path / "a.search"
+    with pytest.raises(UserError, match="has no key"): evolve(SMALL, lambda g: 1.0, 4, 1, checkpoint=path)
+    evolve(SMALL, toy, 4, 1, checkpoint=path)
+    other = lambda g: -toy(g)
+    other.key = "other"
+    with pytest.warns(UserWarning, match="another search"): assert evolve(SMALL, other, 4, 1, checkpoint=path).score.fitness < 0
+
+
+@pytest.mark.parametrize("stop", [0, 5, 14, 30])
+def test_what_a_memo_knew_is_not_counted_as_scored_after_a_stop(tmp_path, stop):
+    def memo(name):
+        made = Memo("toy", tmp_path / name)
+        return made.put({t: as_score(toy(parse_genome(t))) for t in list(evolve(SMALL, toy, 12, 4).scores)[::2]}) or made
+
+    whole = evolve(SMALL, toy, 12, 4, memo=memo("a"))
+    with pytest.raises(KeyboardInterrupt) if stop < whole.cost()["evaluated"] else contextlib.nullcontext(): evolve(SMALL, Counted(stop), 12, 4, memo=memo("b"), checkpoint=tmp_path / "b.search")
+    again = evolve(SMALL, Counted(), 12, 4, memo=Memo("toy", tmp_path / "b"), checkpoint=tmp_path / "b.search")
+    assert again == whole and 0 < again.cost()["evaluated"] < len(again.scores)
 
 
 def test_a_damaged_or_foreign_file_is_not_used(tmp_path):
@@ -254,7 +289,7 @@ def test_nsga2_keeps_no_dead_and_no_twice():
 
 
 @pytest.mark.parametrize("kw, words", [({"population": 1}, "two different parents"), ({"population": True}, "at least 2"), ({"generations": 0}, "at least 1"), ({"selection": "roulette"}, "fitness above 0"),
-                                       ({"algorithm": "nsga"}, "did you mean 'nsga2'"), ({"workers": 0}, "at least 1"), ({"second": "ops"}, "did you mean 'sops'")])
+                                       ({"algorithm": "nsga"}, "did you mean 'nsga2'"), ({"workers": 0}, "at least 1"), ({"second": "ops"}, "did you mean 'sops'"), ({"memo": "scores"}, "give Memo"), ({"rates": {"mutation": 0.5}}, "create_rates")])
 def test_mistakes_are_one_line(kw, words):
     with pytest.raises(UserError) as e: search(None, SMALL, None, **{"population": 4, "generations": 1, "fitness": toy, **kw})
     assert words in str(e.value) and "\n" not in str(e.value)
@@ -262,4 +297,7 @@ def test_mistakes_are_one_line(kw, words):
 
 def test_all_dead_is_said():
     with pytest.raises(UserError, match="every one of"): evolve(SMALL, lambda g: math.inf, 4, 1)
+    with pytest.raises(UserError, match="every one of"): evolve(SMALL, lambda g: Score(math.nan, {}, 1, 1.0, ""), 4, 1)
+    found = evolve(SMALL, lambda g: Score(-math.inf if len(g) > 4 else 1.0, {}, 1, 1.0, ""), 8, 2)
+    assert found.score.fitness == 1 and any("its fitness is -inf" in s.dead for s in found.scores.values()) and found.generations[0].row()["dead"]
     with pytest.raises(UserError, match="options of the Scorer"): search(None, SMALL, None, fitness=toy, T=4)

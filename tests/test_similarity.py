@@ -15,9 +15,11 @@ from torch import nn
 from snnkd_nb.core import UserError, root
 from snnkd_nb.metrics.activity import sops
 from snnkd_nb.models.zoo import create_model
+from snnkd_nb.search import score as module
 from snnkd_nb.search.candidate import candidate
 from snnkd_nb.models.genome import set_slopes
-from snnkd_nb.search.score import METRICS, Scorer, Scoring, guided_slopes
+from snnkd_nb.models.taps import Foreign
+from snnkd_nb.search.score import METRICS, Scorer, Scoring, guided_slopes, prepared
 from snnkd_nb.search.similarity import NORMS, activation_similarity, align, density, groups, log_determinant, mas, matrix_distance, ordered, similarity_matrix, slopes, spike_kernel, tgs, totals
 from snnkd_nb.search.space import create_space
 from snnkd_nb.vision import torchvision
@@ -172,9 +174,57 @@ def test_one_pass_equals_the_network_and_its_full_gradient():
         assert score.sops == pytest.approx(sum(r["sops"] for r in sops(net, X)), rel=1e-4)
 
 
+def small(act=nn.ReLU, scale=1.0, bias=True):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3, bias=bias), nn.BatchNorm2d(8) if bias else nn.Identity(), act(), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10, bias=bias))
+    with torch.no_grad(): net[0].weight.mul_(scale)
+    return Foreign(net, ["2"], 8, 1)
+
+
 def test_the_order_of_the_batch_and_the_scale_of_a_linear_teacher_do_not_matter():
     turn = torch.randperm(len(X), generator=torch.Generator().manual_seed(1))
-    assert scores(Scorer(TEACHER, X[turn], Y[turn], "mas", T=2)) == pytest.approx(scores(Scorer(TEACHER, X, Y, "mas", T=2)), rel=0.05)
+    assert scores(Scorer(TEACHER, X[turn], Y[turn], "mas", T=2)) == pytest.approx(scores(Scorer(TEACHER, X, Y, "mas", T=2)), rel=1e-6)
+    plain, loud = (scores(Scorer(small(nn.Identity, scale, bias=False), X, Y, "as+mas", T=2)) for scale in (1.0, 3.0))
+    assert loud == pytest.approx(plain, rel=1e-6)
+
+
+def test_a_teacher_is_asked_once_a_batch():
+    calls, net = [], small()
+    net.register_forward_hook(lambda *a: calls.append(1))
+    for metric in ("mas", "mas+tgs"):
+        scorer = Scorer(net, [X[:12], X[12:]], [Y[:12], Y[12:]], metric, T=1, K=2)
+        assert len(calls) == 2 and math.isfinite(scorer(GENOME).fitness)
+        assert len(calls) == 2, "no candidate asks it"
+        calls.clear()
+
+
+def test_over_batches_and_seeds_the_mean_is_taken():
+    halves = [X[:12], X[12:]], [Y[:12], Y[12:]]
+    single = [Scorer(TEACHER, x, y, T=2, seeds=[s])(GENOME) for s in (3, 4) for x, y in zip(*halves)]
+    both = Scorer(TEACHER, *halves, T=2, seeds=(3, 4))(GENOME)
+    assert both.fitness == pytest.approx(np.mean([s.fitness for s in single])) and both.sops == pytest.approx(np.mean([s.sops for s in single])) and len({s.fitness for s in single}) == 4
+
+
+def test_the_key_knows_what_a_teacher_computes_and_the_version(monkeypatch):
+    relu, tanh = (Scorer(small(act), X, Y, "mas", T=2) for act in (nn.ReLU, nn.Tanh))
+    assert relu(GENOME).fitness != tanh(GENOME).fitness and relu.key != tanh.key and relu.key == Scorer(small(), X, Y, "mas", T=2).key
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try: assert Scorer(small(), X, Y, "mas", T=2).key == relu.key and torch.get_num_threads() == 2
+    finally: torch.set_num_threads(before)
+    monkeypatch.setattr(module, "METRIC_VERSION", 2)
+    assert (again := Scorer(small(), X, Y, "mas", T=2)).key != relu.key and again.key.startswith("mas-v2-")
+
+
+def test_batch_statistics_switch_no_dropout_on():
+    for mode in ("eval", "train"):
+        made = prepared(small(), mode)
+        assert [m.training for m in made.net] == [False, mode == "train", *[False] * 5] and all(p.requires_grad for p in made.parameters())
+    assert Scorer(small(), X, Y, "mas", T=1, teacher_mode="train").key == Scorer(small(), X, Y, "mas", T=1, teacher_mode="train").key
+
+
+def test_other_types_of_the_same_numbers_are_the_same():
+    assert Scorer(TEACHER, X.double(), Y.int(), T=1).key == Scorer(TEACHER, X, Y, T=1).key
 
 
 def test_frames_and_foreign_teachers():
@@ -209,7 +259,6 @@ class Closed(nn.Module):
     def forward(self, x): return torch.no_grad()(self.fc)(x.flatten(1))
 
 
-@pytest.mark.filterwarnings("ignore:Closed has no stages")
 @pytest.mark.parametrize("make, words", [
     (lambda: Scorer(Closed(), X, Y), "has no gradients"), (lambda: guided_slopes(Closed(), X, Y), "has no gradients"), (lambda: Scorer(Closed(), X, Y, "mas"), "no stages to compare"),
     (lambda: Scorer(TEACHER, X[:6], Y[:6]), "6 images for 10 classes"), (lambda: Scorer(TEACHER, X[:6], Y[:6], mode="ickd"), "6 images for 10 classes"),
@@ -217,9 +266,23 @@ class Closed(nn.Module):
     (lambda: Scorer(create_model("resnet18", T=2), X, Y), "is a spiking network"), (lambda: Scorer(TEACHER, 0 * X, Y), "stem is silent or not finite"),
     (lambda: Scorer(TEACHER, X, Y)("n0"), "above 0"), (lambda: Scorer(TEACHER, X, Y, seeds=()), "at least one each"), (lambda: Scoring(alpha=-1), "above 0"),
     (lambda: Scorer(TEACHER, X, Y, mode="ickd", T=2)("n8 d9"), "no multiple of"),
+    *((lambda kw=kw: Scorer(TEACHER, X[:1], Y[:1], **kw), "a batch of 1 image") for kw in ({"metric": "as"}, {"metric": "mas"}, {"metric": "snasnet"}, {"mode": "sample"})),
+    (lambda: Scorer(TEACHER, X, Y + 5), "labels from 5 to 14"), (lambda: Scorer(TEACHER, X, Y - 1, "mas"), "labels from -1"), (lambda: Scorer(TEACHER, X.byte(), Y), "floating point"), (lambda: Scorer(TEACHER, X, Y.float()), "whole numbers"),
+    (lambda: slopes([torch.arange(3.0), torch.ones(3), torch.arange(3.0)]), "part 2 of 3"), (lambda: slopes([torch.ones(3)] * 3), "part 1 of 3"),
+    (lambda: Scorer(TEACHER, X, Y, K=99), "lower K"),
 ])
+@pytest.mark.filterwarnings("ignore:Closed has no stages")
 def test_mistakes_are_one_line(make, words):
     with pytest.raises(UserError, match=words) as e: make()
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("option, words", [({"K": 0}, "at least 1"), ({"K": 2.0}, "at least 1"), ({"alpha": math.inf}, "above 0"), ({"alpha": math.nan}, "above 0"), ({"alpha0": 0}, "alpha0 = 0"), ({"alpha0": "2"}, "alpha0"),
+    ({"seeds": 3}, "give a list"), ({"seeds": ["0"]}, "whole numbers"), ({"seeds": "01"}, "give a list"), ({"weights": {"as": 1.0}}, "no part of metric"), ({"weights": {"mass": 1.0}}, "did you mean 'mas'"),
+    ({"weights": {"mas": math.nan}}, "not a finite number"), ({"weights": [1]}, "give a dict"), ({"metric": "mas+tgs+mas"}, "each metric once"),
+    ({"neuron_args": {"taus": 2.0}}, "did you mean 'tau'"), ({"neuron_args": {"tau": "2"}}, "neuron_args"), ({"neuron_args": 2}, "give a dict")])
+def test_options_that_cannot_be_are_one_line(option, words):
+    with pytest.raises(UserError, match=words) as e: Scoring(**option)
     assert "\n" not in str(e.value)
 
 

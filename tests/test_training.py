@@ -139,6 +139,29 @@ def test_a_non_finite_loss_names_step_term_and_layer(digits):
         fit(net, digits, epochs=1, on_event=quiet, device="cpu")
 
 
+def test_a_checkpoint_knows_method_and_options(digits, tmp_path):
+    def stopped(event):
+        if event["event"] == "epoch" and event["epoch"] == 1: raise KeyboardInterrupt
+
+    def made(method="kd", width=0.1, **options):
+        torch.manual_seed(0)
+        return create_distiller(method, *(create_model("resnet20", T=T, width=w, depth=0.34, in_channels=1, image_size=8) for T, w in ((2, width), (None, 0.1))), **options)
+
+    def epochs(d, path, on_event):
+        seen = []
+        fit(d.student, digits, d, epochs=2, on_event=lambda e: (seen.append(e["epoch"]) if e["event"] == "epoch" else None, on_event(e)), device="cpu", checkpoint=path)
+        return seen
+
+    for method, same, others in (("kd", {"temp": 2.0}, ({"temp": 3.0}, {"temp": 2.0, "width": 0.2})), ("eskd", {"positions": [1]}, ({"positions": [0]},))):
+        path, d = tmp_path / f"{method}.ckpt", made(method, **same)
+        with pytest.raises(KeyboardInterrupt): epochs(d, path, stopped)
+        kept = path.read_bytes()
+        assert epochs(d, path, quiet) == [2]
+        for other in others:
+            path.write_bytes(kept)
+            with pytest.warns(UserWarning, match="belongs to another training"): assert epochs(made(method, **other), path, quiet) == [1, 2]
+
+
 def test_nothing_is_saved_from_a_run_that_blew_up(digits, tmp_path):
     with pytest.raises(NonFiniteLoss):
         fit(Plain(), digits, epochs=1, lr=1e38, on_event=quiet, device="cpu", checkpoint=tmp_path / "x.ckpt")

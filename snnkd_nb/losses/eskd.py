@@ -159,13 +159,13 @@ class ESKD(Method):
     ):
         super().__init__(student, teacher, variant)
         need(is_number(temp) and temp > 0, f"temp = {temp!r}: the temperature must be above 0 (the paper has none: 1)")
-        self.alpha, self.temp, self.epoch = check_alpha(alpha), temp, ()
+        self.alpha, self.temp, self._epoch = check_alpha(alpha), temp, ()
         self.hybrids = hybrids_for(student, teacher, positions, pairs, adapter, relu, prefix, input_shape)
         self.betas = betas(beta, len(self.hybrids.names))
         self.student_features = tuple(dict.fromkeys(b.student for b in self.hybrids.branches))
         object.__setattr__(self, "student", student)
 
-    def begin_epoch(self, epoch, epochs): self.epoch = epoch, epochs
+    def begin_epoch(self, epoch, epochs): self._epoch = epoch, epochs
 
     def logits(self, batch):
         "`{name: (B, K)}` of the hybrid models."
@@ -173,7 +173,7 @@ class ESKD(Method):
         return self.hybrids(rates_of(batch.feats_s), self.student.T if coded else 1)
 
     def terms(self, batch):
-        alpha = alpha_at(self.alpha, *self.epoch)
+        alpha = alpha_at(self.alpha, *self._epoch)
         loss = lambda z: hybrid_loss(full(z), full(batch.logits_t), batch.y, alpha, self.temp)
         blocks = {n: b * sum(loss(z)) for (n, z), b in zip(self.logits(batch).items(), self.betas)}
         return dict(zip(("ce", "kd"), loss(mean_logits(batch.logits_s)))) | blocks

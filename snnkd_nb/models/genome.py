@@ -98,12 +98,12 @@ class FirstBlock(BasicBlock):
 # %% ../../nbs/lib/37_models.genome.ipynb #ee0284e2
 def set_slopes(
     net,  # a spiking network; its neurons are changed
-    alphas,  # slope of the sigmoid surrogate for every part of the depth, first to last; one for all
+    alphas,  # slope of the sigmoid surrogate for every part of the depth, first to last; one for all; a part without a neuron is left out
 ):
     "Give the neurons of every part of the depth their slope; returns the network."
     neurons = [m for m in net.modules() if hasattr(m, "surrogate") and hasattr(m, "v_threshold")]
     need(isinstance(alphas, (list, tuple)) and alphas and all(type(a) in (int, float) and a > 0 for a in alphas), f"slopes = {alphas!r}: give numbers above 0, one for each part of the depth, e.g. [2.0, 2.5, 3.0]")
-    need(len(neurons) >= len(alphas), f"{len(neurons)} layers of neurons cannot be divided into {len(alphas)} parts of the depth")
+    need(neurons, f"slopes = {alphas!r}: {type(net).__name__} has no spiking neurons to give them to")
     for i, m in enumerate(neurons): m.surrogate = Sigmoid(float(alphas[next(k for k in range(len(alphas)) if i < round((k + 1) * len(neurons) / len(alphas)))]))
     return net
 

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['WHEN', 'DEPTH_CLAIMS', 'SEARCHED', 'SAID', 'PATH_CLAIMS', 'ARTEFACTS', 'depth_searches', 'figure04', 'figure05',
-           'depth_counts', 'depth_facts', 'depth_rows', 'architecture', 'figure09', 'figure10', 'figure11', 'figure12',
-           'figure13', 'trajectories', 'figure14', 'figure15', 'figure16', 'figure17', 'figure18', 'trajectory_frame',
-           'trajectory_facts', 'path_rows', 'search_claims']
+           'depth_counts', 'depth_facts', 'depth_rows', 'depth_story', 'architecture', 'figure09', 'figure10',
+           'figure11', 'figure12', 'figure13', 'trajectories', 'figure14', 'figure15', 'figure16', 'figure17',
+           'figure18', 'trajectory_frame', 'trajectory_facts', 'path_rows', 'search_claims']
 
 # %% ../../nbs/lib/89_papers.dsas_views.ipynb #32133cc0
 from ..core import unknown
 from . import dsas
 from .dsas import EVENTS, GESTURE, SEEDS
 from .dsas_search import METRICS, in_words, search, table08
-from ..published.format import Claim
+from ..published.format import Claim, evaluate_claim
 from ..reports.grid import Cell, Grid, check_scale, seeded
 
 # %% ../../nbs/lib/89_papers.dsas_views.ipynb #6366b806
@@ -93,6 +93,20 @@ def depth_rows(facts):
     from snnkd_nb.reports.dots import readings
 
     return readings(facts.assign(arm=facts.method + ", " + facts.when), "arm", ("blocks", "evenness"))
+
+
+def depth_story(
+    facts,  # of `depth_facts`
+    scale,  # smoke, small, medium, paper
+):
+    "One line made of the numbers: how depths change under AS and MAS, and whether that is the paper's story."
+    if facts.empty: return f"At {scale} scale no search has been run."
+    mean, said = facts.groupby(["method", "when"])[["blocks", "evenness"]].mean(), [evaluate_claim(c, depth_rows(facts)) for c in DEPTH_CLAIMS]
+    way = lambda m, k, d: " → ".join(f"{mean.loc[(m, w), k]:.{d}f}" for w in WHEN)
+    told = sum(s.startswith("holds") for s in said)
+    verdict = "is told" if told == len(said) else "is told in part" if told else "is not told"
+    ways = "; ".join(f"under {m} blocks {way(m, 'blocks', 1)}, evenness {way(m, 'evenness', 2)}" for m in mean.index.unique("method"))
+    return f"At {scale} scale, from the first draw to the last generation: {ways}. The paper's story (AS makes networks shallow, MAS does not and keeps depths even) {verdict} by these searches; its {len(said)} sentences: {', '.join(f'{said.count(s)} {s}' for s in dict.fromkeys(said))}."
 
 # %% ../../nbs/lib/89_papers.dsas_views.ipynb #3be7c387
 SEARCHED = ("ImageNet", "Tiny-ImageNet", "CIFAR", EVENTS, GESTURE)

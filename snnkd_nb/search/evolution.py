@@ -152,6 +152,13 @@ def _check(population, generations, algorithm, second):
     if second not in OBJECTIVES: raise unknown("second objective", second, OBJECTIVES)
 
 
+def _check_parts(rates, key, memo, checkpoint):
+    need(isinstance(rates, Rates), f"rates = {rates!r}: give create_rates(…) of search.operators, e.g. create_rates(mutation=0.5)")
+    need(memo is None or isinstance(memo, Memo), f"memo = {memo!r}: give Memo(scorer.key, folder) of search.pool")
+    need(memo is None or memo.key == key and key, "memo: it is of another scorer than this one; make it with Memo(scorer.key, folder)")
+    need(checkpoint is None or key, "checkpoint: this fitness has no key, so a file of another could be taken for its own; give it one, e.g. fitness.key = 'depth, version 1'")
+
+
 _DEAD = 1e30  # worse than any score, and finite, as NSGA-II's crowding wants it
 
 
@@ -173,23 +180,24 @@ class _Book:
     def __init__(self, path, of, memo, every):
         self.path, self.of, self.memo, self.every = path, of, memo, every
         state = path and load_state(path, of) or {"scores": {}, "done": [], "spent": 0.0}
+        self.shared = dict.fromkeys(state.get("shared", ()))  # what the memo knew
         self.kept, self.done, self.spent = {t: score_from_json(v) for t, v in state["scores"].items()}, state["done"], state["spent"]
         self.scores, self.saved = {}, time.perf_counter()
 
     def save(self):
-        kept = {t: score_to_json(s) for t, s in (self.kept | self.scores).items()}
-        if self.path: save_state(self.path, self.of, {"scores": kept, "done": self.done, "spent": self.spent})
+        kept = {t: score_to_json(s) for t, s in self.kept.items()}
+        if self.path: save_state(self.path, self.of, {"scores": kept, "shared": [*self.shared], "done": self.done, "spent": self.spent})
         self.saved = time.perf_counter()
 
     def score(self, asked, pool):
         "Score what is not known; how many were scored for this search."
         new = [t for t in dict.fromkeys(asked) if t not in self.scores]
-        shared = {t: s for t in new if t not in self.kept and (s := self.memo.get(t))}
-        try: self._work([t for t in new if t not in self.kept and t not in shared], pool)
+        known = {t: s for t in new if t not in self.kept and (s := self.memo.get(t))}
+        self.kept, self.shared = self.kept | known, self.shared | dict.fromkeys(known)
+        try: self._work([t for t in new if t not in self.kept], pool)
         except BaseException: self.save(); raise
-        self.scores |= {t: shared.get(t) or self.kept[t] for t in new}
-        self.memo.put({t: self.scores[t] for t in new})
-        return len(new) - len(shared)
+        self.scores |= {t: self.kept[t] for t in new}
+        return sum(t not in self.shared for t in new)
 
     def _work(self, texts, pool):
         t0 = time.perf_counter()
@@ -199,11 +207,12 @@ class _Book:
             if t0 - self.saved > self.every: self.save()
 
     def close(self, number):
-        "The seconds of a generation, which is over now; from the file where it was over before."
+        "The seconds of a generation, which is over now; from the file where it was over before. The memo learns last: what it knows counts as shared."
         if number >= len(self.done):
             self.done.append(round(self.spent, 3))
             self.spent = 0.0
             self.save()
+        self.memo.put(self.scores)
         return self.done[number]
 
 # %% ../../nbs/lib/75_search.evolution.ipynb #dd4099a4
@@ -225,7 +234,7 @@ def evolve(
     "Search a space for the lowest fitness; the same seed gives the same search, whoever computes the scores; raises `UserError`."
     _check(population, generations, algorithm, second)
     two, key = second if algorithm == "nsga2" else None, getattr(scorer, "key", "")
-    need(memo is None or memo.key == key and key, "memo: it is of another scorer than this one; make it with Memo(scorer.key, folder)")
+    _check_parts(rates, key, memo, checkpoint)
     made = create_algorithm(algorithm, space, population, rates, selection, seed)
     book, out = _Book(checkpoint, _of(space, key, population, algorithm, rates, selection, two, seed), memo or Memo(key), 30.0), []
     with Pool(scorer, workers) as pool:

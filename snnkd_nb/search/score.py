@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METRICS', 'METRIC_VERSION', 'CHOICES', 'MEASURES', 'staged', 'last_layer', 'one_thread', 'check_labels', 'Asked',
            'ask', 'prepared', 'guided_slopes', 'slopes_of', 'paired', 'student_gradient', 'Score', 'Facts',
-           'fingerprint', 'silent', 'check_batch', 'Scoring', 'facts', 'rows_of', 'measured', 'Scorer']
+           'fingerprint', 'silent', 'Scoring', 'check_batch', 'facts', 'rows_of', 'measured', 'Scorer']
 
 # %% ../../nbs/lib/72_search.score.ipynb #ce8bd584
 import contextlib
@@ -214,18 +214,7 @@ def _check_neuron(how):
     try: create_neuron(how.neuron, how.T, **(how.neuron_args or {}))
     except (TypeError, ValueError) as e: raise UserError(f"neuron_args = {how.neuron_args!r}: {e}") from None
 
-
-def check_batch(
-    how,  # a `Scoring`
-    images,  # in a batch
-    classes,  # of the teacher
-):
-    "Raise `UserError` where a batch has too few images to compare: every network would be perfect."
-    compared = [m for m in how.metrics if m in ("as", "mas", "snasnet") or m == "tgs" and how.mode == "sample"]
-    need(images > 1 or not compared, f"a batch of 1 image: {', '.join(compared)} compares images with each other, give at least 2")
-    need(images >= classes or not how.needs("tgs") or how.mode == "sample", f"a batch of {images} images for {classes} classes: TGS with mode={how.mode!r} compares classes, so give at least {classes} images, or the metric's option mode='sample'")
-
-
+# %% ../../nbs/lib/72_search.score.ipynb #8d02f6a4
 @dataclass(frozen=True)
 class Scoring:
     "How candidates are scored; raises `UserError` for what does not exist."
@@ -262,6 +251,17 @@ class Scoring:
     def metrics(self): return tuple(self.metric.split("+"))
 
     def needs(self, *names): return bool({*names} & {*self.metrics})
+
+# %% ../../nbs/lib/72_search.score.ipynb #5e1c70b2
+def check_batch(
+    how,  # a `Scoring`
+    images,  # in a batch
+    classes,  # of the teacher
+):
+    "Raise `UserError` where a batch has too few images to compare: every network would be perfect."
+    compared = [m for m in how.metrics if m in ("as", "mas", "snasnet") or m == "tgs" and how.mode == "sample"]
+    need(images > 1 or not compared, f"a batch of 1 image: {', '.join(compared)} compares images with each other, give at least 2")
+    need(images >= classes or not how.needs("tgs") or how.mode == "sample", f"a batch of {images} images for {classes} classes: TGS with mode={how.mode!r} compares classes, so give at least {classes} images, or the metric's option mode='sample'")
 
 # %% ../../nbs/lib/72_search.score.ipynb #3af99a76
 @one_thread()

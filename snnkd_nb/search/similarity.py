@@ -43,7 +43,7 @@ def threshold(
     order,  # of `ordered`
     rho,  # density that is wanted, 0 to 1
 ):
-    "τ: at most ρ of the values are larger, and as many as can be. Source: DSAS eq. 2."
+    "τ: as many values are larger as come nearest to the share ρ, fewer where some are equal to τ. Source: DSAS eq. 2."
     return order[round(rho * (len(order) - 1))]
 
 
@@ -86,7 +86,7 @@ def pick(
     stages,  # features or names, first to last
     layers=("first", "middle", "last"),
 ):
-    "Those that are compared."
+    "Those that are compared; of two the first is also the middle one and comes twice, of one all three are the same."
     n = len(stages)
     where = {"first": 0, "middle": (n - 1) // 2, "last": n - 1}
     for name in layers:
@@ -170,8 +170,9 @@ def slopes(
     alpha0=2.0,  # slope of the steadiest group
     eps=1e-12,
 ):
-    "α̃ of every group, in [α0, 2α0); raises `UserError` for gradients that are all zero or not finite. Source: DSAS eq. 8."
+    "α̃ of every group, in [α0, 2α0); raises `UserError` for gradients that are not finite, or all equal in a group. Source: DSAS eq. 8."
     need(all(v.isfinite().all() for v in vectors) and any(v.any() for v in vectors), "the teacher has no gradients to guide the slopes: they are all zero or not finite; train it first, or give alpha a number")
+    for k, v in enumerate(vectors, 1): need(v.min() < v.max(), f"the teacher's gradients in part {k} of {len(vectors)} of its depth are all equal, so no slope follows from them: give fewer parts (K), or alpha a number")
     ratio = [steadiness(v, eps) for v in vectors]
     return [(2 - r / max(ratio)) * alpha0 for r in ratio]
 
