@@ -1,7 +1,10 @@
 """ESKD: hybrid models of every family, their loss, what must stay frozen, training and probes."""
 import copy
 import itertools
+import os
+import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -133,11 +136,44 @@ def test_depths_agree(a, b):
     (dict(positions=[0, 5]), "position 5: the hybrid models of these networks are MH, M0, M1, Mfc"), (dict(positions=-1), "position -1"), (dict(positions=["Mh"]), "position 'Mh'"),
     (dict(pairs=[("stage1", "stage7")]), "did you mean 'stage"), (dict(pairs=[("stage7", "stage1")]), "did you mean 'stage"), (dict(pairs=["stage1"]), "pairs ="),
     (dict(pairs=[("stage1", "stage1"), ("stage1", "stage2")]), "give every stage once"), (dict(alpha=2), "alpha = 2"), (dict(alpha="up"), "course of alpha"), (dict(beta=[1]), "a list of 2"),
-    (dict(beta="even"), "rule for beta"), (dict(adapter="5x5"), "unknown adapter"), (dict(adapter="identity"), "4 channels and the teacher's 8"), (dict(prefix="cls"), "unknown prefix"), (dict(temp=0), "temp = 0"), (dict(tmp=1), "did you mean 'eskd.temp'|did you mean 'temp'"),
+    (dict(beta="even"), "rule for beta"), (dict(adapter="5x5"), "unknown adapter"), (dict(adapter="identity"), "4 channels and the teacher's 8"), (dict(prefix="cls"), "unknown prefix"),
+    (dict(pairs=[("head", "stage1")]), "'head' of the student puts out no map.*stage1, stage2"), (dict(pairs=[("pool", "stage1")]), "'pool' of the student puts out no map"), (dict(pairs=[("stage1", "head")]), "unknown stage of the teacher 'head'"),
+    (dict(pairs=5), "pairs = 5: give"), (dict(pairs=[(1, 2)]), "pairs ="), (dict(positions=1.5), "position 1.5: .*give H, 0, 1, fc"), (dict(positions=[True]), "position True"), (dict(positions={}), "position {}"),
+    (dict(adapter=["1x1"]), "unknown adapter .'1x1'.: .*valid: 1x1"), (dict(prefix=["mean"]), "unknown prefix"), (dict(relu="no"), "relu = 'no': give True"), (dict(beta=float("inf")), "beta = inf: .*finite"), (dict(beta=[1, float("nan")]), "beta = "), (dict(temp=float("inf")), "temp = inf"), (dict(temp=0), "temp = 0"), (dict(tmp=1), "did you mean 'eskd.temp'|did you mean 'temp'"),
 ])
 def test_mistakes_are_one_line(kw, text):
     with pytest.raises(UserError, match=text) as e: pair(**kw)
     assert "\n" not in str(e.value)
+
+
+def test_numpy_numbers_are_positions_and_weights():
+    assert pair(positions=np.int64(1), beta=np.float32(0.5))[2].methods[0].hybrids.names == ("M1",) and pair(positions=np.array([1, 0]))[2].methods[0].hybrids.names == ("M0", "M1")
+
+
+def test_hybrids_name_what_is_missing():
+    student, teacher, d = pair()
+    made, x = d.methods[0].hybrids, torch.rand(2, 4, 8, 8)
+    for wrong, text in ((lambda: made.tail("M9", x), "unknown hybrid model 'M9': .*valid: M0, M1"), (lambda: made.logits("M9", {}), "unknown hybrid model 'M9'"), (lambda: HybridNet(student, made, ["M0"]), "unknown hybrid model"),
+                        (lambda: made({}), "M0 begins with the student's 'stage1', and rates are given of nothing: give those of stage1, stage2"), (lambda: made.adapted({"stage1": x}), "M1 begins .* of stage1: give")):
+        with pytest.raises(UserError, match=text) as e: wrong()
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("kw", [dict(positions=[1, 0]), dict(positions=["stage2", "M0"]), dict(pairs=[("stage2", "stage2"), ("stage1", "stage1")]), dict(pairs=[("stage2", "stage2"), ("stage1", "stage1")], positions=[1, 0])])
+def test_a_list_of_weights_follows_the_order_that_is_asked_for(kw):
+    method = pair(beta=[0.8, 0.2], **kw)[2].methods[0]
+    assert method.hybrids.names == ("M0", "M1") and dict(zip(method.hybrids.names, method.betas)) == {"M1": 0.8, "M0": 0.2}
+    assert pair(beta="decay", **kw)[2].methods[0].betas == [0.25, 0.5]  # rules count along the student's stages
+    _, _, plain = pair(beta=[0.2, 0.8])
+    x, y = batch()
+    d = pair(beta=[0.8, 0.2], **kw)[2]
+    for a, b in zip(d.state_dict().values(), plain.state_dict().values()): a.copy_(b)
+    assert all(torch.allclose(v, plain(x, y)[0][n]) for n, v in d(x, y)[0].items())
+
+
+def test_modules_come_before_the_stage_they_are_in():
+    made = pair(pairs=[("stage2", "stage2"), ("stage2.0.act1", "stem"), ("stage1", "stage1")], beta=[3, 2, 1])[2].methods[0]
+    assert made.hybrids.names == ("M0", "Mstage2.0.act1", "M1") and made.betas == [1, 2, 3]
 
 
 def test_stages_that_do_not_pair():
@@ -289,6 +325,17 @@ def test_the_teacher_stays_as_it_is_whatever_mode_it_is_put_in():
     assert moved and all(b == 3 for b in moved)  # an adapter's BatchNorm sees a batch once, whatever T
 
 
+def test_the_teacher_goes_where_the_hybrids_go():
+    for whole in (False, True):
+        student, teacher, d = pair(positions="all")
+        made = d.methods[0].hybrids
+        net = HybridNet(student, made, "M0") if whole else made
+        net.double()
+        assert {p.dtype for p in (*teacher.parameters(), *made.parameters())} == {torch.float64} and next(student.parameters()).dtype == (torch.float64 if whole else torch.float32)
+        assert (net(torch.randn(2, 3, 8, 8).double()) if whole else made({b.student: torch.rand(2, *teacher.feature_shapes()[b.student]).double()[:, : s.shape[1]] for b, s in zip(made.branches, (a.body[0].weight for a in made.adapters))})["M0"]).dtype == torch.float64
+        assert not any("teacher" in k for k in net.state_dict()) and next(net.to("cpu").parameters()).device == next(teacher.parameters()).device
+
+
 def test_one_pass_of_the_student_and_one_of_the_teacher():
     student, teacher, d = pair(positions="all")
     d(*batch())  # its first tail looks once how wide the stages are
@@ -399,7 +446,7 @@ def test_it_learns_on_digits(taught, gradient):
     student = tiny()
     d = create_distiller("eskd", student, teacher, positions="all")
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    keys, start = list(student.state_dict()), accuracies(d, data)
+    keys, start = list(student.state_dict()), accuracies(d, data, untrained=True)
     history = fit(student, data, d, epochs=3, batch_size=64, gradient=gradient, on_event=quiet, probes={"hybrids": hybrids(student, None, data, d), "cosine": cosine(student, None, data, d)})
     assert all(a["loss"] > b["loss"] for a, b in zip(history, history[1:])) and history[-1]["M0"] < history[0]["M0"]
     assert history[-1]["hybrids_S"] == history[-1]["test_acc"] == evaluate(student, data) and history[-1]["hybrids_M0"] > start["M0"] + 10
@@ -424,6 +471,33 @@ def test_a_run_that_was_stopped_goes_on_with_its_adapters(taught, tmp_path):
     assert runs[0].keys() == runs[1].keys() and all(v.equal(runs[1][k]) for k, v in runs[0].items()) and any("adapters" in k for k in runs[0])
 
 
+def test_the_same_distiller_goes_on_where_it_was_stopped(taught, tmp_path):
+    data, teacher = taught
+    def stop(e): raise KeyboardInterrupt
+    student = tiny()
+    d, kw = create_distiller("eskd", student, teacher, alpha="increase"), dict(epochs=2, batch_size=64, checkpoint=tmp_path / "c")
+    with pytest.raises(KeyboardInterrupt): fit(student, data, d, on_event=stop, **kw)
+    seen = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(fit(student, data, d, on_event=seen.append, **kw)) == 2
+    assert [e["epoch"] for e in seen] == [2]
+
+
+@pytest.mark.parametrize("name, one, other", [("kd", dict(temp=2.0), dict(temp=3.0)), ("sastc", dict(beta=1.0), dict(beta=2.0)), ("eskd", dict(positions=[0]), dict(positions=[1])), ("eskd", dict(alpha=0.5), dict(alpha=0.2)), ("eskd", dict(beta=[1, 2]), dict(beta=[2, 1]))])
+def test_other_options_of_a_method_start_anew(name, one, other, taught, tmp_path):
+    data, teacher = taught
+    kw = dict(epochs=1, batch_size=256, on_event=quiet, checkpoint=tmp_path / "c")
+    run = lambda student, args: fit(student, data, create_distiller(name, student, teacher, **args), **kw)
+    first = run(tiny(), one)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run(tiny(), one)[0]["train_seconds"] == first[0]["train_seconds"]  # nothing was trained
+    with pytest.warns(UserWarning, match="belongs to another training"): assert run(tiny(), other)[0]["train_seconds"] != first[0]["train_seconds"]
+    wider = create_model("resnet20", T=2, width=0.5, depth=0.34, in_channels=1, image_size=8, neuron="rate")
+    with pytest.warns(UserWarning, match="belongs to another training"): run(wider, other)
+
+
 def test_the_loop_tells_the_epoch(taught):
     data, teacher = taught
     student = tiny()
@@ -440,7 +514,12 @@ def test_probes_before_training_and_without_eskd(taught):
     torch.manual_seed(3)
     rng = torch.random.get_rng_state()
     student.gradient = "rate"
-    found = accuracies(d, data), cosines(d, next(iter(data.loader("test", 32)))[0])
+    x = next(iter(data.loader("test", 32)))[0]
+    for early in (lambda: accuracies(d, data), lambda: cosines(d, x), lambda: evaluate(HybridNet(student, d.methods[0].hybrids, "M0"), data)):
+        with pytest.raises(UserError, match="adapter saw no batch yet: .*give untrained=True") as e: early()
+        assert "\n" not in str(e.value) and student.training and d.training
+    assert 0 <= evaluate(HybridNet(student, d.methods[0].hybrids, "M0", untrained=True), data) <= 100
+    found = accuracies(d, data, untrained=True), cosines(d, x, untrained=True)
     assert all(0 <= v <= 100 for v in found[0].values()) and all(-1 <= v <= 1 for v in found[1].values()) and student.training and d.training
     assert all(v.equal(state[k]) for k, v in d.state_dict().items()) and torch.random.get_rng_state().equal(rng) and not any(p.grad is not None for p in d.parameters())
     for make in (hybrids, cosine):
@@ -448,6 +527,19 @@ def test_probes_before_training_and_without_eskd(taught):
         with pytest.raises(UserError, match="positions="): make(student, None, data, create_distiller("eskd", student, teacher, positions=[]))
     assert {"hybrids", "cosine"} <= set(list_probes())
     with pytest.raises(UserError, match="did you mean 'split'"): check_probes({"hybrids": {"spilt": "val"}}, True)
+
+
+@pytest.mark.parametrize("kind", ("linear", "identity"))
+def test_adapters_without_statistics_can_be_asked_at_once(taught, kind):
+    data, teacher = taught
+    student = create_model("resnet20", T=2, width=0.25, depth=0.34, in_channels=1, image_size=8, neuron="rate")
+    assert set(accuracies(create_distiller("eskd", student, teacher, adapter=kind), data)) == {"S", "M0", "M1"}
+
+
+def test_after_a_step_hybrids_can_be_asked():
+    student, teacher, d = pair(positions="all")
+    d(*batch())
+    assert len(cosines(d, batch()[0])) == 4 and all(z.shape == (6, 10) for z in (HybridNet(student, d.methods[0].hybrids, n).eval()(batch()[0]) for n in d.methods[0].hybrids.names))
 
 
 def test_a_stored_run(tmp_path, monkeypatch):

@@ -55,7 +55,7 @@ def relations(
     "`{layer: (T, B, B)}`, one matrix for an ANN. Source: SASTC eq. 3."
     if normalise not in NORMALISE: raise unknown("normalisation", normalise, NORMALISE)
     with eval_mode(model): logits, feats = observe(model, x, layers)
-    steps, B = logits.dim() == 3, x.shape[-4]
+    steps, B = logits.dim() == 3, logits.shape[-2]
     for n, f in feats.items():
         need(f.shape[1 if steps else 0] == B, f"{n} puts out {tuple(f.shape)} for {B} images: features with time are (T, B, …), and so are the logits of their network, (T, B, K)")
     return {n: normalised(gram(f if steps else f[None], exact=True), NORMALISE[normalise]) for n, f in feats.items()}
