@@ -77,13 +77,13 @@ SEW = dict(epochs=320, batch_size=256, lr=0.1, weight_decay=0.0)
 def optim(scale, dataset):
     "The budget of a student."
     if scale == "smoke": return optim_at(scale).replace(**{"batch_size": 16} if dataset == EVENTS else {"batch_size": 64, "lr": 0.2})
-    return optim_at(scale, **(SEW if dataset == IMAGENET else CODE))
+    return optim_at(scale, half=dataset == IMAGENET, **(SEW if dataset == IMAGENET else CODE))
 
 
 def teacher_optim(scale, dataset, name):
     "The budget of a teacher."
     if scale == "smoke": return OptimSpec(**VIT) if name == "Spikformer-4-384" else optim(scale, dataset)
-    if scale == "small": return optim_at(scale).replace(epochs=10, nesterov=True)
+    if scale == "small": return optim(scale, dataset).replace(epochs=6 if dataset == IMAGENET else 10, nesterov=True)
     if name == "Spikformer-4-384": return OptimSpec(epochs=10, batch_size=128, lr=0.01, weight_decay=1e-4)
     if dataset == IMAGENET: return OptimSpec(epochs=1, batch_size=256, lr=0.0, weight_decay=0.0)
     return optim_at(scale, **CODE | ({"epochs": 300, "lr": 0.05} if dataset == "CIFAR-10" else {}))

@@ -126,7 +126,7 @@ CURVE_CLAIMS = (
 def curve_claims(number): return [c for c in CURVE_CLAIMS if c.key == f"eskd/figure{number:02}"]
 
 # %% ../../nbs/lib/89_papers.eskd_views.ipynb #aada008c
-WAY = {"rate": "rates", "bptt": "through time"}
+WAY = {"bptt": "through time", "rate": "rates", "eskd": "ESKD"}
 
 
 def cost_frame(
@@ -139,7 +139,7 @@ def cost_frame(
     for r in [r for r in kept["rows"] if r["what"] == "rate"]:
         for unit in ("ms", "mib"):
             for name, v in r.get(unit, {}).items(): found.setdefault(tuple(name.split(", T=")), {})[unit] = v
-    rows = [{"way": WAY[g], "T": int(T), "ms": v.get("ms"), "MiB": v.get("mib")} for (g, T), v in found.items()]
+    rows = [{"way": WAY[g], "T": int(T), "ms": v.get("ms"), "MiB": v.get("mib")} for (g, T), v in found.items() if g in WAY]
     return pd.DataFrame(rows, columns=["way", "T", "ms", "MiB"]).sort_values(["way", "T"], ignore_index=True)
 
 
@@ -152,34 +152,36 @@ def cost_panels(
     fig, axes = plt.subplots(1, 2, figsize=(7.2, 2.5))
     for ax, column, label in zip(axes, ("ms", "MiB"), ("time of a step (ms)", "peak memory (MiB)")):
         for way, f in frame.groupby("way", sort=False):
-            colour = COLOURS["ESKD"] if way == "rates" else COLOURS["Baseline"]
-            ax.plot(f["T"], f[column], "o-", color=colour, label=way)
-            for x, v in zip(f["T"], f[column]): ax.annotate(f"{v:.0f}", (x, v), (0, 4 if way != "rates" else -10), textcoords="offset points", ha="center", fontsize=7)
+            ax.plot(f["T"], f[column], "o-", color={"ESKD": COLOURS["ESKD"], "rates": COLOURS["KD"]}.get(way, COLOURS["Baseline"]), label=way)
+            for x, v in zip(f["T"], f[column]): ax.annotate(f"{v:.0f}", (x, v), (0, -10 if way == "rates" else 4), textcoords="offset points", ha="center", fontsize=7)
         ax.set(xlabel="time steps T", ylabel=label, xticks=sorted(frame["T"].unique()), ylim=(0, 1.15 * frame[column].max() if len(frame) else 1))
     if len(frame): axes[0].legend(loc="upper left")
     return fig
 
 # %% ../../nbs/lib/89_papers.eskd_views.ipynb #cf4e398c
-_SAYS = {2: "slightly more", 4: "less", 6: "less", 8: "less"}  # what the paper says of its whole method
+_SAYS = {2: "slightly more", 4: "less", 6: "less", 8: "less"}  # what the paper says of its method beside BPTT
 
 
 def cost_verdicts(
     kept,  # of `reports.speed.measured`
 ):
-    "A row a claim as a `DataFrame`: what of, T, what the paper says of its whole method, through time / rates here (quartiles, how often), what that says of rates alone."
+    "A row a claim as a `DataFrame`: what of, T, what the paper says of ESKD, through time / ESKD here (quartiles, how often), what that says, and through time / rates alone."
     import pandas as pd
 
-    found = {(unit, int(r["name"].split("T=")[1].split(":")[0])): r for r in kept["rows"] if r["what"] == "rate" and "through time / rates" in r["name"] for unit in ("ms", "mib") if unit in r}
+    found = {(unit, r["name"].rpartition(" / ")[2], int(r["name"].split("T=")[1].split(":")[0])): r for r in kept["rows"] if r["what"] == "rate" and ": through time / " in r["name"] for unit in ("ms", "mib") if unit in r}
     rows = []
     for unit, what in (("ms", "time"), ("mib", "memory")):
         for T, says in _SAYS.items():
-            r = found.get((unit, T))
-            ratio = f"{r['ratio']:.2f} ({r['low']:.2f} to {r['high']:.2f}, n = {r['n']})" if r else ""
-            rows.append({"of a step": what, "T": T, "paper, with teacher and hybrid models": f"{says} than BPTT", "BPTT / rates, here": ratio, "rates alone": _than(r) if r else "not measured"})
+            own, alone = (found.get((unit, way, T)) for way in ("ESKD", "rates"))
+            ratio = lambda r: f"{r['ratio']:.2f} ({r['low']:.2f} to {r['high']:.2f}, n = {r['n']})" if r else ""
+            rows.append({"of a step": what, "T": T, "paper": f"{says} than BPTT", "BPTT / ESKD, here": ratio(own), "ESKD": _than(own) if own else "not measured", "BPTT / rates alone, here": ratio(alone)})
     return pd.DataFrame(rows)
 
 
 def _than(r): return "less than BPTT" if r["low"] > 1 else "more than BPTT" if r["high"] < 1 else "not told apart"
+
+
+def _way(r): return r["name"].rpartition(", ")[2].partition(":")[0]
 
 
 def growth(
@@ -188,8 +190,8 @@ def growth(
     "A row a way and quantity as a `DataFrame`: T = 8 over T = 2, quartiles, how often; linear growth would be 4."
     import pandas as pd
 
-    rows = [r for r in kept["rows"] if r["what"] == "rate" and r["name"].endswith("T=8 / T=2")]
-    made = [{"of a step": "memory" if "memory" in r["name"] else "time", "way": WAY["rate" if ", rate:" in r["name"] else "bptt"], "T = 8 over T = 2": r["ratio"], "from": r["low"], "to": r["high"], "n": r["n"]} for r in rows]
+    rows = [r for r in kept["rows"] if r["what"] == "rate" and r["name"].endswith("T=8 / T=2") and _way(r) in WAY]
+    made = [{"of a step": "memory" if "memory" in r["name"] else "time", "way": WAY[_way(r)], "T = 8 over T = 2": r["ratio"], "from": r["low"], "to": r["high"], "n": r["n"]} for r in rows]
     return pd.DataFrame(made, columns=["of a step", "way", "T = 8 over T = 2", "from", "to", "n"])
 
 # %% ../../nbs/lib/89_papers.eskd_views.ipynb #b92981ba

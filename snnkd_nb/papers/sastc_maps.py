@@ -39,7 +39,7 @@ def imagenet(
     "The `RunSpec` of a spiking student on ImageNet or its stand-in."
     if name not in DEEP: raise unknown("student of SASTC on ImageNet", name, DEEP)
     width, args = _SMALLER.get(scale, (1.0, {}))
-    optim = optim_at(scale, epochs=90, batch_size=256, lr=0.1, weight_decay=1e-4, schedule="multistep", milestones=(30, 60))
+    optim = optim_at(scale, half=True, epochs=90, batch_size=256, lr=0.1, weight_decay=1e-4, schedule="multistep", milestones=(30, 60))
     of = None if method == "Baseline" else ckdsnn.teacher(scale, "ResNet34", IMAGENET)
     model = ModelSpec(DEEP[name], steps(scale, 4), width, args=args)
     how = {"pairs": [pair]} if pair else calibrated(scale, BETA, model, of.model, optim.batch_size) if method == "SASTC" else {}

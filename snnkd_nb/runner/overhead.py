@@ -11,7 +11,7 @@ import json, multiprocessing, statistics
 from concurrent.futures import ProcessPoolExecutor
 
 from ..core import UserError, atomic_write, root, unknown
-from .turns import autocast, device, images, in_turns, peak_of_steps, row
+from .turns import images, in_turns, peak_of_steps, row, taught
 from ..store import environment
 
 # %% ../../nbs/lib/95_runner.overhead.ipynb #2159451d
@@ -24,24 +24,13 @@ def step_of(
     setting,  # like `SETTING`: networks, T, widths, batch, size
 ):
     "A function that does one training step under a method."
-    import torch
-
     from snnkd_nb.losses.zoo import create_distiller
     from snnkd_nb.models.zoo import create_model
 
-    s, (x, y) = setting, images(setting["batch"], setting["size"])
+    s = setting
     student = create_model(s["student"], T=s["T"], width=s["width"], image_size=s["size"])
     teacher = None if method == "none" else create_model(s["teacher"], width=s["teacher_width"], image_size=s["size"])
-    distiller = create_distiller(method, student, teacher).to(device())
-    opt = torch.optim.SGD(distiller.parameters(), lr=0.01, momentum=0.9)
-
-    def step():
-        with autocast(True): loss = sum(distiller(x, y)[0].values())
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-
-    return step
+    return taught(create_distiller(method, student, teacher), *images(s["batch"], s["size"]), True)
 
 # %% ../../nbs/lib/95_runner.overhead.ipynb #fbcc7fd5
 def peak_of(

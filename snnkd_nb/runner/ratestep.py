@@ -9,28 +9,30 @@ __all__ = ['SETTING', 'TINY', 'STEPS', 'WAYS', 'step_of', 'peak_of', 'peaks', 't
 import math, multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
-from .turns import images, in_turns, peak_of_steps, row, stepper
+from .turns import images, in_turns, peak_of_steps, row, stepper, taught
 
 # %% ../../nbs/lib/95_runner.ratestep.ipynb #94c2e3da
 SETTING = {"model": "resnet20", "neuron": "rate", "width": 1.0, "batch": 64, "size": 32, "half": True}
 TINY = {**SETTING, "width": 0.25, "batch": 4, "size": 8}
-STEPS = (2, 4, 8)
-WAYS = ("bptt", "rate", "parts")
+STEPS = (2, 4, 6, 8)
+WAYS = ("bptt", "rate", "eskd", "parts")
 
 
 def step_of(
-    way,  # of finding gradients, one of `WAYS`: through time, on rates, on rates with as little in memory at a time as is sensible
+    way,  # one of `WAYS`: through time, on rates, on rates under ESKD with its teacher, on rates with as little in memory at a time as is sensible
     T,  # time steps
     setting=SETTING,  # network, neuron, width, batch, size, whether bf16
 ):
     "A function that does one training step."
+    from snnkd_nb.losses.zoo import create_distiller
     from snnkd_nb.models.zoo import create_model
     from snnkd_nb.neurons.rate import streaming
 
     s = setting
     net = create_model(s["model"], T=T, neuron=s["neuron"], width=s["width"], image_size=s["size"]).train()
     net.gradient = "bptt" if way == "bptt" else "rate"
-    step = stepper(net, *images(s["batch"], s["size"]), s["half"])
+    teacher = create_model(s["model"], width=s["width"], image_size=s["size"]) if way == "eskd" else None
+    step = taught(create_distiller("eskd", net, teacher), *images(s["batch"], s["size"]), s["half"]) if teacher else stepper(net, *images(s["batch"], s["size"]), s["half"])
 
     def run():
         with streaming(0 if way == "parts" else math.inf): return step()
@@ -68,16 +70,19 @@ def times(
     return in_turns({(g, T): step_of(g, T, setting) for g in WAYS for T in steps}, rounds)
 
 
+_CALLED = {"rate": "rates", "eskd": "ESKD"}
+
+
 def rate_rows(tiny=False):
-    "T = 8 over T = 2 for every way, through time over rates for every T, and in parts over all at once: time of a step, and peak memory."
+    "T = 8 over T = 2 for every way, through time over rates and over ESKD for every T, and in parts over all at once: time of a step, and peak memory."
     setting, steps = (TINY, (2, 8)) if tiny else (SETTING, STEPS)
     name, t = f"{setting['model']}, batch {setting['batch']}", times(setting, steps, 3 if tiny else 7)
     m = {c: [v] for c, v in peaks(setting, steps, not tiny).items()}
-    rows = [row("rate", f"{name}, a step, {g}: T=8 / T=2", t, (g, 8), (g, 2), goal="<= 2.2" if g == "rate" else "") for g in ("rate", "bptt")]
-    rows += [row("rate", f"{name}, a step, T={T}: through time / rates", t, ("bptt", T), ("rate", T), goal=">= 1.8" if T == 8 else "") for T in steps]
+    rows = [row("rate", f"{name}, a step, {g}: T=8 / T=2", t, (g, 8), (g, 2), goal="<= 2.2" if g == "rate" else "") for g in ("rate", "eskd", "bptt")]
+    rows += [row("rate", f"{name}, a step, T={T}: through time / {_CALLED[g]}", t, ("bptt", T), (g, T), goal=">= 1.8" if (g, T) == ("rate", 8) else "") for g in _CALLED for T in steps]
     rows += [row("rate", f"{name}, a step, T=8: rates in parts / rates", t, ("parts", 8), ("rate", 8))]
-    rows += [row("rate", f"{name}, peak memory, {g}: T=8 / T=2", m, (g, 8), (g, 2), goal="<= 1.3" if g == "rate" else "") for g in ("rate", "parts", "bptt")]
-    rows += [row("rate", f"{name}, peak memory, T={T}: through time / rates", m, ("bptt", T), ("rate", T)) for T in steps]
+    rows += [row("rate", f"{name}, peak memory, {g}: T=8 / T=2", m, (g, 8), (g, 2), goal="<= 1.3" if g == "rate" else "") for g in ("rate", "eskd", "parts", "bptt")]
+    rows += [row("rate", f"{name}, peak memory, T={T}: through time / {_CALLED[g]}", m, ("bptt", T), (g, T)) for g in _CALLED for T in steps]
     rows += [row("rate", f"{name}, peak memory, T=8: rates in parts / rates", m, ("parts", 8), ("rate", 8))]
     return [labelled(r) for r in rows]
 
