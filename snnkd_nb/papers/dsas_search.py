@@ -11,7 +11,7 @@ from functools import cache
 
 from ..core import unknown
 from . import dsas
-from .dsas import DATASETS, EVENTS, GESTURE, SEEDS
+from .dsas import DATASETS, EVENTS, GESTURE, LOW, SEEDS
 from ..published.format import published
 from ..reports.compare import Measure, Report
 from ..reports.grid import Cell, Grid, check_scale, seeded
@@ -64,7 +64,7 @@ def search(
     (name, changes), (population, generations) = space(check_scale(scale), dataset), effort(scale)
     large = scale not in CHANGED
     batch = _BATCH.get((scale, dataset), _MANY.get(dataset, 64) if large else 64)
-    how = {"mode": "sample"} if large and dataset == "ImageNet" and "tgs" in metric else {}
+    how = {"mode": "sample"} if large and dataset == "ImageNet" and "tgs" in metric else {"neuron_args": LOW[scale]} if scale in LOW else {}
     return SearchSpec(dsas.data(scale, dataset).replace(augment="none"), dsas.teacher(scale, dataset, teacher), name, changes, metric, how, 4, "dsas", batch, 1, population, generations, seed=seed)
 
 # %% ../../nbs/lib/89_papers.dsas_search.ipynb #f45aeb13
@@ -106,10 +106,11 @@ def in_words(
 ):
     "How the searches were made and how the paper's are, in sentences made from the specs."
     (n, g), batches = effort(scale), sorted({search(scale, d).batch for d in datasets})
-    lines = [f"every search: {n} individuals, {g} generations after the first draw{'' if (n, g) == (200, 20) else ' (paper: 200 and 20)'}; a candidate is scored on {' or '.join(map(str, batches))} training images at T = 4 (paper: neither is stated)"]
+    low = f", threshold {LOW[scale]['v_threshold']:g}" if scale in LOW else ""
+    lines = [f"every search: {n} individuals, {g} generations after the first draw{'' if (n, g) == (200, 20) else ' (paper: 200 and 20)'}; a candidate is scored on {' or '.join(map(str, batches))} training images at T = 4{low} (paper: none of it is stated)"]
     if scale in CHANGED: lines += list(dict.fromkeys(_changed(scale, d) for d in datasets))
     elif {"Tiny-ImageNet", "ImageNet"} & {*datasets}: lines += ["the ranges of Tiny-ImageNet are read the other way round than printed, those of ImageNet are ours: the paper prints none (`search.space`)"]
-    if any(search(scale, d).metric_args for d in datasets): lines += ["on ImageNet TGS compares images instead of classes: a batch with every class does not fit (`search.similarity`)"]
+    if any("mode" in search(scale, d).metric_args for d in datasets): lines += ["on ImageNet TGS compares images instead of classes: a batch with every class does not fit (`search.similarity`)"]
     return [*lines, "fitness: the sum of MAS over three layers and TGS, matrices normalised row by row; α0 = 2 (none of it is stated in the paper)"]
 
 
