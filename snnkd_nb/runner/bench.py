@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'BENCHMARKS', 'jelly_steps', 'step_rows', 'compile_rows', 'spikformer_peer', 'models_rows',
            'inference_rows', 'peak_of', 'memory_rows', 'loss_rows', 'epoch_rows', 'from_scratch', 'search_rows',
-           'table', 'kept', 'keep', 'bench']
+           'full_search', 'table', 'kept', 'keep', 'bench']
 
 # %% ../../nbs/lib/96_runner.bench.ipynb #df8dd5f3
 import functools, json, statistics, sys
@@ -245,7 +245,28 @@ def search_rows(tiny=False):
     with one_thread(): t = in_turns(fns, 2 if tiny else 5)
     name, rate = "DSAS (digits, ResNet-18 teacher, T=4, batch 64): {} from scratch / ours", lambda k, n: {"per_second": round(n / statistics.median(t[k]), 1)}
     return [{**row("search", name.format("a candidate"), t, "from scratch", "ours"), **rate("ours", n)},
-            {**row("search", name.format(f"a search of {asked} candidates, {known} known,"), t, "its candidates", "search", scale=len(some) / asked, goal=">= 5"), **rate("search", asked)}]
+            {**row("search", name.format(f"a search of {asked} candidates, {known} known,"), t, "its candidates", "search", scale=len(some) / asked, goal=">= 5"), **rate("search", asked)},
+            full_search(4, 2) if tiny else full_search()]
+
+
+def full_search(population=200, generations=20):
+    "Minutes that a search of the paper's size needs at smoke scale with two processes, over 15."
+    import time
+
+    from snnkd_nb.data.corrupt import load_spec
+    from snnkd_nb.papers.dsas_search import search
+    from snnkd_nb.search.evolution import evolve
+    from snnkd_nb.search.job import batches_of, space_of_search
+    from snnkd_nb.search.score import Scorer
+    from snnkd_nb.training.job import build_model
+
+    spec = search("smoke", "CIFAR-10")
+    data, start = load_spec(spec.data), time.perf_counter()
+    scorer = Scorer(build_model(spec.teacher.model, data), *batches_of(spec, data), metric=spec.metric, T=spec.T, neuron=spec.neuron)
+    cost = evolve(space_of_search(spec, data), scorer, population, generations, workers=2).cost()
+    seconds = time.perf_counter() - start
+    name = f"DSAS at smoke scale, {population} × {generations}, two processes ({cost['candidates']} candidates, {cost['evaluated']} scored): minutes / 15"
+    return {**row("search", name, {"the search": [seconds], "15 minutes": [900.0]}, "the search", "15 minutes", goal="<= 1"), "per_second": round(cost["candidates"] / seconds, 1)}
 
 # %% ../../nbs/lib/96_runner.bench.ipynb #34885583
 BENCHMARKS = {"neuron": neuron_rows, "gram": gram_rows, "roofline": roofline_rows, "profile": profile_rows, "step": step_rows, "rate": rate_rows, "compile": compile_rows,
