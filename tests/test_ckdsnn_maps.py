@@ -16,6 +16,7 @@ from snnkd_nb.core import UserError
 from snnkd_nb.metrics.energy import NAMES, energies, layer_table, spikingjelly_counts
 from snnkd_nb.metrics.likeness import brightest, iou, likeness, pearson
 from snnkd_nb.models.blocks import eval_mode
+from snnkd_nb.models.spikformer import Products
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.papers import ckdsnn_maps
 from snnkd_nb.published.format import published
@@ -92,10 +93,48 @@ def test_energy_by_hand():
     assert tuple(joules.index) == NAMES and all(math.isclose(joules[k], v, rel_tol=1e-5) for k, v in want.items())
 
 
-@pytest.mark.parametrize("name", ["vgg11_rate", "sew_resnet18", "resnet19_ckd"])
-def test_counts_are_spikingjellys(name):
+class Attending(nn.Module):
+    "One head over spikes that are written down, in both orders: as many tokens as there are, of so many features."
+    def __init__(self, T, tokens, features):
+        super().__init__()
+        self.T, self.ssa = T, Products()
+        self.qkv = (torch.rand(3, T, 1, tokens, features, generator=torch.Generator().manual_seed(tokens)) > 0.6).float()
+
+    def forward(self, x): return self.ssa(*(part.repeat_interleave(len(x), 0) for part in self.qkv))
+
+
+@pytest.mark.parametrize("tokens, features", [(5, 3), (3, 5)])
+def test_attention_by_hand(tokens, features):
+    T = 2
+    net = Attending(T, tokens, features)
+    table = layer_table(net, torch.rand(3, 1, 2, 2)).set_index("layer")
+    q, k, v = (part[:, 0] for part in net.qkv)
+    inner = features if tokens > features else tokens  # the edge of what stands between the two products
+    assert table.macs.tolist() == [tokens * features * inner] * 2 and table.steps.tolist() == [T, T] and set(table.kind) == {"product"}
+    first, second = ((k, v), (q, None)) if tokens > features else ((q, k), (v, None))
+    assert list(table.index) == (["ssa.kᵀv", "ssa.q(kᵀv)"] if tokens > features else ["ssa.qkᵀ", "ssa.(qkᵀ)v"])
+    for name, driver in zip(table.index, (first[0], second[0])):
+        assert table.input[name] == "spikes" and table.sops[name] == pytest.approx(float(driver.sum()) * inner, rel=1e-6)
+    if tokens > features: both = sum(float(k[t, n, i] * v[t, n, j]) for t in range(T) for n in range(tokens) for i in range(features) for j in range(features))
+    else: both = sum(float(q[t, a, i] * k[t, b, i]) for t in range(T) for a in range(tokens) for b in range(tokens) for i in range(features))
+    assert table.acs.tolist() == [both, float(second[0].sum()) * inner] and table.mac_ops.eq(0).all()
+    assert energies(table.reset_index()).set_index("convention").additions["45nm"] == pytest.approx(table.sops.sum())
+
+
+def test_attention_of_an_ordinary_transformer_is_multiplied():
+    table = layer_table(create_model("spikformer", width=0.0625, blocks=1, image_size=16), torch.rand(2, 3, 16, 16))
+    products = table[table.kind == "product"]
+    assert len(products) == 2 and products.mac_ops.eq(products.macs).all() and products.sops.eq(0).all() and set(products.input) == {"analogue"}
+
+
+@pytest.mark.parametrize("name, kw", [("vgg11_rate", {}), ("sew_resnet18", {}), ("resnet19_ckd", {}), *((n, {"blocks": 2, "heads": h}) for n in ("spikformer", "spikingformer") for h in (4, 1))])
+def test_counts_are_spikingjellys(name, kw):
     torch.manual_seed(0)
-    net, x = create_model(name, T=2, width=0.0625, image_size=16), 3 * torch.randn(2, 3, 16, 16)
+    net, x = create_model(name, T=2, width=0.0625, image_size=16, **kw), 3 * torch.randn(2, 3, 16, 16)
+    if kw:  # 16 tokens: fewer than the features of one head, more than those of one of four
+        for m in net.modules(): m.momentum = 1.0
+        with torch.no_grad(): [net.train()(x) for _ in range(8)]  # running statistics that let spikes through
+        assert layer_table(net, x).query("kind == 'product'").acs.gt(0).all(), "attention that is silent shows nothing"
     table, theirs = layer_table(net, x), spikingjelly_counts(net, x)
     assert math.isclose(table.acs.sum(), theirs["synops"], rel_tol=1e-6) and float((table.macs * table.steps)[~table.binary].sum()) == theirs["macs"]
 
