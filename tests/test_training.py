@@ -31,6 +31,18 @@ class Plain(nn.Sequential):
 def small(T=2, **kw): return create_model("vgg11_sastc", T=T, width=0.0625, in_channels=1, image_size=8, **kw)
 
 
+def test_labels_are_checked_on_a_device_that_is_not_read(digits):
+    "A GPU's labels are not looked at, step by step; their range is known from the data. (`meta` stands for it here.)"
+    with torch.device("meta"): d, x, y = Distiller(Plain()), torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long)
+    assert set(d(x, y)[0]) == {"ce"}
+    for d.labels, says in (((0, 12), "num_classes=13"), ((-100, 9), "a label is -100")):
+        with pytest.raises(UserError, match=says): d(x, y)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8))
+    d = Distiller(net)
+    with pytest.raises(UserError, match="num_classes=10"): fit(net, digits, d, epochs=1, batch_size=2000, on_event=quiet, device="cpu")
+    assert d.labels == (0, 9)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_precision_trains_with_fp32_weights(digits, precision):
     torch.manual_seed(0)

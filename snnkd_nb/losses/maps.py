@@ -37,7 +37,7 @@ def in_range(
     classes,  # (B,), int64
     k,  # number of classes
 ):
-    "`classes`, where each of them exists; else `UserError`. (Only looked at on the CPU, where looking costs nothing.)"
+    "`classes`, where each of them exists; else `UserError`. Only on the CPU, where looking waits for nothing."
     bad = classes[(classes < 0) | (classes >= k)] if classes.device.type == "cpu" else ()
     if len(bad): raise UserError(f"class index {int(bad[0])} is out of range: the network has {k} classes, 0 to {k - 1}")
     return classes

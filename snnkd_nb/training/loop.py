@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..core import UserError, seed_for, sha256_of, unknown
-from ..losses.base import Distiller, mean_logits
+from ..losses.base import Distiller, label_range, mean_logits
 from ..models.blocks import eval_mode
 from ..neurons.rate import Rate, streaming
 from ..spec import OptimSpec
@@ -214,6 +214,7 @@ def fit(
     if distiller.student is not student: raise UserError("the distiller was made for another student: create it from the one that is trained")
     accelerator = _accelerator(device)
     distiller.to(accelerator.device)
+    distiller.labels = label_range(getattr(getattr(data, "train", None), "labels", None))
     probes = probes() if callable(probes) else probes
     optimiser = sgd(distiller, optim)
     of = _identity(optim, augment, seed, data, distiller, probes) if checkpoint else ""
