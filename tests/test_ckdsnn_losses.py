@@ -8,7 +8,7 @@ from torch import nn
 
 from snnkd_nb.core import UserError, root
 from snnkd_nb.data.images import load
-from snnkd_nb.losses.base import Distiller, mean_logits
+from snnkd_nb.losses.base import Batch, Distiller, mean_logits
 from snnkd_nb.losses.baselines import adapter, bkd_loss, generator
 from snnkd_nb.losses.ckdsnn import CKDSNN, SAMD, nld_loss, samd_loss
 from snnkd_nb.losses.kd import kd_loss
@@ -96,6 +96,26 @@ def test_the_blurred_loss_is_that_of_the_published_code():
     loss.backward()
     torch.testing.assert_close(loss.detach(), g["loss"], atol=1e-7, rtol=1e-5)
     torch.testing.assert_close(leaf.grad, g["grad_student"], atol=1e-8, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["paper", "code"])
+def test_the_method_is_the_blurred_loss_of_the_published_code_and_its_weighted_logits(monkeypatch, variant):
+    g, (s, t) = golden("bkd_loss"), torch.randn(2, 5, 10, generator=torch.Generator().manual_seed(0))
+    student, teacher = Foreign(nn.Sequential(nn.Conv2d(1, 12, 1), nn.Flatten(), nn.Linear(12 * 64, 10)), {"last": "0"}, image_size=8, in_channels=1), net(width=0.25)
+    method = create_distiller("bkd", student, teacher, variant, stage=("last", "stage3"), logits=0.5, temp=3.0).methods[0]
+    method.load_state_dict({k.removeprefix("param.").replace("align", "adapt").replace("generation", "generate"): v for k, v in g.items() if k.startswith("param.")})
+    batch = Batch(None, torch.tensor([3, 1, 4, 1, 5]), s, t, {"last": g["student"].clone().requires_grad_()}, {"stage3": g["teacher"]})
+    monkeypatch.setattr("snnkd_nb.losses.baselines.blank_channels", lambda f, ratio: g["mask"])
+    terms = method.terms(batch)
+    terms["bkd"].backward()
+    torch.testing.assert_close(terms["bkd"].detach(), g["loss"], atol=1e-7, rtol=1e-5)
+    torch.testing.assert_close(batch.feats_s["last"].grad, g["grad_student"], atol=1e-8, rtol=1e-5)
+    want = 0.0
+    for a, b, y in zip(s.double(), t.double(), batch.y):  # image by image, with nothing but exponentials
+        p, q = ((z / 3).exp() / (z / 3).exp().sum() for z in (b, a))
+        ce_s, ce_t = (-(z.exp() / z.exp().sum())[y].log() for z in (a, b))
+        want += 0.5 * 9 * (1 - (-ce_s / ce_t).exp()) * (p * (p / q).log()).sum() / 5
+    torch.testing.assert_close(terms["wsld"].double(), want, atol=1e-6, rtol=1e-5)
 
 
 # shapes

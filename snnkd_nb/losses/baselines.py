@@ -164,7 +164,7 @@ class BKD(Method):
         alpha=7e-5,  # weight of the summed squares, ≥ 0
         ratio=0.15,  # share of channels that are blanked, 0 to 1
         clip=True,  # whether the teacher is brought to the student's maximum in the batch
-        logits=0.0,  # weight of the weighted logits; 0: the feature loss alone
+        logits=0.0,  # weight of `wsld_loss`, ≥ 0; 0: the feature loss alone
         temp=2.0,  # their temperature, > 0
         stage=None,  # a stage of both, or (student's, teacher's); None: the last
         input_shape=None,  # (C, H, W) of one image, for the dry run that finds the channels
