@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'SIZES', 'PRETRAINED', 'EVENTS', 'IMAGENET', 'STEPS', 'CODE', 'SEW', 'VIT', 'METHODS', 'SEEDS', 'ARMS',
-           'FIXED', 'ABLATION', 'ARM_SEEDS', 'SCALED', 'HALVES', 'IN_PLACE', 'NOISE', 'FIGURE_CLAIMS', 'ARTEFACTS',
-           'network', 'steps', 'data', 'optim', 'teacher_optim', 'shared', 'teacher', 'student', 'compared', 'table01',
-           'table02', 'table04', 'of_table01', 'conditions', 'ablation', 'setting', 'table03', 'figure04', 'figure05',
-           'figure_claims']
+           'SCALED_MAPS', 'NEURONS', 'ABLATION', 'ARM_SEEDS', 'SCALED', 'HALVES', 'IN_PLACE', 'NOISE', 'FIGURE_CLAIMS',
+           'ARTEFACTS', 'network', 'steps', 'data', 'optim', 'teacher_optim', 'shared', 'teacher', 'student',
+           'compared', 'table01', 'table02', 'table04', 'of_table01', 'conditions', 'read_as', 'ablation', 'setting',
+           'table03', 'figure04', 'figure05', 'figure_claims']
 
 # %% ../../nbs/lib/89_papers.ckdsnn.ipynb #b30799ab
 from functools import partial
@@ -205,11 +205,21 @@ def conditions(
     train = f"students: {budget_in_words(optim(scale, dataset), data(scale, dataset))} (the paper refers to others; its code has 400 epochs of batch 128, rate 0.1, weight decay 1e-4)"
     sizes = [_sizes(scale, n) for n in names if not shared(scale, n, dataset)]
     return [*stand, *sizes, *T, train, *(f"teacher of {n}: {budget_in_words(t.optim, t.data)}" for n in names for t in [teacher(scale, n, dataset)]),
-            *FIXED, f"{SEEDS[scale]} seed{'s' * (SEEDS[scale] > 1)}{', three of the runs of studies/ckdsnn' if any(shared(scale, n, dataset) for n in names) else ''} (the paper says nothing of repetitions, and its code keeps the best test epoch; ours is the last)"]
+            *read_as(*names), f"{SEEDS[scale]} seed{'s' * (SEEDS[scale] > 1)}{', three where the runs are those of studies/ckdsnn' if any(shared(scale, n, dataset) for n in names) else ''} (the paper says nothing of repetitions, and its code keeps the best test epoch; ours is the last)"]
 
 
-FIXED = ("neurons: TET's LIF in ResNet20 and 19 as in the published code (paper: IF), SEW's IF in ResNet18 and 34, Spikformer's LIF",
-         "our reading of SAMD brings every map to [0, 1] before the softmax (losses.ckdsnn); the last stage puts out spikes, in SEW-ResNets and Spikformers sums of them (published code of the ResNets: a ReLU)")
+SCALED_MAPS = "SAMD brings every map to [0, 1] before the softmax: our reading (losses.ckdsnn)"
+NEURONS = {"tet": "TET's LIF, as in the published code (paper: IF)", "sew": "SEW's IF", "spikformer": "Spikformer's LIF"}
+
+
+def read_as(
+    *names,  # networks of the paper
+):
+    "Their neurons, and our readings of SAMD on them, in sentences."
+    by = {k: [n for n in names if NETWORKS[n][1] == k] for k in NEURONS}
+    last = ["spikes (published code: numbers behind a ReLU)"] * bool(by["tet"]) + [f"sums of spikes in {' and '.join(sums)}" for sums in [by["sew"] + by["spikformer"]] if sums]
+    return [f"neurons: {'; '.join(f'{NEURONS[k]}, in ' + ' and '.join(ns) for k, ns in by.items() if ns)}",
+            SCALED_MAPS, f"the last stage puts out {', '.join(last)}"]
 
 # %% ../../nbs/lib/89_papers.ckdsnn.ipynb #bd12993c
 ABLATION = {"small": ("ResNet20", "CIFAR-10", 2)}
@@ -226,7 +236,7 @@ def ablation(scale, method="ckdsnn", n=None, **args):
 def setting(scale):
     "What the ablations were run on, in sentences."
     name, dataset, T = ABLATION.get(scale, ("ResNet19", "CIFAR-100", 1))
-    facts = [f for f in conditions(scale, dataset, name) if "seed" not in f and "→" not in f and "columns" not in f]
+    facts = [f for f in conditions(scale, dataset, name) if "seed" not in f and "→" not in f and "column" not in f]
     said = f"{name}, T = {T}, {ARM_SEEDS[scale]} seeds a cell (paper: ResNet-19, CIFAR-100, a single number; its T is not stated, 1 by comparison with Table 1)"
     what = {"smoke": "CIFAR-100 is replaced by the digits of scikit-learn (1,797 scans, enlarged to 12×12)", "small": "CIFAR-100 is replaced by 10,000 images of CIFAR-10 (JPEG); the runs of studies/ckdsnn are among these"}
     return [*([what[scale]] if scale in what else []), said, *facts]

@@ -51,23 +51,24 @@ def student(
 
 # %% ../../nbs/lib/89_papers.ckdsnn_maps.ipynb #212403be
 SEEDS = {"smoke": 1, "small": 3, "medium": 1, "paper": 3}
+_LAST = {"smoke": "maps of the last stage are 4×4 (paper: 7×7 of 224 pixels, 8×8 of CIFAR's)", "small": "maps of the last stage are 8×8"}
 
 
 def conditions(
     scale,  # smoke, small, medium, paper
     dataset="ImageNet",  # of the paper's artefact
+    arms=("BKDSNN", "CKDSNN"),  # whose peculiarities are told
+    maps=True,  # whether maps are looked at
 ):
     "What was run instead of the paper's setting, in sentences made from the specs."
     s, t = student(scale, "ckdsnn", 0, dataset), teacher(scale, dataset)
     theirs = "ResNet-34 on ImageNet, T = 4" if dataset == "ImageNet" else "ResNet-19 on CIFAR-100"
     what = {"smoke": "scikit-learn's 8×8 digits, enlarged to 16×16", "small": "10,000 images of CIFAR-10 (JPEG), a re-encoding"}.get(scale, dataset)
-    last = {"smoke": ["maps of the last stage are 4×4 (paper: 7×7 of 224 pixels, 8×8 of CIFAR's)"], "small": ["maps of the last stage are 8×8"]}.get(scale, [])
-    end = ["neurons and readings are those of Tables 1 and 2"] if scale in ("medium", "paper") else []
-    lines = [f"data: {what} (paper: {theirs})",
-             f"student: {s.model.name} at {s.model.width:g} of its width, T = {s.model.T}; teacher: {t.model.name} at {t.model.width:g} of its width",
-             f"students: {budget_in_words(s.optim, s.data)}"]
-    lines.append("BKDSNN is its feature loss alone (its published code adds weighted logits)")
-    return lines + last + end
+    own = {"BKDSNN": ckdsnn.ARMS[0], "CKDSNN": ckdsnn.SCALED_MAPS}
+    return [f"data: {what} (paper: {theirs})",
+            f"student: {s.model.name} at {s.model.width:g} of its width, T = {s.model.T}; teacher: {t.model.name} at {t.model.width:g} of its width",
+            f"students: {budget_in_words(s.optim, s.data)}", f"neurons: {ckdsnn.NEURONS[s.model.neuron]}",
+            *(own[a] for a in own if a in arms), *([_LAST[scale]] if maps and scale in _LAST else [])]
 
 # %% ../../nbs/lib/89_papers.ckdsnn_maps.ipynb #21b91990
 def table05(
@@ -80,14 +81,14 @@ def table05(
     cells = [Cell({"method": m, "T": T}, "accuracy", seeded(SEEDS[scale], lambda s, how=how, T=T: student(scale, how, s, T=T))) for (m, T), how in rows.items()]
     notes = ["counts are for one image, mean over the first 256 test images; the paper does not say on which images, nor which convention its power follows"]
     if scale in ("smoke", "small"): notes.append("CKDSNN at T = 3 is not run")
-    return Grid("ckdsnn/table05", scale, cells, [*conditions(scale), *notes])
+    return Grid("ckdsnn/table05", scale, cells, [*conditions(scale, maps=False), *notes])
 
 # %% ../../nbs/lib/89_papers.ckdsnn_maps.ipynb #8f450fe3
-def _pictures(number, scale, arms, seeds=1, dataset="ImageNet", notes=()):
+def _pictures(number, scale, arms, seeds=1, dataset="ImageNet", maps=True, notes=()):
     check_scale(scale)
     cells = [Cell({"method": "Teacher"}, "accuracy", ((teacher(scale, dataset),),))]
     cells += [Cell({"method": n}, "accuracy", seeded(seeds, lambda s, m=m: student(scale, m, s, dataset))) for n, m in arms.items()]
-    return Grid(f"ckdsnn/figure{number:02}", scale, cells, [*conditions(scale, dataset), *notes])
+    return Grid(f"ckdsnn/figure{number:02}", scale, cells, [*conditions(scale, dataset, arms, maps), *notes])
 
 
 def _pick(scale, *names): return {n: m for n, m in methods(scale).items() if n in names}
@@ -125,7 +126,7 @@ def figure07(
     scale,  # smoke, small, medium, paper
 ):
     "Grid of Figure 7: t-SNE of the last features by method."
-    return _pictures(7, scale, methods(scale), dataset="CIFAR-100", notes=["settings of t-SNE are not stated in the paper: perplexity 30, start at the two principal components, seed 0"])
+    return _pictures(7, scale, methods(scale), dataset="CIFAR-100", maps=False, notes=["settings of t-SNE are not stated in the paper: perplexity 30, start at the two principal components, seed 0"])
 
 # %% ../../nbs/lib/89_papers.ckdsnn_maps.ipynb #3e1ff239
 def _claim(n, id, text, place, column, better, worse, lower=False): return Claim(f"ckdsnn/figure{n:02}", id, text, place, {"column": column, "method": better}, {"column": column, "method": worse}, lower=lower)

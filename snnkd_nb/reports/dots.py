@@ -45,8 +45,8 @@ def dots(
 
     panels, colours = list(dict.fromkeys(frame.panel)), COLOURS | (colours or {})
     arms = {p: list(dict.fromkeys(frame[frame.panel == p].method)) for p in panels}
-    fig, axes = plt.subplots(1, max(1, len(panels)), figsize=(width * max(2, sum(map(len, arms.values()))) + 0.8, 2.6), sharey=True, squeeze=False,
-                             gridspec_kw={"width_ratios": [len(a) for a in arms.values()] or [1]})
+    wide = [max(len(a), 1.7) if len(panels) > 1 else max(len(a), 2) for a in arms.values()] or [2]  # one arm leaves room for the title
+    fig, axes = plt.subplots(1, max(1, len(panels)), figsize=(width * sum(wide) + 0.8, 2.6), sharey=True, squeeze=False, gridspec_kw={"width_ratios": wide})
     for ax, p in zip(axes[0], panels):
         for i, m in enumerate(arms[p]): _arm(ax, i, frame[(frame.panel == p) & (frame.method == m)].value.tolist(), colours.get(m, "#7f7f7f"))
         ax.set(title=(titles or {}).get(p, p), xlim=(-0.5, len(arms[p]) - 0.3))

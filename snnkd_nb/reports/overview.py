@@ -206,6 +206,7 @@ def pipeline(
     for lane in (HIGH, LOW): _thumb(fig, ax, 0.5, lane, image, cmap="gray", vmin=0, vmax=1)
     _samd(fig, ax, 1.4 + (n - 1) * STEP, seen, terms["samd"])
     _nld(fig, ax, 1.4 + (n + 1) * STEP, seen, terms)
+    _text(ax, wide / 2 - 0.4, 0.12, f"{'mean over ' + str(len(x)) + ' images: ' if len(x) > 1 else ''}cross-entropy {terms['ce']:.3f} + SAMD + NLD = {sum(terms.values()):.3f}", fontsize=7.5)
     numbers = [{"row": r, "module": m, "made of": made, "puts out": shape} for r, (m, made, shape) in rows] + [{"row": "loss", "module": k, "made of": "", "puts out": f"{v:.6g}"} for k, v in terms.items()]
     return fig, pd.DataFrame(numbers)
 
@@ -227,4 +228,3 @@ def _nld(fig, ax, at, seen, terms):
         _arrow(ax, (at - 0.1, lane + (0.31 if lane < 2 else -0.31)), (at - 0.1, 1.85 + (0.31 if lane > 2 else -0.31)))
         _text(ax, at - 0.1, lane + (0.42 if lane > 2 else -0.42), "softmax of z / 2" if lane > 2 else "softmax of (z + 0.1 ε) / 2")
     _box(ax, at - 0.1, 1.85, ["NLD", "4 · KL of softmax", f"{terms['nld']:.3f}"], "pool", 1.1)
-    _text(ax, at / 2 + 0.5, 0.12, f"cross-entropy {terms['ce']:.3f} + SAMD + NLD = {sum(terms.values()):.3f}", fontsize=7.5)
