@@ -94,7 +94,7 @@ def work(
     "Multiply-accumulates that made `out`."
     return out.numel() * m.weight[0].numel()
 
-
+# %% ../../nbs/lib/60_metrics.activity.ipynb #a894be7b
 def driver(
     a,  # left factor of a product
     b,  # right factor

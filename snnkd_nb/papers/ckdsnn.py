@@ -207,7 +207,7 @@ def conditions(
     return [*stand, *sizes, *T, train, *(f"teacher of {n}: {budget_in_words(t.optim, t.data)}" for n in names for t in [teacher(scale, n, dataset)]),
             *read_as(*names), f"{SEEDS[scale]} seed{'s' * (SEEDS[scale] > 1)}{', three where the runs are those of studies/ckdsnn' if any(shared(scale, n, dataset) for n in names) else ''} (the paper says nothing of repetitions, and its code keeps the best test epoch; ours is the last)"]
 
-
+# %% ../../nbs/lib/89_papers.ckdsnn.ipynb #80b3a3a9
 SCALED_MAPS = "SAMD brings every map to [0, 1] before the softmax: our reading (losses.ckdsnn)"
 NEURONS = {"tet": "TET's LIF, as in the published code (paper: IF)", "sew": "SEW's IF", "spikformer": "Spikformer's LIF"}
 
