@@ -273,9 +273,9 @@ def scatters(
     fig, axes = plt.subplots(2, len(PROXIES) // 2, figsize=(7.8, 3.8), sharey=True, layout="constrained")
     for ax, (name, sign) in zip(axes.flat, PROXIES.items()):
         seen, row = frame[np.isfinite(frame[name].astype(float))], table[table.metric == name].to_dict("records")
-        dots = ax.scatter(seen[name].astype(float), seen.accuracy, c=seen.parameters.astype(float) / 1e3, s=16, cmap="viridis", vmin=0)
+        dots = ax.scatter(seen[name].astype(float) / (1e3 if name == "parameters" else 1), seen.accuracy, c=seen.parameters.astype(float) / 1e3, s=16, cmap="viridis", vmin=0)
         lost = f", {len(frame) - len(seen)} dead" if len(seen) < len(frame) else ""
-        ax.set(xlabel=f"{name}{' (low is good)' if sign < 0 else ''}{lost}", title=f"τ = {with_interval(row[0], 'tau')}" if row else "")
+        ax.set(xlabel=f"{name}{' (low is good)' if sign < 0 else ' (thousands)' if name == 'parameters' else ''}{lost}", title=f"τ = {with_interval(row[0], 'tau')}" if row else "")
         ax.title.set_size(8)
         ax.locator_params(axis="x", nbins=3)
         if sign < 0: ax.invert_xaxis()
