@@ -51,6 +51,13 @@ def test_scales_do_not_mix(key):
         for b in SCALES: assert a == b or not specs[a] & specs[b]
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "nbs" / "papers").glob("*/*.ipynb")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_a_page_that_judges_keeps_its_verdicts(page):
+    source = "\n".join("".join(c["source"]) for c in json.loads(page.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code")
+    judged = re.findall(r"(?<!save_claims\()\bjudged?\(", source)
+    assert not judged, f"{judged[0]}…) is shown and not kept: save_claims(…, grid)"
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     "A project folder of its own: notebooks, no results."
