@@ -15,6 +15,7 @@ from torch import nn
 
 from snnkd_nb.core import UserError, root
 from snnkd_nb.data.images import load
+from snnkd_nb.kernels import projection
 from snnkd_nb.losses.attention import WORTH, distance, similarity
 from snnkd_nb.losses.base import Batch, Distiller
 from snnkd_nb.losses.sastc import SASTC, Calibration, mean_attention
@@ -147,6 +148,63 @@ def test_the_loops_over_memory_and_autograd_agree_within_the_loss():
     ours, theirs = module(students, teachers), slowly(module, students, teachers)
     torch.testing.assert_close(ours, theirs)
     for a, b in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves)): torch.testing.assert_close(a, b, atol=1e-5 * float(b.abs().max()) + 1e-9, rtol=1e-3)
+
+
+# projections in half precision on a CPU
+
+MAPS = [(256, 4), (64, 16)], [(512, 4), (32, 16)]  # few pixels and many, large enough for the kernels and not
+
+
+def calibrated(norm, training=True):
+    "A calibration, features of a student and a teacher, spikes of both kinds of maps."
+    torch.manual_seed(0)
+    made = lambda n, maps: [torch.rand(n, c, h, h).contiguous(memory_format=torch.channels_last) for c, h in maps]
+    students = [f.lt(0.3).float().unflatten(0, (2, 8)).requires_grad_() for f in made(16, MAPS[0])]
+    return Calibration((256, 64), (512, 32), 8, norm=norm).train(training), students, made(8, MAPS[1])
+
+
+def learnt(module, students, teachers, half=True):
+    "Loss, all gradients, running statistics."
+    leaves = [*students, *module.parameters()]
+    with torch.autocast("cpu", torch.bfloat16, enabled=half): loss = module(students, teachers)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves), *(b.clone() for n, b in module.named_buffers() if "num" not in n)]
+
+
+@pytest.mark.parametrize("norm", ["all", "step"])
+@pytest.mark.parametrize("training", [True, False])
+def test_projections_in_half_precision_are_as_exact_as_their_modules(monkeypatch, norm, training):
+    used = []
+    for name in ("Few", "NormReluMix"):
+        apply = getattr(projection, name).apply
+        monkeypatch.setattr(getattr(projection, name), "apply", lambda *a, name=name, apply=apply: used.append(name) or apply(*a))
+    ours = learnt(*calibrated(norm, training))
+    assert used.count("Few") == 1 and used.count("NormReluMix") == 3
+    exact = learnt(*calibrated(norm, training), half=False)
+    monkeypatch.setattr(projection, "FEW", 0), monkeypatch.setattr(projection, "covers", lambda *a: False)
+    modules = learnt(*calibrated(norm, training))
+    assert len(used) == 4 and len(ours) == len(exact) == len(modules)
+    off = lambda a, b: float((a - b).norm() / (b.norm() + 1e-9))
+    for a, m, e in zip(ours, modules, exact): assert off(a, e) < 1.5 * off(m, e) + 2e-3, (off(a, e), off(m, e))
+
+
+def test_single_precision_and_what_is_listened_to_pass_the_modules(monkeypatch):
+    def never(*a): raise AssertionError("a kernel")
+
+    monkeypatch.setattr(projection.Few, "apply", never), monkeypatch.setattr(projection.NormReluMix, "apply", never)
+    module, students, teachers = calibrated("all")
+    learnt(module, students, teachers, half=False)
+    heard = [m.register_forward_hook(lambda m, args, out: None) for m in module.projections.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
+    learnt(module, students, teachers)
+    assert len(heard) == 4 * 3
+
+
+def test_parameters_of_a_calibration_have_the_names_and_draws_they_always_had():
+    torch.manual_seed(0)
+    module = Calibration((3,), (2, 4), 8)
+    assert {k for k in module.state_dict() if "weight" in k and "projections" in k} == {f"projections.0.{j}.{k}.weight" for j in (0, 1) for k in (0, 1, 3)}
+    torch.manual_seed(0)
+    for _ in range(3): mlp = nn.Linear(8, 4), nn.Linear(4, 2)
+    assert module.projections[0][0][0].weight.equal(nn.Conv2d(3, 4, 3, bias=False).weight)
 
 
 @settings(max_examples=25, deadline=None)
@@ -414,3 +472,50 @@ def test_what_sastc_cannot_do_is_said():
     one = create_distiller("none", create_model("vgg11_sastc", T=1, width=0.1, image_size=8), None).train()
     with pytest.raises(UserError, match="two images or more"): one(torch.randn(1, 3, 8, 8), torch.zeros(1, dtype=torch.long))
     with pytest.raises(UserError, match="without images"): one(torch.randn(0, 3, 8, 8), torch.zeros(0, dtype=torch.long))
+
+
+# the weight by epochs
+
+def test_a_weight_for_each_part_of_the_epochs(digits, tmp_path):
+    student, teacher = net(T=2, depth=0.34), net(depth=0.34)
+    d = create_distiller("kd+sastc", student, teacher, batch_size=64, beta=[0.0, 1.0, 2.0])
+    terms = [row["sastc"] for row in fit(student, digits, d, epochs=3, lr=1e-9, batch_size=64, on_event=quiet, device="cpu")]
+    assert terms[0] == 0 < terms[1] and 1.8 < terms[2] / terms[1] < 2.2
+    assert create_distiller("sastc", student, teacher, beta=[3]).methods[0].beta == 3
+    for wrong in ([], [1, -1], [1, "2"], "12"):
+        with pytest.raises(UserError, match="beta = ") as e: SASTC(student, teacher, beta=wrong)
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 7, 300])
+def test_parts_of_the_epochs_are_equally_long(epochs):
+    method = SASTC(net(T=2), net(), beta=(0.01, 0.1, 1.0))
+    seen = [method.begin_epoch(e, epochs) or method.beta for e in range(epochs)]
+    assert seen == sorted(seen) and seen[0] == 0.01 and max(map(seen.count, seen)) - min(map(seen.count, seen)) <= 1
+    if epochs == 300: assert [seen.count(b) for b in method.betas] == [100] * 3 and (seen[99], seen[100], seen[200]) == (0.01, 0.1, 1.0)
+
+
+def test_a_weight_by_epochs_is_part_of_a_run():
+    from snnkd_nb.spec import RunSpec, to_dict
+
+    specs = [RunSpec(method="kd+sastc", method_args={"beta": b}, teacher=RunSpec()) for b in (0.1, [0.1], [0.01, 0.1])]
+    assert len({s.id for s in specs}) == 3 and RunSpec.from_dict(to_dict(specs[2])).id == specs[2].id
+
+
+# a GPU
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("variant", ["paper", "code"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_on_a_gpu(variant, precision):
+    student, teacher = net(T=2), net(width=0.25)
+    d, x, y = create_distiller("kd+sastc", student, teacher, variant=variant, batch_size=8, beta=[0.1, 1.0]), *seen(8)
+    with torch.no_grad(): here, eta = d.eval()(x, y)[0]["sastc"], d.methods[1].attention(d.look(x, y))
+    d, x, y = d.to("cuda"), x.cuda(), y.cuda()
+    with autocast("cuda", precision), torch.no_grad(): there = d(x, y)[0]["sastc"]
+    assert there.dtype == torch.float32 and torch.allclose(here, there.cpu(), rtol=1e-2 if precision == "fp32" else 0.2)
+    if precision == "fp32": assert torch.allclose(eta, d.methods[1].attention(d.look(x, y)).cpu(), atol=1e-2)
+    with autocast("cuda", precision): terms, _ = d.train()(x, y)
+    sum(terms.values()).backward()
+    assert all(torch.isfinite(v) for v in terms.values()) and all(p.grad is not None and p.grad.isfinite().all() for p in d.parameters())
+    assert all(p.grad is None for p in teacher.parameters())

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POOLS', 'PAIR', 'SUM', 'WORTH', 'KNOWN', 'Twice', 'products', 'similarity', 'perceptron', 'Embedding', 'attend',
-           'common', 'Resized', 'gap', 'apart', 'images_of', 'compiled', 'sweep', 'Distance', 'distance']
+           'maximum', 'common', 'Resized', 'gap', 'apart', 'images_of', 'compiled', 'sweep', 'Distance', 'distance']
 
 # %% ../../nbs/lib/46_losses.attention.ipynb #1e1e4e0a
 import functools
@@ -27,7 +27,7 @@ class Twice(Gram):
         ctx.save_for_backward(x)
         ctx.lead, a = lead, rows(x, lead)
         with torch.autocast("cpu", enabled=False):
-            first = a @ a.mT
+            first = torch.bmm(a, a.mT)  # `@` would copy a single step in another order
             return first.float() + torch.baddbmm(first, a, a.mT, beta=-1).float()
 
 
@@ -84,7 +84,16 @@ def attend(
     return torch.einsum("stbd,lbd->tsbl", q.unflatten(1, (-1, k.shape[1])), k).softmax(-1)
 
 # %% ../../nbs/lib/46_losses.attention.ipynb #5eea7d03
-POOLS = {"max": F.adaptive_max_pool2d, "avg": F.adaptive_avg_pool2d}
+def maximum(
+    x,  # (N, C, h, w)
+    size,  # of the result
+):
+    "The largest number of every field, by fields of one size where the size of the map is a multiple."
+    (h, w), (a, b) = x.shape[-2:], size
+    return F.adaptive_max_pool2d(x, size) if h % a or w % b else F.max_pool2d(x, (h // a, w // b))
+
+
+POOLS = {"max": maximum, "avg": F.adaptive_avg_pool2d}
 
 
 def common(
