@@ -206,6 +206,48 @@ def test_every_switch_trains(digits, variant, kw):
     assert all(torch.isfinite(p.grad).all() for p in student.parameters())
 
 
+SWITCHES = {"C1": dict(student_map=("sam", "cam")), "C4": dict(classes=("true", "predicted")), "C5": dict(rescale=("sample", "batch")), "C6": dict(squared=(True, False)),
+            "C8 and C9": dict(mix=("logits", "probabilities"))}
+
+
+@pytest.mark.parametrize("divergence", SWITCHES)
+def test_every_divergence_in_the_losses_is_a_switch(divergence):
+    "The letter of the text and the published code, all else equal, give different numbers."
+    torch.manual_seed(0)
+    student, teacher, x, y = net(T=2, width=0.5), net(width=0.5), torch.randn(6, 1, 8, 8), torch.arange(6)
+    ((name, values),) = SWITCHES[divergence].items()
+    found = []
+    for value in values:
+        torch.manual_seed(1)
+        d = create_distiller("ckdsnn", student, teacher, **{name: value})
+        found.append(sum(d.train()(x, y)[0].values()).item())
+    assert np.isfinite(found).all() and found[0] != found[1]
+
+
+def test_every_divergence_in_the_networks_is_an_option_of_the_model():
+    torch.manual_seed(0)
+    x = 3 * torch.randn(2, 3, 16, 16)
+    make = lambda name="resnet19_ckd", **kw: create_model(name, T=2, width=0.125, image_size=16, **kw)
+    last = lambda m: m.train()(x, features=True)[1]["stage3"]
+    assert set(last(make()).unique().tolist()) <= {0, 1} and len(last(make(last="relu")).unique()) > 10  # C2
+    assert repr(make(neuron="if").stem) != repr(make(neuron="tet").stem)  # C3
+    assert len([m for m in make().head if isinstance(m, nn.Linear)]) == 2 == len([m for m in make("resnet20_ckd").head if isinstance(m, nn.Linear)])  # C12
+    few, many = (sum(p.numel() for p in create_model("resnet20_ckd", width=w).parameters()) for w in (1, 2))
+    assert few == pytest.approx(0.28e6, rel=0.1) and many > 3 * few  # C15
+
+
+@pytest.mark.parametrize("variant", ["paper", "code"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_changes_nothing_in_the_teacher(digits, method, variant):
+    "C11: the published code leaves it in training mode, with a graph; here its statistics stay as they were."
+    if method == "tet": pytest.skip("has no teacher")
+    student, teacher = net(T=2), net(width=0.25).train()
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    d = create_distiller(method, student, teacher, variant).train()
+    sum(d(*next(iter(digits.loader("train", 16))))[0].values()).backward()
+    assert all(v.equal(before[k]) for k, v in teacher.state_dict().items()) and untouched(teacher) and not teacher.training
+
+
 @pytest.mark.parametrize("student,stage", [("resnet19_tet", None), ("resnet19_ckd", None), ("wrn16_2", None), ("vgg11_sastc", ("stage2", "stage1")), ("vgg11_sastc", ("stage1", "stage3")), ("spikformer", None)])
 @pytest.mark.parametrize("teacher", ["resnet20", "wrn16_2"])
 def test_students_and_teachers_of_other_kinds_and_resolutions(digits, student, stage, teacher):

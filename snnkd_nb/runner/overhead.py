@@ -11,7 +11,7 @@ import json, multiprocessing, statistics
 from concurrent.futures import ProcessPoolExecutor
 
 from ..core import UserError, atomic_write, root, unknown
-from .turns import images, in_turns, peak_of_steps, row, taught
+from .turns import device, images, in_turns, peak_of_steps, row, taught
 from ..store import environment
 
 # %% ../../nbs/lib/95_runner.overhead.ipynb #2159451d
