@@ -151,7 +151,7 @@ def attention_history(
     import pandas as pd
 
     need(len(frame), "no attention: nothing was recorded")
-    rows = pd.concat([_read(f) for _, f in frame.groupby("run", sort=False)])
+    rows = pd.concat([_read(f) for _, f in frame.groupby(frame.run if "run" in frame else [0] * len(frame), sort=False)])
     return rows.groupby(["epoch", "student", "t", "teacher"], sort=False).value.mean().rename("weight").reset_index()
 
 # %% ../../nbs/lib/87_reports.attention.ipynb #2309f823
