@@ -15,7 +15,7 @@ from functools import partial
 from ..core import unknown
 from . import studies
 from ..published.format import Claim, published
-from ..reports.grid import Cell, Grid, budget_in_words, check_scale, data_at, optim_at, seeded
+from ..reports.grid import HALF, Cell, Grid, budget_in_words, check_scale, data_at, optim_at, seeded
 from ..spec import ALONE, DataSpec, ModelSpec, OptimSpec, RunSpec
 
 # %% ../../nbs/lib/89_papers.ckdsnn.ipynb #631dc7bc
@@ -63,10 +63,10 @@ def data(
     dataset,  # "CIFAR-10", "CIFAR-100", "ImageNet" or "CIFAR10-DVS"
 ):
     "The `DataSpec` a scale takes for a data set of the paper."
-    if dataset == EVENTS: return studies.recordings(scale).replace(**{"smoke": {"subset": 700}, "small": {}}.get(scale, {"args": {"frames": 10}}))
+    if dataset == EVENTS: return studies.recordings(scale).replace(**{"smoke": {"subset": 700}, "small": {"size": HALF}}.get(scale, {"args": {"frames": 10}}))
     if scale == "smoke": return DataSpec("digits", size=12)
     if dataset == IMAGENET: return DataSpec("tiny-imagenet:tiny-imagenet-20", augment="crop+flip") if scale == "small" else data_at(scale, IMAGENET, val=0.02)
-    if scale == "small": return data_at(scale, "CIFAR-10")
+    if scale == "small": return data_at(scale, "CIFAR-10", half=True)
     return data_at(scale, dataset, augment="crop+flip+autoaugment+erase")
 
 # %% ../../nbs/lib/89_papers.ckdsnn.ipynb #4ae19e9f
@@ -77,13 +77,13 @@ SEW = dict(epochs=320, batch_size=256, lr=0.1, weight_decay=0.0)
 def optim(scale, dataset):
     "The budget of a student."
     if scale == "smoke": return optim_at(scale).replace(**{"batch_size": 16} if dataset == EVENTS else {"batch_size": 64, "lr": 0.2})
-    return optim_at(scale, half=dataset == IMAGENET, **(SEW if dataset == IMAGENET else CODE))
+    return optim_at(scale, half=True, **(SEW if dataset == IMAGENET else CODE))
 
 
 def teacher_optim(scale, dataset, name):
     "The budget of a teacher."
     if scale == "smoke": return OptimSpec(**VIT) if name == "Spikformer-4-384" else optim(scale, dataset)
-    if scale == "small": return optim(scale, dataset).replace(epochs=6 if dataset == IMAGENET else 10, nesterov=True)
+    if scale == "small": return optim(scale, dataset).replace(nesterov=True)
     if name == "Spikformer-4-384": return OptimSpec(epochs=10, batch_size=128, lr=0.01, weight_decay=1e-4)
     if dataset == IMAGENET: return OptimSpec(epochs=1, batch_size=256, lr=0.0, weight_decay=0.0)
     return optim_at(scale, **CODE | ({"epochs": 300, "lr": 0.05} if dataset == "CIFAR-10" else {}))
@@ -96,7 +96,7 @@ METHODS = {"SEW-R": "none", "Spikformer": "none", "TET": "tet", "KDSNN": "kdsnn"
 
 
 def shared(scale, name, dataset):
-    "Whether a column is the study's pair."
+    "Whether a column is the pair of studies/sastc, which every ablation is run on."
     return scale == "small" and name == "ResNet20" and dataset != EVENTS
 
 
@@ -106,7 +106,7 @@ def teacher(
     dataset,  # see `data`
 ):
     "The `RunSpec` of the ordinary network; at small scale it sees all images."
-    if shared(scale, name, dataset): return studies.teacher(scale)
+    if shared(scale, name, dataset): return studies.corrupted(scale, "clean")
     few = {"subset": None, "val": 0.02} if scale == "small" else {}
     return RunSpec(data(scale, dataset).replace(**few), network(scale, name), teacher_optim(scale, dataset, name))
 
@@ -122,7 +122,7 @@ def student(
     model, base = network(scale, name, T), None if method in ALONE else teacher(scale, name, dataset)
     made = RunSpec(data(scale, dataset), model, optim(scale, dataset), method, "paper", args, base, seed)
     if not shared(scale, name, dataset): return made
-    base = studies.student(scale, method, seed)
+    base = studies.calibrated(scale, "clean", method, seed)
     return base.replace(model=base.model.replace(T=T), method_args=args)
 
 # %% ../../nbs/lib/89_papers.ckdsnn.ipynb #abbd2683
@@ -174,8 +174,8 @@ ARMS = ("BKDSNN is its feature loss alone (its published code adds weighted logi
         "Spikformer is trained by SGD like the others (its publication: AdamW)")
 _STANDIN = {"smoke": {EVENTS: "CIFAR10-DVS is replaced by SIMULATED events of the 8×8 digits of scikit-learn (700 of them)", IMAGENET: "ImageNet is replaced by the digits of scikit-learn (1,797 scans, enlarged to 12×12)",
                       None: "CIFAR-10 and CIFAR-100 are both replaced by the digits of scikit-learn (1,797 scans, enlarged to 12×12); the second column of a network would be the same runs, and is left empty"},
-            "small": {EVENTS: "CIFAR10-DVS is replaced by SIMULATED events of 10,000 images of CIFAR-10 (JPEG)", IMAGENET: "ImageNet is replaced by 20 classes of Tiny-ImageNet at 64×64 pixels (10,000 training images)",
-                      None: "CIFAR-10 and CIFAR-100 are both 10,000 images of CIFAR-10 (JPEG), teachers see all; the second column of a network would be the same runs, and is left empty"}}
+            "small": {EVENTS: "CIFAR10-DVS is replaced by SIMULATED events of 10,000 images of CIFAR-10 (JPEG) at 16×16 pixels", IMAGENET: "ImageNet is replaced by 20 classes of Tiny-ImageNet at 64×64 pixels (10,000 training images)",
+                      None: "CIFAR-10 and CIFAR-100 are both 10,000 images of CIFAR-10 (JPEG) at 16×16 pixels, teachers see all; the second column of a network would be the same runs, and is left empty"}}
 
 
 def _sizes(scale, name):
@@ -186,7 +186,7 @@ def _sizes(scale, name):
 
 def of_table01(scale):
     "What only one scale does differently in Table 1."
-    said = {"small": "at small scale ResNet20 is the pair of studies/ckdsnn: resnet20 under resnet20 of double width, three seeds",
+    said = {"small": "at small scale ResNet20 is the pair of studies/sastc: two thirds of the blocks of ResNet-20 and half its channels, threshold 0.5, under as many blocks with all channels; three seeds",
             "paper": "teachers of the ResNets on CIFAR-10: 300 epochs at peak rate 0.05, as in the published code"}
     return [said[scale]] if scale in said else []
 
@@ -205,7 +205,7 @@ def conditions(
     train = f"students: {budget_in_words(optim(scale, dataset), data(scale, dataset))} (the paper refers to others; its code has 400 epochs of batch 128, rate 0.1, weight decay 1e-4)"
     sizes = [_sizes(scale, n) for n in names if not shared(scale, n, dataset)]
     return [*stand, *sizes, *T, train, *(f"teacher of {n}: {budget_in_words(t.optim, t.data)}" for n in names for t in [teacher(scale, n, dataset)]),
-            *read_as(*names), f"{SEEDS[scale]} seed{'s' * (SEEDS[scale] > 1)}{', three where the runs are those of studies/ckdsnn' if any(shared(scale, n, dataset) for n in names) else ''} (the paper says nothing of repetitions, and its code keeps the best test epoch; ours is the last)"]
+            *read_as(*names), f"{SEEDS[scale]} seed{'s' * (SEEDS[scale] > 1)}{', three where the pair is that of studies/sastc' if any(shared(scale, n, dataset) for n in names) else ''} (the paper says nothing of repetitions, and its code keeps the best test epoch; ours is the last)"]
 
 # %% ../../nbs/lib/89_papers.ckdsnn.ipynb #80b3a3a9
 SCALED_MAPS = "SAMD brings every map to [0, 1] before the softmax: our reading (losses.ckdsnn)"
@@ -238,7 +238,7 @@ def setting(scale):
     name, dataset, T = ABLATION.get(scale, ("ResNet19", "CIFAR-100", 1))
     facts = [f for f in conditions(scale, dataset, name) if "seed" not in f and "→" not in f and "column" not in f]
     said = f"{name}, T = {T}, {ARM_SEEDS[scale]} seeds a cell (paper: ResNet-19, CIFAR-100, a single number; its T is not stated, 1 by comparison with Table 1)"
-    what = {"smoke": "CIFAR-100 is replaced by the digits of scikit-learn (1,797 scans, enlarged to 12×12)", "small": "CIFAR-100 is replaced by 10,000 images of CIFAR-10 (JPEG); the runs of studies/ckdsnn are among these"}
+    what = {"smoke": "CIFAR-100 is replaced by the digits of scikit-learn (1,797 scans, enlarged to 12×12)", "small": "CIFAR-100 is replaced by 10,000 images of CIFAR-10 (JPEG) at 16×16 pixels; the pair of networks and their budget are those of studies/sastc, smaller than those of studies/ckdsnn"}
     return [*([what[scale]] if scale in what else []), said, *facts]
 
 

@@ -34,7 +34,7 @@ def teacher(
 ):
     "The `RunSpec` of the ordinary network that teaches."
     if scale in ("medium", "paper"): return ckdsnn.teacher(scale, *PLACES[dataset])
-    return _halved(studies.teacher(scale)) if scale == "smoke" else studies.teacher(scale)
+    return _halved(studies.teacher(scale)) if scale == "smoke" else ckdsnn.teacher(scale, *ckdsnn.ABLATION[scale][:2])
 
 
 def student(
@@ -46,12 +46,14 @@ def student(
 ):
     "The `RunSpec` of the spiking student."
     if scale in ("medium", "paper"): return ckdsnn.student(scale, *PLACES[dataset], T, method, seed)
+    if scale == "small": return ckdsnn.student(scale, *ckdsnn.ABLATION[scale], method, seed)
     base = studies.student(scale, method, seed)
-    return _halved(base).replace(teacher=base.teacher and teacher(scale)) if scale == "smoke" else base
+    return _halved(base).replace(teacher=base.teacher and teacher(scale))
 
 # %% ../../nbs/lib/89_papers.ckdsnn_maps.ipynb #212403be
 SEEDS = {"smoke": 1, "small": 3, "medium": 1, "paper": 3}
-_LAST = {"smoke": "maps of the last stage are 4×4 (paper: 7×7 of 224 pixels, 8×8 of CIFAR's)", "small": "maps of the last stage are 8×8"}
+_SMALLER = {"small": (", two thirds of its blocks, threshold 0.5", ", as many blocks")}
+_LAST = {"smoke": "maps of the last stage are 4×4 (paper: 7×7 of 224 pixels, 8×8 of CIFAR's)", "small": "maps of the last stage are 4×4"}
 
 
 def conditions(
@@ -63,10 +65,10 @@ def conditions(
     "What was run instead of the paper's setting, in sentences made from the specs."
     s, t = student(scale, "ckdsnn", 0, dataset), teacher(scale, dataset)
     theirs = "ResNet-34 on ImageNet, T = 4" if dataset == "ImageNet" else "ResNet-19 on CIFAR-100"
-    what = {"smoke": "scikit-learn's 8×8 digits, enlarged to 16×16", "small": "10,000 images of CIFAR-10 (JPEG), a re-encoding"}.get(scale, dataset)
+    what = {"smoke": "scikit-learn's 8×8 digits, enlarged to 16×16", "small": "10,000 images of CIFAR-10 (JPEG), a re-encoding, at 16×16 pixels"}.get(scale, dataset)
     own = {"BKDSNN": ckdsnn.ARMS[0], "CKDSNN": ckdsnn.SCALED_MAPS}
     return [f"data: {what} (paper: {theirs})",
-            f"student: {s.model.name} at {s.model.width:g} of its width, T = {s.model.T}; teacher: {t.model.name} at {t.model.width:g} of its width",
+            f"student: {s.model.name} at {s.model.width:g} of its width{_SMALLER.get(scale, ('', ''))[0]}, T = {s.model.T}; teacher: {t.model.name} at {t.model.width:g} of its width{_SMALLER.get(scale, ('', ''))[1]}",
             f"students: {budget_in_words(s.optim, s.data)}", f"neurons: {ckdsnn.NEURONS[s.model.neuron]}",
             *(own[a] for a in own if a in arms), *([_LAST[scale]] if maps and scale in _LAST else [])]
 
