@@ -226,6 +226,57 @@ def test_what_has_no_rates_is_refused():
     assert RunSpec(model=ModelSpec(T=2)).id == RunSpec(model=ModelSpec(T=2), optim=OptimSpec(gradient="bptt")).id != RunSpec(model=ModelSpec(T=2), optim=OptimSpec(gradient="rate")).id
 
 
+class Straight(torch.autograd.Function):
+    "Spikes whose gradient is passed straight through."
+    @staticmethod
+    def forward(ctx, x): return x * 1.0
+    @staticmethod
+    def backward(ctx, g): return g
+
+
+class Kept(torch.nn.Module):
+    "One weight a step, and what somebody does with it."
+    def __init__(self, T, f):
+        super().__init__()
+        self.T, self.f, self.w = T, f, torch.nn.Parameter(torch.linspace(0.5, 1.5, T))
+
+    def forward(self, x): return self.f(self, x)
+
+
+def loop(m, x):
+    v, out = 0.0, []
+    for h in x.view(m.T, -1, *x.shape[1:]):
+        v = 0.5 * v + h
+        out.append(torch.sigmoid(v))
+    return torch.cat(out)
+
+
+HAND = {
+    "eq": lambda m, x: (x == 1).float(), "pow": lambda m, x: x**2, "rpow": lambda m, x: 2**x, "loop": loop, "Function": lambda m, x: Straight.apply(x), "tensor": lambda m, x: torch.as_tensor(x), "float": lambda m, x: x * float(x), "data": lambda m, x: x.data,
+    "view": lambda m, x: (x.view(m.T, -1, *x.shape[1:]) * m.w.view(-1, 1, 1, 1, 1)).flatten(0, 1), "reshape": lambda m, x: (x.reshape(m.T, x.shape[0] // m.T, *x.shape[1:]) * m.w.view(-1, 1, 1, 1, 1)).reshape(x.shape), "rows": lambda m, x: (x.view(m.T, -1) * m.w[:, None]).view(x.shape),
+    "unflatten": lambda m, x: (x.unflatten(0, (m.T, -1)) * m.w.view(-1, 1, 1, 1, 1)).flatten(0, 1), "chunk": lambda m, x: torch.cat([h * w for h, w in zip(x.chunk(m.T), m.w)]), "index": lambda m, x: torch.cat([x[k :: m.T] for k in range(m.T)]), "steps in memory": lambda m, x: x + torch.zeros(99, *x.shape[1:]),
+    "int": lambda m, x: (2 * x.relu()).to(torch.int32).to(x.dtype), "bool": lambda m, x: x.relu().type(torch.bool).float(), "floor": lambda m, x: torch.div(x, 0.5, rounding_mode="floor"), "lif": lambda m, x: lif(x, T=m.T), "matrix": lambda m, x: (torch.diag(m.w) @ x.view(m.T, -1)).view(x.shape),
+}
+
+
+@pytest.mark.parametrize("T, B, frames", [(2, 4, False), (2, 4, True), (2, 2, False), (2, 2, True), (3, 4, True)])
+@pytest.mark.parametrize("name", HAND)
+def test_hand_written_neurons_are_named(name, T, B, frames):
+    net = network("resnet20", T, neuron=lambda T: Kept(T, HAND[name]))
+    net.gradient = "rate"
+    with pytest.raises(UserError, match="(?s)does to a firing rate .in Kept, student.stem.act.*train with gradient='bptt'") as e: Distiller(net)(torch.randn(*[T] * frames, B, 3, 16, 16), torch.arange(B))
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("f", [lambda m, x: torch.cat(x.split(split_size=1, dim=1), dim=1).relu(), lambda m, x: (x.flatten(1) + 1).view(x.shape).relu(), lambda m, x: x.unflatten(1, (1, -1)).squeeze(1).sigmoid(), lambda m, x: torch.relu(x - 0.1) / 2], ids=range(4))
+def test_hand_written_layers_without_time_are_computed(f):
+    for T, B in ((1, 4), (2, 2), (2, 4)):
+        net, x = network("resnet20", T, neuron=lambda T: Kept(T, lambda m, x: f(m, x) * m.w.mean())), torch.randn(T, B, 3, 16, 16)
+        (logits, _, grads, _), (rates, _, found, _) = both(net, x, torch.arange(B))
+        assert torch.allclose(logits.mean(0), rates[0], atol=1e-4) and all(g.isfinite().all() for g in found)
+        if T == 1: assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(grads, found))
+
+
 @pytest.mark.parametrize("method", [m for m in list_distillers() if m != "none"])
 def test_every_method_takes_rates(method):
     student, teacher = create_model("resnet20", T=3, width=0.25, depth=0.34, image_size=16), create_model("resnet20", width=0.5, depth=0.34, image_size=16)

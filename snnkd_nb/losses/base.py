@@ -40,7 +40,7 @@ def _paths(model): return [n for n, _ in model.named_modules() if n]
 
 def _unfold(f, logits):
     steps, batch = logits.shape[:2] if logits.dim() == 3 else (1, len(logits))
-    return f.unflatten(0, (steps, batch)) if steps > 1 and f.dim() == 4 and len(f) == steps * batch else f
+    return f.unflatten(0, (steps, batch)) if steps > 1 and isinstance(f, Tensor) and f.dim() == 4 and len(f) == steps * batch else f
 
 
 def observe(
@@ -69,16 +69,24 @@ def observe(
     return logits, {n: model.unfold(f) if isinstance(f, Rate) else _unfold(f, logits) for n, f in feats.items()}
 
 # %% ../../nbs/lib/40_losses.base.ipynb #beb17cbb
+def _no_map(n, f, model, who):
+    out, stages = f"a tensor of shape {tuple(f.shape)}" if isinstance(f, Tensor) else f"a {type(f).__name__}", getattr(model, "stage_names", ())
+    return UserError(f"{n!r} of the {who} puts out no map (B, C, H, W) but {out}: take a " + (f"stage, {', '.join(stages)}, or a module in one" if stages else "module before the pooling"))
+
+
 def feature_shapes(
     model,  # any classifier
     names,  # stages or module paths
     input_shape=None,  # (C, H, W) of one image; None: what the model says of itself, else (3, 32, 32)
+    who="network",  # what the model is called where a feature is no map
 ):
-    "Channels and size (C, H, W) of named features, found by one dry run that leaves no trace in the model."
+    "Channels and size (C, H, W) of named features, found by one dry run that leaves no trace in the model; `UserError` for what is no map."
     size = getattr(model, "image_size", 32)
     shape = input_shape or (getattr(model, "in_channels", 3), size, size)
     p = next(model.parameters())
     with eval_mode(model): _, feats = observe(model, torch.zeros(1, *shape, device=p.device, dtype=p.dtype), names)
+    for n, f in feats.items():
+        if not isinstance(f, Tensor) or f.dim() < 4: raise _no_map(n, f, model, who)
     return {n: tuple(f.shape[-3:]) for n, f in feats.items()}
 
 # %% ../../nbs/lib/40_losses.base.ipynb #463c5506

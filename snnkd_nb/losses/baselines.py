@@ -73,7 +73,7 @@ def last_stages(
     s, t = stage_pair(stage, student)
     need(t or stages_of(teacher), "the teacher has no named stages: give stage=(stage of the student, module path of the teacher)")
     t, shape = t or stages_of(teacher)[-1], input_shape or image_shape(student) or image_shape(teacher)
-    return (s, t), tuple(feature_shapes(m, (n,), shape)[n][0] for m, n in ((student, s), (teacher, t)))
+    return (s, t), tuple(feature_shapes(m, (n,), shape, who)[n][0] for m, n, who in ((student, s, "student"), (teacher, t, "teacher")))
 
 # %% ../../nbs/lib/46_losses.baselines.ipynb #2477e74a
 def kdsnn_loss(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COURSES', 'RULES', 'hybrid_loss', 'is_number', 'check_alpha', 'alpha_at', 'betas', 'full', 'rates_of', 'shapes_for',
-           'in_words', 'hybrids_for', 'HybridNet', 'ESKD']
+           'in_words', 'branches_for', 'hybrids_for', 'HybridNet', 'ESKD']
 
 # %% ../../nbs/lib/48_losses.eskd.ipynb #f9f33e77
 import torch
@@ -13,9 +13,9 @@ from torch import nn
 
 from ..core import UserError, unknown
 from .base import Method, feature_shapes, mean_logits, observe
-from .feature import default_pairs, image_shape
+from .feature import check_pairs, default_pairs, image_shape, stages_of
 from .kd import kd_loss
-from ..models.hybrid import Hybrids, branches_of, check_tail, stage_pairs
+from ..models.hybrid import Hybrids, asked_for, check_tail, in_order, listed, plain, stage_pairs
 from ..spec import need
 
 # %% ../../nbs/lib/48_losses.eskd.ipynb #91e8c708
@@ -33,13 +33,14 @@ def hybrid_loss(
 COURSES = {"increase": lambda p: p, "decrease": lambda p: 1 - p}
 
 
-def is_number(v, high=float("inf")): return isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v <= high
+def is_number(v, high=float("inf")): return isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v < float("inf") and v <= high
 
 
 def check_alpha(
     alpha,  # a number from 0 to 1, "increase" or "decrease"
 ):
     "The same; `UserError` for anything else."
+    alpha = plain(alpha)
     if isinstance(alpha, str) and alpha not in COURSES: raise unknown("course of alpha", alpha, COURSES)
     need(isinstance(alpha, str) or is_number(alpha, 1), f"alpha = {alpha!r}: give a number from 0 to 1 (the paper uses 0.5), 'increase' or 'decrease'")
     return alpha
@@ -62,13 +63,15 @@ RULES = {"uniform": lambda k, n: 1 / n, "decay": lambda k, n: 0.5 ** (n - k)}
 def betas(
     beta,  # "uniform", "decay", a number for each hybrid model, or a list of numbers
     n,  # hybrid models there are
+    places=None,  # where the weight of each of them stands in a list; None: in their own order
 ):
     "The weights beta_k, in the order of the hybrid models. Source: ESKD Table 4."
+    beta = plain(beta)
     if isinstance(beta, str) and beta not in RULES: raise unknown("rule for beta", beta, RULES)
     if isinstance(beta, str): return [RULES[beta](k, n) for k in range(n)]
-    found = list(beta) if isinstance(beta, (list, tuple)) else [beta] * n
-    need(len(found) == n and all(map(is_number, found)), f"beta = {beta!r}: give 'uniform', 'decay', a number that is not negative, or a list of {n} such")
-    return found
+    found = listed(beta) if isinstance(beta, (list, tuple)) else [beta] * n
+    need(len(found) == n and all(map(is_number, found)), f"beta = {beta!r}: give 'uniform', 'decay', a finite number that is not negative, or a list of {n} such")
+    return [found[i] for i in places or range(n)]
 
 # %% ../../nbs/lib/48_losses.eskd.ipynb #2936f2d8
 def full(z):
@@ -91,15 +94,28 @@ def shapes_for(
 ):
     "`({student stage: (C, h, w)}, {teacher stage: (C, h, w)})`; `UserError` for names that do not exist."
     if not pairs: default_pairs(student, teacher)  # for its errors
-    need(not pairs or all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs), f"pairs = {pairs!r}: give (student stage or module path, teacher stage) for each")
-    for _, name in pairs or ():
+    for _, name in check_pairs(pairs or []):
         if name not in teacher.stage_names: raise unknown("stage of the teacher", name, teacher.stage_names)
     shape = input_shape or image_shape(student) or image_shape(teacher)
     mine = tuple(dict.fromkeys(s for s, _ in pairs)) if pairs else student.stage_names
-    return feature_shapes(student, mine, shape), feature_shapes(teacher, teacher.stage_names, shape)
+    return feature_shapes(student, mine, shape, "student"), feature_shapes(teacher, teacher.stage_names, shape, "teacher")
 
 
 def in_words(shapes): return ", ".join(f"{n} {s[-2]}×{s[-1]}" for n, s in shapes.items())
+
+
+def branches_for(
+    student, teacher, positions=None, pairs=None, input_shape=None,  # as for `ESKD`
+):
+    "`(Branches in the order asked for, shapes of the student, of the teacher)`; `UserError` where their stages do not pair."
+    check_tail(teacher)
+    if listed(positions) == []: return [], {}, {}
+    mine, theirs = shapes_for(student, teacher, pairs, input_shape)
+    found = check_pairs(pairs) if pairs else stage_pairs(mine, theirs)
+    need(found, f"no stages pair by resolution: the student has {in_words(mine)}, the teacher {in_words(theirs)}; give pairs=[(student stage, teacher stage), …]")
+    asked = asked_for(found, stages_of(student), list(teacher.stage_names), "all" if pairs and positions is None else positions)
+    need(asked, f"the stages that pair, {found}, leave no hybrid model between stem and classifier: give positions='all', or pairs=[(student stage, teacher stage), …]")
+    return asked, mine, theirs
 
 
 def hybrids_for(
@@ -107,15 +123,9 @@ def hybrids_for(
     teacher,  # with `forward_from`
     positions=None, pairs=None, adapter="1x1-1x1", relu=False, prefix="learned", input_shape=None,  # as for `ESKD`
 ):
-    "The `Hybrids` of two networks; `UserError` where their stages do not pair."
-    check_tail(teacher)
-    if positions in ([], ()): return Hybrids((), {}, teacher, {})
-    mine, theirs = shapes_for(student, teacher, pairs, input_shape)
-    found = [tuple(p) for p in pairs] if pairs else stage_pairs(mine, theirs)
-    need(found, f"no stages pair by resolution: the student has {in_words(mine)}, the teacher {in_words(theirs)}; give pairs=[(student stage, teacher stage), …]")
-    chosen = branches_of(found, list(getattr(student, "stage_names", ())), list(teacher.stage_names), "all" if pairs and positions is None else positions)
-    need(chosen, f"the stages that pair, {found}, leave no hybrid model between stem and classifier: give positions='all', or pairs=[(student stage, teacher stage), …]")
-    return Hybrids(chosen, mine, teacher, theirs, adapter, relu, prefix)
+    "The `Hybrids` of two networks, in the order of the student's stages."
+    asked, mine, theirs = branches_for(student, teacher, positions, pairs, input_shape)
+    return Hybrids(in_order(asked, stages_of(student)), mine, teacher, theirs, adapter, relu, prefix)
 
 # %% ../../nbs/lib/48_losses.eskd.ipynb #4c1033fc
 class HybridNet(nn.Module):
@@ -127,15 +137,15 @@ class HybridNet(nn.Module):
         student,  # its beginning
         hybrids,  # `Hybrids` of it
         name,  # "M0", …
+        untrained=False,  # whether it may answer in evaluation before its adapter saw a batch
     ):
         super().__init__()
-        if name not in hybrids.names: raise unknown("hybrid model", name, hybrids.names)
-        self.student, self.hybrids, self.name = student, hybrids, name
+        hybrids.at(name)  # for its error
+        self.student, self.hybrids, self.name, self.untrained = student, hybrids, name, untrained
 
     def forward(self, x):
-        branch = self.hybrids.branches[self.hybrids.names.index(self.name)]
-        rates = rates_of(observe(self.student, x, [branch.student])[1])
-        return self.hybrids.logits(self.name, rates)
+        rates = rates_of(observe(self.student, x, [self.hybrids.at(self.name)[0].student])[1])
+        return self.hybrids.logits(self.name, rates, self.untrained)
 
 
 class ESKD(Method):
@@ -148,7 +158,7 @@ class ESKD(Method):
         teacher,  # ordinary network with `forward_from`
         variant="paper",  # no code was published: both are the same
         alpha=0.5,  # share of the teacher's answer: a number, "increase" or "decrease"
-        beta="uniform",  # weights of the hybrid models: "uniform", "decay", a number for each, a list
+        beta="uniform",  # weights of the hybrid models: "uniform", "decay", a number for each, a list in the order of positions, else of pairs
         positions=None,  # which: k, "H", "fc" or student stages, in a list; "all"; []: none, which is logit distillation; None: every k between stem and classifier
         pairs=None,  # [(student stage or module path, teacher stage), …]; None: by resolution, see `models.hybrid`
         adapter="1x1-1x1",  # C_k: 1x1-1x1, 1x1, 3x3, depthwise, linear or identity
@@ -158,10 +168,12 @@ class ESKD(Method):
         input_shape=None,  # (C, H, W) of one image, for the dry run that finds the shapes
     ):
         super().__init__(student, teacher, variant)
-        need(is_number(temp) and temp > 0, f"temp = {temp!r}: the temperature must be above 0 (the paper has none: 1)")
-        self.alpha, self.temp, self._epoch = check_alpha(alpha), temp, ()
-        self.hybrids = hybrids_for(student, teacher, positions, pairs, adapter, relu, prefix, input_shape)
-        self.betas = betas(beta, len(self.hybrids.names))
+        self.alpha, self.temp, self._epoch = check_alpha(alpha), plain(temp), ()
+        need(is_number(self.temp) and self.temp > 0, f"temp = {temp!r}: the temperature must be a finite number above 0 (the paper has none: 1)")
+        asked, mine, theirs = branches_for(student, teacher, positions, pairs, input_shape)
+        branches = in_order(asked, stages_of(student))
+        self.hybrids = Hybrids(branches, mine, teacher, theirs, adapter, relu, prefix)
+        self.betas = betas(beta, len(asked), [asked.index(b) for b in branches])
         self.student_features = tuple(dict.fromkeys(b.student for b in self.hybrids.branches))
         object.__setattr__(self, "student", student)
 

@@ -41,13 +41,14 @@ def accuracies(
     data,  # an `ImageData`
     split="test",  # "train", "val" or "test"
     batch_size=256,  # images at once
+    untrained=False,  # whether hybrid models may answer before their adapters saw a batch
 ):
     "Top-1 accuracy in percent of the student, `S`, and of every hybrid model, `M0`, …; modes and statistics stay as they are."
     method, device, right, seen = method_of(distiller, "this"), next(distiller.parameters()).device, {}, 0
     with eval_mode(distiller):
         for x, y in data.loader(split, batch_size, shuffle=False, device=device):
             logits, feats = observe(distiller.student, x, method.student_features)
-            for name, z in {"S": mean_logits(logits), **method.hybrids(rates_of(feats))}.items(): right[name] = right.get(name, 0) + (z.argmax(-1) == y).sum()
+            for name, z in {"S": mean_logits(logits), **method.hybrids(rates_of(feats), untrained=untrained)}.items(): right[name] = right.get(name, 0) + (z.argmax(-1) == y).sum()
             seen += len(y)
     return {name: 100 * float(n) / max(seen, 1) for name, n in right.items()}
 
@@ -61,13 +62,14 @@ def hybrids(student, reference, data, distiller, split=None, batch_size=256):
 def cosines(
     distiller,  # with ESKD among its methods
     x,  # images (B, C, H, W) or frames (T, B, C, H, W)
+    untrained=False,  # as for `accuracies`
 ):
     "`{M_k: mean cosine similarity of adapted student features and teacher features}`. Source: ESKD 4.4."
     made = method_of(distiller, "this").hybrids
     with eval_mode(distiller), frozen(made.teacher):
         rates = rates_of(observe(distiller.student, x, [b.student for b in made.branches])[1])
         theirs = observe(made.teacher, x, [b.teacher for b in made.branches])[1]
-        ours = made.adapted(rates)
+        ours = made.adapted(rates, untrained=untrained)
     return {b.name: F.cosine_similarity(ours[b.name].flatten(1), theirs[b.teacher].flatten(1)).mean().item() for b in made.branches}
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..core import UserError, unknown
 from ..neurons.lif import LIF, create_neuron, is_plain, watched
-from ..neurons.rate import Rate
+from ..neurons.rate import Rate, explained
 from ..neurons.ratelayers import begin, check_rates, fire_after
 from ..spec import need
 
@@ -232,9 +232,13 @@ class Net(nn.Module):
     def gradient(self, value): check_rates(self, value), self.__dict__.update(_gradient=value)
 
     def forward(self, x, features=False):
-        h = fold(x, self.T, self.in_channels)
-        if self.training and self.gradient != "bptt": h = begin(h, self.T, x.dim() == 4)
-        h, feats = self.stem(h, self.T if x.dim() == 4 else None), {}
+        h, static = fold(x, self.T, self.in_channels), x.dim() == 4
+        if not self.training or self.gradient == "bptt": return self.through(h, static, features)
+        with explained(): return self.through(begin(h, self.T, static), static, features)
+
+    def through(self, h, static, features):
+        "Logits, with `features` and those, of folded images or rates; `static`: h is the same in every step."
+        h, feats = self.stem(h, self.T if static else None), {}
         for name in self.stage_names:
             if name != "stem": h = getattr(self, name)(h)
             if features: feats[name] = self.unfold(h)

@@ -180,7 +180,7 @@ def passing(
     "{M_k: what the teacher's stage puts out in it}."
     teacher, seen = hybrids.teacher, {}
     tap = getattr(teacher, "taps", {}).get(stage)
-    for name, feature in hybrids.adapted(rates).items():
+    for name, feature in hybrids.adapted(rates, untrained=True).items():  # `refit` says how long they were fitted, 0 steps included
         with hooked(getattr(teacher, "net", teacher) if tap else teacher, [tap.path if tap else stage], lambda path, out, name=name: seen.update({name: out})): hybrids.tail(name, feature)
     return seen
 
