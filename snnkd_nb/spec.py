@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AUGMENTATIONS', 'SCHEDULES', 'PRECISIONS', 'GRADIENTS', 'ALONE', 'ALGORITHMS', 'need', 'to_dict', 'Spec', 'DataSpec',
-           'ModelSpec', 'OptimSpec', 'RunSpec', 'SearchSpec']
+           'ModelSpec', 'OptimSpec', 'check_steps', 'RunSpec', 'SearchSpec']
 
 # %% ../nbs/lib/02_spec.ipynb #68256799
 import dataclasses, re
@@ -196,6 +196,14 @@ ALONE = ("none", "tet")  # methods without a teacher
 def _slug(s): return re.sub(r"[^A-Za-z0-9.]+", "_", s).strip("_")
 
 
+def check_steps(
+    what,  # that looks at single time steps, in words
+    gradient,  # one of `GRADIENTS`
+):
+    "`UserError` where that is to learn from rates."
+    need(gradient == "bptt", f"{what} with gradient = {gradient!r}: TET is about single time steps, and rates have none; take gradient='bptt'")
+
+
 @dataclass(frozen=True, eq=True)
 class RunSpec(Spec):
     "A training run: everything that decides its numbers."
@@ -223,7 +231,8 @@ class RunSpec(Spec):
         need(alone or self.teacher is not None, f"method = {self.method!r} needs a teacher: give teacher=RunSpec(…)")
         need(self.optim.gradient == "bptt" or self.model.T is not None, f"gradient = {self.optim.gradient!r}: an ordinary network has no firing rates; give model.T, or leave gradient='bptt'")
         need(not alone or self.teacher is None, f"method = {self.method!r} uses no teacher: leave teacher=None")
-        need("tet" not in names or self.optim.gradient == "bptt", f"method = {self.method!r} with gradient = {self.optim.gradient!r}: TET is about single time steps, and rates have none; take gradient='bptt'")
+        if "tet" in names: check_steps(f"method = {self.method!r}", self.optim.gradient)
+        if self.method_args.get("ce") == "each": check_steps("ce = 'each'", self.optim.gradient)
         need(self.reference is None or self.probes, "reference is the network that probes compare with: give probes={…} as well, or leave it out")
         for k, v in self.probes.items(): need(isinstance(v, MappingProxyType), f'probes[{k!r}] = {v!r}: give a dict of its options, {{}} for none')
 

@@ -277,6 +277,22 @@ def test_hand_written_layers_without_time_are_computed(f):
         if T == 1: assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(grads, found))
 
 
+@pytest.mark.parametrize("name, kw, said", [("tet", {}, "method = 'tet'"), ("0.5*tet+kd", {}, "method = 'tet'"), ("none", {"ce": "each"}, "ce = 'each'"), ("kd", {"ce": "each"}, "ce = 'each'")])
+def test_a_loss_of_single_steps_does_not_train_on_rates(name, kw, said):
+    student, teacher = (create_model("resnet20", T=T, width=0.1, depth=0.34, in_channels=1, image_size=8) for T in (2, None))
+    d, data, before = create_distiller(name, student, teacher, **kw), load("digits"), copy.deepcopy(student.state_dict())
+    for gradient in ("rate", "rate-code"):
+        with pytest.raises(UserError) as e: fit(student, data, d, epochs=1, gradient=gradient, on_event=lambda e: None)
+        assert str(e.value) == f"{said} with gradient = {gradient!r}: TET is about single time steps, and rates have none; take gradient='bptt'"
+        net, run = ModelSpec("resnet20", T=2), RunSpec() if "kd" in name else None
+        with pytest.raises(UserError, match="TET is about single time steps, and rates have none"): RunSpec(model=net, method=name, method_args=kw, teacher=run, optim=OptimSpec(gradient=gradient))
+    student.gradient = "rate"  # by hand, which fit leaves as it is
+    with pytest.raises(UserError, match="rates have none"): fit(student, data, d, epochs=1, on_event=lambda e: None)
+    assert all(v.equal(before[k]) for k, v in student.state_dict().items())
+    student.gradient = "bptt"
+    assert fit(student, data, d, epochs=1, batch_size=256, on_event=lambda e: None)
+
+
 @pytest.mark.parametrize("method", [m for m in list_distillers() if m != "none"])
 def test_every_method_takes_rates(method):
     student, teacher = create_model("resnet20", T=3, width=0.25, depth=0.34, image_size=16), create_model("resnet20", width=0.5, depth=0.34, image_size=16)

@@ -105,6 +105,7 @@ class Method(nn.Module):
     "Base of the methods: says which features it needs and turns a `Batch` into named terms."
     needs_teacher = True
     replaces_ce = False  # True: its terms stand in place of the cross-entropy
+    looks_at_steps = False  # True: it is about single time steps, which firing rates do not have
 
     def __init__(self, student, teacher, variant="paper"):
         super().__init__()

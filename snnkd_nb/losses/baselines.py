@@ -31,7 +31,7 @@ def tet_terms(
 # %% ../../nbs/lib/46_losses.baselines.ipynb #5f02eae7
 class TET(Method):
     "Temporal efficient training, in place of the cross-entropy; no teacher."
-    needs_teacher, replaces_ce = False, True
+    needs_teacher, replaces_ce, looks_at_steps = False, True, True
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from ..core import UserError, seed_for, sha256_of, unknown
 from ..losses.base import Distiller, label_range, mean_logits
 from ..models.blocks import eval_mode
 from ..neurons.rate import Rate, streaming
-from ..spec import OptimSpec
+from ..spec import OptimSpec, check_steps
 from .checkpoint import load_checkpoint, save_checkpoint
 from .optim import lr_at, sgd
 from .progress import Printer
@@ -165,6 +165,13 @@ def _accelerator(device):
     return accelerator
 
 # %% ../../nbs/lib/54_training.loop.ipynb #35cbaf72
+def _check_gradient(distiller, gradient):
+    gradient = gradient if gradient != "bptt" else getattr(distiller.student, "gradient", gradient)
+    for m in distiller.methods:
+        if getattr(m, "looks_at_steps", False): check_steps(f"method = {type(m).__name__.lower()!r}", gradient)
+    if distiller.ce == "each": check_steps("ce = 'each'", gradient)
+
+
 @contextlib.contextmanager
 def _trained_by(student, gradient, compile, stream=None):
     "The student finds its gradients this way while the context lasts; \"bptt\", the default, leaves it as it is."
@@ -212,6 +219,7 @@ def fit(
     distiller = distiller or Distiller(student)
     if not hasattr(data, "loader"): raise UserError(f"data = {data!r}: give an ImageData, e.g. load('digits')")
     if distiller.student is not student: raise UserError("the distiller was made for another student: create it from the one that is trained")
+    _check_gradient(distiller, optim.gradient)
     accelerator = _accelerator(device)
     distiller.to(accelerator.device)
     distiller.labels = label_range(getattr(getattr(data, "train", None), "labels", None))
