@@ -265,8 +265,7 @@ def figure04(
 ):
     "Grid of Figure 4: SAMD and NLD on and off; CAM-SAM against class maps on both sides."
     cells = [_arm(p, n, ablation(scale, m)) for p, arms in (("a", HALVES), ("b", IN_PLACE)) for n, m in arms.items()]
-    ours = ["e²KD and CAT-KD are our readings, in the place of SAMD beside NLD, with weights 1 and 400, not tuned (the paper states none)", "the paper's figure may show more settings than one; its text does not say which"]
-    if scale == "small": ours.append("with a weight of 400 all three students of CAT-KD stay at chance: the weight does not fit this pair, and nothing is said of the method")
+    ours = ["e²KD and CAT-KD are our readings, in the place of SAMD beside NLD, with weights 1 and 400, not tuned (the paper states none): an arm that stays at chance says that its weight does not fit, and nothing of its method", "the paper's figure may show more settings than one; its text does not say which"]
     return Grid("ckdsnn/figure04", scale, cells, [*setting(scale), *ours])
 
 
