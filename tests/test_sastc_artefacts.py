@@ -235,6 +235,14 @@ def test_the_study_teaches_with_what_is_seen():
     assert all(len(c.groups) == 3 for c in grid.cells if c.index["method"] != "Teacher") and len(studies.sastc("smoke").specs) == 15
 
 
+def test_small_scale_gives_every_share_of_the_images_as_many_steps():
+    runs = [*sastc.table07("small").specs, *sastc.table08("small").specs]
+    images = lambda s: s.data.subset * s.data.shots * s.optim.epochs
+    assert {images(s) for s in runs if s.model.T} == {30_000} and {images(s) for s in runs if not s.model.T} == {90_000}
+    assert all(s.teacher.data == s.data for s in runs if s.teacher) and {s.model.args["neuron_args"]["v_threshold"] for s in runs if s.model.T} == {0.5}
+    assert {s.optim.epochs for s in sastc.table08("medium").specs if s.model.T} == {60}
+
+
 def test_ids_of_the_other_studies_are_what_they_were():
     assert [s.id for s in studies.kd("small").specs] == ["cifar10_jpeg-resnet20x2-ann-s0-49c7e9c8ca", *(f"cifar10_jpeg-resnet20-T2-s{i}-{h}" for i, h in enumerate(("96edefdbea", "3f7026c322", "cb7efe0b1e"))),
                                                          *(f"cifar10_jpeg-resnet20-T2-kd-s{i}-{h}" for i, h in enumerate(("3281ad2b85", "69d13e4dfa", "fbfa0c55bf")))]
