@@ -162,11 +162,12 @@ def _plug_in(names):
 def _options(
     words,  # like ("beta=2.0", "scaling=l2", "genome=n64 d128")
     flag,  # for the error
+    example="beta=2.0 scaling=l2",  # for the error
 ):
     "{name: value}; a value that is no Python literal is text."
     out = {}
     for name, equals, value in (w.partition("=") for w in words):
-        if not (equals and name.isidentifier()): raise UserError(f"{flag} {name!r}: write name=value, e.g. {flag} beta=2.0 scaling=l2")
+        if not (equals and name.isidentifier()): raise UserError(f"{flag} {name!r}: write name=value, e.g. {flag} {example}")
         try: out[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError): out[name] = value
     return out
@@ -248,7 +249,7 @@ def search(
     space: str = "digits",  # search space: digits, cifar10, cifar100, tiny-imagenet, imagenet, cifar10-dvs, dvs128-gesture, digits-events
     space_width: float = 1.0,  # factor on the channels of the space
     metric: str = "mas+tgs",  # fitness: as, mas, tgs, mas+tgs, snasnet, params, random
-    metric_args: tuple[str, ...] = (),  # its options, e.g. mode=sample norm=frobenius
+    metric_args: tuple[str, ...] = (),  # its options (fields of search.score.Scoring), e.g. mode=sample norm=frobenius "layers=['last']" alpha0=3.0
     T: int = 4,  # time steps of the students
     batch: int = 64,  # training images that a candidate is scored on
     batches: int = 1,  # so many of them, averaged over
@@ -269,7 +270,7 @@ def search(
     data, optim = DataSpec(dataset, size, subset, args=_cut(dataset, None, T)), OptimSpec(teacher_epochs, schedule="onecycle")
     t = RunSpec(data, ModelSpec(teacher, None, teacher_width), optim, seed=seed)
     width = {"width": space_width} if space_width != 1 else {}
-    spec = SearchSpec(data, t, space, width, metric, _options(metric_args, "--metric-args"), T, "dsas", batch, batches, population, generations, algorithm, seed=seed)
+    spec = SearchSpec(data, t, space, width, metric, _options(metric_args, "--metric-args", "mode=sample norm=frobenius"), T, "dsas", batch, batches, population, generations, algorithm, seed=seed)
     _check_names(t)
     return _search(spec, jobs, distil)
 

@@ -7,17 +7,21 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings, strategies as st
 
 from snnkd_nb.core import UserError, canonical_json
 from snnkd_nb.models.genome import Gene, genome_text, parse_genome
+from snnkd_nb.models.zoo import create_model
+from snnkd_nb.search.live import generation_line
 from snnkd_nb.search.pool import Memo, Pool, as_score, load_state, save_state, score_from_json, score_to_json
 from snnkd_nb.search.evolution import evolve, search
 from snnkd_nb.search.operators import SELECTIONS, Rates, crossover, mutate, offspring, survivors, two_parents
-from snnkd_nb.search.score import Score
+from snnkd_nb.search.score import Score, Scorer
 from snnkd_nb.search.space import Space, create_space, list_spaces
 
 SMALL = Space("small", channels=(8, 16, 32), normal=(1, 6), downsample=(1, 3), image_size=8)
@@ -296,8 +300,66 @@ def test_mistakes_are_one_line(kw, words):
 
 
 def test_all_dead_is_said():
-    with pytest.raises(UserError, match="every one of"): evolve(SMALL, lambda g: math.inf, 4, 1)
-    with pytest.raises(UserError, match="every one of"): evolve(SMALL, lambda g: Score(math.nan, {}, 1, 1.0, ""), 4, 1)
+    with pytest.raises(UserError, match="every one of"), pytest.warns(UserWarning, match="the first draw"): evolve(SMALL, lambda g: math.inf, 4, 1)
+    with pytest.raises(UserError, match="every one of.*of them: its fitness is nan"), pytest.warns(UserWarning, match="the first draw"): evolve(SMALL, lambda g: Score(math.nan, {}, 1, 1.0, ""), 4, 1)
     found = evolve(SMALL, lambda g: Score(-math.inf if len(g) > 4 else 1.0, {}, 1, 1.0, ""), 8, 2)
     assert found.score.fitness == 1 and any("its fitness is -inf" in s.dead for s in found.scores.values()) and found.generations[0].row()["dead"]
     with pytest.raises(UserError, match="options of the Scorer"): search(None, SMALL, None, fitness=toy, T=4)
+
+
+# --- a search as its users call it ------------------------------------------------------------------------------------
+
+
+class Odd(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c1, self.fc = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 4)
+    def forward(self, x): return self.fc(self.c1(x).relu().mean((2, 3)))
+
+
+def small_teacher(seed=0):
+    torch.manual_seed(seed)
+    return create_model("resnet20", width=0.25, num_classes=4, image_size=8)
+
+
+def images(n=16, classes=4): return torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(n) % classes
+
+
+def test_the_found_network_is_the_one_that_was_scored():
+    found = search(small_teacher(), SMALL, images(), 4, 1, T=3, neuron_args={"v_threshold": 0.7})
+    net = found.network()
+    neurons = [m for m in net.modules() if hasattr(m, "surrogate")]
+    assert net.T == 3 and net(images()[0]).shape == (3, 16, 4) and found.network(genome="n8 d16").stage_names == ("stem", "stage1")
+    assert {m.v_threshold for m in neurons} == {0.7} and all(m.decay_input for m in neurons)
+    assert {m.surrogate.alpha for m in neurons} <= set(found.built["slopes"]) and len(found.built["slopes"]) == 3
+    assert search(small_teacher(), SMALL, images(), 4, 1, "mas", T=3).built.get("slopes") is None
+    with pytest.raises(UserError, match="does not say how its networks are built"): evolve(SMALL, toy, 4, 1).network()
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"space": Space("m", (8, 16), (1, 2), (1, 5), 32)}, "8×8 pixels allow 3"), ({"space": Space("m", (8, 16), (1, 2), (1, 2), 8, 7)}, "with 7 channels, these have 3"),
+    ({"space": "cifar10"}, "give a Space"), ({"batch": images()[0]}, "give a pair"), ({"batch": (images()[0].numpy(), images()[1].numpy())}, "of ndarray: give tensors"),
+    ({"batch": (images()[0], torch.zeros(16).long())}, "a batch of one class"), ({"fitness": ["mas", "tgs"]}, "joined by +"), ({"fitness": None}, "joined by +"), ({"metric": "mas"}, "give it as fitness"),
+    ({"layers": "last"}, r"e.g. \['last'\]"), ({"fitness": lambda g: None}, "a fitness of None"), ({"fitness": lambda g: "x"}, "a fitness of 'x'"),
+    ({"teacher": torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4)), "fitness": "tgs"}, "no weights before its last layer"),
+    ({"teacher": Odd(), "fitness": "mas"}, "Odd has no stages to compare.*c1"),
+    ({"batch": (torch.rand(16, 1, 8, 8), images()[1]), "teacher": torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 4))}, "give images with 3 channels"),
+])
+@pytest.mark.filterwarnings("ignore:Odd has no stages")
+def test_what_a_user_gets_wrong_is_one_line(change, words):
+    with pytest.raises(UserError, match=words) as e: search(**{"teacher": small_teacher(), "space": SMALL, "batch": images(), "population": 4, "generations": 1, **change})
+    assert "\n" not in str(e.value)
+
+
+def test_few_classes_in_the_batch_are_warned_of_and_blanks_do_not_matter():
+    with pytest.warns(UserWarning, match="3 of 5 classes"): Scorer(create_model("resnet20", width=0.25, num_classes=5, image_size=8), *images(classes=2), "tgs")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Scorer(small_teacher(), *images(classes=1), "tgs", mode="sample").key and Scorer(small_teacher(), *images(), "mas + tgs").key == Scorer(small_teacher(), *images()).key
+
+
+def test_what_is_read_from_a_file_is_said_to_be(tmp_path):
+    told = [[], []]
+    for events in told: evolve(SMALL, toy, 6, 3, checkpoint=tmp_path / "x.search", on_event=events.append)
+    assert not any("replayed" in e for e in told[0]) and all(e.pop("replayed") for e in told[1])
+    assert "from the checkpoint" in generation_line({**told[1][0], "replayed": True}) and "s left" in generation_line(told[0][0])

@@ -158,7 +158,7 @@ def test_another_process_agrees(tmp_path):
 
 def test_one_pass_equals_the_network_and_its_full_gradient():
     common = dict(num_classes=10, T=2, neuron="dsas", in_channels=1, image_size=8)
-    scorer = Scorer(TEACHER, X, Y, T=2)
+    scorer = Scorer(TEACHER, X, Y, T=2, silence=1.0)
     copy = create_model("resnet18", width=0.125, in_channels=1, image_size=8)
     copy.load_state_dict(TEACHER.state_dict())
     logits, f_t = copy.eval()(X, features=True)
@@ -212,8 +212,8 @@ def test_the_key_knows_what_a_teacher_computes_and_the_version(monkeypatch):
     torch.set_num_threads(2)
     try: assert Scorer(small(), X, Y, "mas", T=2).key == relu.key and torch.get_num_threads() == 2
     finally: torch.set_num_threads(before)
-    monkeypatch.setattr(module, "METRIC_VERSION", 2)
-    assert (again := Scorer(small(), X, Y, "mas", T=2)).key != relu.key and again.key.startswith("mas-v2-")
+    monkeypatch.setattr(module, "METRIC_VERSION", 3)
+    assert (again := Scorer(small(), X, Y, "mas", T=2)).key != relu.key and again.key.startswith("mas-v3-")
 
 
 def test_batch_statistics_switch_no_dropout_on():
@@ -288,3 +288,26 @@ def test_options_that_cannot_be_are_one_line(option, words):
 
 def test_totals_are_over_time():
     assert totals(torch.ones(3, 2, 1, 1, 1)).flatten().tolist() == [3, 3]
+
+
+def test_hardly_a_spike_is_not_perfect():
+    "A student that fires once, where the teacher is largest, is at no distance; the scorer counts it as dead."
+    a, s = torch.randn(16, 32, 4, 4, generator=torch.Generator().manual_seed(0)).relu(), torch.zeros(2, 16, 32, 4, 4)
+    s[0, int(a.flatten().argmax()) // a[0].numel(), 0, 0, 0] = 1
+    assert mas([a], [s], ("last",)) == 0 and module.hardly({2: s}, 0.5) == "block 3 is silent on 94% of the images"
+    strict, lax = (Scorer(TEACHER, X, Y, "mas", T=2, neuron_args={"v_threshold": 3.0}, silence=v) for v in (0.5, 1.0))
+    genomes = [SPACE.sample(np.random.default_rng(i)) for i in range(12)]
+    lives = [(strict(g), lax(g)) for g in genomes]
+    assert strict.key != lax.key and any("is silent on" in a.dead and not b.dead for a, b in lives) and all(a == b for a, b in lives if not a.dead)
+
+
+@pytest.mark.parametrize("metric, words", [("as", "last stage is zero"), ("tgs", "gradient at the last layer is zero")])
+def test_a_teacher_that_says_nothing_is_refused(metric, words):
+    net = small()
+    for p in net.parameters(): p.data.zero_()
+    with pytest.raises(UserError, match=words): Scorer(net, X, Y, metric, T=2, alpha=2.0)
+    with pytest.raises(UserError, match="not finite"): Scorer(small(), torch.where(torch.arange(len(X)).view(-1, 1, 1, 1) == 3, torch.nan, X), Y, metric, T=2)
+
+
+def test_a_teacher_in_half_precision_is_asked_in_single():
+    assert Scorer(small().double(), X, Y, "mas", T=2).key == Scorer(small(), X, Y, "mas", T=2).key

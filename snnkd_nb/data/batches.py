@@ -54,6 +54,10 @@ class Split:
     labels: torch.Tensor  # int64 (N,)
     known: str = ""  # SHA-256 of the images where it is known already
 
+    def __post_init__(self):
+        x = self.images
+        if x.dtype != torch.uint8 or x.dim() != 4: raise UserError(f"images of {x.dtype}, shape {tuple(x.shape)}: give uint8 (N, C, H, W) from 0 to 255; real numbers from 0 to 1 become (255 * x).round().byte()")
+
     def __len__(self): return len(self.labels)
     def take(self, index): return Split(rows(self)[index].permute(0, 3, 1, 2), self.labels[index])
     def relabel(self, labels): return Split(self.images, labels, self.images_sha)

@@ -143,6 +143,12 @@ def blank(net, shape, device=None):
     return torch.zeros(shape, device=device or p.device, dtype=p.dtype)
 
 
+def _cure(net, shape):
+    takes = next((m.in_channels for m in net.modules() if isinstance(m, nn.Conv2d)), shape[0])
+    if takes != shape[0]: return f"give images with {takes} channels, or a network whose first convolution takes {shape[0]}"
+    return "give images of another size (--size, size= of the data), or input_size= to have them resized inside; vit_small fits its patches to small images"
+
+
 def dry_run(
     net,  # any network
     shape,  # (C, H, W) of one image
@@ -150,10 +156,9 @@ def dry_run(
     fn,  # called with (path, output) after each of them
 ):
     "Logits of one blank image; `UserError` where the network does not take it."
-    cure = "give images of another size (--size, size= of the data), or input_size= to have them resized inside; vit_small fits its patches to small images"
     with torch.inference_mode(False), eval_mode(net), hooked(net, paths, fn):
         try: return answer(net(blank(net, (1, *shape))))
-        except (RuntimeError, AssertionError, TypeError, IndexError) as e: raise UserError(f"{type(net).__name__} does not take images of shape {shape}: {first_line(e)[:160]}; {cure}") from e
+        except (RuntimeError, AssertionError, TypeError, IndexError) as e: raise UserError(f"{type(net).__name__} does not take images of shape {shape}: {first_line(e)[:160]}; {_cure(net, shape)}") from e
 
 
 def version(

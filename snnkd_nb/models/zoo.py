@@ -93,6 +93,7 @@ def create_model(
     need(isinstance(width, (int, float)) and not isinstance(width, bool) and 0 < width < float("inf"), f"width = {width!r}: give a number above 0")
     if is_foreign(name): net = create_foreign(*name.split(":", 1), num_classes, T, in_channels, image_size, width, **options)
     else: net = entry["make"](**common, **options)
+    need(hasattr(net, "stage_names") and hasattr(net, "T"), f"model {name!r}: its function returned a {type(net).__name__}; let it return a Net of models.blocks, or Foreign(net, image_size=image_size) of models.taps")
     return net.to(memory_format=torch.channels_last)
 
 

@@ -57,7 +57,7 @@ def search(
     scale,  # smoke, small, medium, paper
     dataset,  # one of `DATASETS`
     metric="mas+tgs",  # the fitness
-    seed=0,  # of batch, weights and evolution
+    seed=0,  # of batch and evolution; teacher and candidates' weights are the same for all seeds
     teacher=None,  # the paper's name of the teacher; None: that of the data set
 ):
     "The `SearchSpec` of a search for a student."
@@ -111,6 +111,7 @@ def in_words(
     if scale in CHANGED: lines += list(dict.fromkeys(_changed(scale, d) for d in datasets))
     elif {"Tiny-ImageNet", "ImageNet"} & {*datasets}: lines += ["the ranges of Tiny-ImageNet are read the other way round than printed, those of ImageNet are ours: the paper prints none (`search.space`)"]
     if any("mode" in search(scale, d).metric_args for d in datasets): lines += ["on ImageNet TGS compares images instead of classes: a batch with every class does not fit (`search.similarity`)"]
+    lines += ["several searches differ in their batch and their evolution; the teacher, and the weights an architecture is scored with, are the same for all"] * (SEEDS[scale] > 1)
     return [*lines, "fitness: the sum of MAS over three layers and TGS, matrices normalised row by row; α0 = 2 (none of it is stated in the paper)"]
 
 
@@ -130,7 +131,7 @@ def table08(
 ):
     "Grid of Table 8: the searches."
     cells = [Cell({"method": "DSAS (Ours)"}, c, seeded(SEEDS[check_scale(scale)], lambda s, d=d: search(scale, d, seed=s))) for d, c in COLUMNS.items()]
-    facts = ["days of this machine, not of an RTX 3090; training of teacher and student is not in them", "CIFAR is CIFAR-10's search"]
+    facts = ["days of this machine, not of an RTX 3090, in which candidates are scored (breeding takes about a millisecond each); training of teacher and student is not in them", "CIFAR is CIFAR-10's search"]
     return Grid("dsas/table08", scale, cells, [*dsas.conditions(scale, "PyramidNets", datasets=COLUMNS), *in_words(scale, *COLUMNS), *facts])
 
 

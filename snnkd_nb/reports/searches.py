@@ -21,7 +21,8 @@ from .figure import COLOURS
 from .maps import class_map, spike_map
 from .overview import _arrow, _box, _text, _thumb, stage_boxes
 from ..search.candidate import kit_for, look
-from ..search.score import ask, prepared, slopes_of, student_gradient
+from ..search.job import scoring_of
+from ..search.score import Scoring, ask, prepared, slopes_of, student_gradient
 from ..search.similarity import align, density, matrix_distance, pick, similarity_matrix, tgs, totals
 
 # %% ../../nbs/lib/89_reports.searches.ipynb #c7b78eee
@@ -72,7 +73,7 @@ def found_network(
 ):
     "The student that a search found, untrained, for the images it was scored on."
     c, size = record.dataset["shape"][0], record.dataset["shape"][-1]
-    return searched(record.best["genome"], num_classes=record.dataset["classes"], T=record.run.T, neuron=record.run.neuron, in_channels=c, image_size=size)
+    return searched(record.best["genome"], num_classes=record.dataset["classes"], T=record.run.T, neuron=record.run.neuron, in_channels=c, image_size=size, neuron_args=scoring_of(record.run).neuron_args)
 
 
 def architecture_figure(
@@ -155,21 +156,20 @@ def seen_of(
     genome,  # of the candidate
     x,  # images (B, C, H, W)
     y,  # labels (B,)
-    T=4,  # time steps
-    seed=0,  # of the candidate's weights
+    how=Scoring(),  # of the search: MAS and TGS are shown in its norm and mode, with its neuron and the first of its seeds
 ):
-    "The `Seen` of a candidate; its fitness is the `Scorer`'s."
-    asked = ask(prepared(teacher), x, y)
-    seen, = look(genome, seed, [x], kit_for(T, "dsas"), asked.last.shape[0])
+    "The `Seen` of a candidate; its fitness is that of a `Scorer` of the same options."
+    asked = ask(prepared(teacher, how.teacher_mode), x, y, how.gradients)
+    seen, = look(genome, how.seeds[0], [x], kit_for(how.T, how.neuron, how.neuron_args), asked.last.shape[0])
     theirs, mine = list(asked.features.values()), list(seen.stages.values())
     rows = []
     for which, i, f in zip(("first", "middle", "last"), pick(range(len(mine))), pick(theirs)):
         s = totals(mine[i])
         a = align(f, density(s))
-        pair = similarity_matrix(a), similarity_matrix(s)
-        rows.append({"which": which, "block": i, "density": density(s), "of the teacher": density(f), "aligned": density(a), "distance": matrix_distance(*pair), "matrices": pair})
-    g = student_gradient(seen, y)
-    return Seen(rows, (similarity_matrix(asked.last), similarity_matrix(g)), tgs(asked.last, g), slopes_of([asked], 2.0, 3, "weight"))
+        pair = similarity_matrix(a, how.norm), similarity_matrix(s, how.norm)
+        rows.append({"which": which, "block": i, "density": density(s), "of the teacher": density(f), "aligned": density(a), "distance": matrix_distance(*pair, how.R), "matrices": pair})
+    mine, theirs = student_gradient(seen, y, how.mode), asked.sample if how.mode == "sample" else asked.last
+    return Seen(rows, (similarity_matrix(theirs, how.norm), similarity_matrix(mine, how.norm)), tgs(theirs, mine, how.norm, how.mode), slopes_of([asked], how.alpha0, how.K, how.gradients))
 
 # %% ../../nbs/lib/89_reports.searches.ipynb #5990b4b6
 HIGH, MID, LOW, STEP = 3.5, 2.25, 1.0, 1.3  # heights of the rows, from box to box; inches
@@ -201,7 +201,7 @@ def framework(
     import matplotlib.pyplot as plt
     from matplotlib.layout_engine import PlaceHolderLayoutEngine
 
-    genes, seen = parse_genome(record.best["genome"]), seen_of(teacher, record.best["genome"], x, y, record.run.T)
+    genes, seen = parse_genome(record.best["genome"]), seen_of(teacher, record.best["genome"], x, y, scoring_of(record.run))
     n, m = len(genes) + 1, len(teacher.stage_names) + 1
     end = 1.5 + STEP * (max(n, m, 5) - 1)
     places = lambda k: [1.5 + (end - 1.5) * i / (k - 1) for i in range(k)]

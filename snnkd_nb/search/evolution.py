@@ -7,7 +7,7 @@ __all__ = ['ALGORITHMS', 'OBJECTIVES', 'texts_of', 'create_algorithm', 'Generati
            'search']
 
 # %% ../../nbs/lib/75_search.evolution.ipynb #cb5b97a4
-import math, statistics, time
+import math, statistics, time, warnings
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -24,9 +24,11 @@ from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 
 from ..core import canonical_json, seed_for, unknown
 from ..models.genome import genome_text, parse_genome
+from ..models.zoo import create_model
 from .pool import Memo, Pool, load_state, save_state, score_from_json, score_to_json
 from .operators import TRIES, Rates, check_selection, offspring, survivors
 from .score import Score, Scorer
+from .space import Space, check_images
 from ..spec import need
 
 # %% ../../nbs/lib/75_search.evolution.ipynb #e20a079e
@@ -105,7 +107,7 @@ class Generation:
     fitness: tuple  # of each, lower is better
     evaluated: int  # candidates scored in it
     cached: int  # candidates whose score was known
-    seconds: float = field(compare=False)  # it took
+    seconds: float = field(compare=False)  # its scores took; breeding, of the order of a millisecond a candidate, is not in them
 
     @property
     def live(self): return [f for f in self.fitness if math.isfinite(f)]
@@ -125,6 +127,7 @@ class SearchResult:
     generations: tuple  # of `Generation`
     scores: dict  # genome text -> `Score`, in the order they were asked for
     front: tuple = ()  # of nsga2: texts that no other dominates, smallest first
+    built: dict = field(default_factory=dict)  # options of `create_model` with which a candidate is what was scored; empty for a fitness of your own
 
     @property
     def best(self): return min(self.scores, key=lambda t: self.scores[t].fitness)
@@ -134,6 +137,11 @@ class SearchResult:
 
     @property
     def population(self): return list(self.generations[-1].genomes)
+
+    def network(self, genome=None, **changes):
+        "The spiking network of the best genome, or another, with fresh weights: neuron, time steps and slopes as in the search."
+        need(self.built, "this fitness is a function of yours and does not say how its networks are built: create_model('dsas', genome=result.best, T=…, neuron='dsas')")
+        return create_model("dsas", **{**self.built, "genome": genome or self.best, **changes})
 
     def trajectory(self):
         "One dict a generation."
@@ -182,7 +190,7 @@ class _Book:
         state = path and load_state(path, of) or {"scores": {}, "done": [], "spent": 0.0}
         self.shared = dict.fromkeys(state.get("shared", ()))  # what the memo knew
         self.kept, self.done, self.spent = {t: score_from_json(v) for t, v in state["scores"].items()}, state["done"], state["spent"]
-        self.scores, self.saved = {}, time.perf_counter()
+        self.scores, self.saved, self.replayed = {}, time.perf_counter(), len(self.done)
 
     def save(self):
         kept = {t: score_to_json(s) for t, s in self.kept.items()}
@@ -244,10 +252,18 @@ def evolve(
             evaluated = book.score(texts, pool)
             asked.set("F", np.array([_objectives(book.scores[t], two) for t in texts]))
             made.tell(infills=asked)
+            if not number and (why := _all_dead(book.scores)): warnings.warn(f"the first draw: {why}", stacklevel=2)
             out.append(_generation(number, texts_of(made.pop), book, evaluated, len(texts)))
-            if on_event: on_event({"event": "generation", "generations": generations, **event_of(out[-1])})
-    need(any(not s.dead for s in book.scores.values()), f"every one of {len(book.scores)} candidates is dead (no spike somewhere, or no finite score): give more time steps, a larger batch or smaller depths")
-    return SearchResult(space, tuple(out), book.scores, _front(made.pop, out[-1].genomes) if two else ())
+            replayed = {"replayed": True} if number < book.replayed else {}
+            if on_event: on_event({"event": "generation", "generations": generations, **event_of(out[-1]), **replayed})
+    need(not (why := _all_dead(book.scores)), why)
+    return SearchResult(space, tuple(out), book.scores, _front(made.pop, out[-1].genomes) if two else (), scorer.options() if isinstance(scorer, Scorer) else {})
+
+
+def _all_dead(scores):
+    if any(not s.dead for s in scores.values()): return ""
+    why, n = Counter(s.dead for s in scores.values()).most_common(1)[0]
+    return f"every one of {len(scores)} candidates is dead ({n} of them: {why}); give a lower firing threshold, more time steps, a larger batch or smaller depths"
 
 
 def _generation(number, texts, book, evaluated, asked):
@@ -284,8 +300,12 @@ def search(
     on_event=None,  # called with a dict after every generation, e.g. `search.live.Live()`
     **options,  # of the `Scorer`, e.g. T=4, alpha="guided"
 ):
-    "The `SearchResult` of a search for the student of a teacher (DSAS); `search(…).best` is a genome for `create_model(\"dsas\", genome=…)`."
+    "The `SearchResult` of a search for the student of a teacher (DSAS); its `network()` is the student, ready to be trained."
     _check(population, generations, algorithm, second)
+    need(isinstance(space, Space), f"space = {space!r:.60}: give a Space, e.g. create_space('cifar10') or space_of(teacher)")
+    need("metric" not in options, "metric: give it as fitness=…, which also takes a function of yours")
+    need(callable(fitness) or isinstance(batch, (tuple, list)) and len(batch) == 2, "batch: give a pair, (images, labels)")
     if callable(fitness): need(not options, f"{', '.join(options)}: options of the Scorer, and this fitness is a function of yours")
     scorer = fitness if callable(fitness) else Scorer(teacher, *batch, metric=fitness, **options)
+    if isinstance(scorer, Scorer): check_images(space, scorer.in_channels, scorer.image_size)
     return evolve(space, scorer, population, generations, algorithm, rates, selection, second, seed, workers, memo, checkpoint, on_event)

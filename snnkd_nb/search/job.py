@@ -190,8 +190,8 @@ def distilled(
 ):
     "The `RunSpec` that trains what a search found, under the search's teacher."
     spec = record.run
-    need(slopes in ("guided", None) or type(slopes) in (int, float), f"slopes = {slopes!r}: give 'guided', a number, or None")
-    alphas = [round(a, 4) for a in record.extra.get("slopes") or ()] if slopes == "guided" else [float(slopes)] if slopes else []
+    need(slopes in ("guided", None) or type(slopes) in (int, float) and 0 < slopes < math.inf, f"slopes = {slopes!r}: give 'guided', a number above 0, or None")
+    alphas = [round(a, 4) for a in record.extra.get("slopes") or ()] if slopes == "guided" else [] if slopes is None else [float(slopes)]
     options = to_dict(spec).get("metric_args", {}).get("neuron_args") if neuron_args is None else neuron_args
     need(not (alphas and options and "alpha" in options), f"neuron_args = {options!r}: the slopes {alphas} would replace its alpha; leave it out, or give slopes=None")
     args = {"genome": genome or record.best["genome"], **({"slopes": alphas} if alphas else {}), **({"neuron_args": options} if options else {})}

@@ -33,9 +33,9 @@ def generation_line(
 ):
     "One line of text for a generation."
     dead = f", {e['dead']} dead" if e["dead"] else ""
-    left = e["seconds"] * (e["generations"] - e["generation"])
+    left = "from the checkpoint" if e.get("replayed") else f"{e['seconds'] * (e['generations'] - e['generation']):4.0f} s left"
     return (f"generation {e['generation']:>3}/{e['generations']}  best {e['best']:.5g}  median {e['median']:.5g}  depth {e['depth']:4.1f}  "
-            f"{e['evaluated']} scored, {e['cached']} known{dead}  {left:4.0f} s left  {e['genome']}")
+            f"{e['evaluated']} scored, {e['cached']} known{dead}  {left}  {e['genome']}")
 
 # %% ../../nbs/lib/76_search.live.ipynb #6b83cc05
 def draw_population(

@@ -23,7 +23,10 @@ def as_score(
     value,  # a number or a `Score`
 ):
     "The `Score` of a number; what is not finite is dead, and what is dead infinite."
-    s = value if isinstance(value, Score) else Score(float(value), {}, None, None, "")
+    if not isinstance(value, Score):
+        try: value = Score(float(value), {}, None, None, "")
+        except (TypeError, ValueError): raise UserError(f"a fitness of {value!r:.60}: it must be a number or a Score of search.score") from None
+    s = value
     dead = s.dead or ("" if math.isfinite(s.fitness) else f"its fitness is {s.fitness}")
     return s._replace(fitness=math.inf, dead=dead) if dead else s
 

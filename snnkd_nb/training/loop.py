@@ -217,7 +217,7 @@ def fit(
     "Train and return the `History`. Raises `NonFiniteLoss` (nothing is saved then) and `UserError`."
     optim, emit = _optim(optim, overrides), on_event or Printer()
     distiller = distiller or Distiller(student)
-    if not hasattr(data, "loader"): raise UserError(f"data = {data!r}: give an ImageData, e.g. load('digits')")
+    if not hasattr(data, "loader"): raise UserError(f"data = {data!r:.60}…: give an ImageData, e.g. load('digits') or one made of your tensors as nbs/lib/11_data.batches.ipynb shows")
     if distiller.student is not student: raise UserError("the distiller was made for another student: create it from the one that is trained")
     _check_gradient(distiller, optim.gradient)
     accelerator = _accelerator(device)
