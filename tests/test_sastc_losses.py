@@ -442,7 +442,7 @@ def test_two_processes_have_one_set_of_calibrated_parameters(tmp_path):
         student, teacher = (create_model("resnet20", T=T, width=0.125, depth=0.34, in_channels=1, image_size=8) for T in (2, None))
         d = create_distiller("kd+sastc", student, teacher, batch_size=64, beta=10.0)
         fit(student, load("digits"), d, epochs=1, batch_size=128, lr=0.01, on_event=lambda e: None, device="cpu")
-        torch.save({n: p.detach() for n, p in d.named_parameters()}, sys.argv[1] + os.environ["RANK"])
+        torch.save({**d.state_dict(), **{"teacher." + k: v for k, v in teacher.state_dict().items()}}, sys.argv[1] + os.environ["RANK"])
     """))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path / "rank"]
     r = subprocess.run(launch, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent)
@@ -462,11 +462,16 @@ def test_a_batch_that_the_embeddings_were_not_made_for_is_told_once():
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             distiller(x, y)
-            create_distiller("sastc", student, teacher, batch_size=4)(x, y)
+            whole = create_distiller("sastc", student, teacher, batch_size=4)
+            whole(x, y), whole(x[:2], y[:2])  # a short last batch
 
 
 def test_what_sastc_cannot_do_is_said():
     student, teacher = create_model("resnet20", T=2, width=0.1, image_size=8), create_model("resnet20", width=0.1, image_size=8)
+    for options, text in (({"shared": "false"}, "shared = 'false': give True or False"), ({"normalise": 1}, "give True or False"), ({"norm": ""}, "norm")):
+        with pytest.raises(UserError, match=text): SASTC(student, teacher, **options)
+    with pytest.raises(UserError, match="the same network"): create_distiller("kd", teacher, teacher)
+    with pytest.raises(UserError, match="give a tensor"): mean_attention(create_distiller("sastc", student, teacher, batch_size=4), [1])
     for bad, text in ((lambda: SASTC(student, teacher, "papr"), "paper"), (lambda: SASTC(student, None), "give one"), (lambda: SASTC(student, teacher, batch_size=True), "whole number")):
         with pytest.raises(UserError, match=text): bad()
     one = create_distiller("none", create_model("vgg11_sastc", T=1, width=0.1, image_size=8), None).train()
@@ -519,3 +524,22 @@ def test_on_a_gpu(variant, precision):
     sum(terms.values()).backward()
     assert all(torch.isfinite(v) for v in terms.values()) and all(p.grad is not None and p.grad.isfinite().all() for p in d.parameters())
     assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_a_list_of_weights_resumes_in_the_same_process(tmp_path):
+    "The weight of an epoch is no option: a training that broke off is the same training."
+    torch.manual_seed(0)
+    student, teacher = (create_model("resnet20", T=T, width=0.125, depth=0.34, in_channels=1, image_size=8) for T in (2, None))
+    d, seen = create_distiller("kd+sastc", student, teacher, batch_size=64, beta=[1.0, 2.0, 3.0]), []
+
+    def stop(e):
+        if e["event"] == "epoch": seen.append(e["epoch"])
+        if len(seen) == 2: raise KeyboardInterrupt
+    again = dict(epochs=3, batch_size=64, lr=0.01, checkpoint=tmp_path / "b.ckpt", device="cpu")
+    with pytest.raises(KeyboardInterrupt): fit(student, load("digits"), d, on_event=stop, **again)
+    assert len(fit(student, load("digits"), d, on_event=lambda e: seen.append(e["epoch"]), **again)) == 3 and seen == [1, 2, 3]
+
+
+def test_only_what_is_trained_is_counted():
+    student, teacher = create_model("resnet20", T=2, width=0.1, image_size=8), create_model("resnet20", width=0.1, image_size=8)
+    assert SASTC(student, teacher, route="none").count()["embeddings"] == 0 < SASTC(student, teacher).count()["embeddings"]

@@ -149,6 +149,7 @@ class Distiller(nn.Module):
         ce_weight=1.0,  # its weight
     ):
         super().__init__()
+        if teacher is student: raise UserError("teacher and student are the same network: give a copy as the teacher, copy.deepcopy(student)")
         self.student, self.ce, self.ce_weight = student, ce, ce_weight
         self.labels = None  # `label_range` of the data, told by the training loop
         self.weights, self.methods = [w for w, _ in methods], nn.ModuleList(m for _, m in methods)

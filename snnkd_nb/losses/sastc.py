@@ -85,8 +85,8 @@ class Calibration(nn.Module):
         need((T if self.norm == "all" else 1) * B * least > 1, f"a batch of {B} image on maps of one pixel: batch norm of SASTC's projections has a single value and no variance; take two images or more a batch")
 
     def _warn(self, B):
-        if self._warned or 0.9 * self.size <= B <= self.size: return
-        self._warned = True
+        self._warned, said = True, self._warned or 0.9 * self.size <= B <= self.size  # a full batch before: this one is the last, and short
+        if said: return
         what = f"{1 - B / self.size:.0%} of every row are zeros" if B < self.size else "the mates beyond are left out"
         warnings.warn(f"SASTC was made for batch_size={self.size} and is trained on batches of {B}: {what}; give batch_size={B} (images of one process, rounded up)", stacklevel=2)
 
@@ -137,7 +137,7 @@ def maps_of(
 
 # %% ../../nbs/lib/47_losses.sastc.ipynb #54332fb6
 class SASTC(Method):
-    "Self-attentive spatio-temporal calibration."
+    "Self-attentive spatio-temporal calibration; on rates (gradient=\"rate\") a student has one step, its rates, and attention no time."
     wants_batch_size = True  # `batch_size` is to be the number of images a process sees at once
 
     def __init__(
@@ -166,11 +166,13 @@ class SASTC(Method):
         need(getattr(teacher, "T", None) is None, "the teacher is a spiking network: SASTC calibrates towards an ordinary one")
         self.betas = betas_of(beta)
         self.beta = self.betas[0]
-        for what, value, valid in (("reduction", reduction, REDUCTIONS), ("norm", norm or own["norm"], NORMS), ("pool", pool, tuple(POOLS)), ("route", route, ROUTES)): one_of(what, value, valid)
+        for what, value in (("normalise", normalise), ("shared", shared)): need(type(value) is bool, f"{what} = {value!r}: give True or False")
+        norm = own["norm"] if norm is None else norm
+        for what, value, valid in (("reduction", reduction, REDUCTIONS), ("norm", norm, NORMS), ("pool", pool, tuple(POOLS)), ("route", route, ROUTES)): one_of(what, value, valid)
         self.student_features, self.teacher_features = layers_of(student, "student", student_layers, own["stem"]), layers_of(teacher, "teacher", teacher_layers, own["stem"])
         maps_s, maps_t = maps_of(student, "student", self.student_features, shape), maps_of(teacher, "teacher", self.teacher_features, image_shape(teacher) or shape)
         for s in maps_s: [common(s[1:], t[1:]) for t in maps_t]
-        self.calibration = Calibration([s[0] for s in maps_s], [t[0] for t in maps_t], batch_size, shared, normalise, norm or own["norm"], pool, route, reduction)
+        self.calibration = Calibration([s[0] for s in maps_s], [t[0] for t in maps_t], batch_size, shared, normalise, norm, pool, route, reduction)
 
     def begin_epoch(self, epoch, epochs):
         "The weight of this part of the epochs."
@@ -186,7 +188,7 @@ class SASTC(Method):
 
     def count(self):
         "Parameters that are trained beside the student and leave with the teacher."
-        numbers = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())
+        numbers = lambda *modules: sum(p.numel() for m in modules for p in m.parameters() if p.requires_grad)
         return {"embeddings": numbers(self.calibration.query, self.calibration.key), "projections": numbers(self.calibration.projections)}
 
     def terms(self, batch): return {"sastc": self.beta * self.calibration(*self._maps(batch))}
@@ -200,6 +202,7 @@ def mean_attention(
     "`{(student layer, step): {teacher layer: mean attention}}` of images, in evaluation mode; leaves no trace."
     method = next((m for m in distiller.methods if isinstance(m, SASTC)), None)
     need(method is not None, f"no SASTC among {[type(m).__name__ for m in distiller.methods]}: attention needs method 'sastc'")
+    need(isinstance(x, torch.Tensor), f"images of {type(x).__name__}: give a tensor")
     n = x.shape[1] if x.dim() == 5 else len(x)
     with eval_mode(distiller): eta = method.attention(distiller.look(x, torch.zeros(n, dtype=torch.long, device=x.device) if y is None else y)).mean(2)
     return {(s, t): dict(zip(method.teacher_features, eta[t, i].tolist())) for i, s in enumerate(method.student_features) for t in range(len(eta))}

@@ -151,6 +151,7 @@ def temporal_fisher(
 ):
     "Trace of the Fisher information of the first t steps, (T,), or (1,) of an ANN. Source: SASTC Appendix 1, eq. 1."
     if how not in WAYS: raise unknown("way of taking gradients", how, WAYS)
+    need(isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) and len(y), "images and labels: give tensors with at least one image")
     with torch.autocast(x.device.type, enabled=False):
         hot = targets(model, x, y, labels, seed)
         if how == "loop": return squared_norms_loop(model, x, hot).mean(0)

@@ -67,6 +67,7 @@ def layer_pairs(
     pairs="all",  # "all", "equal" or a list of (student layer, teacher layer)
 ):
     "The pairs that are compared, `[(student layer, teacher layer), …]`."
+    need(isinstance(pairs, str) or pairs, "pairs = []: give at least one (student layer, teacher layer), or 'all' or 'equal'")
     if not isinstance(pairs, str): return [_known(p, student, teacher) for p in pairs]
     if pairs == "all": return [(s, a) for s in student for a in teacher]
     if pairs == "equal": return list(zip(student[::-1], teacher[::-1]))[::-1]
@@ -114,7 +115,8 @@ def stm_score(
     student_layers=None,  # stages or module paths; None: all stages
     teacher_layers=None,  # the same of the teacher
 ):
-    "`(score, table)`: the STM score, and a row for each step, student layer and teacher layer. Source: SASTC eq. 1."
+    "`(score, table)`: the STM score, and a row for each step, student layer and teacher layer; over all pairs a network's score with itself is not the least, only over equal ones it is. Source: SASTC eq. 1."
+    need(isinstance(x, torch.Tensor) and x.shape[-4], "images: give a tensor with at least one image")
     names = layers_of(student, student_layers, "the student"), layers_of(teacher, teacher_layers, "the teacher")
     pairs = layer_pairs(*names, pairs)
     table = mismatches(relations(student, x, names[0], normalise), relations(teacher, x, names[1], normalise), pairs)

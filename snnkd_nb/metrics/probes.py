@@ -6,6 +6,7 @@
 __all__ = ['register_probe', 'list_probes', 'check_probes', 'create_probes']
 
 # %% ../../nbs/lib/60_metrics.probes.ipynb #45f80bf6
+import importlib
 import inspect
 
 from ..core import UserError, unknown
@@ -26,8 +27,13 @@ def register_probe(
     return enter
 
 
+def _load():
+    for name in ("mismatch", "fisher", "hybrids"): importlib.import_module(f"{__package__}.{name}")
+
+
 def list_probes():
     "`{name: what it measures}`"
+    _load()
     return {k: v[1] for k, v in sorted(_PROBES.items())}
 
 # %% ../../nbs/lib/60_metrics.probes.ipynb #6076d1c7
@@ -37,6 +43,7 @@ def check_probes(
 ):
     "Raise `UserError` for an unknown probe or option, or a probe that has nothing to compare with."
     for name, options in probes.items():
+        if name not in _PROBES: _load()
         if name not in _PROBES: raise unknown("probe", name, _PROBES)
         make, _, needs = _PROBES[name]
         valid = list(inspect.signature(make).parameters)[4:]

@@ -225,10 +225,12 @@ def fit(
     distiller.labels = label_range(getattr(getattr(data, "train", None), "labels", None))
     probes = probes() if callable(probes) else probes
     optimiser = sgd(distiller, optim)
+    distiller.begin_epoch(0, optim.epochs)
     of = _identity(optim, augment, seed, data, distiller, probes) if checkpoint else ""
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=optim.precision == "fp16")
     history = _resume(checkpoint, distiller, optimiser, scaler, of)
     module = accelerator.prepare_model(distiller) if accelerator.num_processes > 1 else distiller
+    _alike(accelerator, distiller.teacher)
     with _compiled(distiller, compile), _trained_by(student, optim.gradient, compile, stream):
         for epoch in range(len(history), optim.epochs):
             torch.manual_seed(seed_for(seed, "epoch", epoch))
@@ -236,6 +238,7 @@ def fit(
             distiller.begin_epoch(epoch, optim.epochs)
             row = _epoch(accelerator, module, optimiser, scaler, optim, loader, epoch)
             _check_weights(distiller, epoch)
+            _alike(accelerator, distiller, weights=False)
             history.append(_measure(row, student, data, optim.precision) | _probed(probes or {}, distiller))
             state = {"of": of, "history": history, "scaler": scaler.state_dict()}
             if checkpoint and accelerator.is_main_process: save_checkpoint(checkpoint, distiller, optimiser, state)
@@ -262,6 +265,12 @@ def _resume(checkpoint, distiller, optimiser, scaler, of):
     state = load_checkpoint(checkpoint, distiller, optimiser, of) if checkpoint else None
     if state and state.get("scaler"): scaler.load_state_dict(state["scaler"])
     return History(state["history"] if state else [])
+
+
+def _alike(accelerator, net, weights=True):
+    "In a training of several processes, give all of them the first one's buffers, and weights."
+    if accelerator.num_processes == 1 or net is None: return
+    for v in [*(net.parameters() if weights else ()), *net.buffers()]: torch.distributed.broadcast(v.data, 0)
 
 
 def _measure(row, student, data, precision):
