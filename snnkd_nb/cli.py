@@ -167,7 +167,7 @@ def _options(
     "{name: value}; a value that is no Python literal is text, but true, false and none are what they say."
     out = {}
     for name, equals, value in (w.partition("=") for w in words):
-        if not (equals and name.isidentifier()): raise UserError(f"{flag} {name!r}: write name=value, e.g. {flag} {example}")
+        if not (equals and all(part.isidentifier() for part in name.split("."))): raise UserError(f"{flag} {name!r}: write name=value, e.g. {flag} {example}")
         try: out[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError): out[name] = {"true": True, "false": False, "none": None}.get(value.lower(), value)
     return out

@@ -404,3 +404,29 @@ def test_on_a_gpu(method):
     with autocast("cuda", "bf16"): terms, _ = d(torch.rand(8, 1, 8, 8, device="cuda"), torch.arange(8, device="cuda"))
     sum(terms.values()).backward()
     assert all(torch.isfinite(v) for v in terms.values()) and untouched(teacher)
+
+
+# rates, shapes, precisions
+
+def test_maps_of_rates_are_sums_over_the_steps_and_intervals_need_steps():
+    torch.manual_seed(0)
+    student, teacher, x, y = net(T=4, depth=0.34), net(depth=0.34), torch.randn(6, 1, 8, 8), torch.arange(6)
+    for options in ({}, {"rescale": "none"}, {"scaling": "none"}):
+        d, found = create_distiller("samd", student, teacher, **options).eval(), {}
+        for student.gradient in ("bptt", "rate"): found[student.gradient] = float(d(x, y)[0]["samd"])
+        assert found["rate"] == pytest.approx(found["bptt"], rel=1e-3), options
+    student.gradient = "bptt"
+    for method in ("samd", "ckdsnn"):
+        with pytest.raises(UserError, match="rate"): fit(student, load("digits"), create_distiller(method, student, teacher, student_map="isi"), epochs=1, gradient="rate", on_event=quiet)
+
+
+@pytest.mark.parametrize("call", [lambda: samd_loss(torch.rand(1, 4, 4), torch.rand(6, 4, 4)), lambda: nld_loss(torch.rand(6, 1), torch.rand(6, 10), lam=0.0), lambda: nld_loss(torch.rand(6, 1), torch.rand(6, 1)),
+                                  lambda: nld_loss(torch.rand(2, 6, 10), torch.rand(2, 6, 10)), lambda: kd_loss(torch.rand(6, 1), torch.rand(6, 10))])
+def test_shapes_that_would_broadcast_are_refused(call):
+    with pytest.raises(UserError, match="of shapes"): call()
+
+
+def test_a_pooled_linear_head_is_one_in_bfloat16_too():
+    teacher = net(depth=0.34)
+    with autocast("cpu", "bf16"): assert ClassMap(teacher).linears
+    assert ClassMap(teacher).linears and ClassMap(net(depth=0.34).bfloat16()).linears

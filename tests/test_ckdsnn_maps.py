@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,7 +22,9 @@ from snnkd_nb.models.zoo import create_model
 from snnkd_nb.papers import ckdsnn_maps
 from snnkd_nb.published.format import published
 from snnkd_nb.reports import efficiency, embedding, maps, overview
+from snnkd_nb.losses.maps import cam
 from snnkd_nb.reports.grid import SCALES
+from snnkd_nb.reports.maps import class_map, saliency, spike_map
 from snnkd_nb.runner import overhead
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -243,3 +246,60 @@ def test_pages_are_short_and_state_what_differs(name):
     code = ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code"]
     assert len(nb["cells"]) <= 12 and any("deviations" in s for s in code)
     assert not any(re.search(r"^\s*(def|for|while|class)\s", s, re.M) for s in code)
+
+
+def sj_net(step_mode):
+    "A network as SpikingJelly's users write it: neurons that keep their state, called step by step or on all steps at once."
+    from spikingjelly.activation_based import layer, neuron
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c1, self.n1, self.c2, self.n2 = layer.Conv2d(1, 4, 3, padding=1, step_mode=step_mode), neuron.IFNode(step_mode=step_mode), layer.Conv2d(4, 4, 3, padding=1, step_mode=step_mode), neuron.IFNode(step_mode=step_mode)
+            self.fc = layer.Linear(4, 3, step_mode=step_mode)
+
+        def once(self, x): return self.fc(self.n2(self.c2(self.n1(self.c1(x)))).mean((-2, -1)))
+        def forward(self, x): return torch.stack([self.once(x) for _ in range(4)]) if step_mode == "s" else self.once(x.expand(4, *x.shape))
+
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.mark.parametrize("step_mode", ["s", "m"])
+def test_a_network_of_spikingjelly_is_counted_from_rest_and_like_its_own_counters(step_mode):
+    from spikingjelly.activation_based import functional
+
+    model, x = sj_net(step_mode), 3 * torch.rand(4, 1, 8, 8)
+    first, again = layer_table(model, x), layer_table(model, x)
+    pd.testing.assert_frame_equal(first, again)
+    assert float(first.acs.sum()) == spikingjelly_counts(model, x)["synops"] > 0 and len(first) == {"m": 3, "s": 12}[step_mode]  # a row a call
+    other = layer_table(sj_net("m" if step_mode == "s" else "s"), x)
+    assert first.groupby("layer")[["sops", "acs"]].sum().round(3).equals(other.groupby("layer")[["sops", "acs"]].sum().round(3))
+    functional.reset_net(model)
+    before = model(x)
+    functional.reset_net(model)
+    assert torch.equal(before, model(x)) and not torch.equal(before, model(x)), "it keeps a state, which the counts did not disturb"
+
+
+def test_what_nobody_counts_is_said():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.attend, self.fc = nn.ConvTranspose2d(1, 4, 2), nn.MultiheadAttention(4, 1, batch_first=True), nn.Linear(4, 3)
+        def forward(self, x): return self.fc(self.attend(*[self.up(x).flatten(2).mT] * 3)[0].mean(1))
+
+    with pytest.warns(UserWarning, match="up, attend, attend.out_proj"): table = layer_table(Odd(), torch.randn(2, 1, 4, 4))
+    assert list(table.layer) == ["fc"]
+
+
+def test_maps_of_networks_of_your_own_and_of_frames():
+    own = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    x, y = torch.randn(2, 1, 8, 8), torch.tensor([0, 2])
+    assert torch.allclose(class_map(own, x, y, "1"), cam(own[:2](x), own[4].weight, y) / 64, atol=1e-6)
+    model = sj_net("m")
+    assert spike_map(model, x, "n2").shape == (2, 8, 8)
+    with pytest.raises(UserError, match="no named stages"): spike_map(model, x)
+    events = create_model("resnet20", T=4, width=0.125, in_channels=1, image_size=8, depth=0.34)
+    assert class_map(events, torch.randn(4, 2, 1, 8, 8), y, "stage2").shape == (2, 4, 4)
+    assert {n: m.shape for n, m in saliency({"Teacher": events, "SNN": events}, torch.randn(4, 6, 1, 8, 8), torch.zeros(6).long(), size=4).items()}.keys() == {"teacher CAM", "SAM, SNN"}
+    with pytest.raises(UserError, match="not finite"): likeness(torch.full((1, 2, 2), torch.nan), torch.rand(1, 2, 2))

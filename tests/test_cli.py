@@ -12,6 +12,7 @@ from PIL import Image
 
 from snnkd_nb.cli import VERBS, comments_of, main, parse
 from snnkd_nb.core import UserError
+from snnkd_nb.core import UserError
 from snnkd_nb.papers.registry import artefacts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -244,3 +245,11 @@ def test_status_readme_and_doctor(home, capsys):
     assert main(["readme", "--check"]) == 1 and main(["readme"]) == 0 and main(["readme", "--check"]) == 0
     capsys.readouterr()
     assert main(["doctor"]) == 0 and "everything that is required is in place" in capsys.readouterr().out
+
+
+def test_options_of_one_method_and_words_that_are_flags():
+    from snnkd_nb.cli import _options
+
+    assert _options(("kd.temp=4.0", "shared=false", "norm=None", "stage=('stage3','4')"), "--method-args") == {"kd.temp": 4.0, "shared": False, "norm": None, "stage": ("stage3", "4")}
+    for bad in ("kd.=1", "2x=1", "temp"):
+        with pytest.raises(UserError, match="write name=value"): _options((bad,), "--method-args")

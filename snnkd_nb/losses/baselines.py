@@ -14,7 +14,7 @@ from torch import nn
 from .base import Method, cross_entropy, feature_shapes, mean_logits
 from .ckdsnn import one_of, positive, stage_pair, weight
 from .feature import align, image_shape, stages_of
-from .kd import kd_loss
+from .kd import kd_loss, positive
 from .maps import CLASSES, ClassMap, choose, product, same_size
 from ..spec import need
 
@@ -146,6 +146,7 @@ def wsld_loss(
     temp=2.0,  # temperature, > 0
 ):
     "temp² KL(teacher ‖ student), every image weighted, mean over the batch. Source: Zhou et al. 2021, as in BKDSNN's published code."
+    positive("temp", temp, 2)
     with torch.no_grad():
         ce_s, ce_t = (F.cross_entropy(z, y, reduction="none") for z in (logits_s, logits_t))
         w = 1 - torch.exp(-ce_s / ce_t.clamp_min(1e-12))

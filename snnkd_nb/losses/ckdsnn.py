@@ -27,6 +27,7 @@ def samd_loss(
     squared=True,  # whether the divergence is multiplied by temp²
 ):
     "Distance of two saliency maps, mean over the batch. Source: CKDSNN eq. 4; without temp² its published code."
+    need(map_s.dim() == map_t.dim() == 3 and len(map_s) == len(map_t), f"maps of shapes {tuple(map_s.shape)} and {tuple(map_t.shape)}: give (B, h, w) of as many images")
     a, b = same_size(map_s, map_t)
     positive("temp", temp, 2)
     if scaling != "softmax": return F.mse_loss(scale(a, scaling), scale(b, scaling))
@@ -67,6 +68,7 @@ def nld_loss(
     if mix not in MIXES: raise unknown("mix", mix, MIXES)
     need(weight("lam", lam, 0.1) <= 1 or mix == "logits", f"lam = {lam!r}: a share of probabilities is at most 1 (the published code has 0.1)")
     if noise == "none" or lam == 0: return kd_loss(logits_s, logits_t, temp)
+    need(logits_s.dim() == 2 and logits_s.shape == logits_t.shape and logits_s.shape[1] > 1, f"logits of shapes {tuple(logits_s.shape)} and {tuple(logits_t.shape)}: give (B, K) of both, averaged over time, of two classes or more")
     eps = nld_noise(logits_s, noise, sigma, mix, draw)
     if mix == "logits": return kd_loss(logits_s + lam * eps, logits_t, temp)
     p = (1 - lam) * F.softmax(logits_s / temp, -1) + lam * F.softmax(eps / temp, -1)
@@ -128,6 +130,7 @@ class SAMD(Method):
         need(student_map != "cam" or self.own.linears, "student_map='cam': the student's head must be an average and linear layers, as in resnet19_ckd")
         need(student_map != "isi" or (getattr(student, "T", 2) or 1) > 1, "student_map='isi': there is no interval between spikes in one step; take T=2 or more, or student_map='sam'")
         self.student_features, self.teacher_features = (s,), (self.look.stage,)
+        self.looks_at_steps, self._steps = student_map == "isi", getattr(student, "T", None) or 1
 
     def maps(self, batch):
         "`(student's, teacher's)` maps of a batch, as they are before any scaling."
@@ -137,7 +140,9 @@ class SAMD(Method):
         whole = lambda look: look.size[0] * look.size[1] if self.rescale == "batch" else 1  # the published code takes CAM, which is Grad-CAM times H·W
         theirs = theirs * whole(self.look)
         if self.student_map == "cam": return self.own(f, choose(self.classes, batch.y, mean_logits(batch.logits_s))) * whole(self.own), theirs
-        return sam(f) if self.student_map == "sam" else isi_sam(f, self.decay).sum(0), theirs
+        if self.student_map == "isi": return isi_sam(f, self.decay).sum(0), theirs
+        mine = sam(f)
+        return mine * (self._steps / len(f)) if f.dim() == 5 and len(f) != self._steps else mine, theirs  # rates are means over the steps, the map is their sum
 
     def terms(self, batch):
         a, b = (rescale(m, self.rescale) for m in same_size(*self.maps(batch)))
@@ -185,7 +190,7 @@ class CKDSNN(Method):
         self.beta, self.gamma = weight("beta", beta, 1), weight("gamma", gamma, 1)
         self.parts = nn.ModuleList([SAMD(student, teacher, variant, temp, scaling, stage, classes, rescale, squared, student_map, decay, input_shape),
                                     NLD(student, teacher, variant, tau, lam, noise, sigma, mix)])
-        self.student_features, self.teacher_features = self.parts[0].student_features, self.parts[0].teacher_features
+        self.student_features, self.teacher_features, self.looks_at_steps = self.parts[0].student_features, self.parts[0].teacher_features, self.parts[0].looks_at_steps
 
     def terms(self, batch):
         samd, nld = self.parts

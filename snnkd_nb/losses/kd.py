@@ -34,6 +34,7 @@ def kd_loss(
 ):
     "alpha² KL(teacher ‖ student) of the softened distributions, mean over the batch. Source: SASTC eq. 8, second term."
     positive("temp", temp, 4)
+    need(logits_s.shape == logits_t.shape, f"logits of shapes {tuple(logits_s.shape)} and {tuple(logits_t.shape)}: give (B, K) of both, averaged over time")
     log_s, log_t = F.log_softmax(logits_s / temp, -1), F.log_softmax(logits_t / temp, -1)
     return temp**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
 

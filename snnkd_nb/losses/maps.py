@@ -140,13 +140,14 @@ def pooled_linears(
 ):
     "The linear layers of a head that is an average over the positions and these; None if there is more to it."
     if feature.dim() < 4: return None
-    probe = torch.randn(feature.shape, generator=torch.Generator().manual_seed(0)).to(feature)
-    with torch.no_grad(), evaluating(model):
+    probe = torch.randn(feature.shape, generator=torch.Generator().manual_seed(0)).to(next(model.parameters(), feature)).to(feature.device)
+    with torch.no_grad(), evaluating(model), torch.autocast(feature.device.type, enabled=False):
         z, zero = (tail(model, stage, beside(f, feature), shape) for f in (probe, 0 * probe))
         linears = _linears(model, z.shape[-1], shape)
         if not linears or linears[0].in_features != feature.shape[-3]: return None
         guess = probe.mean((-2, -1)) @ product(linears).T
-    return linears if guess.shape == z.shape and torch.allclose(z - zero, guess, rtol=1e-3, atol=1e-4 * float(guess.abs().max())) else None
+    eps = torch.finfo(z.dtype).eps
+    return linears if guess.shape == z.shape and torch.allclose(z - zero, guess, rtol=max(1e-3, 4 * eps), atol=max(1e-4, 4 * eps) * float(guess.abs().max())) else None
 
 # %% ../../nbs/lib/44_losses.maps.ipynb #75b63049
 def tap_of(

@@ -19,6 +19,7 @@ def stacks(
 ):
     "Both as (B, H·W) doubles; raises `UserError` where their shapes differ."
     need(a.dim() == 3 and a.shape == b.shape, f"maps of shapes {tuple(a.shape)} and {tuple(b.shape)}: give two stacks (B, H, W) of one size, see losses.maps.same_size")
+    need(bool(a.isfinite().all() and b.isfinite().all()), "a map is not finite (NaN or infinite): its likeness is no number")
     return a.detach().flatten(1).double(), b.detach().flatten(1).double()
 
 # %% ../../nbs/lib/62_metrics.likeness.ipynb #b64293f7

@@ -116,7 +116,7 @@ def stm_score(
     teacher_layers=None,  # the same of the teacher
 ):
     "`(score, table)`: the STM score, and a row for each step, student layer and teacher layer; over all pairs a network's score with itself is not the least, only over equal ones it is. Source: SASTC eq. 1."
-    need(isinstance(x, torch.Tensor) and x.shape[-4], "images: give a tensor with at least one image")
+    need(isinstance(x, torch.Tensor) and x.numel(), "images: give a tensor with at least one image")
     names = layers_of(student, student_layers, "the student"), layers_of(teacher, teacher_layers, "the teacher")
     pairs = layer_pairs(*names, pairs)
     table = mismatches(relations(student, x, names[0], normalise), relations(teacher, x, names[1], normalise), pairs)

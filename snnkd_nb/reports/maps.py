@@ -13,7 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..losses.base import mean_logits
+from ..losses.base import mean_logits, observe
+from ..losses.feature import stages_of
 from ..losses.maps import ClassMap, class_grads, rescale, sam, same_size
 from ..metrics.likeness import likeness, pearson
 from ..models.blocks import eval_mode
@@ -54,17 +55,19 @@ def class_map(
     stage=None,  # None: the last that the logits depend on
 ):
     "Grad-CAM (B, h, w). Source: CKDSNN eq. 2."
-    look = ClassMap(model, stage, tuple(x.shape[1:]), "the network")
-    with torch.no_grad(): return look(features_of(model, x)[1][look.stage], y)
+    look = ClassMap(model, stage, tuple(x.shape[-3:]), "the network")
+    with eval_mode(model): return look(observe(model, x, (look.stage,))[1][look.stage], y)
 
 
 def spike_map(
     model,  # an SNN
     x,  # images (B, C, H, W)
-    stage=None,  # None: the last
+    stage=None,  # stage or module path; None: the last stage
 ):
-    "SAM (B, h, w). Source: CKDSNN eq. 3."
-    return sam(features_of(model, x)[1][stage or model.stage_names[-1]])
+    "SAM (B, h, w) of any spiking network whose modules see all steps at once. Source: CKDSNN eq. 3."
+    stage = stage or (stages_of(model) or [None])[-1]
+    need(stage, f"{type(model).__name__} has no named stages: give stage=, the module path of a layer of neurons")
+    with eval_mode(model): return sam(observe(model, x, (stage,))[1][stage])
 
 # %% ../../nbs/lib/86_reports.maps.ipynb #0a716414
 def saliency(
@@ -75,7 +78,7 @@ def saliency(
 ):
     "`{'teacher CAM': (B, h, w), 'SAM, <method>': …}`."
     need("Teacher" in nets, "the teacher has not been run, so there is nothing to compare with: snnkd run the artefact first")
-    of = lambda f: torch.cat([f(a, b) for a, b in zip(x.split(size), y.split(size))])
+    of = lambda f: torch.cat([f(a, b) for a, b in zip(x.split(size, -4), y.split(size))])
     maps = {"teacher CAM": of(lambda a, b: class_map(nets["Teacher"], a, b))}
     return maps | {f"SAM, {n}": of(lambda a, b, net=net: spike_map(net, a)) for n, net in nets.items() if n != "Teacher"}
 
@@ -206,7 +209,7 @@ def silenced(
     "`(predicted, real)`, (B, C) each: what each image's class logit loses without a channel, by the gradient and by trying."
     feature = features_of(model, x)[1][stage]
     over = [d for d in range(feature.dim()) if d not in (feature.dim() - 4, feature.dim() - 3)]
-    predicted = (feature * class_grads(model, stage, feature, y, tuple(x.shape[1:]))).sum(over)
+    predicted = (feature * class_grads(model, stage, feature, y, tuple(x.shape[-3:]))).sum(over)
     logit = lambda f: mean_logits(model.forward_from(stage, f)).gather(1, y[:, None])[:, 0]
     keep = torch.eye(feature.shape[-3], dtype=torch.bool)[:, :, None, None]
     with eval_mode(model): return predicted, torch.stack([logit(feature) - logit(feature.masked_fill(k, 0)) for k in keep], 1)
