@@ -1,4 +1,5 @@
 """Every built artefact at every scale, and one of them from nothing to bytes that do not change."""
+import importlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import torch
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.losses.zoo import parse_methods
 from snnkd_nb.papers import dsas, sastc, studies
+from snnkd_nb.papers.registry import modules_of
 from snnkd_nb.published.format import published
 from snnkd_nb.reports.compare import Report
 from snnkd_nb.reports.grid import SCALES
@@ -120,3 +122,20 @@ def test_an_executed_notebook_is_the_same_twice(project):
     before = path.read_bytes()
     snnkd(project, "render", "dsas/table15", "--scale", "smoke")
     assert path.read_bytes() == before
+
+
+def deviations_shown():
+    "`(page, what its first list says)` of every page that prints the deviations of a grid; DSAS's may name what a search found."
+    for path in sorted((ROOT / "nbs" / "papers").glob("*/*.ipynb")):
+        if path.parent.name == "dsas": continue
+        for c in json.loads(path.read_text())["cells"]:
+            if c["cell_type"] == "code" and "".join(c["source"]).startswith("print(") and "grid.deviations" in "".join(c["source"]): yield path, "".join(t for o in c["outputs"] for t in o.get("text", []))
+
+
+def test_pages_show_the_deviations_of_today():
+    pages = list(deviations_shown())
+    for path, shown in pages:
+        makers = [getattr(importlib.import_module(f"snnkd_nb.papers.{m}"), path.stem, None) for m in modules_of(path.parent.name)]
+        grid = next(filter(None, makers))("smoke")
+        assert shown.strip() == "\n".join(f"- {d}" for d in grid.deviations).strip(), f"{path}: run it again"
+    assert len(pages) > 30
