@@ -184,7 +184,7 @@ def _pair(fig, ax, at, matrices, title, below):
 
 
 def _row(ax, model, x, y, places, word):
-    for at, (name, made, shape) in zip(places, stage_boxes(model, x)): _box(ax, at, y, [name, made.removeprefix("1 × "), shape], "linear" if name.startswith("mean") else "neuron" if model.T else "block", 1.16)
+    for at, (name, made, shape) in zip(places, stage_boxes(model, x)): _box(ax, at, y, [name, made.removeprefix("1 × ").replace("× Pyramid", "× "), shape], "linear" if name.startswith("mean") else "neuron" if model.T else "block", 1.16)
     for a, b in zip((0.5, *places), places): _arrow(ax, (a + (0.58 if a != 0.5 else 0.32), y), (b - 0.58, y))
     _text(ax, 0.6, y + (0.45 if y > 2 else -0.45), word, fontsize=7.5, weight="bold")
 
