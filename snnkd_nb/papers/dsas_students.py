@@ -91,6 +91,7 @@ def grid_of(
     still = [d for d in datasets if d not in (EVENTS, GESTURE)][:1]
     lines = [*dsas.conditions(scale, "PyramidNets", datasets=datasets), *in_words(scale, *datasets), *(dsas.budget(scale, dataset=d, searched=True) for d in [*still, *recorded]), *UNSTATED]
     if scale in PILOT: lines.append(PILOT[scale])
+    if scale == "small": lines.append(dsas.AT_CHANCE)
     own, others = n or ONCE[scale], f"; {ONCE[scale]} elsewhere" if n and n != ONCE[scale] and recorded else ""
     said = f"every seed is a search and a training of its own, under one teacher ({own} seed{'s' * (own > 1)}{others})"
     return Grid(key, scale, [c for c, _ in arms], [*lines, said, *facts], tuple(dict.fromkeys(s for _, found in arms for s in found)))
