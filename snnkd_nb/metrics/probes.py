@@ -28,7 +28,7 @@ def register_probe(
 
 
 def _load():
-    for name in ("mismatch", "fisher", "hybrids"): importlib.import_module(f"{__package__}.{name}")
+    for name in ("mismatch", "fisher", "hybrids"): importlib.import_module(f"snnkd_nb.metrics.{name}")
 
 
 def list_probes():
