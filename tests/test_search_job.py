@@ -80,8 +80,8 @@ def test_workers_do_not_change_the_record(home):
                                        ({"algorithm_args": {"mutation": -1}}, "from 0 to 1"), ({"space_args": {"downsample": [4, 4]}}, "pixels allow"), ({"teacher": TEACHER.replace(model=ModelSpec("resnet2O"))}, "resnet20"),
                                        *(({"metric_args": {k: v}}, f"{k!r} is a field of the search") for k, v in (("T", 2), ("neuron", "tet"), ("metric", "mas"))), ({"metric_args": {"neuron_args": {"taus": 2.0}}}, "did you mean 'tau'"),
                                        ({"metric_args": {"K": 0}}, "at least 1"), ({"metric_args": {"K": 99}}, "give at most"), ({"metric_args": {"K": 9, "gradients": "activation"}}, "stages of the teacher"),
-                                       ({"metric_args": {"mode": "ickd"}, "space_args": {"channels": [8, 9]}}, "9 of the space"), ({"space_args": {"image_size": 32, "downsample": [1, 5]}}, "space_args: image_size = 32"),
-                                       ({"space_args": {"in_channels": 3}}, "space_args: in_channels = 3"), ({"metric": "params", "algorithm": "nsga2", "algorithm_args": {"second": "sops"}}, "runs no candidate"),
+                                       ({"metric_args": {"mode": "ickd"}, "space_args": {"channels": [8, 9]}}, "9 of the space"), ({"space_args": {"image_size": 32, "downsample": [1, 5]}}, "leave it out of space_args"),
+                                       ({"space_args": {"in_channels": 3}}, "with 3 channels, these have 1"), ({"metric": "params", "algorithm": "nsga2", "algorithm_args": {"second": "sops"}}, "runs no candidate"),
                                        ({"metric": "mas", "batch": 1}, "a batch of 1 image"), ({"metric_args": {"mode": "sample"}, "batch": 1}, "a batch of 1 image"), ({"data": DataSpec(size=6)}, "images 1×8×8 of digits, those of the search are 1×6×6")])
 def test_mistakes_are_said_before_a_teacher_is_trained(home, kw, words):
     store = Store(home / "runs")

@@ -15,12 +15,11 @@ import torch
 from ..core import cache_dir, lock, root, unknown
 from ..data.corrupt import load_spec
 from ..metrics.activity import COUNTED
-from ..models.genome import halvings
 from .pool import score_to_json
 from .evolution import OBJECTIVES, Generation, evolve
 from .operators import Rates, check_selection, create_rates
 from .score import MEASURES, Scorer, Scoring, check_batch, last_layer, staged
-from .space import create_space
+from .space import check_images, create_space
 from ..spec import ModelSpec, OptimSpec, RunSpec, need, to_dict
 from ..store import SearchRecord, Store, environment, with_weights
 from ..training.job import build_model, check_frames, check_spec, load_model, run_train
@@ -34,8 +33,7 @@ def space_of_search(
     "The `Space` a search goes through, for the images it will see; raises `UserError` for one of other images."
     (c, _, size), args = data.shape, to_dict(spec).get("space_args", {})
     space = create_space(spec.space, **{"image_size": size, "in_channels": c, **args})
-    need(space.in_channels == c, f"space_args: in_channels = {space.in_channels}, the images of {data.name} have {c}: leave it out")
-    need(space.limits["d"][1] <= halvings(size), f"space_args: image_size = {space.image_size} allows {space.limits['d'][1]} downsample blocks, the {size}×{size} pixels of {data.name} {halvings(size)}: leave it out")
+    check_images(space, c, size)
     return space
 
 

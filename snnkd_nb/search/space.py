@@ -127,9 +127,9 @@ def check_images(
     image_size,  # pixels an edge
 ):
     "`UserError` for a space of other images."
-    need(space.in_channels == in_channels, f"space {space.name!r} is of images with {space.in_channels} channels, these have {in_channels}: make it with in_channels={in_channels}")
+    need(space.in_channels == in_channels, f"space {space.name!r} is of images with {space.in_channels} channels, these have {in_channels}: make it with in_channels={in_channels} (of a SearchSpec: leave it out of space_args)")
     most, allowed = space.limits["d"][1], halvings(image_size)
-    need(most <= allowed, f"space {space.name!r} has up to {most} downsample blocks, {image_size}×{image_size} pixels allow {allowed}: make it with image_size={image_size}")
+    need(most <= allowed, f"space {space.name!r} has up to {most} downsample blocks, {image_size}×{image_size} pixels allow {allowed}: make it with image_size={image_size} (of a SearchSpec: leave it out of space_args)")
 
 
 def last_width(

@@ -15,7 +15,6 @@ from ..core import UserError, cache_dir, lock, root, seed_for
 from ..data.corrupt import load_spec
 from ..losses.zoo import create_distiller, list_distillers, parse_methods, wants_batch_size
 from ..metrics.activity import firing_rates, mean_rate, sops
-from ..metrics import fisher, hybrids, mismatch  # noqa: F401 their probes are entered
 from ..metrics.probes import check_probes, create_probes
 from ..models.zoo import check_model, create_model
 from ..neurons.lif import LIF
