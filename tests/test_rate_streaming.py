@@ -12,17 +12,18 @@ from hypothesis import given, settings, strategies as st
 
 import snnkd_nb.kernels.norm as norm_module
 import snnkd_nb.neurons.rate as rate_module
+import snnkd_nb.neurons.stream as stream_module
 import snnkd_nb.neurons.ratelayers as layers_module
 from snnkd_nb.core import UserError
 from snnkd_nb.data.images import load
 from snnkd_nb.kernels.rate import packed, unpacked
 from snnkd_nb.losses.base import observe
 from snnkd_nb.models.zoo import create_model
-from snnkd_nb.neurons.rate import LIMIT, Later, Rate, mean_of, streaming
+from snnkd_nb.neurons.rate import Rate, mean_of
+from snnkd_nb.neurons.stream import LIMIT, Later, streaming
 from snnkd_nb.neurons.ratelayers import moments, plain_moments
 from snnkd_nb.training.loop import fit
 
-PORTIONS = rate_module.portions
 NETWORKS = {
     "resnet20": {"depth": 0.34}, "resnet19_ckd": {"depth": 0.1, "last": "relu"}, "resnet19_rate": {"depth": 0.1}, "vgg11_rate": {}, "vgg13": {}, "vggsnn": {}, "wrn16_2": {"depth": 0.1},
     "sew_resnet18": {"depth": 0.1}, "sew_resnet50": {"depth": 0.1}, "preact_resnet18": {"depth": 0.1}, "pyramidnet20": {"depth": 0.1}, "spikformer": {"blocks": 1}, "spikingformer": {"blocks": 1},
@@ -54,9 +55,10 @@ def images_at_a_time(monkeypatch):
         def count(*args, **kw):
             out = whole(*args, **kw)
             return (waited.append(1) or out) if out is not None else out
-        whole = rate_module.in_parts
+        whole = stream_module.in_parts
         monkeypatch.setattr(layers_module, "in_parts", count)
-        monkeypatch.setattr(rate_module, "portions", lambda n, size: [(0, n)] if rate_module.limit() == math.inf else [(i, min(i + k, n)) for i in range(0, n, k)])
+        parts = lambda n, size: [(0, n)] if stream_module.limit() == math.inf else [(i, min(i + k, n)) for i in range(0, n, k)]
+        for module in (rate_module, stream_module): monkeypatch.setattr(module, "portions", parts)
         return waited
     return choose
 
@@ -82,7 +84,6 @@ def test_the_kernels_in_parts(name, images_at_a_time, monkeypatch):
     monkeypatch.setattr(norm_module, "WORTH", 0)
     exact = 0
     for T, k in ((2, 3), (4, 2), (8, 3), (10, 2)):
-        monkeypatch.setattr(rate_module, "portions", PORTIONS)
         images_at_a_time(k)
         net, x, y = network(name, T), torch.randn(T, 5, 3, 16, 16), torch.arange(5)
         plain, (logits, feats, grads, stats) = result(net, x, y), result(net, x, y, 0)
@@ -174,7 +175,7 @@ def test_statistics_bits_and_steps_of_parts(T, B, k, C, edge, seed):
 def test_the_limit_is_kept_and_found(monkeypatch):
     net, x, y, sizes = network("resnet20", 4), torch.randn(64, 3, 32, 32), torch.arange(64) % 10, []
     plain_part = rate_module.some_images
-    monkeypatch.setattr(rate_module, "LEAST", 1)
+    monkeypatch.setattr(stream_module, "LEAST", 1)
     monkeypatch.setattr(rate_module, "some_images", lambda x, i, j: sizes.append((out := plain_part(x, i, j)).numel() * 4) or out)
     result(net, x, y)
     most = max(sizes)
@@ -188,8 +189,8 @@ def test_the_limit_is_kept_and_found(monkeypatch):
 
 
 def test_fit_takes_the_limit(monkeypatch):
-    data, rows, seen, part = load("digits"), [], [], rate_module.in_parts
-    monkeypatch.setattr(rate_module, "LEAST", 1)
+    data, rows, seen, part = load("digits"), [], [], stream_module.in_parts
+    monkeypatch.setattr(stream_module, "LEAST", 1)
     monkeypatch.setattr(layers_module, "in_parts", lambda *a, **kw: seen.append(LIMIT.get()) or part(*a, **kw))
     for stream in (None, 0.1):
         torch.manual_seed(0)

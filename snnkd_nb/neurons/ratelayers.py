@@ -18,7 +18,8 @@ from ..core import UserError, unknown
 from ..kernels.lif import engine_for, task
 from ..kernels.rate import DYNAMICS, lif_rates, pass_of, unpacked
 from .lif import FromSpikingJelly, one_pass, watched
-from .rate import Later, Passed, Rate, bits_of, commutes, filled, in_parts, mean_of, no_rule, put_together, rule
+from .rate import Passed, Rate, bits_of, commutes, filled, mean_of, no_rule, put_together, rule
+from .stream import Later, in_parts
 from ..spec import GRADIENTS
 
 # %% ../../nbs/lib/28_neurons.ratelayers.ipynb #31005fde

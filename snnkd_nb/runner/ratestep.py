@@ -26,7 +26,7 @@ def step_of(
     "A function that does one training step."
     from snnkd_nb.losses.zoo import create_distiller
     from snnkd_nb.models.zoo import create_model
-    from snnkd_nb.neurons.rate import streaming
+    from snnkd_nb.neurons.stream import streaming
 
     s = setting
     net = create_model(s["model"], T=T, neuron=s["neuron"], width=s["width"], image_size=s["size"]).train()

@@ -14,7 +14,8 @@ from torch import nn
 from ..core import UserError, seed_for, sha256_of, unknown
 from ..losses.base import Distiller, label_range, mean_logits
 from ..models.blocks import eval_mode
-from ..neurons.rate import Rate, streaming
+from ..neurons.rate import Rate
+from ..neurons.stream import streaming
 from ..spec import OptimSpec, check_steps
 from .checkpoint import load_checkpoint, save_checkpoint
 from .optim import lr_at, sgd
@@ -211,7 +212,7 @@ def fit(
     on_event=None,  # called with every event; None: a `Printer`
     compile=None,  # backend of torch.compile for student and teacher, such as "inductor" (takes a minute; on a GPU with CUDA graphs); None: neither
     probes=None,  # {name: function without arguments}, or a function that makes them once all is on its device: called after every epoch, its number, or its dict of numbers, is kept in the history
-    stream=None,  # with gradient="rate", the MiB that one layer's steps may take before they are computed in parts (`neurons.rate.streaming`); None: the environment's SNNKD_STREAM, or all at once
+    stream=None,  # with gradient="rate", the MiB that one layer's steps may take before they are computed in parts (`neurons.stream.streaming`); None: the environment's SNNKD_STREAM, or all at once
     **overrides,  # fields of `OptimSpec`: epochs=5, lr=0.1, …
 ):
     "Train and return the `History`. Raises `NonFiniteLoss` (nothing is saved then) and `UserError`."
