@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
 from snnkd_nb.core import UserError
+from snnkd_nb.metrics import ranks
 from snnkd_nb.models.genome import check_genome, genome_parameters
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.papers import studies, studies_proxy as proxy
@@ -109,15 +110,15 @@ def test_snasnet_against_a_slow_loop(genome):
 @settings(max_examples=80, deadline=None)
 def test_tau_is_scipys(n, ties, seed):
     x, y = np.random.default_rng(seed).integers(ties, size=(2, n)).astype(float)
-    theirs, ours = kendalltau(x, y).statistic, proxy.kendall(proxy.pairs(x), proxy.pairs(y))
+    theirs, ours = kendalltau(x, y).statistic, ranks.kendall(ranks.pairs(x), ranks.pairs(y))
     assert math.isnan(ours) if math.isnan(theirs) else ours == pytest.approx(theirs, abs=1e-12)
 
 
 def test_tau_by_hand():
-    p = proxy.pairs
-    assert proxy.kendall(p([1, 2, 3, 4]), p([2, 1, 3, 4])) == 4 / 6 and proxy.kendall(p([1, 2, 3]), p([3, 2, 1])) == -1
-    assert proxy.kendall(p([1, 1, 2]), p([1, 2, 3])) == pytest.approx(2 / math.sqrt(2 * 3))
-    assert proxy.kendall(p([1, 2, math.inf, math.inf]), p([1, 2, 3, 3])) == 1, "the dead are last, and tied"
+    p = ranks.pairs
+    assert ranks.kendall(p([1, 2, 3, 4]), p([2, 1, 3, 4])) == 4 / 6 and ranks.kendall(p([1, 2, 3]), p([3, 2, 1])) == -1
+    assert ranks.kendall(p([1, 1, 2]), p([1, 2, 3])) == pytest.approx(2 / math.sqrt(2 * 3))
+    assert ranks.kendall(p([1, 2, math.inf, math.inf]), p([1, 2, 3, 3])) == 1, "the dead are last, and tied"
     assert p([1, math.inf, math.inf]).tolist() == [[0, -1, -1], [1, 0, 0], [1, 0, 0]]
 
 
@@ -127,15 +128,15 @@ def test_partial_tau_is_what_least_squares_leaves(seed):
     rng = np.random.default_rng(seed)
     z = rng.normal(size=15)
     x, y = rng.normal(size=(2, 15)) + z
-    a, b, c = (proxy.pairs(v).astype(float).ravel() for v in (x, y, z))
+    a, b, c = (ranks.pairs(v).astype(float).ravel() for v in (x, y, z))
     left = [v - c * np.linalg.lstsq(c[:, None], v, rcond=None)[0] for v in (a, b)]
-    tau = lambda u, v: proxy.kendall(proxy.pairs(u), proxy.pairs(v))
-    assert proxy.partial(tau(x, y), tau(x, z), tau(y, z)) == pytest.approx(left[0] @ left[1] / np.linalg.norm(left[0]) / np.linalg.norm(left[1]), abs=1e-9)
+    tau = lambda u, v: ranks.kendall(ranks.pairs(u), ranks.pairs(v))
+    assert ranks.partial(tau(x, y), tau(x, z), tau(y, z)) == pytest.approx(left[0] @ left[1] / np.linalg.norm(left[0]) / np.linalg.norm(left[1]), abs=1e-9)
 
 
 def test_partial_tau_closed_form():
-    assert proxy.partial(0.6, 0.0, 0.0) == 0.6 and proxy.partial(0.25, 0.5, 0.5) == 0 and proxy.partial(0.5, 0.5, 0.5) == pytest.approx(1 / 3)
-    assert math.isnan(proxy.partial(0.5, 1.0, 0.5))
+    assert ranks.partial(0.6, 0.0, 0.0) == 0.6 and ranks.partial(0.25, 0.5, 0.5) == 0 and ranks.partial(0.5, 0.5, 0.5) == pytest.approx(1 / 3)
+    assert math.isnan(ranks.partial(0.5, 1.0, 0.5))
 
 
 # intervals
@@ -143,27 +144,27 @@ def test_partial_tau_closed_form():
 def test_a_resample_is_what_scipy_says_of_it():
     rng = np.random.default_rng(3)
     x, y = rng.integers(9, size=(2, 14))
-    picks = proxy.resamples(14, 50)
-    found = proxy.kendall(proxy.again(proxy.pairs(x), picks), proxy.again(proxy.pairs(y), picks))
+    picks = ranks.resamples(14, 50)
+    found = ranks.kendall(ranks.again(ranks.pairs(x), picks), ranks.again(ranks.pairs(y), picks))
     assert found == pytest.approx([kendalltau(x[p], y[p]).statistic for p in picks], abs=1e-12)
-    assert (proxy.resamples(14, 50) == picks).all() and not (proxy.resamples(14, 50, seed=1) == picks).all() and proxy.resamples(14).shape == (5000, 14)
+    assert (ranks.resamples(14, 50) == picks).all() and not (ranks.resamples(14, 50, seed=1) == picks).all() and ranks.resamples(14).shape == (5000, 14)
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.6])
 def test_intervals_cover_the_truth_about_as_often_as_they_say(rho):
-    rng, picks, truth, hits, excluded = np.random.default_rng(0), proxy.resamples(24, 400), 2 / math.pi * math.asin(rho), 0, 0
+    rng, picks, truth, hits, excluded = np.random.default_rng(0), ranks.resamples(24, 400), 2 / math.pi * math.asin(rho), 0, 0
     for _ in range(200):
         x = rng.normal(size=24)
         y = rho * x + math.sqrt(1 - rho**2) * rng.normal(size=24)
-        low, high = proxy.interval(proxy.kendall(proxy.again(proxy.pairs(x), picks), proxy.again(proxy.pairs(y), picks)))
+        low, high = ranks.interval(ranks.kendall(ranks.again(ranks.pairs(x), picks), ranks.again(ranks.pairs(y), picks)))
         hits, excluded = hits + (low <= truth <= high), excluded + (low > 0)
     assert 0.88 <= hits / 200 <= 0.99
     assert excluded / 200 < 0.06 if rho == 0 else excluded / 200 > 0.7
 
 
 def test_interval_by_hand():
-    assert proxy.interval(np.array([np.nan, *np.arange(101.0)])) == (2.5, 97.5) and proxy.interval(np.arange(101.0), 80) == (10, 90)
-    assert all(map(math.isnan, proxy.interval(np.array([np.nan, np.nan]))))
+    assert ranks.interval(np.array([np.nan, *np.arange(101.0)])) == (2.5, 97.5) and ranks.interval(np.arange(101.0), 80) == (10, 90)
+    assert all(map(math.isnan, ranks.interval(np.array([np.nan, np.nan]))))
 
 
 # what is said

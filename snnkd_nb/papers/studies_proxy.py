@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['COUNT', 'STEPS', 'NEURON', 'OPTIONS', 'EPOCHS', 'METRICS', 'SIZES', 'PROXIES', 'TOP', 'CHANCE', 'GIVEN', 'OVER',
-           'PILOT', 'genomes', 'teacher', 'budget', 'student', 'scoring', 'scores', 'values', 'joined', 'pairs',
-           'kendall', 'partial', 'resamples', 'again', 'interval', 'assessed', 'verdict', 'with_interval', 'said',
-           'worth', 'shown', 'verdicts', 'scatters', 'conditions', 'dsas_proxy']
+           'PILOT', 'genomes', 'teacher', 'budget', 'student', 'scoring', 'scores', 'values', 'joined', 'assessed',
+           'verdict', 'with_interval', 'said', 'worth', 'shown', 'verdicts', 'scatters', 'conditions', 'dsas_proxy']
 
 # %% ../../nbs/lib/89_papers.studies_proxy.ipynb #aecc635c
 import numpy as np
 
 from ..core import cache_dir
 from ..data.corrupt import load_spec
+from ..metrics.ranks import again, interval, kendall, pairs, partial, resamples
 from ..models.genome import genome_parameters, genome_text
 from . import dsas, studies
 from .dsas_search import CHANGED, space
@@ -120,50 +120,6 @@ def joined(
     found = scores(scale, net, list(done)) if net is not None and done else {}
     rows = [{"genome": g, **values(g, s, scoring(scale)), "accuracy": done[g].metrics[metric], "dead": s.dead, "run": done[g].id} for g, s in found.items()]
     return pd.DataFrame(rows, columns=["genome", *PROXIES, "accuracy", "dead", "run"])
-
-# %% ../../nbs/lib/89_papers.studies_proxy.ipynb #9c1556e7
-def pairs(
-    v,  # (n,), infinite ones are in order
-):
-    "sgn(v_i - v_j) of all pairs, (n, n)."
-    v = np.asarray(v, float)
-    return (v[:, None] > v).astype(np.int8) - (v[:, None] < v)
-
-
-def kendall(
-    a, b,  # (…, n, n) of `pairs`
-):
-    "Kendall's τ-b; nan where one of them does not vary."
-    dot = lambda p, q: (p * q).sum((-2, -1), dtype=float)
-    with np.errstate(invalid="ignore", divide="ignore"): return dot(a, b) / np.sqrt(dot(a, a) * dot(b, b))
-
-
-def partial(
-    xy, xz, yz,  # τ of each two
-):
-    "Kendall's partial τ of x and y, z given; nan where z says all of one of them."
-    with np.errstate(invalid="ignore", divide="ignore"): return (xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2))
-
-# %% ../../nbs/lib/89_papers.studies_proxy.ipynb #5bac1fac
-def resamples(
-    n,  # students
-    times=5000,
-    seed=0,
-):
-    "Numbers of the students in every resample, (times, n)."
-    return np.random.default_rng(seed).integers(n, size=(times, n))
-
-
-def again(p, picks): return p[picks[:, :, None], picks[:, None, :]]
-
-
-def interval(
-    found,  # values over the resamples; those that are nan are left out
-    level=95,  # per cent
-):
-    "`(low, high)`; nan where nothing was found."
-    found = found[np.isfinite(found)]
-    return tuple(np.percentile(found, [50 - level / 2, 50 + level / 2])) if len(found) else (np.nan, np.nan)
 
 # %% ../../nbs/lib/89_papers.studies_proxy.ipynb #14284376
 TOP = 3  # students whose mean accuracy is given beside that of the one a score would choose
