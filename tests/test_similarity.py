@@ -19,9 +19,10 @@ from snnkd_nb.search import score as module
 from snnkd_nb.search.candidate import candidate
 from snnkd_nb.models.genome import set_slopes
 from snnkd_nb.models.taps import Foreign
-from snnkd_nb.search.score import METRICS, Scorer, Scoring, guided_slopes, prepared
+from snnkd_nb.search.score import METRICS, Scorer, Scoring
 from snnkd_nb.search.similarity import NORMS, activation_similarity, align, density, groups, log_determinant, mas, matrix_distance, ordered, similarity_matrix, slopes, spike_kernel, tgs, totals
 from snnkd_nb.search.space import create_space
+from snnkd_nb.search.teacher import guided_slopes, prepared
 from snnkd_nb.vision import torchvision
 
 GOLDEN = {k: torch.from_numpy(v) for k, v in np.load(root() / "tests" / "golden" / "similarity.npz").items()}

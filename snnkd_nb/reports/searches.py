@@ -22,8 +22,9 @@ from .maps import class_map, spike_map
 from .overview import _arrow, _box, _text, _thumb, stage_boxes
 from ..search.candidate import kit_for, look
 from ..search.job import scoring_of
-from ..search.score import Scoring, ask, prepared, slopes_of, student_gradient
+from ..search.score import Scoring, student_gradient
 from ..search.similarity import align, density, matrix_distance, pick, similarity_matrix, tgs, totals
+from ..search.teacher import ask, prepared, slopes_of
 
 # %% ../../nbs/lib/89_reports.searches.ipynb #c7b78eee
 def depth_figure(

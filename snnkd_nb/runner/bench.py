@@ -210,7 +210,7 @@ def from_scratch(genome, weights, make):
 
     from snnkd_nb.data.images import load
     from snnkd_nb.models.genome import searched, set_slopes
-    from snnkd_nb.search.score import ask, prepared, slopes_of
+    from snnkd_nb.search.teacher import ask, prepared, slopes_of
     from snnkd_nb.search.similarity import mas, tgs
 
     x, y = next(iter(load("digits").loader(batch_size=64)))

@@ -18,8 +18,9 @@ from ..metrics.activity import COUNTED
 from .pool import score_to_json
 from .evolution import OBJECTIVES, Generation, evolve
 from .operators import Rates, check_selection, create_rates
-from .score import MEASURES, Scorer, Scoring, check_batch, last_layer, staged
+from .score import MEASURES, Scorer, Scoring, check_batch
 from .space import check_images, create_space
+from .teacher import last_layer, staged
 from ..spec import ModelSpec, OptimSpec, RunSpec, need, to_dict
 from ..store import SearchRecord, Store, environment, with_weights
 from ..training.job import build_model, check_frames, check_spec, load_model, run_train

@@ -15,7 +15,8 @@ import torch
 
 from ..core import UserError, atomic_write, canonical_json, lock, sha256_of
 from ..models.genome import genome_text, parse_genome
-from .score import Score, one_thread
+from .score import Score
+from .teacher import one_thread
 from ..spec import need
 
 # %% ../../nbs/lib/74_search.pool.ipynb #3bcde939
