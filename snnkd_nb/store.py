@@ -7,12 +7,12 @@ __all__ = ['SCHEMA', 'KINDS', 'PACKAGES', 'Record', 'SearchRecord', 'dump', 'Bad
            'save_weights', 'load_weights', 'twins', 'with_weights', 'environment', 'peak_memory']
 
 # %% ../nbs/lib/03_store.ipynb #1930672e
-import json, os, platform, sys, warnings
+import json, platform, sys, warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .core import atomic_write, cache_dir, canonical_json, cores, lock, root, sha256_of
-from .spec import RunSpec, SearchSpec, to_dict
+from .spec import RunSpec, SearchSpec
 
 # %% ../nbs/lib/03_store.ipynb #a4146c7e
 SCHEMA = 1

@@ -1,7 +1,6 @@
 """ESKD: hybrid models of every family, their loss, what must stay frozen, training and probes."""
 import copy
 import itertools
-import os
 import warnings
 
 import numpy as np
@@ -22,7 +21,7 @@ from snnkd_nb.losses.zoo import create_distiller
 from snnkd_nb.metrics.hybrids import accuracies, cosine, cosines, hybrids
 from snnkd_nb.metrics.probes import check_probes, list_probes
 from snnkd_nb.models.blocks import eval_mode
-from snnkd_nb.models.foreign import create_foreign, vit_small
+from snnkd_nb.models.foreign import vit_small
 from snnkd_nb.models.hybrid import ADAPTERS, Adapter, Branch, Hybrids, by_depth, frozen, stage_pairs
 from snnkd_nb.models.taps import Foreign
 from snnkd_nb.models.zoo import create_model

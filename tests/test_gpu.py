@@ -12,7 +12,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.i
 
 from snnkd_nb.core import UserError
 from snnkd_nb.kernels import flat, gpu, norm
-from snnkd_nb.kernels.lif import lif, lif_reference
+from snnkd_nb.kernels.lif import lif
 from snnkd_nb.kernels.surrogate import ATan, Sigmoid, Triangle
 from snnkd_nb.models.zoo import create_model
 

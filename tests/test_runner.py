@@ -138,7 +138,7 @@ def test_bars_show_what_is_going_and_lines_scroll_past(home, capsys, monkeypatch
 
 
 def test_a_terminal_gets_bars_and_a_file_gets_lines(home):
-    code = f"from snnkd_nb.runner.jobs import execute\nfrom snnkd_nb.spec import *\nexecute([RunSpec(seed=1)], 1, call='standin:train')"
+    code = "from snnkd_nb.runner.jobs import execute\nfrom snnkd_nb.spec import *\nexecute([RunSpec(seed=1)], 1, call='standin:train')"
     env = {**os.environ, "PYTHONPATH": str(home), "TERM": "xterm"}
     plain = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert plain.stdout.startswith("[1/1] digits-resnet20-ann-s1") and "\x1b" not in plain.stdout

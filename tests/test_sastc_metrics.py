@@ -1,5 +1,4 @@
 """STM score, temporal Fisher information, and the pictures of both."""
-import json
 import math
 from io import BytesIO
 from itertools import product

@@ -22,10 +22,11 @@ from snnkd_nb.models.zoo import create_model, model_info
 from snnkd_nb.papers import sastc, sastc_maps, studies
 from snnkd_nb.papers.registry import artefact, specs_for
 from snnkd_nb.papers.sastc_scores import ARTEFACTS, LAST, by_normalisation, full_size, magnitudes, score, score_frame, scored, teacher_of, teachers
-from snnkd_nb.papers.sastc_views import FISHER_CLAIMS, MAP_CLAIMS, brightest, fisher_rows, fisher_table, interval_map, judge, map_rows
+from snnkd_nb.papers.sastc_views import FISHER_CLAIMS, MAP_CLAIMS, brightest, fisher_rows, fisher_table, interval_map, map_rows
 from snnkd_nb.published.format import published
 from snnkd_nb.reports.attention import attention_history, by_epoch
 from snnkd_nb.reports.compare import Measure, Report
+from snnkd_nb.reports.dots import judge
 from snnkd_nb.reports.grid import SCALES
 from snnkd_nb.reports.maps import batch_of, picture
 from snnkd_nb.runner.networks import trained

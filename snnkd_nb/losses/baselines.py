@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .base import Method, cross_entropy, feature_shapes, mean_logits
-from .ckdsnn import one_of, positive, stage_pair, weight
+from .ckdsnn import one_of, stage_pair, weight
 from .feature import align, image_shape, stages_of
 from .kd import kd_loss, positive
 from .maps import CLASSES, ClassMap, choose, product, same_size

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import UserError, unknown
+from ..core import unknown
 from .base import Method, feature_shapes, mean_logits, observe
 from .feature import check_pairs, default_pairs, image_shape, stages_of
 from .kd import kd_loss

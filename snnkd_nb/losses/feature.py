@@ -9,7 +9,6 @@ __all__ = ['align', 'projection', 'feature_loss', 'stages_of', 'image_shape', 'd
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import UserError
 from .base import Method, feature_shapes
 from ..models.stages import paths_in_words
 from ..spec import need

@@ -8,8 +8,8 @@ __all__ = ['register_method', 'list_distillers', 'parse_methods', 'wants_batch_s
 # %% ../../nbs/lib/49_losses.zoo.ipynb #27890b63
 import inspect
 
-from ..core import UserError, unknown
-from .base import Distiller, Method
+from ..core import unknown
+from .base import Distiller
 from .baselines import BKD, CATKD, E2KD, KDSNN, TET
 from .ckdsnn import CKDSNN, NLD, SAMD
 from .eskd import ESKD

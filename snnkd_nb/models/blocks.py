@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..core import UserError, unknown
-from ..neurons.lif import LIF, create_neuron, is_plain, watched
+from ..core import unknown
+from ..neurons.lif import create_neuron, is_plain, watched
 from ..neurons.rate import Rate, explained
 from ..neurons.ratelayers import begin, check_rates, fire_after
 from ..spec import need

@@ -7,11 +7,10 @@ __all__ = ['LIBRARIES', 'with_channels', 'timm', 'timm_net', 'torchvision_net', 
            'head_path', 'patch_for', 'vit_small']
 
 # %% ../../nbs/lib/38_models.foreign.ipynb #287b53ab
-import torch
 from torch import nn
 
 from ..core import UserError, unknown
-from .blocks import MODELS, register_model
+from .blocks import register_model
 from .taps import Foreign, classifier
 from .weights import first_line, load_weights, misfit
 from ..spec import need

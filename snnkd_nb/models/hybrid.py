@@ -11,7 +11,6 @@ __all__ = ['ADAPTERS', 'PREFIXES', 'by_depth', 'sizes_of', 'stage_pairs', 'Branc
 import contextlib
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 

@@ -11,7 +11,6 @@ __all__ = ['WORTH', 'pair_of', 'ConvRate', 'precise', 'step_by_step', 'convolved
 from types import SimpleNamespace
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from ..core import UserError, unknown

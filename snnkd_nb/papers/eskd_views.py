@@ -10,7 +10,7 @@ __all__ = ['SHOWN_T', 'PARTS', 'CURVE_CLAIMS', 'WAY', 'LOOK_T', 'LOOKERS', 'MAP_
 # %% ../../nbs/lib/89_papers.eskd_views.ipynb #8d7fbee9
 from statistics import mean
 
-from . import eskd, studies
+from . import eskd
 from .ckdsnn import IMAGENET
 from ..published.format import Claim
 from ..reports.figure import COLOURS

@@ -12,7 +12,7 @@ __all__ = ['DEEP', 'STEPS', 'BETA', 'GESTURE', 'ON_EVENTS', 'EVENT_BETAS', 'EVEN
 from ..core import unknown
 from . import ckdsnn, sastc
 from .ckdsnn import EVENTS, IMAGENET
-from ..published.format import Claim, published
+from ..published.format import Claim
 from ..reports.dots import by_seed
 from ..reports.figure import COLOURS
 from ..reports.grid import Cell, Grid, budget_in_words, check_scale, optim_at, seeded

@@ -10,8 +10,8 @@ __all__ = ['FISHER_CLAIMS', 'MAP_CLAIMS', 'fisher_rows', 'fisher_table', 'interv
 import math
 from statistics import mean
 
-from ..published.format import Claim, evaluate_claim
-from ..reports.dots import judge, readings
+from ..published.format import Claim
+from ..reports.dots import readings
 
 # %% ../../nbs/lib/89_papers.sastc_views.ipynb #ed9fe79c
 _G = "Appendix 1, Figure 1"

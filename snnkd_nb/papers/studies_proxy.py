@@ -13,7 +13,7 @@ import numpy as np
 from ..core import cache_dir
 from ..data.corrupt import load_spec
 from ..metrics.ranks import again, interval, kendall, pairs, partial, resamples
-from ..models.genome import genome_parameters, genome_text
+from ..models.genome import genome_text
 from . import dsas, studies
 from .dsas_search import CHANGED, space
 from ..reports.grid import Cell, Grid, budget_in_words, check_scale, optim_at

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from ..core import atomic_write, root, unknown
 from ..published.format import claims, estimate, evaluate_claim, published, told_apart
 from .figure import csv_text, place
-from .grid import Cell, Grid, summarise
+from .grid import Cell, summarise
 
 # %% ../../nbs/lib/87_reports.compare.ipynb #34c5d00e
 def _at(record, names): return tuple(str(record[n]) for n in names)

@@ -8,9 +8,9 @@ __all__ = ['by_seed', 'dots', 'readings', 'judge', 'judged']
 # %% ../../nbs/lib/87_reports.dots.ipynb #54cd5145
 from statistics import mean, stdev
 
-from ..published.format import Claim, evaluate_claim, matches
+from ..published.format import evaluate_claim, matches
 from .figure import COLOURS
-from .grid import Cell, Grid, summarise
+from .grid import summarise
 
 # %% ../../nbs/lib/87_reports.dots.ipynb #d1c63255
 def by_seed(

@@ -9,8 +9,8 @@ __all__ = ['SCALES', 'HALF', 'check_scale', 'data_at', 'optim_at', 'budget_in_wo
 from dataclasses import dataclass, field
 from statistics import mean, stdev
 
-from ..core import UserError, unknown
-from ..spec import DataSpec, ModelSpec, OptimSpec, RunSpec
+from ..core import unknown
+from ..spec import DataSpec, OptimSpec
 
 # %% ../../nbs/lib/85_reports.grid.ipynb #bc33ee11
 SCALES = ("smoke", "small", "medium", "paper")

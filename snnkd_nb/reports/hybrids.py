@@ -10,7 +10,6 @@ import copy
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from ..core import seed_for
 from ..losses.eskd import hybrid_loss, rates_of

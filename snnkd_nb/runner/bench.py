@@ -55,8 +55,6 @@ def compile_rows(tiny=False):
     "Our step as it is over our step compiled; nothing where there is no compiler."
     import shutil
 
-    import torch
-
     from snnkd_nb.models.zoo import create_model
 
     if device().type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))): return []

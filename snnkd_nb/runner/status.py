@@ -6,7 +6,7 @@
 __all__ = ['rendered_path', 'products', 'Row', 'row', 'rows', 'listing', 'status_text', 'write_status']
 
 # %% ../../nbs/lib/93_runner.status.ipynb #9defdbbe
-import os, time
+import time
 from dataclasses import dataclass
 from pathlib import Path
 

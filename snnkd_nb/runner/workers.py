@@ -6,7 +6,7 @@
 __all__ = ['TaskError', 'reason', 'answer', 'serve', 'Worker', 'Task', 'Crew', 'run_tasks']
 
 # %% ../../nbs/lib/91_runner.workers.ipynb #7f283a20
-import importlib, json, os, queue, signal, subprocess, sys, tempfile, threading, time, traceback, warnings
+import importlib, json, os, queue, signal, subprocess, sys, tempfile, threading, traceback, warnings
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 

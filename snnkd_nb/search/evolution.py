@@ -27,7 +27,7 @@ from ..models.genome import genome_text, parse_genome
 from ..models.zoo import create_model
 from .pool import Memo, Pool, load_state, save_state, score_from_json, score_to_json
 from .operators import TRIES, Rates, check_selection, offspring, survivors
-from .score import Score, Scorer
+from .score import Scorer
 from .space import Space, check_images
 from ..spec import need
 

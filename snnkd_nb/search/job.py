@@ -7,8 +7,7 @@ __all__ = ['space_of_search', 'engine_args', 'batches_of', 'scoring_of', 'check_
            'candidates_of', 'population_of', 'distilled']
 
 # %% ../../nbs/lib/77_search.job.ipynb #6a11e3b2
-import json, math, time
-from pathlib import Path
+import math, time
 
 import torch
 
@@ -16,12 +15,12 @@ from ..core import cache_dir, lock, root, unknown
 from ..data.corrupt import load_spec
 from ..metrics.activity import COUNTED
 from .pool import score_to_json
-from .evolution import OBJECTIVES, Generation, evolve
+from .evolution import OBJECTIVES, evolve
 from .operators import Rates, check_selection, create_rates
 from .score import MEASURES, Scorer, Scoring, check_batch
 from .space import check_images, create_space
 from .teacher import last_layer, staged
-from ..spec import ModelSpec, OptimSpec, RunSpec, need, to_dict
+from ..spec import ModelSpec, RunSpec, need, to_dict
 from ..store import SearchRecord, Store, environment, with_weights
 from ..training.job import build_model, check_frames, check_spec, load_model, run_train
 from ..training.progress import JsonLines

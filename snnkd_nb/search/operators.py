@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from ..core import UserError, unknown
+from ..core import unknown
 from ..models.genome import KINDS, Gene
 from ..spec import need
 

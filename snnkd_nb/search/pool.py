@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ..core import UserError, atomic_write, canonical_json, lock, sha256_of
-from ..models.genome import genome_text, parse_genome
+from ..models.genome import parse_genome
 from .score import Score
 from .teacher import one_thread
 from ..spec import need

@@ -10,7 +10,6 @@ __all__ = ['NORMS', 'MODES', 'totals', 'density', 'ordered', 'threshold', 'align
 # %% ../../nbs/lib/71_search.similarity.ipynb #55001564
 import math
 
-import numpy as np
 import torch
 
 from ..core import unknown

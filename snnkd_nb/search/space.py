@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ..core import UserError, unknown
 from ..models.blocks import scaled
-from ..models.genome import KINDS, Gene, genome_text, halvings, parse_genome
+from ..models.genome import KINDS, Gene, halvings, parse_genome
 from ..spec import need
 
 # %% ../../nbs/lib/70_search.space.ipynb #8fb56b17

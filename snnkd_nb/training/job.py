@@ -7,18 +7,17 @@ __all__ = ['check_frames', 'build_model', 'rebuilt', 'load_model', 'measure', 'c
 
 # %% ../../nbs/lib/69_training.job.ipynb #95792ed7
 import os, time
-from pathlib import Path
 
 import torch
 
 from ..core import UserError, cache_dir, lock, root, seed_for
 from ..data.corrupt import load_spec
-from ..losses.zoo import create_distiller, list_distillers, parse_methods, wants_batch_size
+from ..losses.zoo import create_distiller, parse_methods, wants_batch_size
 from ..metrics.activity import firing_rates, mean_rate, sops
 from ..metrics.probes import check_probes, create_probes
 from ..models.zoo import check_model, create_model
 from ..neurons.lif import LIF
-from ..spec import ModelSpec, RunSpec, need, to_dict
+from ..spec import need, to_dict
 from ..store import Record, Store, environment, peak_memory, save_weights, twins, with_weights
 from .loop import fit
 from .progress import JsonLines

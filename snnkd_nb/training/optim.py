@@ -9,9 +9,6 @@ __all__ = ['lr_at', 'sgd']
 import math
 
 import torch
-from torch import nn
-
-from ..spec import OptimSpec
 
 # %% ../../nbs/lib/50_training.optim.ipynb #2e731775
 def _shape(optim, epoch, p):
