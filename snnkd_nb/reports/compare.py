@@ -148,7 +148,7 @@ METRICS = {"acc_last": "test accuracy after the last epoch (%), mean ± std (see
            "acc_best_test": "best test accuracy of any epoch (%), the papers' convention, mean ± std (seeds)"}
 
 WARNING = {"smoke": "**Ours are scans of 8×8 digits, not the paper's images: compare our columns with each other; Δ says only where they stand.**",
-           "small": "**Ours are small networks on 10,000 re-encoded images of CIFAR-10, or less: compare our columns with each other; Δ says only where they stand.**"}
+           "small": "**Ours are small networks on 10,000 images or fewer, which replace the data of the paper as said below: compare our columns with each other; Δ says only where they stand.**"}
 
 
 def _md(frame):
