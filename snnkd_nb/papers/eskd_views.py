@@ -153,7 +153,10 @@ def cost_panels(
     for ax, column, label in zip(axes, ("ms", "MiB"), ("time of a step (ms)", "peak memory (MiB)")):
         for way, f in frame.groupby("way", sort=False):
             ax.plot(f["T"], f[column], "o-", color={"ESKD": COLOURS["ESKD"], "rates": COLOURS["KD"]}.get(way, COLOURS["Baseline"]), label=way)
-            for x, v in zip(f["T"], f[column]): ax.annotate(f"{v:.0f}", (x, v), (0, -10 if way == "rates" else 4), textcoords="offset points", ha="center", fontsize=7)
+        for T, values in frame.groupby("T")[column]:
+            for i, v in enumerate(sorted(values)):
+                where, ha = ((0, 4), "center") if i == len(values) - 1 else ((0, -10), "center") if i == 0 else ((6, -3), "left")
+                ax.annotate(f"{v:.0f}", (T, v), where, textcoords="offset points", ha=ha, fontsize=7, bbox={"fc": "white", "ec": "none", "pad": 0.3})
         ax.set(xlabel="time steps T", ylabel=label, xticks=sorted(frame["T"].unique()), ylim=(0, 1.15 * frame[column].max() if len(frame) else 1))
     if len(frame): axes[0].legend(loc="upper left")
     return fig
