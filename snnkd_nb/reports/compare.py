@@ -164,7 +164,7 @@ def claims_in_words(
     seen, lines = kept_claims(paper), []
     for scale in [c for c in seen.columns if c in scales]:
         n = Counter(map(in_short, seen[scale][seen[scale] != ""]))
-        lines.append(f"{scale}, of {n.total()} claims: {' · '.join(f'{w} ×{n[w]}' for w in COUNTED if n[w])}")
+        lines.append(f"{scale} scale, {n.total()} claims: {' · '.join(f'{w} ×{n[w]}' for w in COUNTED if n[w])}")
     return "\n".join(lines)
 
 # %% ../../nbs/lib/87_reports.compare.ipynb #1e092a99

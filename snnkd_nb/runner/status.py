@@ -110,7 +110,7 @@ def _paper_table(paper, by_scale):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _verdicts(paper, scales): return f"Verdicts on its claims at {said}.\n\n" if (said := claims_in_words(paper, scales).replace("\n", "; ")) else ""
+def _verdicts(paper, scales): return f"Verdicts at {said}.\n\n" if (said := claims_in_words(paper, scales).replace("\n", "; ")) else ""
 
 
 def status_text(
