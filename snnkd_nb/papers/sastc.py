@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STUDENTS', 'TEACHERS', 'WIDTHS', 'NARROW', 'LOW', 'FEWER', 'LONGER', 'PAIRS', 'BETA', 'LESS', 'METHODS', 'SCORED',
            'KEPT', 'SEEDS', 'COMBINATIONS', 'BY_STEPS', 'ROBUST', 'BEST', 'fires_low', 'network', 'steps', 'data',
-           'optim', 'teacher', 'fellow', 'layers', 'all_pairs', 'pairs', 'calibration', 'watched', 'scored', 'student',
-           'arms', 'asked', 'table02', 'sizes', 'beta_in_words', 'conditions', 'beside', 'table07', 'table08',
-           'table09', 'table10', 'add_energy', 'shares']
+           'optim', 'teacher', 'fellow', 'layers', 'all_pairs', 'pairs', 'calibration', 'watched', 'with_score',
+           'student', 'arms', 'asked', 'table02', 'sizes', 'beta_in_words', 'conditions', 'beside', 'table07',
+           'table08', 'table09', 'table10', 'add_energy', 'shares']
 
 # %% ../../nbs/lib/88_papers.sastc.ipynb #b88f6e73
 from functools import partial
@@ -157,7 +157,7 @@ SCORED = ("VGG-11", "ResNet-18")  # whose mismatch Tables 1 and 5 show, on CIFAR
 KEPT = {m: {"stm": {}} | ({"attention": {}} if m == "SASTC" else {}) for m in METHODS}  # what is measured of them after every epoch
 
 
-def scored(spec, scale, name, T, method):
+def with_score(spec, scale, name, T, method):
     "The run as Tables 1 and 5 ask for it where it is one of theirs, so that no table trains it again."
     of = teacher(scale, "CIFAR-100", "ResNet-32x4")
     theirs = name in SCORED and T == 3 and (spec.data, spec.optim) == (data(scale, "CIFAR-100"), optim(scale)) and spec.teacher in (None, of)
@@ -181,7 +181,7 @@ def student(
     how, model, budget = METHODS.get(method, method.lower()), network(scale, name, steps(scale, T)), optim(scale, batch, corrupt.get("shots", 1.0))
     args = {"pairs": [pair]} if pair else calibration(scale, BETA[dataset] if beta is None else beta, model, of.model, budget.batch_size) if method == "SASTC" else {}
     spec = RunSpec(data(scale, dataset, **corrupt), model, budget, how, "paper", args, None if how in ("none", "tet") else of, seed)
-    return spec if method == "TET" else scored(spec, scale, name, T, method)
+    return spec if method == "TET" else with_score(spec, scale, name, T, method)
 
 
 def arms(scale, dataset, name, T, of, n=None, methods=tuple(METHODS), **kw):
