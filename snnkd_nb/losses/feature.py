@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .base import Method, feature_shapes
+from .kd import weight as checked
 from ..models.stages import paths_in_words
 from ..spec import need
 
@@ -81,8 +82,10 @@ class Feature(Method):
         variant="paper",  # both readings are the same here
         pairs=None,  # [(student stage, teacher stage), …]; None: all stages paired from the output backwards
         input_shape=None,  # (C, H, W) of one image, for the dry run that finds the channels
+        weight=1.0,  # of the loss, ≥ 0 (the papers do not state it)
     ):
         super().__init__(student, teacher, variant)
+        self.weight = checked("weight", weight, "no stated one, ours is 1")
         self.pairs = check_pairs(pairs) if pairs else default_pairs(student, teacher)
         self.student_features = tuple(dict.fromkeys(s for s, _ in self.pairs))
         self.teacher_features = tuple(dict.fromkeys(t for _, t in self.pairs))
@@ -92,4 +95,4 @@ class Feature(Method):
 
     def terms(self, batch):
         losses = [feature_loss(batch.feats_s[s], batch.feats_t[t], p) for (s, t), p in zip(self.pairs, self.projections)]
-        return {"feature": sum(losses) / len(losses)}
+        return {"feature": self.weight * sum(losses) / len(losses)}

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STUDENTS', 'TEACHERS', 'WIDTHS', 'NARROW', 'LOW', 'FEWER', 'LONGER', 'PAIRS', 'BETA', 'LESS', 'METHODS', 'SCORED',
-           'KEPT', 'SEEDS', 'COMBINATIONS', 'BY_STEPS', 'ROBUST', 'BEST', 'fires_low', 'network', 'steps', 'data',
-           'optim', 'teacher', 'fellow', 'layers', 'all_pairs', 'pairs', 'calibration', 'watched', 'with_score',
-           'student', 'arms', 'asked', 'table02', 'sizes', 'beta_in_words', 'conditions', 'beside', 'table07',
-           'table08', 'table09', 'table10', 'add_energy', 'shares']
+           'KEPT', 'SEEDS', 'COMBINATIONS', 'BY_STEPS', 'ROBUST', 'BEST', 'APART', 'fires_low', 'network', 'steps',
+           'data', 'optim', 'teacher', 'fellow', 'here', 'layers', 'all_pairs', 'pairs', 'calibration', 'watched',
+           'with_score', 'student', 'arms', 'asked', 'table02', 'sizes', 'beta_in_words', 'conditions', 'beside',
+           'table07', 'table08', 'table09', 'table10', 'add_energy', 'shares', 'shares_in_words']
 
 # %% ../../nbs/lib/88_papers.sastc.ipynb #b88f6e73
 from functools import partial
@@ -104,6 +104,14 @@ def fellow(
 # %% ../../nbs/lib/88_papers.sastc.ipynb #d741fb00
 _STAGES = {"vgg11_sastc": 4, "vgg13": 5, "vggsnn": 4, "resnet18_imagenet": 4, "resnet34_imagenet": 4, "torchvision:resnet34": 4}  # elsewhere 3
 PAIRS = {"smoke": 2, "small": 2, "medium": 3}
+
+
+def here(
+    spec,  # a `RunSpec`
+    scale,  # smoke, small, medium, paper
+):
+    "What a number stands on where that is not the paper's data and T, for titles: \"here cifar10_jpeg, T = 2\"; at medium and paper scale nothing."
+    return f"here {spec.id.partition('-')[0]}, T = {spec.model.T}" if scale in FEWER else ""
 
 
 def layers(
@@ -286,12 +294,15 @@ def _corrupted(scale, row, **corrupt):
     return [Cell({**row, "method": m}, "accuracy", g) for m, g in groups.items()]
 
 
+APART = "the row without corruption is not Table 2's: at small scale its teacher has seen the students' 5,000 images alone, and Table 2's all 50,000"
+
+
 def _longer(scale): return f" for {LONGER} times their epochs" if scale == "small" else ""
 
 
 def _robust(scale, number, cells, *facts):
     common = [f for f in conditions(scale) if "→" not in f and not (number == 9 and f.startswith("feature KD"))]
-    return Grid(f"sastc/table{number:02}", scale, cells, [*common, *facts, *sizes(scale, "VGG-11")])
+    return Grid(f"sastc/table{number:02}", scale, cells, [*common, *facts, *([APART] if scale == "small" and number != 9 else []), *sizes(scale, "VGG-11")])
 
 
 def table07(
@@ -321,7 +332,7 @@ def table09(
     for b in (16, 32, 64, 128, 256):
         groups = arms(scale, dataset, name, 3, t, methods=("Baseline", "KD", "SASTC"), batch=b if b != own else None)
         cells += [Cell({"method": m, "batch_size": b}, "accuracy", g) for m, g in groups.items()]
-    fact = f"epochs and learning rate are the same at every batch size, the teacher is the one of batch {t.optim.batch_size}; SASTC's embeddings read rows of the Gram matrix, so their input is the batch size"
+    fact = f"batches are those of the rows, not the {own} of the line above; epochs and learning rate are the same at every batch size, the teacher is the one of batch {t.optim.batch_size}; SASTC's embeddings read rows of the Gram matrix, so their input is the batch size"
     if scale == "smoke": fact += "; a batch of 256 leaves 20 steps in all, too few to learn"
     return _robust(scale, 9, cells, fact)
 
@@ -352,6 +363,7 @@ def add_energy(
         if not v: continue
         gap = mean(v) - r["paper"] if report.grid.scale in ("medium", "paper") else None
         r |= {"ours": mean(v), "std": stdev(v) if len(v) > 1 else None, "n": len(v), "delta": gap, "note": "", "runs": " ".join(mine["run"])}
+    report.remarks += shares_in_words(report) if len(frame) else []
     return report
 
 
@@ -366,3 +378,10 @@ def shares(
     share = lambda r, k: 100 * r[k] / ann[k] if r[k] is not None and ann[k] else float("nan")
     made = [{"method": r["method"], "T": r["T"], "paper": share(r, "paper"), "ours": share(r, "ours")} for r in rows[:-1]]
     return pd.DataFrame(made).pivot(index="method", columns="T", values=["paper", "ours"]).loc[list(METHODS)].round(2)
+
+
+def shares_in_words(report):
+    "The same in a sentence a method, where both are known."
+    f = shares(report)
+    said = {m: [f"{r['paper', T]:g} → {r['ours', T]:g} at T = {T}" for T in dict.fromkeys(f.columns.get_level_values(1)) if r["ours", T] == r["ours", T]] for m, r in f.iterrows()}
+    return ["Energy in % of the ordinary network's, paper → ours: " + "; ".join(f"{m} {', '.join(of)}" for m, of in said.items() if of) + "."]

@@ -6,7 +6,7 @@
 __all__ = ['DEEP', 'STEPS', 'BETA', 'GESTURE', 'ON_EVENTS', 'EVENT_BETAS', 'EVENT_BETA', 'COMBINATIONS', 'PANELS', 'PAIRS_T',
            'BETAS', 'SWEPT', 'FIGURE_CLAIMS', 'TEACHER_LAYERS', 'ARTEFACTS', 'steps', 'calibrated', 'imagenet',
            'table03', 'on_imagenet', 'table04', 'events', 'table06', 'figure02', 'figure05', 'figure_claims',
-           'pair_numbers', 'pair_panels', 'beta_panels']
+           'pair_numbers', 'pair_panels', 'stands_on', 'beta_panels']
 
 # %% ../../nbs/lib/89_papers.sastc_maps.ipynb #d3c8d07b
 from ..core import unknown
@@ -259,8 +259,16 @@ def pair_panels(
     return fig
 
 # %% ../../nbs/lib/89_papers.sastc_maps.ipynb #f7259d1d
+def stands_on(
+    grid,  # of `figure05`
+):
+    "{panel: what its numbers stand on}, for `beta_panels`."
+    return {c.index["panel"]: sastc.here(c.specs[0], grid.scale) for c in grid.cells}
+
+
 def beta_panels(
     frame,  # of `reports.dots.by_seed` for `figure05`
+    on=None,  # {panel: what it was run on}; None: the paper's data
 ):
     "The matplotlib figure: a panel a data set, accuracy over β, baseline and KD as lines."
     import matplotlib.pyplot as plt
@@ -272,7 +280,7 @@ def beta_panels(
         for m in [m for m in ("Baseline", "KD") if m in of]: ax.axhline(of[m], color=COLOURS[m], ls="--" if m == "Baseline" else "-", label=m)
         own = of[[m for m in of.index if m.startswith("β")]]
         ax.plot([float(m.removeprefix("β = ")) for m in own.index], own, "o-", color=COLOURS["SASTC"], label="SASTC")
-        ax.set(title=f"{p}, VGG-11 & {SWEPT[p]}", xlabel="β (the paper's numbers)")
+        ax.set(title="\n".join(filter(None, [f"{p}, VGG-11 & {SWEPT[p]}", (on or {}).get(p)])), xlabel="β (the paper's numbers)")
     axes[0][0].set_ylabel("test accuracy (%)")
     if panels: fig.legend(*axes[0][-1].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return fig

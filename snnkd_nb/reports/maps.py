@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['first_of_each', 'batch_of', 'features_of', 'class_map', 'spike_map', 'saliency', 'two_stages', 'against', 'alike',
-           'map_frame', 'enlarge', 'picture', 'panels', 'mean_likeness', 'seeds_of', 'silenced', 'gradient_truth']
+           'map_frame', 'enlarge', 'picture', 'outline', 'panels', 'mean_likeness', 'seeds_of', 'silenced',
+           'gradient_truth']
 
 # %% ../../nbs/lib/86_reports.maps.ipynb #2ec241a1
 from dataclasses import replace
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from ..losses.base import mean_logits, observe
 from ..losses.feature import stages_of
 from ..losses.maps import ClassMap, class_grads, rescale, sam, same_size
-from ..metrics.likeness import likeness, pearson
+from ..metrics.likeness import brightest, likeness, pearson
 from ..models.blocks import eval_mode
 from ..spec import need
 
@@ -145,10 +146,23 @@ def picture(
     return (x * std + mean).clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy()
 
 
+def outline(
+    mask,  # bool (h, w)
+    size,  # (H, W) of the picture it is drawn on
+):
+    "Edges between the cells of a mask and all others, ((x, y), (x, y)) in the picture's pixels, (n, 2, 2)."
+    around = np.pad(np.asarray(mask, dtype=int), 1)
+    level = [((x - 1, y), (x, y)) for y, x in np.argwhere(np.diff(around, axis=0))]
+    steep = [((x, y - 1), (x, y)) for y, x in np.argwhere(np.diff(around, axis=1))]
+    return np.array([*level, *steep], dtype=float).reshape(-1, 2, 2) * (size[1] / mask.shape[1], size[0] / mask.shape[0]) - 0.5
+
+
 def _show(ax, m, size):
-    big = enlarge(m[None], size)[0].numpy()
-    ax.imshow(big, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
-    if big.min() < big.max(): ax.contour(big, [np.quantile(big, 0.8)], colors="white", linewidths=0.8)
+    from matplotlib.collections import LineCollection
+
+    ax.imshow(enlarge(m[None], size)[0].numpy(), cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
+    bright = brightest(m[None])[0].reshape(m.shape)
+    if not bright.all(): ax.add_collection(LineCollection(outline(bright, size), colors="white", linewidths=0.9))
 
 
 def panels(

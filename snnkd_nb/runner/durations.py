@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'PAIR', 'NAMES', 'step_of', 'measured_group', 'on_cifar', 'on_imagenet', 'kept_at', 'measure', 'measured',
-           'theirs', 'beside', 'medians', 'shares']
+           'theirs', 'beside', 'measured_in_words', 'medians', 'shares']
 
 # %% ../../nbs/lib/95_runner.durations.ipynb #40da4fe7
 import json, statistics
@@ -155,15 +155,27 @@ def beside(
     if "teacher" in paper: paper.loc[paper.method == "Baseline", "teacher"] = ""
     both = paper.drop_duplicates(keys).merge(ours, on=keys, how="left", suffixes=("", " ours"))
     spread = [f"{a:.2f} ({b:.2f} to {c:.2f})" if a == a else "" for a, b, c in zip(both["train ours"], both["low"], both["high"])]
-    return both[keys].assign(**{"paper, train": both["train"], "over its baseline": both["train ratio"].round(2), "ours, step over baseline's": spread, "ours, ms": both["ms"],
+    both.insert(keys.index("T") + 1, "our T", ["" if v != v else int(v) for v in both["steps"]])
+    keys.insert(keys.index("T") + 1, "our T")
+    return both[keys].assign(**{"paper, train": both["train"], "paper, over its baseline": both["train ratio"].round(2), "ours, step over baseline's": spread, "ours, ms": both["ms"],
                                 "paper, inference": both["infer"], "ours, forward ms": both["infer_ms"]})
+
+def measured_in_words(
+    table,  # "sastc/table11" or "sastc/table12"
+    kept,  # of `measured`
+):
+    "What stands in the columns, in a sentence."
+    batch, size = kept["shapes"][kept["scale"]][2:] if table.endswith("11") else kept["shapes"][kept["scale"]][:2]
+    where, paper = kept["environment"], published(table)
+    return (f"ours: networks of scale {kept['scale']}, batches of {batch} images of {size}×{size} pixels, on {where['cpu']}, {where['cores']} cores; median (and quartiles) of a training step over that of the student alone, "
+            f"steps and forward passes in ms · paper: {paper.unit}, {paper.protocol}")
 
 # %% ../../nbs/lib/95_runner.durations.ipynb #7a11e002
 def _ratios(table):
     import pandas as pd
 
     ours = pd.to_numeric(table["ours, step over baseline's"].str.split(" ").str[0], errors="coerce")
-    return table.assign(paper=table["over its baseline"], ours=ours).dropna(subset=["paper", "ours"])
+    return table.assign(paper=table["paper, over its baseline"], ours=ours).dropna(subset=["paper", "ours"])
 
 
 def medians(
