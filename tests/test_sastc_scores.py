@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -281,12 +281,16 @@ def test_the_brightest_part_knows_no_size_and_no_place(batch, h, w, factor, seed
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6), st.floats(0.1, 100))
-def test_a_fall_does_not_depend_on_the_unit(values, factor):
+@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6), st.floats(0.1, 100), st.integers(1, 3))
+def test_how_early_a_curve_falls_does_not_depend_on_its_height(values, factor, last):
+    end = sum(values[-last:]) / len(values[-last:])
+    assume(abs(math.log(values[0] / end)) > 1e-6)
     frame = pd.DataFrame([{"method": "KD", "run": "a", "epoch": e + 1, "part": "1", "value": v} for e, v in enumerate(values)])
-    fall = lambda f: next(r["value"] for r in fisher_rows(f) if r["column"] == "fall")
-    assert fall(frame) == pytest.approx(math.log(values[0]) - np.mean(np.log(values)), abs=1e-9)
-    assert fall(frame.assign(value=frame.value * factor)) == pytest.approx(fall(frame), abs=1e-6)
+    read = lambda f: {r["column"]: r["value"] for r in fisher_rows(f, last)}
+    share = 0.0
+    for v in values: share += max(0.0, min(1.0, math.log(values[0] / v) / math.log(values[0] / end))) if end < values[0] else 0.0
+    assert read(frame)["end"] == pytest.approx(end) and read(frame)["early"] == pytest.approx(share / len(values), abs=1e-6) and 0 <= read(frame)["early"] < 1
+    assert read(frame.assign(value=frame.value * factor))["early"] == pytest.approx(read(frame)["early"], abs=1e-6)
 
 
 def test_a_network_that_fires_once_has_an_empty_map_and_claims_about_maps_are_judged():

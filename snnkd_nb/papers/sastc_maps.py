@@ -172,6 +172,7 @@ def figure05(
         groups = sastc.arms(scale, dataset, "VGG-11", 3, t, n, methods=("Baseline", "KD"))
         groups |= {f"β = {b}": sastc.arms(scale, dataset, "VGG-11", 3, t, n, methods=("SASTC",), beta=b)["SASTC"] for b in BETAS[scale]}
         cells += [Cell({"panel": dataset, "method": m}, "accuracy", g) for m, g in groups.items()]
+        cells += [Cell({"panel": dataset, "method": f"β = {b}"}, "accuracy", note="larger scales") for b in BETAS["paper"] if b not in BETAS[scale]]
     less = f"; ours is the number on the axis divided by {sastc.LESS[scale]:g}" if scale in sastc.LESS else ""
     facts = [f"β = {', '.join(map(str, BETAS[scale]))} in the paper's numbers" + ("" if scale == "paper" else f" (paper: 100 to 1500 by hundreds{less})"), "the two panels have different teachers; below medium scale their data are the same"]
     return Grid("sastc/figure05", scale, cells, [*facts, *(f for f in sastc.conditions(scale) if "feature KD" not in f and "→" not in f), *sastc.sizes(scale, "VGG-11")])
@@ -263,7 +264,7 @@ def stands_on(
     grid,  # of `figure05`
 ):
     "{panel: what its numbers stand on}, for `beta_panels`."
-    return {c.index["panel"]: sastc.here(c.specs[0], grid.scale) for c in grid.cells}
+    return {c.index["panel"]: sastc.here(c.specs[0], grid.scale) for c in grid.cells if c.specs}
 
 
 def beta_panels(

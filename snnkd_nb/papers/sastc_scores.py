@@ -71,6 +71,7 @@ def score_in_words(scale):
     of = f"{one} (ImageNet: {deep})" if deep != one else f"{one}"
     how = ["the score is the natural logarithm of eq. 1 on un-normalised Gram matrices, a mean over all time steps and all pairs of a student's and a teacher's layer, stems included (paper: \"log-scale\"; neither base nor pairs nor normalisation are named)",
            f"one fixed batch of 128 random test images (paper: not said); mean over the last {LAST[scale]} of {of} epochs (paper: the last 10)",
+           "over all pairs of layers a network's score with itself is not the lowest there is; over pairs of equal depth it would be",
            "a student alone is compared with the teacher the others learn from; FT is feature KD, whose runs of single pairs of layers are averaged"]
     deep = [f if "ImageNet" in f else f"ImageNet: {f}" for f in _without(sastc_maps.on_imagenet(scale), "beyond their names", "one seed")]
     return [*how, *_without(sastc.conditions(scale), "→", "best test epoch"), *sastc.sizes(scale, "VGG-11", "ResNet-18"), *deep,

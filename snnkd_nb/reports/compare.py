@@ -144,10 +144,16 @@ def save_claims(
     frame,  # a row a claim, with columns claim and ours
     grid,  # the `Grid` whose numbers were judged
 ):
-    "Keep what our numbers say of the claims: results/tables/<key>-<scale>-claims.csv; nothing where there is no claim. Returns the frame."
+    "Keep what our numbers say of the claims: results/tables/<key>-<scale>-claims.csv, and of a figure all that is to be known beside it as .md; nothing where there is no claim. Returns the frame."
     path = place(grid.key, grid.scale, "results/tables")
     if len(frame): atomic_write(path.with_name(f"{path.name}-claims.csv"), csv_text(frame))
+    if len(frame) and "/figure" in grid.key: atomic_write(path.with_name(f"{path.name}.md"), "\n".join([f"# {grid.key}\n\nScale: {grid.scale} · picture and numbers: figures/{grid.key}-{grid.scale}.png and .csv\n", *_judged(frame, grid)]) + "\n")
     return frame
+
+
+def _judged(claims_, grid):
+    warning = [f"{WARNING[grid.scale]}\n"] if grid.scale in WARNING else []
+    return [*warning, *(["## Claims\n", _md(claims_)] if len(claims_) else []), "## Deviations\n", *(f"- {d}" for d in grid.deviations)]
 
 
 def kept_claims(

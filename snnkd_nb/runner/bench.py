@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'BENCHMARKS', 'jelly_steps', 'step_rows', 'compile_rows', 'spikformer_peer', 'models_rows',
-           'inference_rows', 'peak_of', 'memory_rows', 'loss_rows', 'epoch_rows', 'from_scratch', 'search_rows',
-           'full_search', 'table', 'kept', 'keep', 'bench']
+           'inference_rows', 'peak_of', 'memory_rows', 'loss_rows', 'calibrated_rows', 'epoch_rows', 'from_scratch',
+           'search_rows', 'full_search', 'table', 'kept', 'keep', 'bench']
 
 # %% ../../nbs/lib/96_runner.bench.ipynb #df8dd5f3
 import functools, json, statistics, sys
 
 from ..core import UserError, atomic_write, canonical_json, root, unknown
+from ..papers import sastc
+from . import durations
 from .micro import gram_rows, neuron_rows, profile_rows, roofline_rows, sastc_rows
 from .overhead import SETTING, TINY, step_of
 from .peers import peer_net, peer_of
@@ -166,7 +168,17 @@ def loss_rows(tiny=False):
     extra = lambda m: {"extra": [a - b for a, b in zip(t[m], t["none"])], "step": t[m]}
     shares = [row("loss", f"share of the step that {m} costs, teacher included", extra(m), "extra", "step") for m in t if m != "none"]
     over_kd = row("loss", "a step under CKDSNN over one under KD", t, "ckdsnn", "kd", goal="<= 1.08")
-    return [*shares, over_kd, *({**r, "what": "loss"} for r in sastc_rows(tiny))]
+    return [*shares, over_kd, *({**r, "what": "loss"} for r in sastc_rows(tiny)), *calibrated_rows(tiny)]
+
+
+def calibrated_rows(tiny=False):
+    "What SASTC adds to a step at the paper's own sizes: VGG-11 under ResNet-32x4 on CIFAR-100."
+    scale, batch, size = ("smoke", 4, 8) if tiny else ("paper", 128, 32)
+    of = sastc.teacher(scale, "CIFAR-100", "ResNet-32x4")
+    t = in_turns({m: durations.step_of(sastc.student(scale, "CIFAR-100", "VGG-11", 3, m, of), batch, size, 100)[0] for m in ("Baseline", "KD", "SASTC")}, 3 if tiny else 7)
+    at = f"VGG-11 under ResNet-32x4, T=3, batch {batch}"
+    added = {"added": [a - b for a, b in zip(t["SASTC"], t["KD"])], "step": t["SASTC"]}
+    return [row("loss", f"share of the step that SASTC adds to KD, {at}", added, "added", "step"), *(row("loss", f"a step under {m} over one without a teacher, {at}", t, m, "Baseline") for m in ("KD", "SASTC"))]
 
 # %% ../../nbs/lib/96_runner.bench.ipynb #d5157c58
 def epoch_rows(tiny=False):
