@@ -13,14 +13,14 @@ import torch
 
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.losses.zoo import parse_methods
-from snnkd_nb.papers import dsas, sastc, studies
+from snnkd_nb.papers import dsas, sastc, sastc_robust, studies
 from snnkd_nb.papers.registry import modules_of
 from snnkd_nb.published.format import published
 from snnkd_nb.reports.compare import Report
 from snnkd_nb.reports.grid import SCALES
 
 ROOT = Path(__file__).resolve().parents[1]
-GRIDS = {"sastc/table02": sastc.table02, "sastc/table07": sastc.table07, "sastc/table08": sastc.table08,
+GRIDS = {"sastc/table02": sastc.table02, "sastc/table07": sastc_robust.table07, "sastc/table08": sastc_robust.table08,
          "dsas/table12": dsas.table12, "dsas/table15": dsas.table15, "studies/kd": studies.kd, "studies/events": studies.events}
 
 

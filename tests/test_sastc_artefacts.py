@@ -10,10 +10,10 @@ from snnkd_nb.core import UserError
 from snnkd_nb.data.images import list_datasets, opener
 from snnkd_nb.losses.zoo import create_distiller
 from snnkd_nb.models.zoo import create_model, model_info
-from snnkd_nb.papers import sastc, sastc_maps, studies
+from snnkd_nb.papers import sastc, sastc_maps, sastc_robust, studies
 from snnkd_nb.papers.registry import artefact, specs_for
-from snnkd_nb.papers.sastc import add_energy, shares
-from snnkd_nb.papers.sastc_maps import ARTEFACTS, FIGURE_CLAIMS, PANELS, figure_claims, pair_numbers, pair_panels
+from snnkd_nb.papers.sastc_maps import FIGURE_CLAIMS, PANELS, figure_claims, pair_numbers, pair_panels
+from snnkd_nb.papers.sastc_robust import add_energy, shares
 from snnkd_nb.published.format import published
 from snnkd_nb.reports.compare import Report
 from snnkd_nb.reports.dots import by_seed, judged
@@ -23,6 +23,7 @@ from snnkd_nb.store import Store
 from snnkd_nb.training.job import run_train
 
 BIG = ("medium", "paper")
+ARTEFACTS = sastc_maps.ARTEFACTS | sastc_robust.ARTEFACTS
 TABLES = [k for k in ARTEFACTS if k.startswith("table")]
 FIGURES = [k for k in ARTEFACTS if k not in TABLES]
 CLASSES = {"cifar10": (10, 32, 3), "cifar100": (100, 32, 3), "imagefolder-stream": (1000, 224, 3), "cifar10-dvs": (10, 48, 2), "dvs-gesture": (11, 64, 2)}
@@ -236,11 +237,11 @@ def test_the_study_teaches_with_what_is_seen():
 
 
 def test_small_scale_gives_every_share_of_the_images_as_many_steps():
-    runs = [*sastc.table07("small").specs, *sastc.table08("small").specs]
+    runs = [*sastc_robust.table07("small").specs, *sastc_robust.table08("small").specs]
     images = lambda s: s.data.subset * s.data.shots * s.optim.epochs
     assert {images(s) for s in runs if s.model.T} == {30_000} and {images(s) for s in runs if not s.model.T} == {90_000}
     assert all(s.teacher.data == s.data for s in runs if s.teacher) and {s.model.args["neuron_args"]["v_threshold"] for s in runs if s.model.T} == {0.5}
-    assert {s.optim.epochs for s in sastc.table08("medium").specs if s.model.T} == {60}
+    assert {s.optim.epochs for s in sastc_robust.table08("medium").specs if s.model.T} == {60}
 
 
 def test_ids_of_the_other_studies_are_what_they_were():

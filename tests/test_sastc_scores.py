@@ -19,7 +19,7 @@ from snnkd_nb.losses.zoo import create_distiller
 from snnkd_nb.metrics.mismatch import fixed_batch, stm_score
 from snnkd_nb.metrics.probes import check_probes, create_probes
 from snnkd_nb.models.zoo import create_model, model_info
-from snnkd_nb.papers import sastc, sastc_maps, studies
+from snnkd_nb.papers import sastc, sastc_maps, sastc_robust, studies
 from snnkd_nb.papers.registry import artefact, specs_for
 from snnkd_nb.papers.sastc_scores import ARTEFACTS, LAST, by_normalisation, full_size, magnitudes, score, score_frame, scored, teacher_of, teachers
 from snnkd_nb.papers.sastc_views import FISHER_CLAIMS, MAP_CLAIMS, brightest, fisher_rows, fisher_table, interval_map, map_rows
@@ -225,7 +225,7 @@ def test_fisher_information_of_a_run_is_there_for_every_step(watched_runs):
 
 
 def test_a_measure_of_the_accuracy_is_the_table_of_accuracies():
-    grid = sastc.table09("smoke")
+    grid = sastc_robust.table09("smoke")
     runs = {s: SimpleNamespace(metrics={"acc_last": 50 + i}) for i, s in enumerate(grid.specs)}
     by_name, by_measure = Report(grid, runs), Report(grid, runs, Measure("acc", "accuracy", lambda r: r.metrics["acc_last"]))
     assert by_name.rows == by_measure.rows and by_name.claims().equals(by_measure.claims()) and by_name.table().equals(by_measure.table())

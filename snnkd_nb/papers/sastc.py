@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['STUDENTS', 'TEACHERS', 'WIDTHS', 'NARROW', 'LOW', 'FEWER', 'LONGER', 'PAIRS', 'BETA', 'LESS', 'METHODS', 'SCORED',
-           'KEPT', 'SEEDS', 'COMBINATIONS', 'BY_STEPS', 'ROBUST', 'BEST', 'APART', 'fires_low', 'network', 'steps',
-           'data', 'optim', 'teacher', 'fellow', 'here', 'layers', 'all_pairs', 'pairs', 'calibration', 'watched',
-           'with_score', 'student', 'arms', 'asked', 'table02', 'sizes', 'beta_in_words', 'conditions', 'beside',
-           'table07', 'table08', 'table09', 'table10', 'add_energy', 'shares', 'shares_in_words']
+           'KEPT', 'SEEDS', 'COMBINATIONS', 'BY_STEPS', 'ROBUST', 'BEST', 'fires_low', 'network', 'steps', 'data',
+           'optim', 'teacher', 'fellow', 'here', 'layers', 'all_pairs', 'pairs', 'calibration', 'watched', 'with_score',
+           'student', 'arms', 'asked', 'table02', 'sizes', 'beta_in_words', 'conditions', 'beside']
 
 # %% ../../nbs/lib/88_papers.sastc.ipynb #b88f6e73
 from functools import partial
-from statistics import mean, stdev
 
 from ..core import unknown
 from ..published.format import published
@@ -285,103 +283,3 @@ def beside(
         if made and r["method"] == "Ours" and not asked(scale, (d, "ResNet-18", BEST[d]), T): cells.append(Cell(at, "accuracy", note="larger scales"))
         elif made: cells.append(Cell(at, "accuracy", seeded(1 if r["method"] == "ANN" else n, made)))
     return cells
-
-# %% ../../nbs/lib/88_papers.sastc.ipynb #d6035b27
-def _corrupted(scale, row, **corrupt):
-    dataset, name, of = ROBUST
-    t = fellow(scale, dataset, of, **corrupt)
-    groups = {"Teacher": seeded(1, lambda s: t), **arms(scale, dataset, name, 3, t, **corrupt)}
-    return [Cell({**row, "method": m}, "accuracy", g) for m, g in groups.items()]
-
-
-APART = "the row without corruption is not Table 2's: at small scale its teacher has seen the students' 5,000 images alone, and Table 2's all 50,000"
-
-
-def _longer(scale): return f" for {LONGER} times their epochs" if scale == "small" else ""
-
-
-def _robust(scale, number, cells, *facts):
-    common = [f for f in conditions(scale) if "→" not in f and not (number == 9 and f.startswith("feature KD"))]
-    return Grid(f"sastc/table{number:02}", scale, cells, [*common, *facts, *([APART] if scale == "small" and number != 9 else []), *sizes(scale, "VGG-11")])
-
-
-def table07(
-    scale,  # smoke, small, medium, paper
-):
-    "Grid of Table 7: 0 to 50 % of the training labels replaced."
-    cells = [c for p in range(0, 60, 10) for c in _corrupted(check_scale(scale), {"noise": p}, **({"label_noise": p / 100} if p else {}))]
-    facts = ["a noisy label is another class, drawn evenly; the held-out images carry noise like the rest (the paper says: perturbed at random)", f"the teacher is one run at every noise level, trained on the students' images and labels{_longer(scale)}"]
-    return _robust(scale, 7, cells, *facts)
-
-
-def table08(
-    scale,  # smoke, small, medium, paper
-):
-    "Grid of Appendix 1, Table 1: 25 to 100 % of the training images of every class."
-    said = "fewer images are seen more often, so that steps are as many at every share" if scale == "small" else "epochs stay, so fewer images are fewer steps"
-    cells = [c for p in (25, 50, 75, 100) for c in _corrupted(check_scale(scale), {"images": p}, **({"shots": p / 100} if p < 100 else {}))]
-    return _robust(scale, 8, cells, f"the teacher is one run at every share, trained on the students' images{_longer(scale)}; {said}")
-
-
-def table09(
-    scale,  # smoke, small, medium, paper
-):
-    "Grid of Appendix 1, Table 2: batches of 16 to 256 images."
-    dataset, name, of = ROBUST
-    t, own, cells = teacher(check_scale(scale), dataset, of), optim(scale).batch_size, []
-    for b in (16, 32, 64, 128, 256):
-        groups = arms(scale, dataset, name, 3, t, methods=("Baseline", "KD", "SASTC"), batch=b if b != own else None)
-        cells += [Cell({"method": m, "batch_size": b}, "accuracy", g) for m, g in groups.items()]
-    fact = f"batches are those of the rows, not the {own} of the line above; epochs and learning rate are the same at every batch size, the teacher is the one of batch {t.optim.batch_size}; SASTC's embeddings read rows of the Gram matrix, so their input is the batch size"
-    if scale == "smoke": fact += "; a batch of 256 leaves 20 steps in all, too few to learn"
-    return _robust(scale, 9, cells, fact)
-
-# %% ../../nbs/lib/88_papers.sastc.ipynb #aeb66ee7
-def table10(
-    scale,  # smoke, small, medium, paper
-):
-    "Grid of Appendix 1, Table 3: accuracy (and energy) by time steps."
-    dataset, name, of = BY_STEPS
-    t = teacher(check_scale(scale), dataset, of)
-    cells = [Cell({"method": m, "T": T}, "accuracy", g) for T in (2, 3, 7) for m, g in arms(scale, dataset, name, T, t).items()]
-    cells.append(Cell({"method": "ANN", "T": "-"}, "accuracy", ((t,),)))
-    facts = ["energy is for one image, the mean over the first 256 test images (paper: 1,024 samples), in µJ; below medium scale our networks are smaller by orders of magnitude, so that only shares of the ordinary network's energy compare",
-             "no early stopping (the paper stops after 20 epochs without gain in this table)"]
-    return Grid("sastc/table10", scale, cells, [*conditions(scale), *facts, *sizes(scale, name)])
-
-
-def add_energy(
-    report,  # `Report` of the grid
-    frame,  # of `reports.efficiency.efficiency`
-    convention="45nm",  # whose µJ stand in the column energy
-):
-    "The report with our energies in it, mean ± std over the seeds; a difference where the networks are the paper's."
-    if len(frame) and convention not in frame: raise unknown("convention", convention, list(frame))
-    for r in [r for r in report.rows if r["column"] == "energy" and len(frame)]:
-        mine = frame[(frame["method"] == r["method"]) & (frame["T"].astype(str) == str(r["T"]))]
-        v = mine.groupby("seed")[convention].mean().tolist()
-        if not v: continue
-        gap = mean(v) - r["paper"] if report.grid.scale in ("medium", "paper") else None
-        r |= {"ours": mean(v), "std": stdev(v) if len(v) > 1 else None, "n": len(v), "delta": gap, "note": "", "runs": " ".join(mine["run"])}
-    report.remarks += shares_in_words(report) if len(frame) else []
-    return report
-
-
-def shares(
-    report,  # of `add_energy`
-):
-    "Energy in % of the ordinary network's as a `DataFrame`: the paper's and ours, which compare at every scale."
-    import pandas as pd
-
-    rows = [r for r in report.rows if r["column"] == "energy"]
-    ann = rows[-1]
-    share = lambda r, k: 100 * r[k] / ann[k] if r[k] is not None and ann[k] else float("nan")
-    made = [{"method": r["method"], "T": r["T"], "paper": share(r, "paper"), "ours": share(r, "ours")} for r in rows[:-1]]
-    return pd.DataFrame(made).pivot(index="method", columns="T", values=["paper", "ours"]).loc[list(METHODS)].round(2)
-
-
-def shares_in_words(report):
-    "The same in a sentence a method, where both are known."
-    f = shares(report)
-    said = {m: [f"{r['paper', T]:g} → {r['ours', T]:g} at T = {T}" for T in dict.fromkeys(f.columns.get_level_values(1)) if r["ours", T] == r["ours", T]] for m, r in f.iterrows()}
-    return ["Energy in % of the ordinary network's, paper → ours: " + "; ".join(f"{m} {', '.join(of)}" for m, of in said.items() if of) + "."]

@@ -287,4 +287,4 @@ def beta_panels(
     return fig
 
 # %% ../../nbs/lib/89_papers.sastc_maps.ipynb #96878305
-ARTEFACTS = {f.__name__: f for f in (sastc.table02, table03, table04, table06, sastc.table07, sastc.table08, sastc.table09, sastc.table10, figure02, figure05)}
+ARTEFACTS = {f.__name__: f for f in (sastc.table02, table03, table04, table06, figure02, figure05)}
