@@ -7,6 +7,7 @@ __all__ = ['by_seed', 'dots', 'readings', 'judge', 'judged']
 
 # %% ../../nbs/lib/87_reports.dots.ipynb #54cd5145
 from statistics import mean, stdev
+from textwrap import fill
 
 from ..published.format import evaluate_claim, matches
 from .figure import COLOURS
@@ -50,7 +51,7 @@ def dots(
     for ax, p in zip(axes[0], panels):
         for i, m in enumerate(arms[p]): _arm(ax, i, frame[(frame.panel == p) & (frame.method == m)].value.tolist(), colours.get(m, "#7f7f7f"))
         ax.set(title=(titles or {}).get(p, p), xlim=(-0.5, len(arms[p]) - 0.3))
-        ax.set_xticks(range(len(arms[p])), arms[p])
+        ax.set_xticks(range(len(arms[p])), [fill(str(m), 14) for m in arms[p]])
         ax.grid(axis="x", visible=False)
     axes[0][0].set_ylabel(ylabel)
     of = frame.groupby(["panel", "method"]).value
