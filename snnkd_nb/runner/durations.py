@@ -165,7 +165,7 @@ def measured_in_words(
     kept,  # of `measured`
 ):
     "What stands in the columns, in a sentence."
-    batch, size = kept["shapes"][kept["scale"]][2:] if table.endswith("11") else kept["shapes"][kept["scale"]][:2]
+    batch, size = kept["shapes"][2:] if table.endswith("11") else kept["shapes"][:2]
     where, paper = kept["environment"], published(table)
     return (f"ours: networks of scale {kept['scale']}, batches of {batch} images of {size}×{size} pixels, on {where['cpu']}, {where['cores']} cores; median (and quartiles) of a training step over that of the student alone, "
             f"steps and forward passes in ms · paper: {paper.unit}, {paper.protocol}")
