@@ -17,6 +17,7 @@ from ..core import atomic_write, root, unknown
 from ..published.format import claims, estimate, evaluate_claim, published, told_apart
 from .figure import csv_text, place
 from .grid import Cell, summarise
+from ..spec import RunSpec
 
 # %% ../../nbs/lib/87_reports.compare.ipynb #34c5d00e
 def _at(record, names): return tuple(str(record[n]) for n in names)
@@ -29,7 +30,7 @@ def _between(cell, runs, metric):
 
 
 def _steps(cell):
-    found = {s.model.T for s in cell.specs if s.model.T}
+    found = {s.model.T for s in cell.specs if isinstance(s, RunSpec) and s.model.T}  # a search has no steps
     return found.pop() if len(found) == 1 and str(cell.index.get("T", "-")) not in ("-", *map(str, found)) else None
 
 
