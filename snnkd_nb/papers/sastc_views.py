@@ -73,14 +73,14 @@ def added_parameters(
     count = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())
     made = lambda m: create_model(m.name, T=m.T, width=m.width, image_size=size, **m.args)
     rows = []
-    for _, s, t in dict.fromkeys(sastc.COMBINATIONS):
+    for s, t in dict.fromkeys(c[1:] for c in sastc.COMBINATIONS):
         models = sastc.network(scale, s, 2), sastc.network(scale, t)
         with torch.device("meta"):
             nets = [made(m) for m in models]
             channels = [[net.feature_shapes(size)[n][0] for n in sastc.layers(m)] for net, m in zip(nets, models)]
             c = Calibration(*channels, sastc.optim(scale).batch_size)
         rows.append({"student": s, "teacher": t, "pairs of layers": len(channels[0]) * len(channels[1]), "student's own": count(nets[0]), "embeddings": count(c.query, c.key), "projections": count(c.projections)})
-    return pd.DataFrame(rows).drop_duplicates(["student", "teacher"], ignore_index=True)
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/lib/89_papers.sastc_views.ipynb #a1414336
 def interval_map(

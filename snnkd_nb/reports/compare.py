@@ -126,9 +126,8 @@ class Report:
         p, g = self.paper, self.grid
         head = f"# {g.key}: {p.where}\n\n{p.caption}\n\nScale: {g.scale} · ours: {self.says} · paper: {p.protocol}\n"
         if p.unit != "top-1 (%)": head += f"\nUnits of the paper's columns: {p.unit}\n"
-        parts = [head, *([f"{WARNING[g.scale]}\n"] if g.scale in WARNING else []), _md(self.table().reset_index()), *(f"{r}\n" for r in self.remarks)]
-        if len(self.claims()): parts += ["## Claims\n", _md(self.claims())]
-        return "\n".join([*parts, "## Deviations\n", *(f"- {d}" for d in g.deviations)]) + "\n"
+        parts = [head, *_warned(g), _md(self.table().reset_index()), *(f"{r}\n" for r in self.remarks)]
+        return "\n".join([*parts, *_judged(self.claims(), g)]) + "\n"
 
     def save(self):
         "Write results/tables/<key>-<scale>.csv and .md; returns the path of the CSV."
@@ -148,13 +147,12 @@ def save_claims(
     "Keep what our numbers say of the claims: results/tables/<key>-<scale>-claims.csv, and of a figure all that is to be known beside it as .md; nothing where there is no claim. Returns the frame."
     path = place(grid.key, grid.scale, "results/tables")
     if len(frame): atomic_write(path.with_name(f"{path.name}-claims.csv"), csv_text(frame))
-    if len(frame) and "/figure" in grid.key: atomic_write(path.with_name(f"{path.name}.md"), "\n".join([f"# {grid.key}\n\nScale: {grid.scale} · picture and numbers: figures/{grid.key}-{grid.scale}.png and .csv\n", *_judged(frame, grid)]) + "\n")
+    if len(frame) and "/figure" in grid.key: atomic_write(path.with_name(f"{path.name}.md"), "\n".join([f"# {grid.key}\n\nScale: {grid.scale} · picture and numbers: figures/{grid.key}-{grid.scale}.png and .csv\n", *_warned(grid), *_judged(frame, grid)]) + "\n")
     return frame
 
 
-def _judged(claims_, grid):
-    warning = [f"{WARNING[grid.scale]}\n"] if grid.scale in WARNING else []
-    return [*warning, *(["## Claims\n", _md(claims_)] if len(claims_) else []), "## Deviations\n", *(f"- {d}" for d in grid.deviations)]
+def _warned(grid): return [f"{WARNING[grid.scale]}\n"] if grid.scale in WARNING else []
+def _judged(frame, grid): return [*(["## Claims\n", _md(frame)] if len(frame) else []), "## Deviations\n", *(f"- {d}" for d in grid.deviations)]
 
 
 def kept_claims(

@@ -160,6 +160,7 @@ def beside(
     return both[keys].assign(**{"paper, train": both["train"], "paper, over its baseline": both["train ratio"].round(2), "ours, step over baseline's": spread, "ours, ms": both["ms"],
                                 "paper, inference": both["infer"], "ours, forward ms": both["infer_ms"]})
 
+
 def measured_in_words(
     table,  # "sastc/table11" or "sastc/table12"
     kept,  # of `measured`
