@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'FEW', 'WORTH', 'rectify', 'rectify_again', 'unite', 'again', 'compiled', 'sweep', 'pieces', 'pixels', 'maps',
-           'room_for', 'NormReluMix', 'through_statistics', 'norm_relu_mix', 'spans', 'windows', 'correlate', 'Few',
-           'bare', 'plain', 'in_half', 'convolved', 'finished', 'projected']
+           'room_for', 'NormReluMix', 'through_statistics', 'norm_relu_mix', 'whole', 'bare', 'plain', 'in_half',
+           'convolved', 'finished', 'projected']
 
 # %% ../../nbs/lib/24_kernels.projection.ipynb #380c9af6
 import functools
@@ -17,6 +17,7 @@ from torch import nn
 
 from .flat import FREE, LOOP, ZERO, load, pointer, run, store, team_size, to_c
 from .norm import FLUSH, NORM, WIDE, covers, gather, is_half, own_sums, portion, pour_both, record, side_by_side, statistics, write
+from .winograd import Winograd, worth
 
 # %% ../../nbs/lib/24_kernels.projection.ipynb #9f824a6d
 @njit(**FREE)
@@ -169,56 +170,18 @@ def norm_relu_mix(
     return NormReluMix.apply(x, bn.weight, bn.bias, mix.weight, mean, var, bn.eps, found[0][2])
 
 # %% ../../nbs/lib/24_kernels.projection.ipynb #e2265f67
-def spans(
-    n,  # pixels of a side
+def whole(
+    x,  # (N, C, h, w), sides of one or two pixels
+    weights,  # [(C', C, 3, 3)]
 ):
-    "Parts of a side: (first pixel, how many, the first they see, weights from and to)."
-    if n == 1: return [(0, 1, 0, 1, 2)]
-    return [(0, 1, 0, 1, 3)] + [(1, n - 2, 0, 0, 3)] * (n > 2) + [(n - 1, 1, n - 2, 0, 2)]
-
-
-def windows(
-    x,  # maps (N, h, w, C) without gaps
-    k,  # weights (3, 3, …)
-):
-    "For every part of the map: where it lies, its weights, and what its pixels see, a row each."
-    (N, h, w, C), (a, b, c, _) = x.shape, x.stride()
-    for (y, ny, y0, k0, k1), (z, nz, z0, l0, l1) in ((p, q) for p in spans(h) for q in spans(w)):
-        seen = x.as_strided((N, ny, nz, k1 - k0, (l1 - l0) * C), (a, b, c, b, 1), x.storage_offset() + y0 * b + z0 * c)
-        yield (slice(None), slice(y, y + ny), slice(z, z + nz)), k[k0:k1, l0:l1], seen.reshape(N * ny * nz, -1)
-
-
-def correlate(
-    x,  # maps (N, h, w, C) without gaps
-    k,  # weights (3, 3, C, C')
-):
-    "Convolution with padding, (N, h, w, C')."
-    out = x.new_empty(*x.shape[:3], k.shape[3])
-    for at, part, seen in windows(x, k): out[at] = (seen @ part.flatten(0, 2)).view_as(out[at])
-    return out
-
-# %% ../../nbs/lib/24_kernels.projection.ipynb #088103a4
-class Few(torch.autograd.Function):
-    "x (N, C, h, w) and weights (C', C, 3, 3), … → a convolution for each, in the precision of x."
-    @staticmethod
-    def forward(ctx, x, *weights):
-        x, ctx.channels = x.permute(0, 2, 3, 1).contiguous(), [len(w) for w in weights]
-        k = torch.cat([w.to(x.dtype).permute(2, 3, 1, 0) for w in weights], 3)
-        ctx.save_for_backward(x, k)
-        with torch.autocast(x.device.type, enabled=False): out = correlate(x, k)
-        return tuple(o.contiguous().permute(0, 3, 1, 2) for o in out.split(ctx.channels, 3))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *g):
-        (x, k), g = ctx.saved_tensors, torch.cat([v.permute(0, 2, 3, 1) for v in g], 3)
-        gx = correlate(g, k.flip(0, 1).transpose(2, 3).contiguous()).permute(0, 3, 1, 2) if ctx.needs_input_grad[0] else None
-        gk = torch.zeros(k.shape, dtype=torch.promote_types(k.dtype, torch.float32))
-        for at, part, seen in windows(x, gk): part += (seen.T @ g[at].flatten(0, 2)).view(part.shape)
-        return gx, *(p.permute(3, 2, 0, 1) for p in gk.split(ctx.channels, 3))
+    "A convolution for each, in the precision of x."
+    (h, w), k = x.shape[2:], torch.cat(weights).permute(2, 3, 1, 0)
+    seen = torch.stack([k[1 - y : 1 - y + h, 1 - z : 1 - z + w] for y in range(h) for z in range(w)], 3).to(x.dtype)  # (h, w, C, pixels, C')
+    out = x.permute(0, 2, 3, 1).flatten(1) @ seen.flatten(3).flatten(0, 2)
+    return [o.contiguous().permute(0, 3, 1, 2) for o in out.unflatten(1, (h, w, -1)).split([len(v) for v in weights], 3)]
 
 # %% ../../nbs/lib/24_kernels.projection.ipynb #436faa19
-FEW, WORTH = 4, 2**16  # pixels of a side; numbers of the features from which gathering pays
+FEW, WORTH = 2, 2**16  # pixels of a side; numbers of the features from which it pays to step in
 
 
 def bare(
@@ -243,8 +206,10 @@ def convolved(
     x,  # (N, C, h, w)
 ):
     "Their results."
-    few = x.numel() >= WORTH and max(x.shape[2:]) <= FEW and in_half(x) and all(plain(c, 3) and (c.weight.dtype == x.dtype or torch.is_autocast_enabled("cpu")) for c in convs)
-    return Few.apply(x.to(torch.bfloat16), *(c.weight for c in convs)) if few else [c(x) for c in convs]
+    ours = x.numel() >= WORTH and in_half(x) and all(plain(c, 3) and (c.weight.dtype == x.dtype or torch.is_autocast_enabled("cpu")) for c in convs)
+    if ours and max(x.shape[2:]) <= FEW: return whole(x.to(torch.bfloat16), [c.weight for c in convs])
+    if ours and worth(x, sum(len(c.weight) for c in convs)): return Winograd.apply(x.to(torch.bfloat16), *(c.weight for c in convs))
+    return [c(x) for c in convs]
 
 
 def finished(z, norm, act, mix, parts):

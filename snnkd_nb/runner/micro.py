@@ -135,7 +135,7 @@ def sastc_rows(tiny=False):
         with autocast(True): loss = f(mine, theirs)
         torch.autograd.grad(loss, [*mine, *leaves])
 
-    t = in_turns({name: functools.partial(learn, f, list(ours.parameters())) for name, f in both.items()}, 3)
+    t = in_turns({name: functools.partial(learn, f, list(ours.parameters())) for name, f in both.items()}, 2 if tiny else 7)
     rows = [row("sastc", f"T={T}, batch {B}, 4×4 layers, loss and backward: step by step / ours", t, "step by step", "ours", goal=">= 1.5")]
     parts = {}
     for name, f in both.items():
