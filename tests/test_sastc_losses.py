@@ -17,6 +17,7 @@ from snnkd_nb.core import UserError, root
 from snnkd_nb.data.images import load
 from snnkd_nb.kernels import projection, winograd
 from snnkd_nb.kernels.winograd import Winograd
+from snnkd_nb.losses import feature
 from snnkd_nb.losses.attention import WORTH, distance, similarity
 from snnkd_nb.losses.base import Batch, Distiller
 from snnkd_nb.losses.sastc import SASTC, Calibration, mean_attention
@@ -178,7 +179,7 @@ def test_projections_in_half_precision_round_like_their_modules_and_tiles_up_to_
     for name in ("Winograd", "NormReluMix"):
         apply = getattr(projection, name).apply
         monkeypatch.setattr(getattr(projection, name), "apply", lambda *a, name=name, apply=apply: used.append(name) or apply(*a))
-    monkeypatch.setattr(projection, "whole", lambda *a: used.append("whole") or whole(*a))
+    monkeypatch.setattr(projection, "whole", lambda *a: used.append("whole") or whole(*a)), monkeypatch.setattr(winograd, "ROWS", 1)
     ours = learnt(*calibrated(norm, training))
     assert used.count("Winograd") == used.count("whole") == 1 and used.count("NormReluMix") == 3
     exact = learnt(*calibrated(norm, training), half=False)
@@ -190,6 +191,23 @@ def test_projections_in_half_precision_round_like_their_modules_and_tiles_up_to_
     monkeypatch.undo()
     monkeypatch.setattr(projection, "worth", lambda *a: False)
     for a, m, e in zip(learnt(*calibrated(norm, training)), modules, exact): assert off(a, e) < 1.5 * off(m, e) + 2e-3, (off(a, e), off(m, e))
+
+
+def test_feature_kd_in_half_precision_rounds_like_its_module(monkeypatch):
+    torch.manual_seed(0)
+    x, target, project = torch.rand(2, 12, 128, 8, 8).lt(0.3).float().requires_grad_(), torch.randn(12, 64, 8, 8), feature.projection(128, 64)
+
+    def learnt(half):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half): loss = feature.feature_loss(x, target, project)
+        return [loss.detach(), *torch.autograd.grad(loss, (x, *project.parameters()))]
+
+    done, sweep = [], winograd.sweep
+    monkeypatch.setattr(winograd, "sweep", lambda name, *a: done.append(name) or sweep(name, *a))
+    ours, exact = learnt(True), learnt(False)
+    assert {"to_tiles", "from_tiles", "spread", "collect"} == set(done)
+    monkeypatch.setattr(feature, "bare", lambda *a: False)
+    off = lambda a, b: float((a - b).norm() / b.norm())
+    for a, m, e in zip(ours, learnt(True), exact): assert off(a, e) < 3 * off(m, e) + 2e-3
 
 
 def test_single_precision_and_what_is_listened_to_pass_the_modules(monkeypatch):
@@ -231,10 +249,54 @@ def test_convolutions_by_tiles_are_within_one_and_a_half_steps_of_half_precision
     for a, e in zip(tiles, exact): assert (a - e).norm() < 1.5 * 2**-8 * e.norm()
 
 
-def test_frozen_features_ask_for_no_gradient_of_tiles():
-    x, weight = torch.randn(2, 8, 4, 4), torch.randn(3, 8, 3, 3, requires_grad=True)
-    g, = torch.autograd.grad(Winograd.apply(x, weight)[0].sum(), weight)
-    torch.testing.assert_close(g, torch.autograd.grad(F.conv2d(x, weight, padding=1).sum(), weight)[0], atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_share_the_tiles_and_change_nothing(threads):
+    torch.manual_seed(0)
+    x, weight, g = torch.randn(5, 16, 41, 30).requires_grad_(), torch.randn(24, 16, 3, 3).requires_grad_(), torch.randn(5, 24, 41, 30)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y, = Winograd.apply(x, weight)
+        ours = [y, *torch.autograd.grad(y, (x, weight), g)]
+    finally: torch.set_num_threads(before)
+    y = F.conv2d(x.double(), weight.double(), padding=1)
+    for a, b in zip(ours, [y, *torch.autograd.grad(y, (x, weight), g.double())]): torch.testing.assert_close(a, b.float(), atol=1e-5 * float(b.detach().abs().max()), rtol=1e-4)
+
+
+@pytest.mark.parametrize("frozen, passes", [("features", ["spread", "to_tiles"]), ("filters", ["spread", "collect"])])
+def test_what_is_frozen_costs_nothing_backward(frozen, passes, monkeypatch):
+    done, sweep = [], winograd.sweep
+    x, weight = torch.randn(2, 8, 4, 4, requires_grad=frozen != "features"), torch.randn(3, 8, 3, 3, requires_grad=frozen != "filters")
+    y, = Winograd.apply(x, weight)
+    monkeypatch.setattr(winograd, "sweep", lambda name, *a: done.append(name) or sweep(name, *a))
+    leaf = weight if frozen == "features" else x
+    g, = torch.autograd.grad(y.sum(), leaf)
+    assert done == passes
+    torch.testing.assert_close(g, torch.autograd.grad(F.conv2d(x, weight, padding=1).sum(), leaf)[0], atol=1e-4, rtol=1e-4)
+
+
+def test_backward_within_autocast_of_half_modules_and_of_one_result_of_two():
+    torch.manual_seed(0)
+    x, weights = torch.rand(24, 64, 6, 6).lt(0.2).bfloat16().requires_grad_(), [torch.randn(n, 64, 3, 3).bfloat16().requires_grad_() for n in (96, 32)]
+    g, y = torch.randn(24, 96, 6, 6).bfloat16(), Winograd.apply(x, *weights)
+    outside = torch.autograd.grad(y[0], (x, *weights), g, retain_graph=True, materialize_grads=True)
+    with torch.autocast("cpu", torch.bfloat16): inside = torch.autograd.grad(y[0], (x, *weights), g, materialize_grads=True)
+    for a, b in zip(outside, inside): assert a.dtype == torch.bfloat16 and a.equal(b)
+    assert not outside[2].any()
+    exact = torch.autograd.grad(F.conv2d(x.double(), weights[0].double(), padding=1), (x, weights[0]), g.double())
+    for a, b in zip(outside, exact): assert (a - b).norm() < 2 * 2**-8 * b.norm()
+
+
+def test_results_may_be_changed_in_place():
+    for h, f in ((4, lambda x, w: Winograd.apply(x, w)), (2, lambda x, w: projection.whole(x, [w]))):
+        x, weight = torch.randn(2, 8, h, h, requires_grad=True), torch.randn(3, 8, 3, 3, requires_grad=True)
+        g, = torch.autograd.grad(f(x, weight)[0].relu_().sum(), weight)
+        torch.testing.assert_close(g, torch.autograd.grad(F.conv2d(x, weight, padding=1).relu().sum(), weight)[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("x", [torch.randn(2, 8, 4, 4).double(), torch.randn(2, 8, 4, 4).half(), torch.randn(0, 8, 4, 4), torch.randn(8, 4, 4)])
+def test_tiles_refuse_what_they_are_not_for(x):
+    with pytest.raises(UserError, match="tiles are for images in float32 or bfloat16 on a CPU"): Winograd.apply(x, torch.randn(3, 8, 3, 3))
 
 
 def test_parameters_of_a_calibration_have_the_names_and_draws_they_always_had():

@@ -178,7 +178,7 @@ def whole(
     (h, w), k = x.shape[2:], torch.cat(weights).permute(2, 3, 1, 0)
     seen = torch.stack([k[1 - y : 1 - y + h, 1 - z : 1 - z + w] for y in range(h) for z in range(w)], 3).to(x.dtype)  # (h, w, C, pixels, C')
     out = x.permute(0, 2, 3, 1).flatten(1) @ seen.flatten(3).flatten(0, 2)
-    return [o.contiguous().permute(0, 3, 1, 2) for o in out.unflatten(1, (h, w, -1)).split([len(v) for v in weights], 3)]
+    return [o.clone(memory_format=torch.contiguous_format).permute(0, 3, 1, 2) for o in out.unflatten(1, (h, w, -1)).split([len(v) for v in weights], 3)]
 
 # %% ../../nbs/lib/24_kernels.projection.ipynb #436faa19
 FEW, WORTH = 2, 2**16  # pixels of a side; numbers of the features from which it pays to step in
