@@ -228,12 +228,12 @@ def test_the_study_shares_its_clean_runs_but_at_small_scale(scale):
 
 def test_the_study_teaches_with_what_is_seen():
     grid = studies.sastc("small")
-    assert len(grid.specs) == 45 and {(s.data.size, s.optim.precision) for s in grid.specs} == {(16, "fp32")}
+    assert len(grid.specs) == 57 and {(s.data.size, s.optim.precision) for s in grid.specs} == {(16, "fp32")}
     for c in grid.cells:
         for s in c.specs:
             assert {s.data.label_noise, s.data.shots} == {"clean": {0.0, 1.0}, "40 % noisy labels": {0.4, 1.0}, "25 % of the images": {0.0, 0.25}}[c.index["panel"]]
             if s.teacher and c.index["panel"] != "clean": assert s.teacher.data == s.data
-    assert all(len(c.groups) == 3 for c in grid.cells if c.index["method"] != "Teacher") and len(studies.sastc("smoke").specs) == 17
+    assert all(len(c.groups) == 3 for c in grid.cells if c.index["method"] != "Teacher") and len(studies.sastc("smoke").specs) == 21
 
 
 def test_small_scale_gives_every_share_of_the_images_as_many_steps():

@@ -146,11 +146,11 @@ def sastc(
     scale,  # smoke, small, medium, paper
     seeds=None,  # number of seeds of each arm; None: 3, at smoke scale 1
 ):
-    "Grid of the study: teacher, baseline, KD, feature KD, SASTC on clean images, noisy labels and few images, and `CONTROLS` on clean ones."
+    "Grid of the study: teacher, baseline, KD, feature KD, SASTC and `CONTROLS` on clean images, noisy labels and few images."
     n = seeds or (1 if check_scale(scale) == "smoke" else 3)
     cells = []
     for p in SETTINGS:
-        ways = {m: (how, {}) for m, how in CALIBRATED.items()} | (CONTROLS if p == "clean" else {})
+        ways = {m: (how, {}) for m, how in CALIBRATED.items()} | CONTROLS
         arms = {m: seeded(n, lambda s, p=p, how=how, kw=kw: calibrated(scale, p, how, s, **kw)) for m, (how, kw) in ways.items()}
         cells += [Cell({"panel": p, "method": m}, "accuracy", g) for m, g in {"Teacher": ((corrupted(scale, p),),), **arms}.items()]
     noisy, few = (corrupted(scale, p) for p in list(SETTINGS)[1:])
@@ -159,8 +159,8 @@ def sastc(
     facts = [f"on noisy labels and few images, teacher and students see {what} (or the same quarter of them) and the same labels",
              f"that teacher is trained {noisy.optim.epochs} epochs on noisy labels, {few.optim.epochs} on few images; students {under.optim.epochs} and {calibrated(scale, FEW, 'kd', 0).optim.epochs}", "the held-out images of the noisy setting are noisy, too; test images are clean",
              f"SASTC: the stem and all stages, β = {SASTC_BETA:g}, chosen in studies/sastc_beta (paper: 1300 at a tenth of the learning rate); feature KD: all stages of equal depth in one run, weight 1",
-             f"two controls on clean images: feature KD with the weight {FEATURE_WEIGHT:g}, chosen as β was; SASTC whose embeddings stay as they were drawn (route=\"none\"), so that nothing is learned about which layer to attend to"]
-    if scale == "small": facts += ["the kept records of the controls come from another processor than the others', where their teacher was trained again; no mismatch is kept for them, for raw scores depend on the teacher",
+             f"two controls: feature KD with the weight {FEATURE_WEIGHT:g}, chosen as β was; SASTC whose embeddings stay as they were drawn (route=\"none\"), so that nothing is learned about which layer to attend to"]
+    if scale == "small": facts += ["the kept records of the controls come from another processor than the others', where their teachers were trained again; no mismatch is kept for them, for raw scores depend on the teacher",
                                   f"student: two thirds of the blocks of ResNet-20, half its channels, threshold 0.5, batch {under.optim.batch_size}; teacher: as many blocks, all channels"]
     return Grid("studies/sastc", scale, cells, [*conditions(scale, under), *facts])
 
