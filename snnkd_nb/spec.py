@@ -203,7 +203,7 @@ def check_steps(
     "`UserError` where that is to learn from rates."
     need(gradient == "bptt", f"{what} with gradient = {gradient!r}: TET is about single time steps, and rates have none; take gradient='bptt'")
 
-
+# %% ../nbs/lib/02_spec.ipynb #7f93f25a
 @dataclass(frozen=True, eq=True)
 class RunSpec(Spec):
     "A training run: everything that decides its numbers."

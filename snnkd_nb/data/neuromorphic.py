@@ -113,7 +113,7 @@ def read_events(
     _kept.key, _kept.events = key, events
     return events
 
-
+# %% ../../nbs/lib/18_data.neuromorphic.ipynb #eeb24871
 def cut_out(
     events,  # of a whole file
     span,  # (from, to before) in µs
@@ -195,7 +195,7 @@ def numbered(
     for a, b in itertools.pairwise(files): need(number_of(a) != number_of(b), f"{folder} has recording {number_of(a)} twice, {a.name} and {b.name}: keep one of them")
     return files
 
-
+# %% ../../nbs/lib/18_data.neuromorphic.ipynb #ad25af87
 def dvs_files(
     path,  # the folder of CIFAR10-DVS
     partial=False,  # whether recordings may be missing

@@ -296,7 +296,7 @@ def team_size(
     "Threads worth waking for a kernel."
     return max(1, min(torch.get_num_threads(), numbers // GRAIN))
 
-
+# %% ../../nbs/lib/21_kernels.flat.ipynb #f0429f76
 def run(
     task,  # a C function over a `TASK`, or over a record that begins like one
     a,  # the record; it is not changed

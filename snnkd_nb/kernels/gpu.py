@@ -142,7 +142,7 @@ def moments(x, near, sums, rows, C, P: tl.constexpr, W: tl.constexpr, LOOP: tl.c
     tl.store(row, s1, c < C)
     tl.store(row + tl.num_programs(0).to(tl.int64) * C, s2, c < C)
 
-
+# %% ../../nbs/lib/21_kernels.gpu.ipynb #c6fbea37
 @triton.jit
 def norm_forward(x, r, y, scale, offset, pixels, C, decay, gain, shift, rest, fire, jump,
                  T: tl.constexpr, ADD: tl.constexpr, HARD: tl.constexpr, P: tl.constexpr, W: tl.constexpr):
@@ -156,7 +156,7 @@ def norm_forward(x, r, y, scale, offset, pixels, C, decay, gain, shift, rest, fi
         tl.store(y + i, k.to(y.dtype.element_ty), ok)
         i += stride
 
-
+# %% ../../nbs/lib/21_kernels.gpu.ipynb #cccee427
 @triton.jit
 def norm_neuron(x, r, g, gy, sums, scale, offset, pixels, C, decay, gain, shift, rest, fire, jump, v_th, p, q,
                 T: tl.constexpr, ADD: tl.constexpr, HARD: tl.constexpr, DETACH: tl.constexpr, KIND: tl.constexpr, P: tl.constexpr, W: tl.constexpr):
@@ -181,7 +181,7 @@ def norm_neuron(x, r, g, gy, sums, scale, offset, pixels, C, decay, gain, shift,
     tl.store(row, s1, in_c)
     tl.store(row + tl.num_programs(0).to(tl.int64) * C, s2, in_c)
 
-
+# %% ../../nbs/lib/21_kernels.gpu.ipynb #95f6f241
 @triton.jit
 def norm_input(x, gy, gx, scale, times, plus, pixels, C, P: tl.constexpr, W: tl.constexpr):
     "`gx = gy · scale + x · times + plus`."

@@ -101,7 +101,7 @@ def spikes_for(x, T, static):
     "Memory for the spikes of a run `x`, in its own order."
     return x.new_empty_strided((T, *x.shape), (x.numel(), *x.stride())) if static else torch.empty_like(x)
 
-
+# %% ../../nbs/lib/22_kernels.lif.ipynb #2fa6d97d
 class FusedLIF(torch.autograd.Function):
     "x → spikes, by the kernels of a module; a static x (B, …) gives (T, B, …)."
     @staticmethod
@@ -152,7 +152,7 @@ def uncovered(device, dtype, kind, backend, T):
     if gpu and T > GPU_STEPS: return f"T={T} steps on a GPU (at most {GPU_STEPS})"
     return "" if kind in (0, 1, 2) else "a surrogate of the user's own"
 
-
+# %% ../../nbs/lib/22_kernels.lif.ipynb #99140eb3
 def where(device, backend):
     "The module that would run: kernels.gpu or kernels.flat."
     return "gpu" if backend == "triton" or device == "cuda" else "flat"
@@ -184,7 +184,7 @@ def compiles(*asked):
     "Whether a kernel would be chosen, asked while a network is compiled."
     return chosen(*asked) is not None
 
-
+# %% ../../nbs/lib/22_kernels.lif.ipynb #14cded12
 compiles._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result does, which loads the compiler and Triton
 
 # %% ../../nbs/lib/22_kernels.lif.ipynb #b0d1b9f4
@@ -213,7 +213,7 @@ def lif_op(x: Tensor, T: int, static: bool, backend: str, decay: float, v_thresh
     if x.numel(): engine.launch("forward", a, T, x, None, y, static)
     return y
 
-
+# %% ../../nbs/lib/22_kernels.lif.ipynb #8d3cc8fb
 @torch.library.custom_op("snnkd::lif_backward", mutates_args=())
 def lif_backward_op(x: Tensor, g: Tensor, T: int, static: bool, backend: str, decay: float, v_threshold: float, v_reset: float | None, decay_input: bool, detach_reset: bool, kind: int, p: float, q: float, strict: bool) -> Tensor:
     engine, a = by_numbers(x, backend, decay, v_threshold, v_reset, decay_input, detach_reset, kind, p, q, strict)
@@ -242,7 +242,7 @@ def gradient(ctx, g): return lif_backward_op(ctx.saved_tensors[0], g, *ctx.numbe
 
 lif_op.register_autograd(gradient, setup_context=keep)
 
-
+# %% ../../nbs/lib/22_kernels.lif.ipynb #40776a96
 def opaque(x, T, static, dynamics, backend):
     "`lif` as the one operation a compiler sees."
     decay, v_threshold, v_reset, decay_input, detach_reset, g, strict = dynamics

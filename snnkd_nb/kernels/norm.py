@@ -223,7 +223,7 @@ def side_by_side(a, first, second, third):
     if third: spread(third, a.channels, a.lanes, out[2 * WIDE :])
     return out
 
-
+# %% ../../nbs/lib/23_kernels.norm.ipynb #fb464c02
 @functools.cache
 def compiled(name, half):
     "The C function of a pass in single or half precision."

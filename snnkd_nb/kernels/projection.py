@@ -63,7 +63,7 @@ def again(x, g, y, ab, lanes, lo, hi):
     pour_both(w, sums)
     return sums
 
-
+# %% ../../nbs/lib/24_kernels.projection.ipynb #738ce212
 @functools.cache
 def compiled(name, half):
     "The C function of a pass in single or half precision."
@@ -91,7 +91,7 @@ def compiled(name, half):
 
     return to_c({"forward": forward_task, "again": again_task, "norm": norm_task}[name])
 
-
+# %% ../../nbs/lib/24_kernels.projection.ipynb #4b5e9ac9
 def sweep(name, x, g, y, **vectors):
     "Run a pass over rows (n, C)."
     a = record(None, x.shape[1], **{k: v.data_ptr() for k, v in vectors.items()})
@@ -150,7 +150,7 @@ class NormReluMix(torch.autograd.Function):
         for p, s in todo: sweep("norm", rows[s], gx[s], None, scale=scale[p], offset=offset[p], times=times[p], plus=plus[p])
         return maps(gx, x), gamma.sum(0), beta.sum(0), gm[..., None, None], None, None, None, None
 
-
+# %% ../../nbs/lib/24_kernels.projection.ipynb #a535ecb5
 def through_statistics(g1, g2, mean, invstd, scale, n, batch):
     "Gradients of γ and β by part from both sums, and what a number and one adds to the gradient of BatchNorm's input."
     gamma, beta, share = ((g2 - mean * g1) * invstd).float(), g1.float(), -1 / max(1, n)

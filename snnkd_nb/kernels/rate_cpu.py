@@ -71,7 +71,7 @@ def pack(code, out):
         out[k] = np.uint8(np.int32(code[k]))
         code[k] = ZERO
 
-
+# %% ../../nbs/lib/26_kernels.rate_cpu.ipynb #a5e3483f
 @njit(**LOOP)
 def means(sums, T, out):
     "Sums over time as means, to memory."
@@ -97,7 +97,7 @@ def through(x, r, rbits, s, rate, eligibility, mean, ab, a, lo, hi):
         means(w[2 * WIDE :], steps, eligibility[i:j])
         if mean.size: means(w[4 * WIDE :], steps, mean[i:j])
 
-
+# %% ../../nbs/lib/26_kernels.rate_cpu.ipynb #a32db187
 @functools.cache
 def compiled(half):
     "The C function in single or half precision."

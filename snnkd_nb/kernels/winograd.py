@@ -73,7 +73,7 @@ def from_tiles(y, tiles, strip, n, r, t, c, at):
     sum_of(strip[0, :w], strip[1, :w], strip[2, :w], y[n, 2 * r])
     if 2 * r + 1 < y.shape[1]: rest_of(strip[1, :w], strip[2, :w], strip[3, :w], y[n, 2 * r + 1])
 
-
+# %% ../../nbs/lib/23_kernels.winograd.ipynb #54434d00
 @njit(**LOOP)
 def spread(g, tiles, strip, none, n, r, t, c, at):
     "The transpose of `from_tiles`: g (N, h, w·c) → Aᵀ g A."
@@ -179,12 +179,12 @@ def tiles_of(h, w): return ((h + 1) // 2) * ((w + 1) // 2)
 
 def last(x): return x.permute(0, 2, 3, 1)
 
-
+# %% ../../nbs/lib/23_kernels.winograd.ipynb #96a3af86
 def beside(name, maps, s, tiles):
     "A pass for every convolution, whose channels lie side by side in the tiles."
     for y, at in zip(maps, itertools.accumulate((y.shape[1] for y in maps), initial=0)): sweep(name, last(y)[s], tiles, at)
 
-
+# %% ../../nbs/lib/23_kernels.winograd.ipynb #2ca4ce31
 class Winograd(torch.autograd.Function):
     "x (N, C, h, w) and weights (C', C, 3, 3), … → a convolution for each, in the precision of x."
     @staticmethod
@@ -217,7 +217,7 @@ class Winograd(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False): gk = (SQUARE.T @ gu.flatten(1)).view(9, *u.shape[1:]).permute(2, 1, 0).unflatten(2, (3, 3))
         return gx, *gk.split(ctx.filters)
 
-
+# %% ../../nbs/lib/23_kernels.winograd.ipynb #9222058e
 def covers(x): return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.dim() == 4 and x.numel() > 0
 
 # %% ../../nbs/lib/23_kernels.winograd.ipynb #a340f1eb

@@ -149,7 +149,7 @@ def images_of(a):
     i, k = (ask(a.thread), ask(a.threads)) if a.thread else (a.worker, a.workers)
     return a.images * i // k, a.images * (i + 1) // k
 
-
+# %% ../../nbs/lib/46_losses.attention.ipynb #5cf41680
 @functools.cache
 def compiled(name, half, half_f):
     "The C function: mean squared differences of x (T, B, n) and f (B, n) into w (T, B), or w · (x - f) into y."

@@ -103,7 +103,7 @@ def shapes_for(
 
 def in_words(shapes): return ", ".join(f"{n} {s[-2]}×{s[-1]}" for n, s in shapes.items())
 
-
+# %% ../../nbs/lib/48_losses.eskd.ipynb #86a6703e
 def branches_for(
     student, teacher, positions=None, pairs=None, input_shape=None,  # as for `ESKD`
 ):
@@ -147,7 +147,7 @@ class HybridNet(nn.Module):
         rates = rates_of(observe(self.student, x, [self.hybrids.at(self.name)[0].student])[1])
         return self.hybrids.logits(self.name, rates, self.untrained)
 
-
+# %% ../../nbs/lib/48_losses.eskd.ipynb #dcd491b9
 class ESKD(Method):
     "Block-wise replacement: the loss of the student and of its hybrid models. Source: ESKD eq. 2 to 4 and 7."
     replaces_ce = True

@@ -72,7 +72,7 @@ def check_pairs(
     need(isinstance(pairs, (list, tuple)) and all(map(two, pairs)), f"pairs = {pairs!r}: give (student stage or module path, teacher stage or module path) for each, in a list")
     return [tuple(p) for p in pairs]
 
-
+# %% ../../nbs/lib/42_losses.feature.ipynb #6ff57055
 class Feature(Method):
     "Distillation of chosen layer pairs."
 

@@ -37,7 +37,7 @@ def sastc_loss(
 # %% ../../nbs/lib/47_losses.sastc.ipynb #82f6f111
 NORMS, ROUTES = ("all", "step"), ("all", "embeddings", "none")
 
-
+# %% ../../nbs/lib/47_losses.sastc.ipynb #6a0355ce
 class Calibration(nn.Module):
     "Attention over pairs of layers and the distances of the pairs."
 

@@ -212,7 +212,7 @@ def last_norm(
     "What ends a network whose blocks end in a sum: BatchNorm, activation, global average."
     return Chain(OrderedDict(bn=nn.BatchNorm2d(channels), act=act(), mean=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten()))
 
-
+# %% ../../nbs/lib/30_models.blocks.ipynb #0309bce5
 class Net(nn.Module):
     "A classifier made of a stem, named stages, a pooling and a head: an ANN, or an SNN of `T` steps."
     def __init__(self, stem, stages, head, pool=None, T=None, image_size=32):

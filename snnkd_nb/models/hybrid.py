@@ -247,7 +247,7 @@ class Hybrids(nn.Module):
 
     def forward(self, rates, divide=1, untrained=False): return {name: self.tail(name, f) for name, f in self.adapted(rates, divide, untrained).items()}
 
-
+# %% ../../nbs/lib/38_models.hybrid.ipynb #cccdd12a
 def adapt(adapter, x, divide):
     "An adapter's output; the gradient of its parameters divided, and that of `x` as it would be anyway."
     if divide == 1: return adapter(x)

@@ -84,7 +84,7 @@ def side(
     "Patches from top to bottom."
     return max(1, round((n * ratio) ** 0.5))
 
-
+# %% ../../nbs/lib/37_models.taps.ipynb #35674bad
 def to_map(
     out,  # what the stage put out
     tap,  # its `Tap`
@@ -167,7 +167,7 @@ def version(
     "How often it was written to in place."
     return out._version if isinstance(out, torch.Tensor) else 0
 
-
+# %% ../../nbs/lib/37_models.taps.ipynb #72562701
 class Survey(NamedTuple):
     "What a dry run saw."
     logits: torch.Tensor

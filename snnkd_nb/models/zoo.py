@@ -44,7 +44,7 @@ def no_model(
     hint = ", its blocks and features are options, see model_info" if same and same[0].endswith("former") else ""
     return UserError(f"unknown model {name!r}: did you mean {same[0]!r}?{hint}") if same else unknown("model", name, MODELS)
 
-
+# %% ../../nbs/lib/39_models.zoo.ipynb #4c24d05a
 def check_model(
     name,  # one of `list_models()`, or "timm:NAME" or "torchvision:NAME"
     T=None,  # time steps it shall run

@@ -24,7 +24,7 @@ def leak(tau, decay):
     if not tau > 1: raise UserError(f"tau={tau}: the membrane time constant is above 1 step; for no leak use decay=1 or IF")
     return 1 - 1 / tau
 
-
+# %% ../../nbs/lib/25_neurons.lif.ipynb #92245c38
 class LIF(nn.Module):
     "Leaky integrate-and-fire neurons over `T` folded time steps: (T·B, …) → spikes (T·B, …)."
     def __init__(
@@ -71,7 +71,7 @@ class LIF(nn.Module):
 
     def extra_repr(self): return f"T={self.T}, " + ", ".join(f"{k}={v}" for k, v in self.options().items() if k != "backend")
 
-
+# %% ../../nbs/lib/25_neurons.lif.ipynb #b46386c4
 def is_plain(
     act,  # any module
 ):

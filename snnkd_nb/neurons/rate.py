@@ -45,7 +45,7 @@ def mean_of(
 RULES = {}
 FACTS = ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad", "grad_fn", "dim", "size", "numel", "is_floating_point", "is_contiguous", "stride")
 
-
+# %% ../../nbs/lib/27_neurons.rate.ipynb #dadcde25
 class Operators:
     "Python's operators as functions of PyTorch."
     def __getitem__(self, i): return by_rule(torch.Tensor.__getitem__, self, i)
@@ -83,7 +83,7 @@ class Operators:
     def __bool__(self): return by_rule(torch.Tensor.__bool__, self)
     __hash__ = object.__hash__
 
-
+# %% ../../nbs/lib/27_neurons.rate.ipynb #ca0b2d56
 class Steps(Operators):
     "The half of a `Rate` without a graph: `T` steps, `whole`, as they are kept."
     @property
@@ -120,7 +120,7 @@ class Steps(Operators):
 
     def part(self, i, j): return some_images(self, i, j)
 
-
+# %% ../../nbs/lib/27_neurons.rate.ipynb #c50b80f7
 class Rate(Steps):
     "T steps without a graph and their mean with one."
     def __init__(
@@ -163,7 +163,7 @@ class Rate(Steps):
         "What leaves the network, (1, B, …): the rate, its gradient divided."
         return (self.rate if divide == 1 else Passed.apply(self.rate, self.rate, 1 / divide))[None]
 
-
+# %% ../../nbs/lib/27_neurons.rate.ipynb #cf603925
 def in_every_step(x, T):
     "(B, …) repeated to (T·B, …) in its memory format."
     if x.dim() != 4: return x.repeat(T, *[1] * (x.dim() - 1))
@@ -192,7 +192,7 @@ def filled(x):
     for i, j, steps in x.each(): y[:, i:j] = steps.unflatten(0, (x.T, j - i))
     return y.flatten(0, 1)
 
-
+# %% ../../nbs/lib/27_neurons.rate.ipynb #451ac55a
 def put_together(
     x,  # a `Rate`
     run,  # (i, j, all steps of the images i to j) → results
@@ -237,7 +237,7 @@ def place(
     known = next((m for m in found if id(m) in paths), found[0])
     return f"{type(known).__name__}, {paths[id(known)]}" if id(known) in paths else type(known).__name__
 
-
+# %% ../../nbs/lib/27_neurons.rate.ipynb #35bdd3db
 def no_rule(
     what,  # the function's name
     where=None,  # as `place` says; None: where this is called
@@ -284,7 +284,7 @@ def joined(rate, steps, T, what):
     if rate.dim() != steps.dim() or not rate.dim() or len(steps) != T * len(rate): raise no_rule(what)
     return Rate(rate, steps, T)
 
-
+# %% ../../nbs/lib/27_neurons.rate.ipynb #efaeb2fe
 @rule("conv1d", "conv3d", "conv_transpose2d", "linear", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "pad", "mean", "sum",
       "neg", "permute", "transpose", "flatten", "squeeze", "unsqueeze", "contiguous", "clone", "to", "float", "type", "movedim")
 def commutes(func, *args, **kwargs):
@@ -311,7 +311,7 @@ def shaped(func, *args, **kwargs):
         if plain_name(func) not in SHAPED: raise
         raise no_rule(func.__name__) from e
 
-
+# %% ../../nbs/lib/27_neurons.rate.ipynb #e685714b
 def real(y, what):
     "The result, one or several; the error of `no_rule` where it is not made of real numbers: whole ones have no mean, and no gradient."
     for v in y if isinstance(y, (tuple, list)) else [y]:
@@ -343,7 +343,7 @@ def along(func, x, *args, dim=None, **kwargs):
     if dim in (0, -rates_in(x)[0].dim()): raise no_rule(f"{func.__name__} along the batch")
     return commutes(func, x, *args, dim=dim, **kwargs)
 
-
+# %% ../../nbs/lib/27_neurons.rate.ipynb #22eeffc8
 @rule("getitem")
 def taken(func, x, index):
     "Some channels or pixels of every image."

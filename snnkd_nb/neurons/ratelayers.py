@@ -49,7 +49,7 @@ def precise(*tensors):
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     return [x if x is None or dtype is None else x.to(dtype) for x in tensors]
 
-
+# %% ../../nbs/lib/28_neurons.ratelayers.ipynb #73f602a7
 def step_by_step(
     x,  # a `Rate`
     f,  # images → maps
@@ -140,7 +140,7 @@ class NormRate(torch.autograd.Function):
         gx, gw, gb = torch.ops.aten.native_batch_norm_backward(g, x, weight, mean, var, mean, (var + ctx.eps).rsqrt(), ctx.batch, ctx.eps, wanted)
         return gx, g if ctx.needs_input_grad[1] else None, gw, gb, *[None] * 6
 
-
+# %% ../../nbs/lib/28_neurons.ratelayers.ipynb #81350dd8
 def moments(
     x,  # a `Rate` whose steps are computed later
     of,  # steps → mean and biased variance of every channel
@@ -162,7 +162,7 @@ def plain_moments(y):
     var, mean = torch.var_mean(y.to(torch.promote_types(y.dtype, torch.float32)), [0, *range(2, y.dim())], correction=0)
     return mean, var
 
-
+# %% ../../nbs/lib/28_neurons.ratelayers.ipynb #bde9c50d
 def normalised_later(x, running_mean, running_var, weight, bias, training, momentum, eps):
     "BatchNorm of steps that are computed later, in training once for their statistics."
     with torch.no_grad():
@@ -216,7 +216,7 @@ def beside(residual, i, j, y, bits):
     r = residual.part(i, j)
     return r if r.stride() == y.stride() else torch.empty_like(y).copy_(r)
 
-
+# %% ../../nbs/lib/28_neurons.ratelayers.ipynb #fa67232f
 def one_by_one(norm, act, x, residual):
     "`act(norm(x) + residual)`, one by one."
     y = norm(x)
@@ -224,7 +224,7 @@ def one_by_one(norm, act, x, residual):
     if not isinstance(residual, Rate) or not y.later: return act(y + residual)
     return act(Rate(y.rate + residual.rate, Later(lambda i, j: y.part(i, j) + residual.part(i, j), max(y.ranges(), residual.ranges(), key=len), y.T), y.T))
 
-
+# %% ../../nbs/lib/28_neurons.ratelayers.ipynb #25d42655
 def fire_after(
     norm,  # a BatchNorm
     act,  # a plain `LIF`

@@ -67,7 +67,7 @@ def network(
     if T and scale in LOW: args |= {"neuron_args": LOW[scale]}
     return ModelSpec(NAMES[name], T, width, neuron="dsas" if T else "tet", args={**args, **({"depth": depth} if depth < 1 else {})})
 
-
+# %% ../../nbs/lib/88_papers.dsas.ipynb #9b4a6185
 def optim(scale, teaches=False, dataset="CIFAR-10", searched=False):
     "The budget of a student, of a teacher, or of a student that a search found."
     recorded = dataset in _REAL

@@ -76,7 +76,7 @@ PILOT = {"smoke": "the rate was chosen of two by the test accuracy of one networ
 
 def later(index, column): return Cell(index, column, note="larger scales"), []
 
-
+# %% ../../nbs/lib/89_papers.dsas_students.ipynb #aca69c6b
 def grid_of(
     number,  # of the table, or the name of a figure
     scale,  # smoke, small, medium, paper

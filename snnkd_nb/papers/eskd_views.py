@@ -255,7 +255,7 @@ def map_readings(
 
 def _over_chance(frame): return frame.assign(**{f"{c} over chance": frame[c] - frame[chance] for c, chance in (("pearson", "pearson, another image"), ("pearson, SNN", "pearson, another image, SNN"))})
 
-
+# %% ../../nbs/lib/89_papers.eskd_views.ipynb #e0ef03f3
 def map_rows(
     frame,  # of `map_readings`
 ):

@@ -64,7 +64,7 @@ def _budget(scale, **paper):
 
 def _as_many_steps(optim, scale, shots): return optim.replace(epochs=round(optim.epochs / shots)) if scale == "small" else optim
 
-
+# %% ../../nbs/lib/88_papers.sastc.ipynb #38fb9184
 def optim(
     scale,  # smoke, small, medium, paper
     batch=None,  # images a step; None: the scale's
@@ -87,7 +87,7 @@ def teacher(
 
 LONGER = 3  # times the epochs of its students, for a teacher that sees no more images than they, at small scale
 
-
+# %% ../../nbs/lib/88_papers.sastc.ipynb #a9b6f693
 def fellow(
     scale,  # smoke, small, medium, paper
     dataset,  # "CIFAR-10" or "CIFAR-100"
@@ -162,7 +162,7 @@ def watched(
 SCORED = ("VGG-11", "ResNet-18")  # whose mismatch Tables 1 and 5 show, on CIFAR-100 at T = 3 under ResNet-32x4
 KEPT = {m: {"stm": {}} | ({"attention": {}} if m == "SASTC" else {}) for m in METHODS}  # what is measured of them after every epoch
 
-
+# %% ../../nbs/lib/88_papers.sastc.ipynb #436bb2ca
 def with_score(spec, scale, name, T, method):
     "The run as Tables 1 and 5 ask for it where it is one of theirs, so that no table trains it again."
     of = teacher(scale, "CIFAR-100", "ResNet-32x4")
@@ -189,7 +189,7 @@ def student(
     spec = RunSpec(data(scale, dataset, **corrupt), model, budget, how, "paper", args, None if how in ("none", "tet") else of, seed)
     return spec if method == "TET" else with_score(spec, scale, name, T, method)
 
-
+# %% ../../nbs/lib/88_papers.sastc.ipynb #2049a8a9
 def arms(scale, dataset, name, T, of, n=None, methods=tuple(METHODS), **kw):
     "The groups of every method for one student under one teacher; further options as for `student`."
     one, n = partial(student, scale, dataset, name, T, of=of, **kw), SEEDS[scale] if n is None else n

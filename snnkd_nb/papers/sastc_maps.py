@@ -46,7 +46,7 @@ def imagenet(
     spec = RunSpec(ckdsnn.data(scale, IMAGENET), model, optim, sastc.METHODS[method], "paper", how, None if method == "Baseline" else teacher, seed)
     return sastc.watched(spec, teacher, **sastc.KEPT[method]) if name == "ResNet-18" else spec  # Tables 1 and 5 show its mismatch
 
-
+# %% ../../nbs/lib/89_papers.sastc_maps.ipynb #f22c489d
 def table03(
     scale,  # smoke, small, medium, paper
 ):
@@ -114,7 +114,7 @@ def events(
 EVENT_BETAS = (0.01, 0.1, 1.0)  # the paper's, each for a third of the epochs
 EVENT_BETA = EVENT_BETAS[1]  # of short trainings
 
-
+# %% ../../nbs/lib/89_papers.sastc_maps.ipynb #0ff13fd7
 def table06(
     scale,  # smoke, small, medium, paper
 ):
@@ -240,7 +240,7 @@ def _gains(ax, pairs, most):
     ax.grid(visible=False)
     return shown
 
-
+# %% ../../nbs/lib/89_papers.sastc_maps.ipynb #92e9afaa
 def pair_panels(
     frame,  # of `pair_numbers`
 ):

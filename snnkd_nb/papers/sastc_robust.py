@@ -40,7 +40,7 @@ def table07(
     facts = ["a noisy label is another class, drawn evenly; the held-out images carry noise like the rest (the paper says: perturbed at random)", f"the teacher is one run at every noise level, trained on the students' images and labels{_longer(scale)}"]
     return _robust(scale, 7, cells, *facts)
 
-
+# %% ../../nbs/lib/88_papers.sastc_robust.ipynb #ccc9687b
 def table08(
     scale,  # smoke, small, medium, paper
 ):
@@ -93,7 +93,7 @@ def add_energy(
     report.remarks += shares_in_words(report) if len(frame) else []
     return report
 
-
+# %% ../../nbs/lib/88_papers.sastc_robust.ipynb #d0a303d7
 def shares(
     report,  # of `add_energy`
 ):

@@ -133,7 +133,7 @@ def corrupted(
 def _plain(scale, method, seed): return _halved(student(scale, method, seed), 0.5) if scale == "small" else student(scale, method, seed)
 def _longer(spec, times): return spec.replace(optim=spec.optim.replace(epochs=times * spec.optim.epochs))
 
-
+# %% ../../nbs/lib/88_papers.studies.ipynb #ae857e7d
 def calibrated(scale, setting, method, seed, **options):
     "The `RunSpec` of a student under one method, and its options, in one setting."
     base = _plain(scale, method, seed)

@@ -100,7 +100,7 @@ def matches(
     "Whether a record stands at the given place."
     return all(str(record.get(k)) in map(str, v if isinstance(v, tuple) else (v,)) for k, v in at.items())
 
-
+# %% ../../nbs/lib/80_published.format.ipynb #2d5b941b
 @dataclass(frozen=True)
 class PublishedTable:
     "A table as a paper printed it."

@@ -134,7 +134,7 @@ def _pair(seen):
     s = max((i for i, f in enumerate(seen.students.values()) if f.shape[-1] > 1), default=len(seen.students) - 1)
     return s, int(seen.eta[-1, s].argmax())
 
-
+# %% ../../nbs/lib/88_reports.calibration.ipynb #da3fcbd4
 def _details(fig, ax, module, seen):
     s, a = _pair(seen)
     (name_s, f_s), (name_a, f_a) = list(seen.students.items())[s], list(seen.teachers.items())[a]

@@ -83,7 +83,7 @@ def _ours(r, digits):
 def _paper(r): return "" if r["paper"] is None else _number(r["paper"], r["paper_std"], digits=max(2, len(f"{r['paper']:g}".partition(".")[2])))
 def _delta(r): return "" if r["delta"] is None else f"{r['delta']:+.2f}"
 
-
+# %% ../../nbs/lib/87_reports.compare.ipynb #21566245
 class Report:
     "Paper against ours for one artefact at one scale."
 
@@ -239,7 +239,7 @@ def gain(
     note = ", one seed" if None in gap.errors else "" if told_apart(gap) else ", not told apart"
     return f"{of} over {over}: {gap.value:+.2f} points{note}."
 
-
+# %% ../../nbs/lib/87_reports.compare.ipynb #08d78ba5
 def curves(
     grid,  # the `Grid` of a study
     runs,  # mapping `RunSpec` -> `Record` or None

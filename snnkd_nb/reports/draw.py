@@ -105,7 +105,7 @@ def tall(
     "Height of its box in inches."
     return 0.24 if _sign(node) or node.kind == "input" else 0.16 + 0.15 * (node.label.count("\n") + 1)
 
-
+# %% ../../nbs/lib/86_reports.draw.ipynb #a70f6a43
 def layout(
     nodes,  # from `trace`
 ):
@@ -186,7 +186,7 @@ def _paint(ax, nodes, place):
     _arrow(ax, [(0, end), (0, end - GAP)])
     _notes(ax, nodes, place)
 
-
+# %% ../../nbs/lib/86_reports.draw.ipynb #3724ac02
 def draw(
     graphs,  # a module, its nodes, or several side by side as {title: module or nodes}
     note="",  # a line below the picture

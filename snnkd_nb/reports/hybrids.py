@@ -66,7 +66,7 @@ def _head(net):
     sizes = [m for m in net.head.modules() if isinstance(m, torch.nn.Linear)]
     return " → ".join(map(str, [sizes[0].in_features, *(m.out_features for m in sizes)]))
 
-
+# %% ../../nbs/lib/88_reports.hybrids.ipynb #828f5791
 def step_calls(
     distiller,  # with ESKD among its methods; networks of `list_models()`
     x,  # images (B, C, H, W)
@@ -122,7 +122,7 @@ def _draw_row(ax, calls, place, y, kind):
         if k: _arrow(ax, (x - STEP + WIDE / 2, y), (x - WIDE / 2, y))
     return x
 
-
+# %% ../../nbs/lib/88_reports.hybrids.ipynb #0fb58cd7
 def framework(
     distiller,  # with ESKD as its method
     x,  # images (B, C, H, W)
@@ -150,7 +150,7 @@ def framework(
     numbers = [{"row": c.row, "module": c.name, "made of": c.made.replace("\n", ", "), "puts out": " × ".join(map(str, c.shape)), "gradients": c.graph} for c in calls]
     return fig, pd.DataFrame(numbers + [{"row": "loss", "module": k, "made of": "", "puts out": f"{v:.6g}", "gradients": True} for k, v in terms.items()])
 
-
+# %% ../../nbs/lib/88_reports.hybrids.ipynb #f6b7eed1
 def _answer(ax, end, y, name, says):
     _arrow(ax, (end + WIDE / 2, y), (end + WIDE / 2 + 0.13, y))
     _text(ax, end + WIDE / 2 + 0.34, y, name, weight="bold")

@@ -156,7 +156,7 @@ def outline(
     steep = [((x, y - 1), (x, y)) for y, x in np.argwhere(np.diff(around, axis=1))]
     return np.array([*level, *steep], dtype=float).reshape(-1, 2, 2) * (size[1] / mask.shape[1], size[0] / mask.shape[0]) - 0.5
 
-
+# %% ../../nbs/lib/86_reports.maps.ipynb #bb456065
 def _show(ax, m, size):
     from matplotlib.collections import LineCollection
 

@@ -184,7 +184,7 @@ def _rows(ax, model, x, y, word):
     _text(ax, 0.55, y + (0.48 if y > 2 else -0.48), f"{word}{steps}", fontsize=8, weight="bold")
     return boxes
 
-
+# %% ../../nbs/lib/87_reports.overview.ipynb #8c819708
 def pipeline(
     student,  # an SNN
     teacher,  # an ANN with the same number of stages
@@ -210,7 +210,7 @@ def pipeline(
     numbers = [{"row": r, "module": m, "made of": made, "puts out": shape} for r, (m, made, shape) in rows] + [{"row": "loss", "module": k, "made of": "", "puts out": f"{v:.6g}"} for k, v in terms.items()]
     return fig, pd.DataFrame(numbers)
 
-
+# %% ../../nbs/lib/87_reports.overview.ipynb #0ad404c0
 def _samd(fig, ax, at, seen, value):
     for lane, y, name, key in ((HIGH - H / 2, 2.28, "CAM", "t"), (LOW + H / 2, 1.42, "SAM", "s")):
         _thumb(fig, ax, at, y, rescale(seen[key].maps[:1])[0], 0.56, cmap="cividis", vmin=0, vmax=1)

@@ -217,7 +217,7 @@ def framework(
     _onward(ax, seen, record, terms := distilled_terms(student, teacher, x, y), end)
     return fig, numbers_of(seen, record, terms)
 
-
+# %% ../../nbs/lib/89_reports.searches.ipynb #b3438037
 def _compared(fig, ax, seen, below, above, teacher):
     taught = pick(range(len(teacher.stage_names)))
     columns = [1.6 + (below[-1] - 1.6) * i / 3 for i in range(4)]

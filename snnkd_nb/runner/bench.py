@@ -232,7 +232,7 @@ def from_scratch(genome, weights, make):
     torch.nn.functional.cross_entropy(logits.mean(0), y).backward()
     return mas(list(asked.features.values()), [f.detach() for f in features.values()]) + tgs(asked.last, student.head.out.weight.grad)
 
-
+# %% ../../nbs/lib/96_runner.bench.ipynb #0f2a1143
 def search_rows(tiny=False):
     "Scoring candidates from scratch over scoring them with what is kept of the teacher; candidates a second of both."
     import numpy as np
@@ -258,7 +258,7 @@ def search_rows(tiny=False):
             {**row("search", name.format(f"a search of {asked} candidates, {known} known,"), t, "its candidates", "search", scale=len(some) / asked, goal=">= 5"), **rate("search", asked)},
             full_search(4, 2) if tiny else full_search()]
 
-
+# %% ../../nbs/lib/96_runner.bench.ipynb #a14b4d2a
 def full_search(population=200, generations=20):
     "Minutes that a search of the paper's size needs at smoke scale with two processes, over 15."
     import time

@@ -175,7 +175,7 @@ def fire(c, h, n, T, norm):
     return {"forward": (f, (6 + 5 * norm) * size, (4 + 2 * norm) * size),
             "backward": (lambda: torch.autograd.grad(y, x, g, retain_graph=True), (16 + 9 * norm) * size, (6 + 6 * norm) * size)}
 
-
+# %% ../../nbs/lib/95_runner.micro.ipynb #138cc9c8
 def limits(tiny):
     "Functions that copy and multiply as fast as the machine can, with the bytes and operations they do."
     import torch

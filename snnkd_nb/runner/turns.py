@@ -82,7 +82,7 @@ def autocast(half):
 
     return torch.autocast(device().type, torch.bfloat16) if half else contextlib.nullcontext()
 
-
+# %% ../../nbs/lib/94_runner.turns.ipynb #47b0e598
 def stepper(
     net,  # images → logits (T, B, K) or (B, K)
     x,  # images
@@ -108,7 +108,7 @@ def stepper(
 
     return step
 
-
+# %% ../../nbs/lib/94_runner.turns.ipynb #9f7565a3
 def taught(
     distiller,  # a `Distiller`
     x,  # images

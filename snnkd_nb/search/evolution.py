@@ -259,7 +259,7 @@ def evolve(
     need(not (why := _all_dead(book.scores)), why)
     return SearchResult(space, tuple(out), book.scores, _front(made.pop, out[-1].genomes) if two else (), scorer.options() if isinstance(scorer, Scorer) else {})
 
-
+# %% ../../nbs/lib/75_search.evolution.ipynb #124e13d3
 def _all_dead(scores):
     if any(not s.dead for s in scores.values()): return ""
     why, n = Counter(s.dead for s in scores.values()).most_common(1)[0]

@@ -59,7 +59,7 @@ class Facts(NamedTuple):
     plain: torch.Tensor  # similarity matrix of the last stage; None where it is not needed
     gradient: torch.Tensor  # of the last layer; None where it is not needed
 
-
+# %% ../../nbs/lib/72_search.score.ipynb #03634c11
 def fingerprint(
     *tensors,
 ):

@@ -47,7 +47,7 @@ def last_layer(
     need(path, f"{called(net)} has no linear layer with as many outputs as classes, whose gradient TGS needs: take metric='mas'")
     return net.get_submodule(path)
 
-
+# %% ../../nbs/lib/71_search.teacher.ipynb #df9867f5
 @contextlib.contextmanager
 def one_thread():
     "Compute with one thread of this process."
@@ -67,7 +67,7 @@ class Asked(NamedTuple):
     last: torch.Tensor  # (N, C), gradient of the last layer's weights
     sample: torch.Tensor  # (B, C), gradient of what enters the last layer
 
-
+# %% ../../nbs/lib/71_search.teacher.ipynb #bb0519a2
 @one_thread()
 def ask(
     teacher,  # a staged ANN with gradients switched on
@@ -89,7 +89,7 @@ def ask(
     need(found[0] is not None, "the teacher's last layer has no gradient: TGS needs it, take metric='mas'")
     return Asked({n: f.detach() for n, f in features.items()}, [g for g in found[2:] if g is not None], found[0].flatten(1), found[1].reshape(*found[1].shape[:2], -1).sum(2))
 
-
+# %% ../../nbs/lib/71_search.teacher.ipynb #ea0a8845
 def prepared(
     teacher,  # a staged ANN
     mode="eval",  # of its BatchNorms: "eval", or "train" for the statistics of the batch

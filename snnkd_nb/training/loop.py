@@ -246,7 +246,7 @@ def fit(
             emit({"event": "epoch", "epochs": optim.epochs, **history[-1]})
     return history
 
-
+# %% ../../nbs/lib/54_training.loop.ipynb #88bbf3b3
 def _identity(optim, augment, seed, data, distiller, probes):
     teacher = distiller.teacher.state_dict() if distiller.teacher is not None else {}
     sums = [[k, float(v.double().sum())] for k, v in teacher.items()]
@@ -273,7 +273,7 @@ def _alike(accelerator, net, weights=True):
     if accelerator.num_processes == 1 or net is None: return
     for v in [*(net.parameters() if weights else ()), *net.buffers()]: torch.distributed.broadcast(v.data, 0)
 
-
+# %% ../../nbs/lib/54_training.loop.ipynb #ed820a7a
 def _measure(row, student, data, precision):
     t0 = time.perf_counter()
     val = evaluate(student, data, "val", precision=precision) if data.val is not None else None
