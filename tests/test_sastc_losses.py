@@ -205,9 +205,16 @@ def test_feature_kd_in_half_precision_rounds_like_its_module(monkeypatch):
     monkeypatch.setattr(winograd, "sweep", lambda name, *a: done.append(name) or sweep(name, *a))
     ours, exact = learnt(True), learnt(False)
     assert {"to_tiles", "from_tiles", "spread", "collect"} == set(done)
-    monkeypatch.setattr(feature, "bare", lambda *a: False)
+    monkeypatch.setattr(projection, "WORTH", 2**40), monkeypatch.setattr(projection, "covers", lambda *a: False)
     off = lambda a, b: float((a - b).norm() / b.norm())
     for a, m, e in zip(ours, learnt(True), exact): assert off(a, e) < 3 * off(m, e) + 2e-3
+
+
+def test_other_modules_and_whole_projections_that_are_listened_to_are_called():
+    x, heard, module = torch.randn(2, 3, 4, 4), [], feature.projection(3, 2)
+    module.register_forward_hook(lambda *a: heard.append(1))
+    own, flat = nn.Conv2d(3, 2, 1), projection.projected([module, nn.Identity()], x)
+    assert heard == [1] and flat[1] is x and projection.projected([own], x)[0].equal(own(x))
 
 
 def test_single_precision_and_what_is_listened_to_pass_the_modules(monkeypatch):

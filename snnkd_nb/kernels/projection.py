@@ -219,9 +219,10 @@ def finished(z, norm, act, mix, parts):
 
 
 def projected(
-    modules,  # projections of the same features: each a 3×3 convolution, BatchNorm, ReLU and a 1×1 convolution
+    modules,  # projections of the same features: each a 3×3 convolution, BatchNorm, ReLU and a 1×1 convolution; other modules are called as they are
     x,  # (N, C, h, w)
     parts=1,  # of the batch, that are normalised by themselves
 ):
     "`[(N, C', h, w)]`, one a module."
+    if parts == 1 and not all(bare(m, nn.Sequential) and len(m) == 4 for m in modules): return [m(x) for m in modules]
     return [finished(z, *m[1:], parts) for z, m in zip(convolved([m[0] for m in modules], x), modules)]

@@ -189,7 +189,7 @@ class Winograd(torch.autograd.Function):
     "x (N, C, h, w) and weights (C', C, 3, 3), … → a convolution for each, in the precision of x."
     @staticmethod
     def forward(ctx, x, *weights):
-        if not covers(x): raise UserError(f"features of {tuple(x.shape)}, {x.dtype}, on {x.device}: tiles are for images in float32 or bfloat16 on a CPU")
+        if not covers(x): raise UserError(f"features of {tuple(x.shape)}, {x.dtype}, on {x.device}: tiles are for images in float32 or bfloat16 on a CPU; take torch.nn.functional.conv2d")
         x, ctx.filters = last(x).contiguous(), [len(w) for w in weights]
         k = torch.cat([w.detach().float().flatten(2).permute(2, 1, 0) for w in weights], 2)
         with torch.autocast("cpu", enabled=False): u = (SQUARE @ k.flatten(1)).to(x.dtype).view(16, *k.shape[1:])

@@ -9,7 +9,7 @@ __all__ = ['align', 'projection', 'feature_loss', 'stages_of', 'image_shape', 'd
 import torch.nn.functional as F
 from torch import nn
 
-from ..kernels.projection import bare, projected
+from ..kernels.projection import projected
 from .base import Method, feature_shapes
 from .kd import weight as checked
 from ..models.stages import paths_in_words
@@ -43,7 +43,7 @@ def feature_loss(
     "Mean squared error between the projected student and the teacher, in fp32; mean over steps, images and elements."
     steps = f_s.shape[0] if f_s.dim() == 5 else 1
     folded, target = align(f_s.flatten(0, 1) if f_s.dim() == 5 else f_s, f_t)
-    guess = projected([project], folded)[0] if bare(project, nn.Sequential) and len(project) == 4 else project(folded)
+    guess, = projected([project], folded)
     return (guess.float().unflatten(0, (steps, -1)) - target.float()).square().mean()
 
 # %% ../../nbs/lib/42_losses.feature.ipynb #3124214a
