@@ -155,7 +155,7 @@ class ModelSpec(Spec):
         _number(self, "width", 0.01, 64)
 
 # %% ../nbs/lib/02_spec.ipynb #c023ae5c
-SCHEDULES, PRECISIONS = ("cosine", "multistep", "onecycle", "constant"), ("fp32", "bf16", "fp16")
+SCHEDULES, PRECISIONS = ("cosine", "multistep", "onecycle", "constant"), ("fp32", "bf16", "fp16", "auto")
 GRADIENTS = ("bptt", "rate", "rate-code")
 
 
@@ -173,7 +173,7 @@ class OptimSpec(Spec):
     gamma: float = 0.1  # factor of multistep
     warmup: float = 0.0  # epochs of linear warm-up
     nesterov: bool = False  # Nesterov momentum
-    precision: str = "fp32"  # fp32, bf16, fp16 (autocast; weights and neuron state stay fp32)
+    precision: str = "fp32"  # fp32, bf16, fp16 (autocast; weights and neuron state stay fp32), auto: bf16 where it is in hardware, else fp32
     clip: float | None = None  # largest norm of the gradient; None: no clipping
     gradient: str = "bptt"  # of a spiking network: bptt (through time), rate (through firing rates), rate-code (divided by T, as published)
     __hash__ = Spec.__hash__

@@ -11,6 +11,7 @@ import math
 import torch
 
 from ..core import UserError, unknown
+from .precision import emulates_bf16
 
 # %% ../../nbs/lib/26_kernels.gram.ipynb #55943efb
 def dense(x, lead):
@@ -40,7 +41,8 @@ def times(
     "The matrix product in its factors' own precision, also under autocast."
     with torch.autocast(a.device.type, enabled=False):
         if a.is_cuda and a.dtype != dtype: return torch.bmm(a, b, out_dtype=dtype) if a.dim() == 3 else torch.mm(a, b, out_dtype=dtype)
-        return (a.float() @ b.float() if a.dtype == torch.float16 else a @ b).to(dtype)
+        slow = a.dtype == torch.float16 or emulates_bf16(a, b)
+        return (a.float() @ b.float() if slow else a @ b).to(dtype)
 
 
 class Gram(torch.autograd.Function):

@@ -17,6 +17,7 @@ from torch import nn
 
 from .flat import FREE, LOOP, ZERO, load, pointer, run, store, team_size, to_c
 from .norm import FLUSH, NORM, WIDE, covers, gather, is_half, own_sums, portion, pour_both, record, side_by_side, statistics, write
+from .precision import bf16_route
 from .winograd import Winograd, worth
 
 # %% ../../nbs/lib/24_kernels.projection.ipynb #9f824a6d
@@ -198,7 +199,7 @@ def plain(conv, size):
     return own and conv.stride == conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros" and conv.weight.device.type == "cpu"
 
 
-def in_half(x): return x.device.type == "cpu" and (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype) == torch.bfloat16
+def in_half(x): return x.device.type == "cpu" and bf16_route() == "native" and (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype) == torch.bfloat16
 
 
 def convolved(

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..kernels.flat import FREE, LOOP, TASK, ZERO, ask, load, pointer, run, store, to_c
 from ..kernels.gram import Gram, gram, rows
+from ..kernels.precision import emulates_bf16
 from ..spec import need
 
 # %% ../../nbs/lib/46_losses.attention.ipynb #8c2ca4fc
@@ -27,6 +28,8 @@ class Twice(Gram):
         ctx.save_for_backward(x)
         ctx.lead, a = lead, rows(x, lead)
         with torch.autocast("cpu", enabled=False):
+            if emulates_bf16(a):
+                return torch.bmm(a.float(), a.float().mT)
             first = torch.bmm(a, a.mT)  # `@` would copy a single step in another order
             return first.float() + torch.baddbmm(first, a, a.mT, beta=-1).float()
 

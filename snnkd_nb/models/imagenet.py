@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..core import UserError, data_dir, unknown
-from .blocks import BasicBlock, Bottleneck, Net, activation, fire_static, linears, norm_act, register_model, repeat_time, scaled
+from .blocks import Conv2d, BasicBlock, Bottleneck, Net, activation, fire_static, linears, norm_act, register_model, repeat_time, scaled
 from .resnet import WIDE, stage
 from .weights import find_file, hash_in, load_state, read_state
 from ..spec import need
@@ -30,7 +30,7 @@ class ImageStem(nn.Module):
         super().__init__()
         if kind not in STEMS: raise unknown("stem", kind, STEMS)
         size, stride = STEMS[kind]
-        self.conv = nn.Conv2d(c_in, c_out, size, stride, size // 2, bias=False)
+        self.conv = Conv2d(c_in, c_out, size, stride, size // 2, bias=False)
         self.bn = nn.BatchNorm2d(c_out)
         self.act = act() if act else None
         self.pool = nn.MaxPool2d(3, 2, 1) if kind == "imagenet" else nn.Identity()

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core import unknown
-from .blocks import Net, activation, last_norm, linears, norm_act, register_model, scaled
+from .blocks import Conv2d, Net, activation, last_norm, linears, norm_act, register_model, scaled
 from .imagenet import STEMS, ImageStem
 from ..spec import need
 
@@ -40,8 +40,8 @@ class PyramidBlock(nn.Module):
 
     def __init__(self, c_in, c, stride, act):
         super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(c_in), nn.Conv2d(c_in, c, 3, stride, 1, bias=False)
-        self.bn2, self.act, self.conv2 = nn.BatchNorm2d(c), act(), nn.Conv2d(c, c, 3, 1, 1, bias=False)
+        self.bn1, self.conv1 = nn.BatchNorm2d(c_in), Conv2d(c_in, c, 3, stride, 1, bias=False)
+        self.bn2, self.act, self.conv2 = nn.BatchNorm2d(c), act(), Conv2d(c, c, 3, 1, 1, bias=False)
         self.bn3, self.shortcut = nn.BatchNorm2d(c), PadShortcut(c - c_in, stride)
 
     def forward(self, x):
@@ -55,9 +55,9 @@ class PyramidBottleneck(nn.Module):
 
     def __init__(self, c_in, c, stride, act):
         super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(c_in), nn.Conv2d(c_in, c, 1, bias=False)
-        self.bn2, self.act1, self.conv2 = nn.BatchNorm2d(c), act(), nn.Conv2d(c, c, 3, stride, 1, bias=False)
-        self.bn3, self.act2, self.conv3 = nn.BatchNorm2d(c), act(), nn.Conv2d(c, 4 * c, 1, bias=False)
+        self.bn1, self.conv1 = nn.BatchNorm2d(c_in), Conv2d(c_in, c, 1, bias=False)
+        self.bn2, self.act1, self.conv2 = nn.BatchNorm2d(c), act(), Conv2d(c, c, 3, stride, 1, bias=False)
+        self.bn3, self.act2, self.conv3 = nn.BatchNorm2d(c), act(), Conv2d(c, 4 * c, 1, bias=False)
         self.bn4, self.shortcut = nn.BatchNorm2d(4 * c), PadShortcut(4 * c - c_in, stride)
 
     def forward(self, x):

@@ -13,7 +13,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from .blocks import Chain, Net, Stem, activation, linears, norm_act, register_model
+from .blocks import Conv2d, Chain, Net, Stem, activation, linears, norm_act, register_model
 from ..spec import need
 
 # %% ../../nbs/lib/36_models.spikformer.ipynb #20977b5c
@@ -70,9 +70,9 @@ class Attention(nn.Module):
     def __init__(self, dim, heads, act, act_attn, bias):
         super().__init__()
         self.heads, self.ssa = heads, Products()
-        self.qkv, self.qkv_bn, self.qkv_act = nn.Conv2d(dim, 3 * dim, 1, bias=bias), nn.BatchNorm2d(3 * dim), act()
+        self.qkv, self.qkv_bn, self.qkv_act = Conv2d(dim, 3 * dim, 1, bias=bias), nn.BatchNorm2d(3 * dim), act()
         self.attn_act = act_attn()
-        self.proj, self.proj_bn = nn.Conv2d(dim, dim, 1), nn.BatchNorm2d(dim)
+        self.proj, self.proj_bn = Conv2d(dim, dim, 1), nn.BatchNorm2d(dim)
 
     def forward(self, x, then=None):
         "`then`: an activation that follows."
@@ -87,8 +87,8 @@ class Block(nn.Module):
         super().__init__()
         self.pre, self.act1, self.act2 = pre, act(), act()
         self.attn = Attention(dim, heads, act, act_attn, bias=not pre)
-        self.mlp = Chain(OrderedDict(conv1=nn.Conv2d(dim, 4 * dim, 1), bn1=nn.BatchNorm2d(4 * dim), act=act(),
-                                     conv2=nn.Conv2d(4 * dim, dim, 1), bn2=nn.BatchNorm2d(dim)))
+        self.mlp = Chain(OrderedDict(conv1=Conv2d(dim, 4 * dim, 1), bn1=nn.BatchNorm2d(4 * dim), act=act(),
+                                     conv2=Conv2d(4 * dim, dim, 1), bn2=nn.BatchNorm2d(dim)))
 
     def forward(self, x):
         if self.pre:
@@ -103,7 +103,7 @@ def pooling(): return nn.MaxPool2d(3, 2, 1)
 
 def patch(c_in, c_out, act, pool=False):
     "conv3×3 – BatchNorm – activation, and max pooling at the end or not."
-    parts = OrderedDict(conv=nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), bn=nn.BatchNorm2d(c_out), act=act())
+    parts = OrderedDict(conv=Conv2d(c_in, c_out, 3, padding=1, bias=False), bn=nn.BatchNorm2d(c_out), act=act())
     if pool: parts["pool"] = pooling()
     return Chain(parts)
 
@@ -129,7 +129,7 @@ class SpikingformerStem(Stem):
         for i, (a, b) in enumerate(zip(widths, widths[1:]), 1):
             if i > 1: parts[f"act{i}"] = act()
             if i > 2: parts[f"pool{i}"] = pooling()
-            parts[f"conv{i}"], parts[f"bn{i}"] = nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b)
+            parts[f"conv{i}"], parts[f"bn{i}"] = Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b)
         self.patches = Chain(parts)
 
     def forward(self, x, repeat=None): return self.patches(super().forward(x, repeat))

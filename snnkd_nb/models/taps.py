@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ..core import UserError, unknown
+from ..kernels.precision import protected
 from .blocks import eval_mode, fold
 from .stages import paths_in_words, settle, stage_paths
 from .weights import first_line
@@ -289,9 +290,11 @@ class Foreign(nn.Module):
 
     def forward(self, x, features=False):
         x, seen, taps = self.images(x), {}, {t.path: t for t in self.taps.values()}
-        if not features: return answer(self.net(x))
+        if not features:
+            with protected():
+                return answer(self.net(x))
         def keep(path, out): seen.setdefault(path, []).append(out.clone() if taps[path].copy else out)
-        with hooked(self.net, taps, keep): logits = answer(self.net(x))
+        with protected(), hooked(self.net, taps, keep): logits = answer(self.net(x))
         return logits, {n: to_map(single(t.path, seen.get(t.path, ())), t, x.shape[2] / x.shape[3]) for n, t in self.taps.items()}
 
     def forward_from(self, stage, x, prefix=None):
@@ -301,7 +304,8 @@ class Foreign(nn.Module):
         fits = x.dim() == len(own) + 1 and tap.channels(x.shape[1:]) == tap.channels(own)
         need(fits, f"feature of shape {tuple(x.shape)}: {stage} of this network puts out (B, {', '.join(map(str, own))})")
         out = from_map(x, tap, prefix_for(x, tap, prefix, self.prefix))
-        return run_from(self.net, tap.path, out.clone() if tap.copy else out, self.shape(self.image_size))
+        with protected():
+            return run_from(self.net, tap.path, out.clone() if tap.copy else out, self.shape(self.image_size))
 
     def feature_shapes(self, image_size=None):
         "{stage: (C, H, W)} for one image; of raw tokens (N, C). Another size than at first takes another dry run."

@@ -11,7 +11,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from .blocks import Chain, Net, Stem, activation, linears, register_model, scaled
+from .blocks import Conv2d, Chain, Net, Stem, activation, linears, register_model, scaled
 
 # %% ../../nbs/lib/33_models.vgg.ipynb #50402544
 POOLS = {"A": nn.AvgPool2d, "M": nn.MaxPool2d}
@@ -30,7 +30,7 @@ def stage(
         else:
             n, _, stride = word.partition("/")
             c_in, c = c, scaled(int(n), width)
-            parts[f"conv{i}"] = nn.Conv2d(c_in, c, 3, int(stride or 1), padding=1)
+            parts[f"conv{i}"] = Conv2d(c_in, c, 3, int(stride or 1), padding=1)
             parts[f"bn{i}"], parts[f"act{i}"] = nn.BatchNorm2d(c), act()
     return Chain(parts), c
 

@@ -8,7 +8,7 @@ __all__ = ['WideBlock', 'bare_stem', 'wrn', 'wrn16_2', 'wrn28_4', 'wrn40_2', 'Wi
 # %% ../../nbs/lib/34_models.wide.ipynb #91952fc3
 from torch import nn
 
-from .blocks import Bottleneck, Net, Pointwise, Stem, activation, last_norm, linears, norm_act, register_model, scaled, shortcut
+from .blocks import Conv2d, Bottleneck, Net, Pointwise, Stem, activation, last_norm, linears, norm_act, register_model, scaled, shortcut
 from .resnet import resnet
 
 # %% ../../nbs/lib/34_models.wide.ipynb #35f7efa0
@@ -16,8 +16,8 @@ class WideBlock(nn.Module):
     "BN – activation – conv3×3 – BN – activation – conv3×3, and a shortcut without BatchNorm."
     def __init__(self, c_in, c, stride, act):
         super().__init__()
-        self.bn1, self.act1, self.conv1 = nn.BatchNorm2d(c_in), act(), nn.Conv2d(c_in, c, 3, stride, 1, bias=False)
-        self.bn2, self.act2, self.conv2 = nn.BatchNorm2d(c), act(), nn.Conv2d(c, c, 3, 1, 1, bias=False)
+        self.bn1, self.act1, self.conv1 = nn.BatchNorm2d(c_in), act(), Conv2d(c_in, c, 3, stride, 1, bias=False)
+        self.bn2, self.act2, self.conv2 = nn.BatchNorm2d(c), act(), Conv2d(c, c, 3, 1, 1, bias=False)
         self.shortcut = None if stride == 1 and c_in == c else Pointwise(c_in, c, stride)
 
     def forward(self, x):
@@ -84,7 +84,7 @@ class WideBottleneck(Bottleneck):
 
     def __init__(self, c_in, c, stride, act, kind="conv", last=None):
         super().__init__(c_in, c, stride, act, kind, last)
-        self.conv3, self.bn3 = nn.Conv2d(c, 2 * c, 1, bias=False), nn.BatchNorm2d(2 * c)
+        self.conv3, self.bn3 = Conv2d(c, 2 * c, 1, bias=False), nn.BatchNorm2d(2 * c)
         self.shortcut = shortcut(c_in, 2 * c, stride, kind)
 
 # %% ../../nbs/lib/34_models.wide.ipynb #22d315f5

@@ -78,9 +78,9 @@ def images(batch, size, classes=10):
 
 def autocast(half):
     "bfloat16 where convolutions and products may have it, or nothing."
-    import torch
+    from snnkd_nb.kernels.precision import autocast
 
-    return torch.autocast(device().type, torch.bfloat16) if half else contextlib.nullcontext()
+    return autocast(device(), "bf16" if half else "fp32")
 
 # %% ../../nbs/lib/94_runner.turns.ipynb #47b0e598
 def stepper(

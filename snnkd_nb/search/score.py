@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from ..core import UserError, canonical_json, seed_for, sha256_of, unknown
 from ..kernels.gram import rows
+from ..kernels.precision import autocast
 from ..models.genome import check_genome, genome_parameters, genome_text
 from ..models.stages import paths_in_words
 from ..neurons.lif import create_neuron, list_neurons
@@ -288,6 +289,6 @@ class Scorer:
         "`measured` of the candidate on every batch."
         how, n = self.how, len(genes)
         keep = None if how.needs("snasnet") else {*pick(range(n), how.layers), n - 1}
-        with torch.autocast("cpu", torch.bfloat16, enabled=how.dtype == "bfloat16"):
+        with autocast("cpu", "bf16" if how.dtype == "bfloat16" else "fp32"):
             looks = look(genes, seed, [f.x for f in self.facts], kit_for(how.T, how.neuron, how.neuron_args), self.classes, keep, how.needs("snasnet"))
         return [measured(seen, f, how) for seen, f in zip(looks, self.facts)]
