@@ -188,9 +188,11 @@ class Outcome:
 # %% ../../nbs/lib/92_runner.jobs.ipynb #e2054b2e
 class Teller:
     "Turns the messages of tasks into lines and an `Outcome`."
-    def __init__(self, jobs, workers, board):
+    def __init__(self, jobs, workers, board, speed=None, after=0.0):
         self.specs, self.workers, self.board = {j.id: j.spec for j in jobs}, workers, board
-        self.out, self.clock, self.warned, self.wide = Outcome(len(jobs)), Clock(), set(), max(map(len, self.specs), default=0)
+        self.out, self.warned = Outcome(len(jobs)), set()
+        self.clock, self.after = Clock(speed), after
+        self.wide = max(map(len, self.specs), default=0)
 
     def hear(self, task, m):
         if m.get("event") == "epoch": self.board.epoch(task, m)
@@ -207,7 +209,8 @@ class Teller:
         self.out.done.append(task.id)
         gone = {*self.out.done, *self.out.failed, *self.out.skipped}
         rest = [s for i, s in self.specs.items() if i not in gone]
-        left = f" · {duration(self.clock.left(rest, self.workers))} left" if rest else ""
+        seconds = self.clock.left(rest, self.workers)
+        left = f" · {duration(seconds and seconds + self.after)} left" if rest else ""
         said = m.get("says") or f"{m['acc']:6.2f} %"
         self.line(task, f"{said}  {m['seconds']:6.1f} s{left}")
 
@@ -232,6 +235,8 @@ def execute(
     on_line=print,  # called with every line
     executor="local",  # local or dask
     call=RUN,  # the function that makes a run
+    speed=None,  # how slow this machine is, from `graph.machine_speed`; None: learned from the runs
+    after=0.0,  # seconds of other work that follows, part of the time that is left
 ):
     "Make the missing runs and their teachers; failures are told and counted in the `Outcome`, not raised."
     if executor not in EXECUTORS: raise unknown("executor", executor, EXECUTORS)
@@ -240,7 +245,7 @@ def execute(
     envs = [{"CUDA_VISIBLE_DEVICES": c} for c in cards()] or [{}]
     live = on_line is print and sys.stdout.isatty() and not in_notebook()
     with (Bars() if live else Lines(on_line)) as board:
-        teller = Teller(needed, min(jobs, len(needed)), board)
+        teller = Teller(needed, min(jobs, len(needed)), board, speed, after)
         events = EXECUTORS[executor](tasks_for(needed, store, call), jobs, max(1, cores() // jobs), envs)
         try:
             with contextlib.closing(events):
@@ -252,12 +257,12 @@ def execute(
 # %% ../../nbs/lib/92_runner.jobs.ipynb #90adbed0
 def execute_all(
     wanted,  # function without arguments: the `RunSpec`s and `SearchSpec`s that are wanted, as far as they are known
-    jobs=None, store=None, on_line=print, executor="local", call=RUN,  # as for `execute`
+    jobs=None, store=None, on_line=print, executor="local", call=RUN, speed=None, after=0.0,  # as for `execute`
 ):
     "As `execute`, and then what became known by it, until there is nothing new; the `Outcome` of all rounds."
     out, tried = Outcome(), set()
     while new := [s for s in wanted() if s.id not in tried]:
-        out += execute(new, jobs, store, on_line, executor, call)
+        out += execute(new, jobs, store, on_line, executor, call, speed, after)
         tried |= {s.id for s in new}
     return out
 
