@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,13 +15,13 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from snnkd_nb.core import UserError
 from snnkd_nb.papers.registry import artefact, artefacts, match, specs_for
 from snnkd_nb.reports.grid import SCALES
-from snnkd_nb.runner import jobs as runner_jobs
-from snnkd_nb.runner.graph import plan
+from snnkd_nb.runner import jobs as runner_jobs, notebooks as runner_notebooks
+from snnkd_nb.runner.graph import START_RUNS, Clock, cost, page_seconds, plan
 from snnkd_nb.runner.jobs import Bars, ensure, execute, run_tasks, tasks_for
-from snnkd_nb.runner.notebooks import coerce, parameters, prepare, render
+from snnkd_nb.runner.notebooks import coerce, parameters, prepare, render, reproduce
 from snnkd_nb.runner.status import rendered_path, rows, status_text
 from snnkd_nb.runner.workers import Task
-from snnkd_nb.spec import ModelSpec, OptimSpec, RunSpec, to_dict
+from snnkd_nb.spec import DataSpec, ModelSpec, OptimSpec, RunSpec, to_dict
 from snnkd_nb.store import Record, Store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -182,6 +183,38 @@ def test_threads_follow_the_number_asked_for_and_not_what_is_left(home, monkeypa
     monkeypatch.setattr(runner_jobs, "cores", lambda: 8)
     for n in (1, 3): execute([RunSpec(seed=s) for s in range(n)], 2, on_line=lambda x: None)
     assert given == [(2, 4), (2, 4)]
+
+
+def test_a_reproduction_says_first_what_it_will_do_and_how_long_it_takes(home, monkeypatch):
+    lines = []
+    assert reproduce(["dsas/figure08"], jobs=1, on_line=lines.append).ok
+    assert re.fullmatch(r"1 page to render; (less than a minute|about \d+ minutes?) on 1 core", lines[0])
+    monkeypatch.setattr(runner_notebooks, "machine_speed", lambda: 2.0)
+    monkeypatch.setattr(runner_notebooks, "cores", lambda: 2)
+    specs = [RunSpec(seed=seed, optim=OptimSpec(epochs=20)) for seed in range(8)]
+    speed, after = runner_notebooks._announce(specs, 30, 4, lines.append)
+    expected = 2 * (sum(map(cost, specs)) / 2 + START_RUNS) + after
+    assert speed == 2.0 and after == page_seconds(30, 2, 2.0) > page_seconds(3, 2, 2.0)
+    assert lines[-1] == f"8 runs to train and 30 pages to render; about {round(expected / 60)} minutes on 2 cores"
+    monkeypatch.setattr(runner_notebooks, "cards", lambda: ["0"])
+    assert runner_notebooks._announce(specs, 30, 1, lines.append) == (None, 0.0)
+    assert lines[-1] == "8 runs to train and 30 pages to render; the time left is shown once the first runs are done"
+
+
+def test_the_time_left_counts_what_comes_after_the_runs(home):
+    lines = []
+    specs = [RunSpec(seed=seed, optim=OPTIM) for seed in range(3)]
+    assert execute(specs, 1, on_line=lines.append, call="standin:train", speed=1e-6, after=3600).ok
+    assert ["1 h 00 min left" in line for line in lines] == [True, True, False]
+
+
+def test_an_estimate_moves_from_the_measured_speed_to_what_runs_take():
+    clock, spec = Clock(speed=1.0), RunSpec(optim=OptimSpec(epochs=10))
+    assert clock.seconds(spec) == pytest.approx(cost(spec))
+    for _ in range(100): clock.add(spec, 3 * cost(spec))
+    assert 2.5 * cost(spec) < clock.seconds(spec) < 3 * cost(spec)
+    for longer in (RunSpec(optim=OptimSpec(epochs=20)), spec.replace(model=ModelSpec("resnet20", T=8)), spec.replace(data=DataSpec("digits", size=64))):
+        assert cost(longer) > cost(spec)
 
 
 # --- the registry -----------------------------------------------------------------------------------------------------
