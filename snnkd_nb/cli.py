@@ -173,6 +173,17 @@ def _options(
     return out
 
 
+def _named_precision(precision):
+    "The precision that `auto` stands for on this machine; a stored run names it."
+    if precision != "auto":
+        return precision
+    import torch
+
+    from snnkd_nb.kernels.precision import resolve_precision
+
+    return resolve_precision(precision, "cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _cut(dataset, frames, T):
     from snnkd_nb.data.images import opener
 
@@ -198,7 +209,7 @@ def train(
     batch_size: int = 64,  # images a step
     lr: float = 0.1,  # peak learning rate
     schedule: str = "onecycle",  # cosine, multistep, onecycle, constant
-    precision: str = "fp32",  # fp32, bf16, fp16
+    precision: str = "fp32",  # fp32, bf16 (the same numbers on every CPU), fp16, auto (bf16 where it is in hardware, else fp32)
     gradient: str = "bptt",  # of a spiking student: bptt, rate, rate-code
     size: int | None = None,  # pixels an edge; default: as they are
     frames: int | None = None,  # of an event data set; default: as many as time steps
@@ -218,6 +229,7 @@ def train(
 
     if teacher is None and method not in (None, *ALONE): raise UserError(f"--method {method} needs a teacher: add --teacher NAME")
     _plug_in(plugin)
+    precision = _named_precision(precision)
     data = DataSpec(dataset, size, subset, shots, label_noise, val=val, augment=augment, args=_cut(dataset, frames, T))
     t_optim = OptimSpec(epochs if teacher_epochs is None else teacher_epochs, batch_size, lr, schedule=schedule, precision=precision)
     t_model = teacher and ModelSpec(teacher, None, teacher_width if teacher_width is not None else 1.0 if ":" in teacher else width)

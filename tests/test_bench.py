@@ -36,10 +36,10 @@ def test_a_measurement_is_kept_with_its_machine(monkeypatch, tmp_path):
     monkeypatch.setattr(speed, "root", lambda: tmp_path)
     module.keep([line("step", 4.0), line("gram", 5.0)], {"copy_gb_s": 10.0})
     module.keep([line("gram", 6.0)], {"copy_gb_s": 11.0})
-    kept = speed.measured(module.device().type)
+    kept = speed.measured(module.machine_class())
     assert [(r["what"], r["ratio"]) for r in kept["rows"]] == [("gram", 6.0), ("step", 4.0)] and kept["environment"]["torch"]
     monkeypatch.setattr(module, "environment", lambda: {"cpu": "another"})
-    (tmp_path / "results/bench" / f"{module.device().type}.json").write_text('{"rows": [')
+    (tmp_path / "results/bench" / f"{module.machine_class()}.json").write_text('{"rows": [')
     module.keep([line("gram", 6.5)], {"copy_gb_s": 11.0})  # a file cut short is no obstacle
     module.keep([line("gram", 7.0)], {"copy_gb_s": 11.0})
-    assert [r["ratio"] for r in speed.measured(module.device().type)["rows"]] == [7.0]  # rows of two machines never stand together
+    assert [r["ratio"] for r in speed.measured(module.machine_class())["rows"]] == [7.0]  # rows of two machines never stand together

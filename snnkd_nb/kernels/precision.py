@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ISA_WITHOUT_BF16', 'BF16_ROUTES', 'CONVOLUTIONS', 'PRODUCTS', 'AUTOCAST_DTYPES', 'PRECISIONS', 'cpu_flags',
            'onednn_limit', 'has_native_bf16', 'cpu_class', 'is_strided_pointwise', 'as_tuple', 'subsample',
-           'bf16_route', 'resolve_precision', 'rounded', 'emulate', 'emulates_bf16', 'convolve',
+           'bf16_route', 'resolve_precision', 'rounded', 'emulate', 'emulates_bf16', 'convolve', 'routed',
            'convolution_gradients', 'spread_pixels', 'conv2d', 'SafeProducts', 'kwargs_of_convolution', 'protected',
            'current_mode', 'autocast']
 
@@ -173,6 +173,7 @@ def convolve(
     padding: Any = 0,  # a number, a tuple, "valid" or "same"
     dilation: Any = 1,
     groups: int = 1,
+    only_safe: bool = False,  # leave everything but the strided 1×1 convolution as it is
 ) -> Tensor:
     """Convolve, without the operation that oneDNN computes wrongly, and with emulated bfloat16 where it is due.
 
@@ -187,9 +188,20 @@ def convolve(
         widths = (0,) * num_axes if isinstance(padding, str) else as_tuple(padding, num_axes)
         x = subsample(x, steps, widths)
         stride, padding, dilation = 1, 0, 1
-    if emulates_bf16(x, weight):
+    if not only_safe and emulates_bf16(x, weight):
         return emulate(function, x, weight, bias, stride, padding, dilation, groups)
     return function(x, weight, bias, stride, padding, dilation, groups)
+
+
+@functools.cache
+def routed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return `convolve` for one of PyTorch's convolutions, with that function's name and signature."""
+
+    @functools.wraps(function)
+    def convolution(*args: Any, **kwargs: Any) -> Tensor:
+        return convolve(function, *args, **kwargs)
+
+    return convolution
 
 
 def convolution_gradients(
@@ -281,15 +293,22 @@ PRODUCTS = {
 
 
 class SafeProducts(TorchFunctionMode):
-    """Send convolutions and matrix products through `convolve` and `emulate` while the context lasts."""
+    """Send convolutions and matrix products through `convolve` and `emulate` while the context lasts.
+
+    With `only_safe=True` it changes nothing but the strided 1×1 convolution: for measurements of other libraries.
+    """
+
+    def __init__(self, only_safe: bool = False):
+        super().__init__()
+        self.only_safe = only_safe
 
     def __torch_function__(
         self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func in CONVOLUTIONS and all(kind in (Tensor, torch.nn.Parameter) for kind in types):
-            return convolve(func, *args, **kwargs_of_convolution(kwargs))
-        if func in PRODUCTS and emulates_bf16(*args, *kwargs.values()):
+            return convolve(func, *args, **kwargs_of_convolution(kwargs), only_safe=self.only_safe)
+        if func in PRODUCTS and not self.only_safe and emulates_bf16(*args, *kwargs.values()):
             out = kwargs.pop("out", None)
             result = emulate(func, *args, **kwargs)
             return result if out is None else out.copy_(result)

@@ -8,7 +8,6 @@ __all__ = ['WORTH', 'pair_of', 'ConvRate', 'precise', 'step_by_step', 'convolved
            'one_by_one', 'fire_after', 'begin', 'check_rates']
 
 # %% ../../nbs/lib/28_neurons.ratelayers.ipynb #c447579e
-import functools
 from types import SimpleNamespace
 
 import torch
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 
 from ..core import UserError, unknown
 from ..kernels.lif import engine_for, task
-from ..kernels.precision import convolution_gradients, convolve
+from ..kernels.precision import convolution_gradients, routed
 from ..kernels.rate import DYNAMICS, lif_rates, pass_of, unpacked
 from .lif import FromSpikingJelly, one_pass, watched
 from .rate import Passed, Rate, bits_of, commutes, filled, mean_of, no_rule, put_together, rule
@@ -69,13 +68,13 @@ def step_by_step(
 @rule("conv2d")
 def convolved(func, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     "A convolution of the steps; that of the rate is left out."
-    if x.still or isinstance(padding, str): return commutes(functools.partial(convolve, func), x, weight, bias, stride, padding, dilation, groups)
+    if x.still or isinstance(padding, str): return commutes(routed(func), x, weight, bias, stride, padding, dilation, groups)
     if x.later and not x.light: x.whole = filled(x)  # or its own convolutions would be computed time and again
     how = [list(pair_of(v)) for v in (stride, padding, dilation)]
     rate, weight, bias = precise(x.rate, weight, bias)
-    steps = in_parts(lambda i, j: convolve(func, x.part(i, j).to(weight.dtype), weight, bias, *how, groups), x)
+    steps = in_parts(lambda i, j: routed(func)(x.part(i, j).to(weight.dtype), weight, bias, *how, groups), x)
     if steps is None:
-        with torch.no_grad(): steps = step_by_step(x, lambda v: convolve(func, v, weight, bias, *how, groups))
+        with torch.no_grad(): steps = step_by_step(x, lambda v: routed(func)(v, weight, bias, *how, groups))
     later = ConvRate.apply(rate, weight, bias, steps, *how, groups)
     return Rate(later, steps, x.T, due=later.data)
 

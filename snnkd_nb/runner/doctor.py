@@ -112,12 +112,16 @@ def check_torch():
 def check_cpu(
     flags=None,  # the processor's flags; None: those of this machine
 ):
-    "Cores, and whether bf16 is fast."
-    info = Path("/proc/cpuinfo")
-    if flags is None: flags = next((line for line in info.read_text().splitlines() if line.startswith("flags")), "").split() if info.exists() else []
-    fast = [f for f in ("avx512_bf16", "amx_bf16", "avx_ne_convert") if f in flags]
-    if fast: return Finding("ok", f"{cores()} cores, bf16 in hardware ({', '.join(fast)})")
-    return Finding("note", f"{cores()} cores, no bf16 in hardware", "keep precision fp32 on this machine: bf16 works but is slower, a training step up to three times")
+    "Cores, the class of CPU, and how bfloat16 is computed."
+    from snnkd_nb.kernels.precision import bf16_route, cpu_class, cpu_flags, onednn_limit
+
+    limit = onednn_limit()
+    limited = f" (restricted by ONEDNN_MAX_CPU_ISA={limit})" if limit else ""
+    native = bf16_route() == "native" if flags is None else bool({"avx512_bf16", "amx_bf16"} & set(flags))
+    if not native:
+        return Finding("ok", f"{cores()} cores, class {cpu_class()}{limited}; precision bf16 is emulated: rounded around float32 kernels, about as fast as fp32")
+    have = sorted({"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_flags() if flags is None else flags))
+    return Finding("ok", f"{cores()} cores, class {cpu_class()}{limited}; precision bf16 is in hardware ({', '.join(have)})")
 
 # %% ../../nbs/lib/96_runner.doctor.ipynb #62197377
 def check_numba():

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from ..core import UserError, atomic_write, root
 from ..papers import sastc, sastc_maps
 from ..published.format import published
-from .turns import autocast, device, images, in_turns, row
+from .turns import autocast, device, has_fast_half, images, in_turns, row
 from ..store import environment
 
 # %% ../../nbs/lib/95_runner.durations.ipynb #391d42ac
@@ -37,14 +37,14 @@ def step_of(
 
     def train():
         distiller.train()
-        with autocast(True): loss = sum(distiller(x, y)[0].values())
+        with autocast(has_fast_half()): loss = sum(distiller(x, y)[0].values())
         opt.zero_grad()
         loss.backward()
         opt.step()
 
     def infer():
         student.eval()
-        with torch.no_grad(), autocast(True): student(x)
+        with torch.no_grad(), autocast(has_fast_half()): student(x)
 
     return train, infer
 

@@ -10,7 +10,7 @@ __all__ = ['NEURONS', 'STUDENT', 'TEACHER', 'there_and_back', 'peers', 'neuron_r
 import functools, itertools, math, statistics
 
 from .peers import compiled_loop, jelly_neuron, peer_net
-from .turns import autocast, device, images, in_turns, row, stepper
+from .turns import autocast, device, fast_dtype, has_fast_half, images, in_turns, row, stepper
 
 # %% ../../nbs/lib/95_runner.micro.ipynb #12ffe23c
 def there_and_back(
@@ -77,7 +77,7 @@ def features(shapes, lead):
     import torch
 
     made = (torch.rand(math.prod(lead), c, h, h, device=device()) for c, h in shapes)
-    last = [(f.lt(0.2) if len(lead) > 1 else f).bfloat16().contiguous(memory_format=torch.channels_last) for f in made]
+    last = [(f.lt(0.2) if len(lead) > 1 else f).to(fast_dtype()).contiguous(memory_format=torch.channels_last) for f in made]
     return [f.unflatten(0, lead).requires_grad_() for f in last] if len(lead) > 1 else last
 
 
@@ -114,7 +114,7 @@ def given(T, B, shapes, teachers, folded):
 
     leaves, made = [], []
     for c, h in ((c, min(h, hs)) for _, hs in shapes for c, h in teachers):
-        leaves.append([torch.randn(B * (T if folded else 1), c, h, h, device=device()).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_() for _ in range(1 if folded else T)])
+        leaves.append([torch.randn(B * (T if folded else 1), c, h, h, device=device()).to(fast_dtype()).contiguous(memory_format=torch.channels_last).requires_grad_() for _ in range(1 if folded else T)])
         made.append(torch.nn.Sequential(*[torch.nn.Identity() for _ in range(3)], Given(leaves[-1])))
     lists = [torch.nn.ModuleList(made[i : i + len(teachers)]) for i in range(0, len(made), len(teachers))]
     return torch.nn.ModuleList(lists), [leaf for each in leaves for leaf in each]
@@ -132,7 +132,7 @@ def sastc_rows(tiny=False):
     both = {"step by step": functools.partial(step_by_step, ours), "ours": ours}
 
     def learn(f, leaves):
-        with autocast(True): loss = f(mine, theirs)
+        with autocast(has_fast_half()): loss = f(mine, theirs)
         torch.autograd.grad(loss, [*mine, *leaves])
 
     t = in_turns({name: functools.partial(learn, f, list(ours.parameters())) for name, f in both.items()}, 2 if tiny else 7)
@@ -148,17 +148,18 @@ def sastc_rows(tiny=False):
 
 # %% ../../nbs/lib/95_runner.micro.ipynb #33997d55
 def convolution(c, h, n):
-    "Forward and backward of a 3×3 convolution in half precision: {name: (function, operations, bytes)}."
+    "Forward and backward of a 3×3 convolution in the faster precision: {name: (function, operations, bytes)}."
     import torch
-    from torch.nn import functional as F
+
+    from snnkd_nb.kernels.precision import conv2d
 
     last = dict(memory_format=torch.channels_last)
-    x = torch.randn(n, c, h, h, device=device(), dtype=torch.bfloat16).contiguous(**last).requires_grad_()
-    w = torch.randn(c, c, 3, 3, device=device(), dtype=torch.bfloat16).contiguous(**last).requires_grad_()
-    y, size = F.conv2d(x, w, padding=1), x.numel()
-    g, work = torch.randn_like(y), 18 * c * size
-    return {"forward": (lambda: F.conv2d(x.detach(), w.detach(), padding=1), work, 4 * size),
-            "backward": (lambda: torch.autograd.grad(y, (x, w), g, retain_graph=True), 2 * work, 8 * size)}
+    x = torch.randn(n, c, h, h, device=device(), dtype=fast_dtype()).contiguous(**last).requires_grad_()
+    w = torch.randn(c, c, 3, 3, device=device(), dtype=fast_dtype()).contiguous(**last).requires_grad_()
+    y, num_bytes = conv2d(x, w, padding=1), x.numel() * x.element_size()
+    g, work = torch.randn_like(y), 18 * c * x.numel()
+    return {"forward": (lambda: conv2d(x.detach(), w.detach(), padding=1), work, 2 * num_bytes),
+            "backward": (lambda: torch.autograd.grad(y, (x, w), g, retain_graph=True), 2 * work, 4 * num_bytes)}
 
 
 def fire(c, h, n, T, norm):
@@ -167,13 +168,13 @@ def fire(c, h, n, T, norm):
 
     from snnkd_nb.neurons.lif import create_neuron
 
-    x = torch.randn(n, c, h, h, device=device(), dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last).requires_grad_()
+    x = torch.randn(n, c, h, h, device=device(), dtype=fast_dtype()).contiguous(memory_format=torch.channels_last).requires_grad_()
     act, bn = create_neuron("tet", T), torch.nn.BatchNorm2d(c).to(device())
     f = (lambda: act.after(bn, x)) if norm else lambda: act(x)
-    y, size = f(), x.numel()
+    y, size, num_bytes = f(), x.numel(), x.numel() * x.element_size()
     g = torch.randn_like(y)
-    return {"forward": (f, (6 + 5 * norm) * size, (4 + 2 * norm) * size),
-            "backward": (lambda: torch.autograd.grad(y, x, g, retain_graph=True), (16 + 9 * norm) * size, (6 + 6 * norm) * size)}
+    return {"forward": (f, (6 + 5 * norm) * size, (2 + norm) * num_bytes),
+            "backward": (lambda: torch.autograd.grad(y, x, g, retain_graph=True), (16 + 9 * norm) * size, (3 + 3 * norm) * num_bytes)}
 
 # %% ../../nbs/lib/95_runner.micro.ipynb #138cc9c8
 def limits(tiny):
@@ -181,7 +182,7 @@ def limits(tiny):
     import torch
 
     n, k = 2**22 if tiny else 2**24, 512 if tiny else 1024
-    src, dst, a = torch.ones(n, device=device()), torch.empty(n, device=device()), torch.ones(k, k, device=device(), dtype=torch.bfloat16)
+    src, dst, a = torch.ones(n, device=device()), torch.empty(n, device=device()), torch.ones(k, k, device=device(), dtype=fast_dtype())
     return {"copy": (lambda: dst.copy_(src), 0, 8 * n), "product": (lambda: a @ a, 2 * k**3, 0)}
 
 
@@ -213,8 +214,9 @@ def profile_rows(tiny=False):
     T, (batch, size, width), last = 4, (4, 8, 0.25) if tiny else (128, 32, 1.0), torch.channels_last
     x, y = images(batch, size)
     peer = functools.partial(peer_net, [round(c * width) for c in (16, 32, 64)], T=T)
-    steps = {"SpikingJelly fp32": stepper(peer(), x, y, False, functional.reset_net), "SpikingJelly bf16, channels last": stepper(peer().to(memory_format=last), x, y, True, functional.reset_net),
-             "ours": stepper(create_model("resnet20", T=T, width=width, image_size=size), x, y, True)}
+    precision = "bf16" if has_fast_half() else "fp32"
+    steps = {"SpikingJelly fp32": stepper(peer(), x, y, False, functional.reset_net), f"SpikingJelly {precision}, channels last": stepper(peer().to(memory_format=last), x, y, has_fast_half(), functional.reset_net),
+             "ours": stepper(create_model("resnet20", T=T, width=width, image_size=size), x, y, has_fast_half())}
     rows = []
     for name, step in steps.items():
         parts = {k: round(v, 2) for k, v in where_time_goes(step, 1 if tiny else 3).items()}

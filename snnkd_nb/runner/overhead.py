@@ -11,7 +11,7 @@ import json, multiprocessing, statistics
 from concurrent.futures import ProcessPoolExecutor
 
 from ..core import UserError, atomic_write, root, unknown
-from .turns import device, images, in_turns, peak_of_steps, row, taught
+from .turns import device, has_fast_half, images, in_turns, peak_of_steps, row, taught
 from ..store import environment
 
 # %% ../../nbs/lib/95_runner.overhead.ipynb #2159451d
@@ -30,7 +30,7 @@ def step_of(
     s = setting
     student = create_model(s["student"], T=s["T"], width=s["width"], image_size=s["size"])
     teacher = None if method == "none" else create_model(s["teacher"], width=s["teacher_width"], image_size=s["size"])
-    return taught(create_distiller(method, student, teacher), *images(s["batch"], s["size"]), True)
+    return taught(create_distiller(method, student, teacher), *images(s["batch"], s["size"]), has_fast_half())
 
 # %% ../../nbs/lib/95_runner.overhead.ipynb #fbcc7fd5
 def peak_of(

@@ -9,10 +9,10 @@ __all__ = ['SETTING', 'TINY', 'STEPS', 'WAYS', 'step_of', 'peak_of', 'peaks', 't
 import math, multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
-from .turns import images, in_turns, peak_of_steps, row, stepper, taught
+from .turns import has_fast_half, images, in_turns, peak_of_steps, row, stepper, taught
 
 # %% ../../nbs/lib/95_runner.ratestep.ipynb #94c2e3da
-SETTING = {"model": "resnet20", "neuron": "rate", "width": 1.0, "batch": 64, "size": 32, "half": True}
+SETTING = {"model": "resnet20", "neuron": "rate", "width": 1.0, "batch": 64, "size": 32, "half": None}
 TINY = {**SETTING, "width": 0.25, "batch": 4, "size": 8}
 STEPS = (2, 4, 6, 8)
 WAYS = ("bptt", "rate", "eskd", "parts")
@@ -21,7 +21,7 @@ WAYS = ("bptt", "rate", "eskd", "parts")
 def step_of(
     way,  # one of `WAYS`: through time, on rates, on rates under ESKD with its teacher, on rates with as little in memory at a time as is sensible
     T,  # time steps
-    setting=SETTING,  # network, neuron, width, batch, size, whether bf16
+    setting=SETTING,  # network, neuron, width, batch, size, whether bf16 (None: where it is in hardware)
 ):
     "A function that does one training step."
     from snnkd_nb.losses.zoo import create_distiller
@@ -32,7 +32,9 @@ def step_of(
     net = create_model(s["model"], T=T, neuron=s["neuron"], width=s["width"], image_size=s["size"]).train()
     net.gradient = "bptt" if way == "bptt" else "rate"
     teacher = create_model(s["model"], width=s["width"], image_size=s["size"]) if way == "eskd" else None
-    step = taught(create_distiller("eskd", net, teacher), *images(s["batch"], s["size"]), s["half"]) if teacher else stepper(net, *images(s["batch"], s["size"]), s["half"])
+    half = has_fast_half() if s["half"] is None else s["half"]
+    x, y = images(s["batch"], s["size"])
+    step = taught(create_distiller("eskd", net, teacher), x, y, half) if teacher else stepper(net, x, y, half)
 
     def run():
         with streaming(0 if way == "parts" else math.inf): return step()
