@@ -188,3 +188,27 @@ def test_without_a_server_kernels_are_ordinary_and_nothing_is_left(tmp_path, mon
     wait_for(lambda: gone(kernel))
     assert not Path(variables[SERVER]).exists()
     assert kernel_command()[1:3] == ["-m", "ipykernel_launcher"]
+
+
+OWNER = """
+import os, sys, time
+from snnkd_nb.runner import kernels
+
+kernels.PRELOADED = ()
+with kernels.kernel_server() as variables:
+    print(variables[kernels.SERVER], flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_kernels_end_when_the_process_that_started_the_server_ends(tmp_path, monkeypatch, how):
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    monkeypatch.setenv(SERVER, owner.stdout.readline().strip())
+    relay, kernel = start_relay(tmp_path)
+    owner.send_signal(how)
+    owner.wait(20)
+    assert relay.wait(20) != 0
+    wait_for(lambda: gone(kernel))

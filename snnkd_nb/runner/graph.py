@@ -63,9 +63,14 @@ def plan(
     return list(jobs.values())
 
 # %% ../../nbs/lib/90_runner.graph.ipynb #328e7641
-_IMAGES = {"digits": 1_438, "digits-events": 1_438, "tiny-imagenet": 100_000, "imagefolder-stream": 1_281_167}
-_PIXELS = {"digits": 8, "digits-events": 8, "tiny-imagenet": 64, "imagefolder-stream": 224}  # along an edge
-STEP, CALIBRATED_STEP = 0.022, 0.065  # seconds of a training step of a small network, and with SASTC's loss
+_IMAGES = {  # of the training split, and pixels along an edge
+    "digits": (1_438, 8),
+    "digits-events": (1_438, 8),
+    "tiny-imagenet": (100_000, 64),
+    "imagefolder-stream": (1_281_167, 224),
+}
+STEP = 0.022  # seconds of a training step of a small network
+CALIBRATED_STEP = 0.065  # the same with SASTC's loss
 PER_PIXEL = 5e-6  # seconds per image, time step and pixel of a network of width 1
 PER_CANDIDATE = 4e-4  # seconds per image and time step of a candidate in a search
 
@@ -76,9 +81,9 @@ def cost(spec: RunSpec | SearchSpec) -> float:
         num_candidates = spec.population * (spec.generations + 1)
         return PER_CANDIDATE * spec.batch * spec.batches * spec.T * num_candidates
     data, model, optim = spec.data, spec.model, spec.optim
-    source = data.name.split(":")[0]
-    num_images = optim.epochs * data.shots * (data.subset or _IMAGES.get(source, 50_000))
-    num_pixels = (data.size or _PIXELS.get(source, 32)) ** 2
+    all_images, edge = _IMAGES.get(data.name.split(":")[0], (50_000, 32))
+    num_images = optim.epochs * data.shots * (data.subset or all_images)
+    num_pixels = (data.size or edge) ** 2
     step = CALIBRATED_STEP if "sastc" in spec.method else STEP
     arithmetic = PER_PIXEL * num_images * num_pixels * (model.T or 1) * model.width
     return step * num_images / optim.batch_size + arithmetic
@@ -116,7 +121,7 @@ class Clock:
         return cost(spec) * measured / estimated if estimated else None
 
     def left(self, specs: list[RunSpec | SearchSpec], workers: int) -> float | None:
-        """Estimate the seconds until so many workers have done all of these, at least the longest of them."""
+        """Estimate the seconds until so many workers have done all runs, at least the longest."""
         each = [self.seconds(spec) for spec in specs]
         if None in each:
             return None
@@ -134,7 +139,8 @@ def duration(
 
 # %% ../../nbs/lib/90_runner.graph.ipynb #5d1c2f61
 REFERENCE_ROUND = 1.15e-3  # seconds of a round on the reference machine
-START_RUNS, START_PAGES = 20.0, 8.0  # seconds until workers have imported torch and compiled kernels; until kernels can be forked
+START_RUNS = 20.0  # seconds until workers have imported torch and compiled the neurons
+START_PAGES = 8.0  # seconds until Jupyter kernels can be forked
 PAGE = 2.0  # seconds of a page on one core
 
 

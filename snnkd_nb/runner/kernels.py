@@ -151,7 +151,7 @@ class KernelServer:
                     return request
 
     def accept(self) -> list[str] | None:
-        """Fork a kernel for the next relay; returns its request in the kernel, None in the server."""
+        """Fork a kernel for the next relay; returns its request in the kernel, else None."""
         relay = self.listener.accept()[0]
         relay.settimeout(10.0)
         try:
@@ -170,7 +170,7 @@ class KernelServer:
         return None
 
     def leave(self, relay: socket.socket, outputs: list[int]) -> None:
-        """Drop in a kernel what belongs to the server, and take the relay's standard output and error."""
+        """Drop in a kernel what belongs to the server, and take the relay's outputs."""
         os.setsid()
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -260,10 +260,13 @@ def serve_kernels(descriptor: int) -> None:
 
 # %% ../../nbs/lib/93_runner.kernels.ipynb #e7ba2fd2
 @contextlib.contextmanager
-def kernel_server(threads: int = 1, **environment: str) -> Iterator[dict[str, str]]:
+def kernel_server(
+    threads: int = 1, folder: str | None = None, **environment: str
+) -> Iterator[dict[str, str]]:
     """Run a kernel server; yields the environment variables that make `kernel_command` use it.
 
-    `threads` is the number of cores of each kernel; libraries read it when they are imported.
+    `threads` is the number of cores of each kernel. It, `environment` and what lies in `folder`
+    (None: the working directory), such as a matplotlibrc, are read when the packages are imported.
     """
     if sys.platform != "linux":
         yield {}
@@ -271,18 +274,21 @@ def kernel_server(threads: int = 1, **environment: str) -> Iterator[dict[str, st
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
     caps = dict.fromkeys(names, str(threads)) | {"OMP_WAIT_POLICY": "PASSIVE"}
-    with tempfile.TemporaryDirectory(prefix="snnkd-") as folder, socket.socket(socket.AF_UNIX) as listener:
-        address = str(Path(folder) / "kernels")
+    with contextlib.ExitStack() as stack:
+        sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="snnkd-"))
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        address = str(Path(sockets) / "kernels")
         listener.bind(address)
         listener.listen(64)
-        code = f"from snnkd_nb.runner.kernels import serve_kernels; serve_kernels({listener.fileno()})"
+        run = f"serve_kernels({listener.fileno()})"
         process = subprocess.Popen(
-            [sys.executable, "-c", code],
+            [sys.executable, "-c", f"from snnkd_nb.runner.kernels import serve_kernels; {run}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
             pass_fds=[listener.fileno()],
+            cwd=folder,
             env={**os.environ, "PYTHONPATH": path, **caps, **environment},
         )
         listener.close()

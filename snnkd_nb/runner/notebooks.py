@@ -236,7 +236,7 @@ def render_all(
     tasks = [Task(k, "snnkd_nb.runner.notebooks:render_one", {"key": k, "scale": scale, "missing": missing, "given": dict(given)}) for k in keys]
     threads, start = max(1, cores() // max(jobs, 1)), time.perf_counter()
     with contextlib.ExitStack() as stack:
-        forked = stack.enter_context(kernel_server(threads, MPLBACKEND=BACKEND)) if len(keys) >= FORK_FROM else {}
+        forked = stack.enter_context(kernel_server(threads, str(root()), MPLBACKEND=BACKEND)) if len(keys) >= FORK_FROM else {}
         events = stack.enter_context(contextlib.closing(run_tasks(tasks, jobs, threads, [forked])))
         for task, m in events:
             if m.get("result") == "ok":
@@ -277,7 +277,7 @@ def reproduce(
     def wanted():
         return dict.fromkeys(s for k in keys for s in specs_for(k, scale))
 
-    speed, after = _announce(wanted(), len(keys), workers, on_line)
+    speed, after = _announce(wanted(), len(keys), workers, on_line, executor)
     runs = execute_all(wanted, jobs, on_line=on_line, executor=executor, speed=speed, after=after)
     pages = render_all(keys, scale, jobs=jobs and min(jobs, cores()), on_line=on_line)
     where = write_status(scale=scale).relative_to(root())
@@ -285,11 +285,14 @@ def reproduce(
     return Reproduced(runs, pages, len(keys), len(meant))
 
 
-def _announce(specs, num_pages, workers, on_line):
-    """Print what will be done and how long it will take; returns the speed of this machine and the seconds for the pages."""
+def _announce(specs, num_pages, workers, on_line, executor="local"):
+    """Print what will be done and how long it will take.
+
+    Returns the speed of this machine and the seconds for the pages.
+    """
     needed = [job.spec for job in plan(specs) if job.state == "needed"]
     parallel = min(workers, cores())
-    if cards():  # the speed of a GPU is learned from the runs
+    if cards() or executor != "local":  # the speed of a GPU or a cluster is learned from the runs
         on_line(announcement(len(needed), num_pages, None, parallel))
         return None, 0.0
     speed = machine_speed()
