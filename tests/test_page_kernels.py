@@ -80,13 +80,13 @@ STATE = """
 import os, sys, random
 import matplotlib, numpy, pandas, torch
 print(os.getppid())
-print("leaked" in globals(), "LEAKED" in os.environ, hasattr(torch, "leaked"), "colorsys" in sys.modules)
+print("leaked" in globals(), "LEAKED" in os.environ, hasattr(torch, "leaked"), "tabnanny" in sys.modules)
 print(matplotlib.rcParams["lines.linewidth"], pandas.get_option("display.precision"))
 print(torch.initial_seed(), os.environ["SNNKD_MISSING"], os.getcwd())
 print(numpy.random.random(), random.random())
 """
 CHANGE = """
-import colorsys
+import tabnanny
 leaked = True
 torch.leaked = True
 os.environ["LEAKED"] = "1"

@@ -214,12 +214,12 @@ class Rendered:
 FORK_FROM = 3  # pages from which on a kernel server is worth its start
 
 
-def _left(rendered, total, start):
-    num_ended = len(rendered.done) + len(rendered.failed)
-    if num_ended == total:
+def _left(ends, total):
+    """Describe the time left from when pages ended; the first page also paid for the start."""
+    if len(ends) < 2 or len(ends) == total:
         return ""
-    seconds = (time.perf_counter() - start) / num_ended * (total - num_ended)
-    return f" · {duration(seconds)} left"
+    pace = (ends[-1] - ends[0]) / (len(ends) - 1)
+    return f" · {duration(pace * (total - len(ends)))} left"
 
 
 def render_all(
@@ -234,15 +234,17 @@ def render_all(
     for key in keys: prepare(key, scale, given)
     out, jobs = Rendered([], {}), min(len(keys), jobs or min(cores(), 4))
     tasks = [Task(k, "snnkd_nb.runner.notebooks:render_one", {"key": k, "scale": scale, "missing": missing, "given": dict(given)}) for k in keys]
-    threads, start = max(1, cores() // max(jobs, 1)), time.perf_counter()
+    threads, ends = max(1, cores() // max(jobs, 1)), []
     with contextlib.ExitStack() as stack:
         forked = stack.enter_context(kernel_server(threads, str(root()), MPLBACKEND=BACKEND)) if len(keys) >= FORK_FROM else {}
         events = stack.enter_context(contextlib.closing(run_tasks(tasks, jobs, threads, [forked])))
         for task, m in events:
+            if "result" in m:
+                ends.append(time.perf_counter())
             if m.get("result") == "ok":
                 out.done.append(task.id)
                 where = os.path.relpath(m["path"], root())
-                on_line(f"rendered {task.id}: {where}{_left(out, len(keys), start)}")
+                on_line(f"rendered {task.id}: {where}{_left(ends, len(keys))}")
             elif "result" in m:
                 out.failed[task.id] = m["reason"]
                 on_line(f"FAILED   {task.id}: {m['reason']}")
