@@ -89,7 +89,7 @@ def teacher_optim(scale, dataset, name):
     return optim_at(scale, **CODE | ({"epochs": 300, "lr": 0.05} if dataset == "CIFAR-10" else {}))
 
 
-VIT = dict(epochs=5, batch_size=16, lr=0.1, momentum=0.95, nesterov=True, schedule="onecycle", clip=1.0)  # at smoke scale: digits are few for a transformer
+VIT = dict(epochs=3, batch_size=16, lr=0.1, momentum=0.95, nesterov=True, schedule="onecycle", clip=1.0)  # at smoke scale: digits are few for a transformer
 
 # %% ../../nbs/lib/89_papers.ckdsnn.ipynb #925cdbf0
 METHODS = {"SEW-R": "none", "Spikformer": "none", "TET": "tet", "KDSNN": "kdsnn", "BKDSNN": "bkd", "CKDSNN (Ours)": "ckdsnn"}

@@ -22,7 +22,7 @@ def methods(
     return {"Baseline": "none", "KDSNN": "kdsnn", "BKDSNN": "bkd", "CKDSNN": "ckdsnn"}
 
 # %% ../../nbs/lib/89_papers.ckdsnn_maps.ipynb #375fd807
-def _halved(spec): return spec.replace(data=spec.data.replace(size=16), model=spec.model.replace(width=spec.model.width / 2))
+def _enlarged(spec): return spec.replace(data=spec.data.replace(size=16))
 
 
 PLACES = {"ImageNet": ("ResNet34", "ImageNet"), "CIFAR-100": ("ResNet19", "CIFAR-100")}  # network and data set of `papers.ckdsnn`
@@ -34,7 +34,7 @@ def teacher(
 ):
     "The `RunSpec` of the ordinary network that teaches."
     if scale in ("medium", "paper"): return ckdsnn.teacher(scale, *PLACES[dataset])
-    return _halved(studies.teacher(scale)) if scale == "smoke" else ckdsnn.teacher(scale, *ckdsnn.ABLATION[scale][:2])
+    return _enlarged(studies.teacher(scale)) if scale == "smoke" else ckdsnn.teacher(scale, *ckdsnn.ABLATION[scale][:2])
 
 
 def student(
@@ -48,7 +48,7 @@ def student(
     if scale in ("medium", "paper"): return ckdsnn.student(scale, *PLACES[dataset], T, method, seed)
     if scale == "small": return ckdsnn.student(scale, *ckdsnn.ABLATION[scale], method, seed)
     base = studies.student(scale, method, seed)
-    return _halved(base).replace(teacher=base.teacher and teacher(scale))
+    return _enlarged(base).replace(teacher=base.teacher and teacher(scale))
 
 # %% ../../nbs/lib/89_papers.ckdsnn_maps.ipynb #212403be
 SEEDS = {"smoke": 1, "small": 3, "medium": 1, "paper": 3}

@@ -72,7 +72,7 @@ def optim(scale, teaches=False, dataset="CIFAR-10", searched=False):
     "The budget of a student, of a teacher, or of a student that a search found."
     recorded = dataset in _REAL
     found = optim_at(scale, half=True, epochs=200 if recorded else 300, lr=0.01, batch_size=32 if recorded else 64, weight_decay=1e-6)
-    if scale == "smoke": found = found.replace(**{"batch_size": 16} if recorded else {}, **({"lr": 0.3, "epochs": 8 if recorded else 4} if searched else {}))
+    if scale == "smoke": found = found.replace(**{"batch_size": 16} if recorded else {}, **({"lr": 0.3, "epochs": 4 if recorded else 2} if searched else {}))
     if teaches: return found.replace(lr=0.1, weight_decay=5e-4)
     return found.replace(epochs=2, lr=0.3 if searched else 0.1) if scale == "small" else found
 

@@ -50,13 +50,13 @@ def data(
     dataset,  # "CIFAR-10", "CIFAR-100", "ImageNet" or "CIFAR10-DVS"
 ):
     "The `DataSpec` a scale takes for a data set of the paper."
-    if dataset == EVENTS: return studies.recordings(scale).replace(**{"size": HALF} if scale == "small" else {})
+    if dataset == EVENTS: return studies.recordings(scale).replace(**{"smoke": {"subset": 700}, "small": {"size": HALF}}.get(scale, {}))
     return ckdsnn.data(scale, IMAGENET) if dataset == IMAGENET else studies.eskd_data(scale, dataset)
 
 
 def optim(scale, dataset, gradient="bptt"):
     "The budget of a student."
-    if (scale, dataset) == ("smoke", EVENTS): return OptimSpec(epochs=10, batch_size=16, lr=0.05, warmup=1, gradient=gradient)
+    if (scale, dataset) == ("smoke", EVENTS): return OptimSpec(epochs=4, batch_size=16, lr=0.05, warmup=1, gradient=gradient)
     return optim_at(scale, half=True, **DEEP).replace(gradient=gradient) if dataset == IMAGENET else studies.eskd_optim(scale, gradient)
 
 
@@ -168,7 +168,7 @@ def table02(
     "Grid of Table 2: CIFAR10-DVS."
     at = {"method": "Ours", "model": "ResNet-19", "T": 4}
     s, t = student(check_scale(scale), "ResNet-19", EVENTS, 4), teacher(scale, "ResNet-19", EVENTS)
-    what = {"smoke": "CIFAR10-DVS is replaced by SIMULATED events of the 8×8 digits of scikit-learn, in four frames", "small": "CIFAR10-DVS is replaced by SIMULATED events of 10,000 images of CIFAR-10 (JPEG) at 16×16 pixels, in four frames"}
+    what = {"smoke": "CIFAR10-DVS is replaced by SIMULATED events of the 8×8 digits of scikit-learn (700 of them), in four frames", "small": "CIFAR10-DVS is replaced by SIMULATED events of 10,000 images of CIFAR-10 (JPEG) at 16×16 pixels, in four frames"}
     facts = [*([what[scale]] if scale in what else []), f"students: {budget_in_words(s.optim, s.data)} (paper: 300 epochs, rate 0.1, cosine)", f"teacher: {t.model.name} with ReLU at {t.model.width:g} of its width, which sees the mean over the frames, on the same budget; student at {s.model.width:g}",
              *_threshold(scale, "ResNet-19"), "three stages, so two hybrid models, M_0 and M_1 (paper: not said how many)", FIXED, _seeds_in_words(scale, "ResNet-19")]
     return Grid("eskd/table02", scale, [_cell(scale, at, "accuracy", "ResNet-19", EVENTS)], facts)

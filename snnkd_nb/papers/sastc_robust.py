@@ -60,7 +60,7 @@ def table09(
         groups = arms(scale, dataset, name, 3, t, methods=("Baseline", "KD", "SASTC"), batch=b if b != own else None)
         cells += [Cell({"method": m, "batch_size": b}, "accuracy", g) for m, g in groups.items()]
     fact = f"batches are those of the rows, not the {own} of the line above; epochs and learning rate are the same at every batch size, the teacher is the one of batch {t.optim.batch_size}; SASTC's embeddings read rows of the Gram matrix, so their input is the batch size"
-    if scale == "smoke": fact += "; a batch of 256 leaves 20 steps in all, too few to learn"
+    if scale == "smoke": fact += f"; a batch of 256 leaves {5 * optim(scale).epochs} steps in all, too few to learn"
     return _robust(scale, 9, cells, fact)
 
 # %% ../../nbs/lib/88_papers.sastc_robust.ipynb #aeb66ee7

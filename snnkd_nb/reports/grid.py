@@ -51,7 +51,7 @@ def optim_at(
 ):
     "The budget of a scale; at paper scale the paper's own settings."
     small = dict(epochs=12, batch_size=128, lr=0.1, schedule="onecycle", precision="bf16")
-    if scale == "smoke": return OptimSpec(epochs=4, batch_size=32, lr=0.1, schedule="onecycle", clip=1.0)
+    if scale == "smoke": return OptimSpec(epochs=2, batch_size=32, lr=0.1, schedule="onecycle", clip=1.0)
     if scale == "small": return OptimSpec(**small) if not half else OptimSpec(**{**small, "epochs": 6, "batch_size": 64, "precision": "fp32"})
     if scale == "medium": return OptimSpec(**{**small, "epochs": 60})
     return OptimSpec(**paper)
