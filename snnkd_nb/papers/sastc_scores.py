@@ -143,7 +143,7 @@ def looking(
     base = studies.calibrated(scale, "clean", studies.CALIBRATED[method], seed)
     if scale == "small": return base
     args = {**base.method_args, **(LAST_TWO if method == "SASTC" else {})}
-    return base.replace(data=base.data.replace(size=16), model=base.model.replace(width=base.model.width / 2), teacher=base.teacher and ckdsnn_maps.teacher(scale), method_args=args)
+    return base.replace(data=base.data.replace(size=16), teacher=base.teacher and ckdsnn_maps.teacher(scale), method_args=args)
 
 
 def figure03(
