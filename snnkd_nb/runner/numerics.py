@@ -66,7 +66,7 @@ class Case:
     size: int  # edge of the map, length of the sequence
     batch: int
     dtype: str  # "fp32", or "bf16": autocast with float32 weights, as in training
-    layout: str  # "channels_last" or "contiguous"
+    layout: str  # "channels_last", "contiguous", or "channels_last_weight": a contiguous input
     threads: int
 
     @property
@@ -115,7 +115,7 @@ def random_case(rng: random.Random, operation: str | None = None, threads: int =
             size=rng.choice(SIZES),
             batch=rng.choice(BATCHES),
             dtype=rng.choice(("fp32", "bf16")),
-            layout=rng.choice(("channels_last", "channels_last", "contiguous")),
+            layout=rng.choice(("channels_last", "contiguous", "channels_last_weight")),
             threads=rng.randint(1, threads),
         )
         if case.cost <= LARGEST_COST and not is_degenerate(case):
@@ -196,10 +196,12 @@ def operands(case: Case, seed: int = 0) -> tuple[Any, ...]:
     image = draw(batch, c_in, size, size)
     if case.layout == "channels_last":
         image = image.contiguous(memory_format=torch.channels_last)
-    if case.operation == "conv2d":
-        return image, draw(c_out, c_in, case.kernel, case.kernel), draw(c_out)
-    if case.operation == "depthwise":
-        return image, draw(c_in, 1, case.kernel, case.kernel), draw(c_in)
+    if case.operation in ("conv2d", "depthwise"):
+        filters, depth = (c_out, c_in) if case.operation == "conv2d" else (c_in, 1)
+        weight = draw(filters, depth, case.kernel, case.kernel)
+        if case.layout == "channels_last_weight":
+            weight = weight.to(memory_format=torch.channels_last)
+        return image, weight, draw(filters)
     if case.operation == "batch_norm":
         return image, draw(c_in), draw(c_in)
     return (image,)
@@ -331,8 +333,8 @@ def operation_task(job: dict[str, Any]) -> Callable[[dict, int], dict]:
     import snnkd_nb.kernels.precision
 
     torch.set_num_threads(1)  # threads do not survive a fork
-    for dtype in (torch.float32, torch.float64):  # what libraries set up at their first call is set up once
-        torch.conv2d(torch.randn(2, 8, 8, 8, dtype=dtype), torch.randn(8, 8, 3, 3, dtype=dtype))
+    case = Case("conv2d", 8, 8, 3, 1, 8, 2, "fp32", "contiguous", 1)
+    run_case(case, plain, 1)  # what libraries set up at their first call is set up once
     function = implementation_of(job["implementation"])
 
     def run(fields: dict[str, Any], factor: int) -> dict[str, float]:
@@ -504,7 +506,8 @@ def run_job(job: dict[str, Any], variables: dict[str, str]) -> Iterator[dict[str
     Raises `RuntimeError` where the process ends before the job does.
     """
     command = [sys.executable, "-c", "from snnkd_nb.runner.numerics import serve; serve()"]
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **variables}
+    no_devices = {"CUDA_VISIBLE_DEVICES": ""}  # autograd has threads for them, which do not survive a fork
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **no_devices, **variables}
     grace = 60 + 20 * job["case_seconds"]
     process = subprocess.Popen(
         command,
