@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ISA_WITHOUT_BF16', 'BF16_ROUTES', 'CONVOLUTIONS', 'PRODUCTS', 'AUTOCAST_DTYPES', 'PRECISIONS', 'cpu_flags',
            'onednn_limit', 'has_native_bf16', 'cpu_class', 'is_strided_pointwise', 'as_tuple', 'subsample',
-           'bf16_route', 'resolve_precision', 'rounded', 'emulate', 'emulates_bf16', 'convolve', 'routed',
-           'convolution_gradients', 'spread_pixels', 'conv2d', 'SafeProducts', 'kwargs_of_convolution', 'protected',
-           'current_mode', 'autocast']
+           'bf16_route', 'resolve_precision', 'rounded', 'emulate', 'emulates_bf16', 'convolve', 'fast_operands',
+           'add_bias', 'routed', 'convolution_gradients', 'spread_pixels', 'conv2d', 'SafeProducts',
+           'kwargs_of_convolution', 'protected', 'current_mode', 'autocast']
 
 # %% ../../nbs/lib/24_kernels.precision.ipynb #50d45f87
 import contextlib
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..core import unknown
+from .convolution import covers, fast_conv2d
 
 # %% ../../nbs/lib/24_kernels.precision.ipynb #1415b1e4
 ISA_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
@@ -188,9 +189,33 @@ def convolve(
         widths = (0,) * num_axes if isinstance(padding, str) else as_tuple(padding, num_axes)
         x = subsample(x, steps, widths)
         stride, padding, dilation = 1, 0, 1
-    if not only_safe and emulates_bf16(x, weight):
+    if only_safe:
+        return function(x, weight, bias, stride, padding, dilation, groups)
+    emulated = emulates_bf16(x, weight)
+    fast = fast_operands(x, weight, emulated)
+    if fast is not None and covers(*fast, stride, padding, dilation, groups):
+        return add_bias(fast_conv2d(*fast, stride, padding), bias)
+    if emulated:
         return emulate(function, x, weight, bias, stride, padding, dilation, groups)
     return function(x, weight, bias, stride, padding, dilation, groups)
+
+
+def fast_operands(x: Tensor, weight: Tensor, emulated: bool) -> tuple[Tensor, Tensor] | None:
+    """Return input and weight as `kernels.convolution` takes them, None where it must not be used.
+
+    It computes in float32 or emulated bfloat16. Compilers and the transforms of `torch.func` cannot see into it.
+    """
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+        return None
+    if emulated:
+        return x.to(torch.bfloat16), weight.float()
+    half = torch.is_autocast_enabled("cpu") or x.dtype != torch.float32
+    return None if half else (x, weight)
+
+
+def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `y` `(N, O, H, W)` plus a bias `(O,)`, in the type of `y`."""
+    return y if bias is None else y + bias.to(y.dtype)[:, None, None]
 
 
 @functools.cache
