@@ -22,7 +22,7 @@ reproduce: $(READY)
 	$(BIN)/snnkd reproduce all studies --scale $(SCALE) -j $(JOBS)
 
 test: $(READY)
-	$(BIN)/python -m pytest tests -n 2 --dist worksteal -q
+	$(BIN)/python -m pytest tests -n 2 --dist worksteal --max-worker-restart 1000 -q
 
 lab: $(READY)
 	$(BIN)/jupyter lab nbs/index.ipynb

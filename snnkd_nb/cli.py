@@ -314,11 +314,20 @@ def status():
     print(os.path.relpath(write_status(), root()))
 
 
-def doctor():
+def doctor(
+    gradients: bool = False,  # also compare operations with double precision, for five minutes
+    networks: bool = False,  # also compare the gradients of every network with double precision, for half an hour
+):
     "Is everything in place? Each problem with its cure."
     from snnkd_nb.runner import doctor as checks
 
-    return checks.doctor()
+    fine = checks.doctor()
+    if gradients or networks:
+        from snnkd_nb.runner.numerics import check_gradients, check_networks
+
+        fine = (not gradients or check_gradients().ok) and fine
+        fine = (not networks or check_networks().ok) and fine
+    return fine
 
 # %% ../nbs/lib/99_cli.ipynb #94788c33
 def bench(

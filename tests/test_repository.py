@@ -82,11 +82,6 @@ def test_artefact_notebooks_are_thin():
         assert not any(re.search(r"^\s*(def|for|while|class)\s", s, re.M) for s in code(p)), p.name
 
 
-def test_size_budget():
-    assert sum(p.stat().st_size for p in ALL) < 4_096 * 1024
-    assert [(p.name, p.stat().st_size // 1024) for p in LIB if p.stat().st_size > 60 * 1024] == []
-
-
 def test_ids_are_unique_and_the_kernel_is_plain():
     for p in ALL:
         ids = [c.get("id") for c in CELLS[p]]
