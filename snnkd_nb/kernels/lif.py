@@ -172,7 +172,7 @@ def chosen(device, dtype, kind, backend, T):
     if what and device != "meta": notice(what)
 
 
-def formula(surrogate): return vars(type(surrogate)).get("kind")
+def formula(surrogate): return type(surrogate).__dict__.get("kind")
 
 
 def engine_for(x, surrogate, backend, T):

@@ -21,7 +21,7 @@ class Surrogate:
     @property
     def param(self):
         "The slope or width, a float or a scalar tensor."
-        return next(iter(vars(self).values()))
+        return getattr(self, next(iter(self.__dataclass_fields__)))
 
 # %% ../../nbs/lib/20_kernels.surrogate.ipynb #4857c13b
 @dataclass(frozen=True)
