@@ -175,6 +175,7 @@ def learnt(module, students, teachers, half=True):
 @pytest.mark.parametrize("norm", ["all", "step"])
 @pytest.mark.parametrize("training", [True, False])
 def test_projections_in_half_precision_round_like_their_modules_and_tiles_up_to_three_times_as_much(monkeypatch, norm, training):
+    monkeypatch.setenv("SNNKD_BF16", "native")  # tiles in bfloat16 are for CPUs that multiply it in hardware
     used, whole = [], projection.whole
     for name in ("Winograd", "NormReluMix"):
         apply = getattr(projection, name).apply
@@ -189,11 +190,13 @@ def test_projections_in_half_precision_round_like_their_modules_and_tiles_up_to_
     off = lambda a, b: float((a - b).norm() / (b.norm() + 1e-9))
     for a, m, e in zip(ours, modules, exact): assert off(a, e) < 3 * off(m, e) + 2e-3, (off(a, e), off(m, e))
     monkeypatch.undo()
+    monkeypatch.setenv("SNNKD_BF16", "native")
     monkeypatch.setattr(projection, "worth", lambda *a: False)
     for a, m, e in zip(learnt(*calibrated(norm, training)), modules, exact): assert off(a, e) < 1.5 * off(m, e) + 2e-3, (off(a, e), off(m, e))
 
 
 def test_feature_kd_in_half_precision_rounds_like_its_module(monkeypatch):
+    monkeypatch.setenv("SNNKD_BF16", "native")  # as above
     torch.manual_seed(0)
     x, target, project = torch.rand(2, 12, 128, 8, 8).lt(0.3).float().requires_grad_(), torch.randn(12, 64, 8, 8), feature.projection(128, 64)
 

@@ -203,9 +203,12 @@ def convolve(
 def fast_operands(x: Tensor, weight: Tensor, emulated: bool) -> tuple[Tensor, Tensor] | None:
     """Return input and weight as `kernels.convolution` takes them, None where it must not be used.
 
-    It computes in float32 or emulated bfloat16. Compilers and the transforms of `torch.func` cannot see into it.
+    It computes in float32 or emulated bfloat16. Compilers, the transforms of `torch.func`, and dispatch modes such as
+    counters of operations cannot see into it.
     """
     if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+        return None
+    if torch._C._len_torch_dispatch_stack() > 0:
         return None
     if emulated:
         return x.to(torch.bfloat16), weight.float()
