@@ -8,6 +8,7 @@ Each run prints one row for the table in CONTRIBUTING.md. Environments are kept 
 """
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -97,7 +98,8 @@ def main() -> int:
     files = ["tests"] if list(options.tests) == ["all"] else [f"tests/{name}" for name in options.tests]
     existing = [name for name in files if (ROOT / name).exists()]
     command = [python, "-m", "pytest", "-q", "-n", "2", "--max-worker-restart", "1000", *existing]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    paths = {**os.environ, "PYTHONPATH": str(ROOT)}  # for processes that tests start
+    done = subprocess.run(command, cwd=ROOT, env=paths, capture_output=True, text=True)
     print(done.stdout[-6000:])
     have = versions_in(python)
     outcome = done.stdout.strip().splitlines()[-1].strip("= ")
