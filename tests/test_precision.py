@@ -223,7 +223,7 @@ def test_precision_auto_names_what_is_fast(monkeypatch):
     monkeypatch.setenv("SNNKD_BF16", "fast")
     with pytest.raises(UserError, match="SNNKD_BF16.*emulated"):
         bf16_route()
-    with pytest.raises(UserError, match="stored run names its numerics"):
+    with pytest.raises(UserError, match="precision must be fp32, bf16 or fp16 in a stored run"):
         run_train(RunSpec(optim=OptimSpec(precision="auto")))
 
 

@@ -95,7 +95,7 @@ def check_spec(
     spec,  # a `RunSpec`
 ):
     "Raise `UserError` for a method or network that cannot be, before anything is loaded."
-    need(spec.optim.precision != "auto", "precision = 'auto': a stored run names its numerics; give fp32 or bf16 (auto is for fit and the command line, which choose one of them)")
+    need(spec.optim.precision != "auto", "precision must be fp32, bf16 or fp16 in a stored run, got 'auto': give one of them; only fit and the command line can choose")
     check_model(spec.model.name, spec.model.T, spec.model.width)
     if spec.method != "none": parse_methods(spec.method)
     check_probes(spec.probes, bool(spec.reference or spec.teacher))
