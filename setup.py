@@ -1,4 +1,5 @@
 """Packaging, read from settings.ini (one place for names, versions and requirements)."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -10,15 +11,22 @@ config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 
 
-def names(key): return cfg.get(key, "").split()
+def names(key):
+    return cfg.get(key, "").split()
 
 
-extras = {"lab": names("lab_requirements"), "extra": names("extra_requirements"), "dev": names("dev_requirements")}
+extras = {
+    "lab": names("lab_requirements"),
+    "extra": names("extra_requirements"),
+    "dev": names("dev_requirements"),
+}
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=(here / "README.md").read_text(encoding="utf-8") if (here / "README.md").exists() else "",
+    long_description=(here / "README.md").read_text(encoding="utf-8")
+    if (here / "README.md").exists()
+    else "",
     long_description_content_type="text/markdown",
     author=cfg["author"],
     author_email=cfg["author_email"],

@@ -7,7 +7,15 @@ __all__ = ['MEASURES', 'VERBS', 'comments_of', 'one_line', 'parse', 'list_artefa
            'search', 'status', 'doctor', 'bench', 'measure', 'watch', 'readme', 'usage', 'main']
 
 # %% ../nbs/lib/99_cli.ipynb #332a5362
-import ast, contextlib, importlib, inspect, io, json as json_, os, re, sys
+import ast
+import contextlib
+import importlib
+import inspect
+import io
+import json as json_
+import os
+import re
+import sys
 from typing import Annotated
 
 from .core import UserError, root, unknown
@@ -27,16 +35,31 @@ _POSITIONAL, _SHORT = ("keys", "what", "run"), {"jobs": ["-j"], "scale": ["-s"],
 def _annotated(name, p, comments):
     from tyro.conf import Positional, UseAppendAction, arg
 
-    kind = Positional[p.annotation] if name in _POSITIONAL else UseAppendAction[p.annotation] if name == "p" else p.annotation
-    help_ = arg(help=comments.get(name, ""), aliases=_SHORT.get(name), **({"metavar": "NAME VALUE"} if name == "p" else {}))
+    kind = (
+        Positional[p.annotation]
+        if name in _POSITIONAL
+        else UseAppendAction[p.annotation]
+        if name == "p"
+        else p.annotation
+    )
+    help_ = arg(
+        help=comments.get(name, ""),
+        aliases=_SHORT.get(name),
+        **({"metavar": "NAME VALUE"} if name == "p" else {}),
+    )
     return p.replace(annotation=Annotated[kind, help_], kind=p.KEYWORD_ONLY)
 
 # %% ../nbs/lib/99_cli.ipynb #dce67198
 def _collector(fn):
-    def collect(**kw): return kw
+    def collect(**kw):
+        return kw
+
     comments = comments_of(fn)
     params = [_annotated(n, p, comments) for n, p in inspect.signature(fn).parameters.items()]
-    collect.__signature__, collect.__annotations__ = inspect.Signature(params), {p.name: p.annotation for p in params}
+    collect.__signature__, collect.__annotations__ = (
+        inspect.Signature(params),
+        {p.name: p.annotation for p in params},
+    )
     return collect
 
 # %% ../nbs/lib/99_cli.ipynb #3c1cb6f1
@@ -45,9 +68,15 @@ def one_line(
 ):
     "A parse error as one line."
     lines = [re.sub(r"[│╭╮╰╯─]", "", s).strip() for s in box.splitlines()]
-    lines = [s for s in lines if s][1 if "error" in lines[0].lower() or "option" in lines[0].lower() or "Missing" in lines[0] else 0 :]
+    lines = [s for s in lines if s][
+        1
+        if "error" in lines[0].lower() or "option" in lines[0].lower() or "Missing" in lines[0]
+        else 0 :
+    ]
     body = " ".join(s for s in lines if not re.fullmatch(r"-+", s))
-    text = re.split(r" (?:Got errors|Argument helptext|Perhaps you meant|For full helptext|See )", body)[0].rstrip(".:")
+    text = re.split(
+        r" (?:Got errors|Argument helptext|Perhaps you meant|For full helptext|See )", body
+    )[0].rstrip(".:")
     near = re.search(r"Perhaps you meant: (?:-\w, )?(\S+)", body)
     return f"{text}; did you mean {near[1]}?" if near else text
 
@@ -62,13 +91,23 @@ def parse(
 
     err, config = io.StringIO(), (tyro.conf.FlagCreatePairsOff,)
     wide = os.environ.get("COLUMNS")
-    if not {"-h", "--help"} & set(args): os.environ["COLUMNS"] = "1000"
+    if not {"-h", "--help"} & set(args):
+        os.environ["COLUMNS"] = "1000"
     try:
-        with contextlib.redirect_stderr(err): return tyro.cli(_collector(fn), args=args, prog=f"snnkd {verb}", description=fn.__doc__, config=config)
+        with contextlib.redirect_stderr(err):
+            return tyro.cli(
+                _collector(fn),
+                args=args,
+                prog=f"snnkd {verb}",
+                description=fn.__doc__,
+                config=config,
+            )
     except SystemExit as e:
-        if not e.code: raise
+        if not e.code:
+            raise
         raise UserError(one_line(err.getvalue()) + f" (snnkd {verb} --help)") from None
-    finally: os.environ.pop("COLUMNS", None) if wide is None else os.environ.update(COLUMNS=wide)
+    finally:
+        os.environ.pop("COLUMNS", None) if wide is None else os.environ.update(COLUMNS=wide)
 
 # %% ../nbs/lib/99_cli.ipynb #e9d5de60
 def list_artefacts(
@@ -80,16 +119,26 @@ def list_artefacts(
     from snnkd_nb.runner.status import listing, rows
 
     found = rows(keys or ["all"], scale)
-    print(json_.dumps([r.to_dict() for r in found], indent=1, ensure_ascii=False) if json else listing(found))
+    print(
+        json_.dumps([r.to_dict() for r in found], indent=1, ensure_ascii=False)
+        if json
+        else listing(found)
+    )
 
 # %% ../nbs/lib/99_cli.ipynb #ae147821
 def _built(keys, what):
     from snnkd_nb.papers.registry import match
 
-    if not keys: raise UserError(f"{what} what? give keys such as sastc/table02, a paper such as sastc, or all (snnkd list)")
+    if not keys:
+        raise UserError(
+            f"{what} what? give keys such as sastc/table02, a paper such as sastc, or all (snnkd list)"
+        )
     meant = match(keys)
     built = [a.id for a in meant if a.built]
-    if not built: print(f"snnkd: {meant[0].id}{' …' if len(meant) > 1 else ''} not built yet", file=sys.stderr)
+    if not built:
+        print(
+            f"snnkd: {meant[0].id}{' …' if len(meant) > 1 else ''} not built yet", file=sys.stderr
+        )
     return built
 
 # %% ../nbs/lib/99_cli.ipynb #30893d73
@@ -104,9 +153,13 @@ def run(
     from snnkd_nb.runner.jobs import execute_all
 
     built = _built(keys, "run")
-    wanted = lambda: dict.fromkeys(s for k in built for s in specs_for(k, scale))
+
+    def wanted():
+        return dict.fromkeys(s for k in built for s in specs_for(k, scale))
+
     out = execute_all(wanted, jobs, executor=executor)
-    if out.ok: print(f"{len(wanted())} needed · {len(wanted())} stored · 0 missing")
+    if out.ok:
+        print(f"{len(wanted())} needed · {len(wanted())} stored · 0 missing")
     return out.ok and bool(built)
 
 # %% ../nbs/lib/99_cli.ipynb #c5731ac7
@@ -121,7 +174,8 @@ def render(
     from snnkd_nb.runner.jobs import MISSING, check_jobs
     from snnkd_nb.runner.notebooks import render_all
 
-    if missing not in MISSING: raise unknown("value of missing", missing, MISSING)
+    if missing not in MISSING:
+        raise unknown("value of missing", missing, MISSING)
     built = _built(keys, "render")
     return render_all(built, scale, missing, dict(p), jobs and check_jobs(jobs)).ok and bool(built)
 
@@ -135,7 +189,9 @@ def reproduce(
     "Train what is missing, render the notebooks, write results/README.md."
     from snnkd_nb.runner import notebooks
 
-    return notebooks.reproduce(keys, scale, jobs, executor).ok if _built(keys, "reproduce") else False
+    return (
+        notebooks.reproduce(keys, scale, jobs, executor).ok if _built(keys, "reproduce") else False
+    )
 
 # %% ../nbs/lib/99_cli.ipynb #52dd79e8
 def _check_names(spec):
@@ -144,19 +200,25 @@ def _check_names(spec):
     from snnkd_nb.neurons.lif import list_neurons
 
     check_model(spec.model.name, spec.model.T, spec.model.width)
-    if spec.model.T and spec.model.neuron not in list_neurons(): raise unknown("neuron", spec.model.neuron, list_neurons())
-    if spec.method != "none": parse_methods(spec.method)
-    if spec.teacher: _check_names(spec.teacher)
+    if spec.model.T and spec.model.neuron not in list_neurons():
+        raise unknown("neuron", spec.model.neuron, list_neurons())
+    if spec.method != "none":
+        parse_methods(spec.method)
+    if spec.teacher:
+        _check_names(spec.teacher)
 
 
 def _plug_in(names):
     from snnkd_nb.data.images import import_plugins
 
     found = [n for n in (names or "").split(",") if n]
-    files = {n: f for n in found if os.path.isfile(f := os.path.abspath(n.removesuffix(".py") + ".py"))}
+    files = {
+        n: f for n in found if os.path.isfile(f := os.path.abspath(n.removesuffix(".py") + ".py"))
+    }
     found = [files.get(n, n) for n in found]
     import_plugins(found)
-    if found: os.environ["SNNKD_PLUGIN"] = ",".join(found)
+    if found:
+        os.environ["SNNKD_PLUGIN"] = ",".join(found)
 
 
 def _options(
@@ -167,9 +229,12 @@ def _options(
     "{name: value}; a value that is no Python literal is text, but true, false and none are what they say."
     out = {}
     for name, equals, value in (w.partition("=") for w in words):
-        if not (equals and all(part.isidentifier() for part in name.split("."))): raise UserError(f"{flag} {name!r}: write name=value, e.g. {flag} {example}")
-        try: out[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError): out[name] = {"true": True, "false": False, "none": None}.get(value.lower(), value)
+        if not (equals and all(part.isidentifier() for part in name.split("."))):
+            raise UserError(f"{flag} {name!r}: write name=value, e.g. {flag} {example}")
+        try:
+            out[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            out[name] = {"true": True, "false": False, "none": None}.get(value.lower(), value)
     return out
 
 
@@ -188,22 +253,28 @@ def _cut(dataset, frames, T):
     from snnkd_nb.data.images import opener
 
     recorded = "frames" in inspect.signature(opener(dataset)[0]).parameters
-    if recorded and frames and T and frames != T: raise UserError(f"--frames {frames} --T {T}: the network takes one frame a step; give --frames {T} or --T {frames}")
+    if recorded and frames and T and frames != T:
+        raise UserError(
+            f"--frames {frames} --T {T}: the network takes one frame a step; give --frames {T} or --T {frames}"
+        )
     return {"frames": frames or T or 4} if frames or recorded else {}
 
 # %% ../nbs/lib/99_cli.ipynb #66d2be7b
 def train(
     dataset: str = "digits",  # digits, cifar10, cifar100, folder:NAME, tiny-imagenet:NAME, digits-events, events:SET, cifar10-dvs:NAME, dvs-gesture:NAME
     student: str = "resnet20",  # the network that is trained
-    teacher: str | None = None,  # an ordinary network, also timm:NAME or torchvision:NAME, trained first; default: no teacher
-    method: str | None = None,  # distillation method, e.g. kd or kd+0.5*feature; default: kd with a teacher
+    teacher: str
+    | None = None,  # an ordinary network, also timm:NAME or torchvision:NAME, trained first; default: no teacher
+    method: str
+    | None = None,  # distillation method, e.g. kd or kd+0.5*feature; default: kd with a teacher
     variant: str = "paper",  # reading of the method: paper, code
     method_args: tuple[str, ...] = (),  # its options, e.g. beta=2.0 scaling=l2
     student_args: tuple[str, ...] = (),  # options of the student's network, e.g. "genome=n64 d128"
     T: int | None = 4,  # time steps; None: an ordinary network
     neuron: str = "tet",  # neuron preset
     width: float = 1.0,  # factor on the student's channels
-    teacher_width: float | None = None,  # factor on the teacher's channels; default: the student's, 1 for timm:NAME and torchvision:NAME
+    teacher_width: float
+    | None = None,  # factor on the teacher's channels; default: the student's, 1 for timm:NAME and torchvision:NAME
     epochs: int = 5,  # passes over the training images
     teacher_epochs: int | None = None,  # of the teacher; default: as many
     batch_size: int = 64,  # images a step
@@ -220,24 +291,55 @@ def train(
     augment: str = "none",  # "+"-joined: crop, flip, cutout, autoaugment, erase, roll
     download: bool = False,  # fetch a data set that is not there (CIFAR)
     seed: int = 0,  # decides weights, order and augmentation
-    plugin: str | None = None,  # a module or .py file of yours that registers networks or data sets; several with commas
+    plugin: str
+    | None = None,  # a module or .py file of yours that registers networks or data sets; several with commas
 ):
     "Train one network, and its teacher before it; prints the accuracy and the record's path."
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from snnkd_nb.data.images import load
     from snnkd_nb.spec import ALONE, DataSpec, ModelSpec, OptimSpec, RunSpec
 
-    if teacher is None and method not in (None, *ALONE): raise UserError(f"--method {method} needs a teacher: add --teacher NAME")
+    if teacher is None and method not in (None, *ALONE):
+        raise UserError(f"--method {method} needs a teacher: add --teacher NAME")
     _plug_in(plugin)
     precision = _named_precision(precision)
-    data = DataSpec(dataset, size, subset, shots, label_noise, val=val, augment=augment, args=_cut(dataset, frames, T))
-    t_optim = OptimSpec(epochs if teacher_epochs is None else teacher_epochs, batch_size, lr, schedule=schedule, precision=precision)
-    t_model = teacher and ModelSpec(teacher, None, teacher_width if teacher_width is not None else 1.0 if ":" in teacher else width)
+    data = DataSpec(
+        dataset,
+        size,
+        subset,
+        shots,
+        label_noise,
+        val=val,
+        augment=augment,
+        args=_cut(dataset, frames, T),
+    )
+    t_optim = OptimSpec(
+        epochs if teacher_epochs is None else teacher_epochs,
+        batch_size,
+        lr,
+        schedule=schedule,
+        precision=precision,
+    )
+    t_model = teacher and ModelSpec(
+        teacher,
+        None,
+        teacher_width if teacher_width is not None else 1.0 if ":" in teacher else width,
+    )
     t = t_model and RunSpec(data, t_model, t_optim, seed=seed)
     model = ModelSpec(student, T, width, neuron, _options(student_args, "--student-args"))
-    spec = RunSpec(data, model, t_optim.replace(epochs=epochs, gradient=gradient), method or ("kd" if t else "none"), variant, _options(method_args, "--method-args"), t, seed)
+    spec = RunSpec(
+        data,
+        model,
+        t_optim.replace(epochs=epochs, gradient=gradient),
+        method or ("kd" if t else "none"),
+        variant,
+        _options(method_args, "--method-args"),
+        t,
+        seed,
+    )
     _check_names(spec)
-    if download: load(dataset, download=True, size=size)
+    if download:
+        load(dataset, download=True, size=size)
     return _train(spec)
 
 # %% ../nbs/lib/99_cli.ipynb #d2c64111
@@ -247,10 +349,19 @@ def _train(spec):
     from snnkd_nb.training.progress import Printer
 
     store, printer = Store(), Printer()
-    say = lambda e: print(e["id"]) if e["event"] == "start" else printer(e)
+
+    def say(e):
+        return print(e["id"]) if e["event"] == "start" else printer(e)
+
     m = run_train(spec, store, say).metrics
-    best = f", at the best validation epoch {m['acc_best_val']:.2f} %" if m.get("acc_best_val") is not None else ""
-    print(f"test accuracy {m['acc_last']:.2f} % after the last epoch{best}\n{os.path.relpath(store.path(spec.id), root())}")
+    best = (
+        f", at the best validation epoch {m['acc_best_val']:.2f} %"
+        if m.get("acc_best_val") is not None
+        else ""
+    )
+    print(
+        f"test accuracy {m['acc_last']:.2f} % after the last epoch{best}\n{os.path.relpath(store.path(spec.id), root())}"
+    )
 
 # %% ../nbs/lib/99_cli.ipynb #b88107c0
 def search(
@@ -261,7 +372,9 @@ def search(
     space: str = "digits",  # search space: digits, cifar10, cifar100, tiny-imagenet, imagenet, cifar10-dvs, dvs128-gesture, digits-events
     space_width: float = 1.0,  # factor on the channels of the space
     metric: str = "mas+tgs",  # fitness: as, mas, tgs, mas+tgs, snasnet, params, random
-    metric_args: tuple[str, ...] = (),  # its options (fields of search.score.Scoring), e.g. mode=sample norm=frobenius "layers=['last']" alpha0=3.0
+    metric_args: tuple[
+        str, ...
+    ] = (),  # its options (fields of search.score.Scoring), e.g. mode=sample norm=frobenius "layers=['last']" alpha0=3.0
     T: int = 4,  # time steps of the students
     batch: int = 64,  # training images that a candidate is scored on
     batches: int = 1,  # so many of them, averaged over
@@ -273,16 +386,35 @@ def search(
     seed: int = 0,  # decides the teacher's weights, the batch and the evolution
     jobs: int | None = None,  # processes that score; default: one a core
     distil: bool = False,  # train the network that was found, under the teacher, for as many epochs
-    plugin: str | None = None,  # a module or .py file of yours that registers networks or data sets; several with commas
+    plugin: str
+    | None = None,  # a module or .py file of yours that registers networks or data sets; several with commas
 ):
     "Search an architecture for a teacher (DSAS); stopped or killed, the same command goes on."
     from snnkd_nb.spec import DataSpec, ModelSpec, OptimSpec, RunSpec, SearchSpec
 
     _plug_in(plugin)
-    data, optim = DataSpec(dataset, size, subset, args=_cut(dataset, None, T)), OptimSpec(teacher_epochs, schedule="onecycle")
+    data, optim = (
+        DataSpec(dataset, size, subset, args=_cut(dataset, None, T)),
+        OptimSpec(teacher_epochs, schedule="onecycle"),
+    )
     t = RunSpec(data, ModelSpec(teacher, None, teacher_width), optim, seed=seed)
     width = {"width": space_width} if space_width != 1 else {}
-    spec = SearchSpec(data, t, space, width, metric, _options(metric_args, "--metric-args", "mode=sample norm=frobenius"), T, "dsas", batch, batches, population, generations, algorithm, seed=seed)
+    spec = SearchSpec(
+        data,
+        t,
+        space,
+        width,
+        metric,
+        _options(metric_args, "--metric-args", "mode=sample norm=frobenius"),
+        T,
+        "dsas",
+        batch,
+        batches,
+        population,
+        generations,
+        algorithm,
+        seed=seed,
+    )
     _check_names(t)
     return _search(spec, jobs, distil)
 
@@ -296,15 +428,33 @@ def _search(spec, jobs, distil):
     from snnkd_nb.training.progress import Printer
 
     workers, store, live, train_line = check_jobs(jobs), Store(), Live(), Printer()
-    say = lambda e: print(e["id"]) if e["event"] == "start" else (train_line(e), live(e))
+
+    def say(e):
+        return print(e["id"]) if e["event"] == "start" else (train_line(e), live(e))
+
     record = run_search(spec, store, say, workers)
     b, c = record.best, record.cost
-    print(f"{b['genome']}\nfitness {b['fitness']:.5g}" + "".join(f", {k} {v:.5g}" for k, v in b["parts"].items() if len(b["parts"]) > 1) + f", {b['parameters']:,} parameters, {b['depth']} blocks")
-    print(f"{c['candidates']} candidates, {c['evaluated']} scored, {c['seconds']:.1f} s, {c['per_second']:.1f} a second, {c['days']:.2g} days of this machine")
+    print(
+        f"{b['genome']}\nfitness {b['fitness']:.5g}"
+        + "".join(f", {k} {v:.5g}" for k, v in b["parts"].items() if len(b["parts"]) > 1)
+        + f", {b['parameters']:,} parameters, {b['depth']} blocks"
+    )
+    print(
+        f"{c['candidates']} candidates, {c['evaluated']} scored, {c['seconds']:.1f} s, {c['per_second']:.1f} a second, {c['days']:.2g} days of this machine"
+    )
     scored = {s["genome"]: s for s in candidates_of(record)} if record.front else {}
-    if scored: print("front, from small to fit:", *(f"fitness {scored[g]['fitness']:.5g}, {scored[g]['parameters']:,} parameters  {g}" for g in record.front), sep="\n")
+    if scored:
+        print(
+            "front, from small to fit:",
+            *(
+                f"fitness {scored[g]['fitness']:.5g}, {scored[g]['parameters']:,} parameters  {g}"
+                for g in record.front
+            ),
+            sep="\n",
+        )
     print(f"{os.path.relpath(store.path(spec.id), root())}")
-    if distil: _train(distilled(record))
+    if distil:
+        _train(distilled(record))
 
 # %% ../nbs/lib/99_cli.ipynb #946eba37
 def status():
@@ -350,7 +500,8 @@ def measure(
     what: str,  # overhead (ckdsnn/figure05), durations (sastc/table11, table12)
 ):
     "Measure what a page of a paper draws, on this machine, best left alone; kept in results/bench."
-    if what not in MEASURES: raise unknown("measurement", what, MEASURES)
+    if what not in MEASURES:
+        raise unknown("measurement", what, MEASURES)
     module = importlib.import_module(f"snnkd_nb.runner.{what}")
     print("kept in", os.path.relpath(module.measure(), root()), "for", MEASURES[what])
 
@@ -371,12 +522,27 @@ def readme(
     from snnkd_nb.runner.readme import readme as write
 
     fresh = write(check)
-    if check and not fresh: print("snnkd: README.md is not what nbs/index.ipynb gives: run snnkd readme", file=sys.stderr)
+    if check and not fresh:
+        print(
+            "snnkd: README.md is not what nbs/index.ipynb gives: run snnkd readme", file=sys.stderr
+        )
     return fresh or not check
 
 # %% ../nbs/lib/99_cli.ipynb #5f1668eb
-VERBS = {"list": list_artefacts, "run": run, "render": render, "reproduce": reproduce, "train": train, "search": search, "status": status,
-         "watch": watch, "bench": bench, "measure": measure, "doctor": doctor, "readme": readme}
+VERBS = {
+    "list": list_artefacts,
+    "run": run,
+    "render": render,
+    "reproduce": reproduce,
+    "train": train,
+    "search": search,
+    "status": status,
+    "watch": watch,
+    "bench": bench,
+    "measure": measure,
+    "doctor": doctor,
+    "readme": readme,
+}
 
 
 def usage():
@@ -386,10 +552,13 @@ def usage():
 
 
 def _dispatch(argv):
-    if not argv or argv[0] in ("-h", "--help", "help"): return print(usage(), file=sys.stdout if argv else sys.stderr) or (0 if argv else 2)
-    if argv[0] == "--version": return print("snnkd_nb", __import__("snnkd_nb").__version__)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        return print(usage(), file=sys.stdout if argv else sys.stderr) or (0 if argv else 2)
+    if argv[0] == "--version":
+        return print("snnkd_nb", __import__("snnkd_nb").__version__)
     verb, fn = argv[0], VERBS.get(argv[0])
-    if fn is None: raise unknown("verb", verb, [v for v in VERBS if v != "readme"])
+    if fn is None:
+        raise unknown("verb", verb, [v for v in VERBS if v != "readme"])
     return 1 if fn(**parse(verb, fn, argv[1:])) is False else 0
 
 # %% ../nbs/lib/99_cli.ipynb #738ac4ce
@@ -400,26 +569,45 @@ def _expected(e):
 
 def _os_error(e):
     what = f" {e.filename}" if e.filename else ""
-    return f"cannot use{what}: {e.strerror or e}" if not isinstance(e, FileNotFoundError) else f"there is no{what}"
+    return (
+        f"cannot use{what}: {e.strerror or e}"
+        if not isinstance(e, FileNotFoundError)
+        else f"there is no{what}"
+    )
 
 # %% ../nbs/lib/99_cli.ipynb #306910f1
 def main(
     argv=None,  # the words after `snnkd`; None: those of this process
 ):
     "Do what the command line says; returns the exit code."
-    tell = lambda text: print(f"snnkd: {' '.join(str(text).split())}", file=sys.stderr)
+
+    def tell(text):
+        return print(f"snnkd: {' '.join(str(text).split())}", file=sys.stderr)
+
     try:
         code = _dispatch(sys.argv[1:] if argv is None else list(argv)) or 0
         sys.stdout.flush()
         return code
-    except UserError as e: return tell(e) or 2
-    except KeyboardInterrupt as e: return tell(str(e) or "stopped; what was finished is kept, the same command goes on from there") or 130
-    except BrokenPipeError: return os.dup2(os.open(os.devnull, os.O_WRONLY), 1) and 0
-    except OSError as e: return tell(_os_error(e)) or 1
-    except SystemExit as e: return e.code or 0
+    except UserError as e:
+        return tell(e) or 2
+    except KeyboardInterrupt as e:
+        return (
+            tell(
+                str(e) or "stopped; what was finished is kept, the same command goes on from there"
+            )
+            or 130
+        )
+    except BrokenPipeError:
+        return os.dup2(os.open(os.devnull, os.O_WRONLY), 1) and 0
+    except OSError as e:
+        return tell(_os_error(e)) or 1
+    except SystemExit as e:
+        return e.code or 0
     except Exception as e:
-        if not _expected(e): raise
+        if not _expected(e):
+            raise
         return tell(e) or 1
 
 
-if getattr(globals().get("__spec__"), "name", "") == "snnkd_nb.cli" and __name__ == "__main__": sys.exit(main())
+if getattr(globals().get("__spec__"), "name", "") == "snnkd_nb.cli" and __name__ == "__main__":
+    sys.exit(main())

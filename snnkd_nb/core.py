@@ -7,7 +7,12 @@ __all__ = ['UserError', 'unknown', 'raises', 'root', 'cache_dir', 'data_dir', 'c
            'atomic_write', 'lock', 'cores', 'threads']
 
 # %% ../nbs/lib/00_core.ipynb #3be12b44
-import contextlib, difflib, hashlib, json, os, tempfile
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import tempfile
 from pathlib import Path
 
 # %% ../nbs/lib/00_core.ipynb #57f68fb6
@@ -37,19 +42,22 @@ def raises(
     **kw,
 ):
     "Assert that `fn(*args, **kw)` raises `error`, and return the message."
-    try: fn(*args, **kw)
+    try:
+        fn(*args, **kw)
     except error as e:
         assert match in str(e), f"{match!r} not in {e}"
         return str(e)
     raise AssertionError(f"{error.__name__} was not raised")
 
 # %% ../nbs/lib/00_core.ipynb #1d1f05bc
-def _is_root(p): return (p / "settings.ini").is_file() and (p / "nbs").is_dir()
+def _is_root(p):
+    return (p / "settings.ini").is_file() and (p / "nbs").is_dir()
 
 
 def root():
     "The project folder: `$SNNKD_ROOT`, else the checkout the package or the working directory is in, else `~/snnkd_nb`."
-    if os.environ.get("SNNKD_ROOT"): return Path(os.environ["SNNKD_ROOT"]).expanduser().resolve()
+    if os.environ.get("SNNKD_ROOT"):
+        return Path(os.environ["SNNKD_ROOT"]).expanduser().resolve()
     here = Path(__file__).resolve() if "__file__" in globals() else Path.cwd() / "x"
     found = [p for start in (here, Path.cwd() / "x") for p in start.parents if _is_root(p)]
     return found[0] if found else Path.home() / "snnkd_nb"
@@ -69,7 +77,9 @@ def canonical_json(
     obj,  # made of dicts, lists, strings, numbers, booleans and None
 ):
     "The one JSON text of `obj`: sorted keys, no spaces, no NaN."
-    return json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return json.dumps(
+        obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
 
 
 def sha256_of(
@@ -77,7 +87,8 @@ def sha256_of(
 ):
     "SHA-256 of a file's content, of bytes or of a text, in hex."
     if isinstance(what, Path):
-        with open(what, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+        with open(what, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
     return hashlib.sha256(what.encode() if isinstance(what, str) else what).hexdigest()
 
 # %% ../nbs/lib/00_core.ipynb #8343d3a5
@@ -120,7 +131,8 @@ def lock(
     name = sha256_of(str(Path(path).resolve()))[:24]
     where = cache_dir() / "locks"
     where.mkdir(parents=True, exist_ok=True)
-    with FileLock(where / f"{name}.lock", is_singleton=True).acquire(timeout=timeout): yield
+    with FileLock(where / f"{name}.lock", is_singleton=True).acquire(timeout=timeout):
+        yield
 
 # %% ../nbs/lib/00_core.ipynb #f5ed6791
 def cores():
@@ -133,4 +145,5 @@ def threads(
 ):
     "Cap the threads of torch (and of what is started from it) at `n`."
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(n)
-    if "torch" in __import__("sys").modules: __import__("torch").set_num_threads(n)
+    if "torch" in __import__("sys").modules:
+        __import__("torch").set_num_threads(n)

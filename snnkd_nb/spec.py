@@ -7,7 +7,8 @@ __all__ = ['AUGMENTATIONS', 'SCHEDULES', 'PRECISIONS', 'GRADIENTS', 'ALONE', 'AL
            'ModelSpec', 'OptimSpec', 'check_steps', 'RunSpec', 'SearchSpec']
 
 # %% ../nbs/lib/02_spec.ipynb #68256799
-import dataclasses, re
+import dataclasses
+import re
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 
@@ -19,12 +20,14 @@ def need(
     message,  # one line: what is wrong and how to mend it
 ):
     "Raise `UserError(message)` unless `ok`."
-    if not ok: raise UserError(message)
+    if not ok:
+        raise UserError(message)
 
 
 def _number(spec, name, low, high=float("inf"), kind=(int, float), none=False):
     v = getattr(spec, name)
-    if v is None and none: return
+    if v is None and none:
+        return
     good = isinstance(v, kind) and not isinstance(v, bool) and low <= v <= high
     what = "a whole number" if kind is int else "a number"
     span = f"from {low} to {high}" if high < float("inf") else f"of at least {low}"
@@ -38,37 +41,52 @@ def _flag(spec, name):
 
 def _part(spec, name, cls, none=False):
     v = getattr(spec, name)
-    need(isinstance(v, cls) or (none and v is None), f"{name} = {v!r}: give a {cls.__name__}, e.g. {name}={cls.__name__}(…)")
+    need(
+        isinstance(v, cls) or (none and v is None),
+        f"{name} = {v!r}: give a {cls.__name__}, e.g. {name}={cls.__name__}(…)",
+    )
 
 
 def _options(spec, name):
     v = getattr(spec, name)
-    need(isinstance(v, (dict, MappingProxyType)), f'{name} = {v!r}: give a dict of options, e.g. {name}={{"name": value}}')
+    need(
+        isinstance(v, (dict, MappingProxyType)),
+        f'{name} = {v!r}: give a dict of options, e.g. {name}={{"name": value}}',
+    )
 
 
 def _word(spec, name, valid=None):
     v = getattr(spec, name)
     need(isinstance(v, str) and v, f"{name} = {v!r}: give a name")
-    if valid and v not in valid: raise unknown(name, v, valid)
+    if valid and v not in valid:
+        raise unknown(name, v, valid)
 
 # %% ../nbs/lib/02_spec.ipynb #78481d6c
 def _plain(v, where):
-    if isinstance(v, (MappingProxyType, dict)): return MappingProxyType({str(k): _plain(x, where) for k, x in sorted(v.items())})
-    if isinstance(v, (list, tuple)): return tuple(_plain(x, where) for x in v)
-    need(v is None or isinstance(v, (str, int, float, bool)), f"{where} = {v!r}: only text, numbers, lists and dicts can be recorded")
+    if isinstance(v, (MappingProxyType, dict)):
+        return MappingProxyType({str(k): _plain(x, where) for k, x in sorted(v.items())})
+    if isinstance(v, (list, tuple)):
+        return tuple(_plain(x, where) for x in v)
+    need(
+        v is None or isinstance(v, (str, int, float, bool)),
+        f"{where} = {v!r}: only text, numbers, lists and dicts can be recorded",
+    )
     need(v == v and v not in (float("inf"), float("-inf")), f"{where} = {v!r}: not a finite number")
     return v
 
 
 def _freeze(spec, *names):
-    for n in names: object.__setattr__(spec, n, _plain(getattr(spec, n), n))
+    for n in names:
+        object.__setattr__(spec, n, _plain(getattr(spec, n), n))
     for f in fields(spec):  # 1 and 1.0 are equal, so they must have one text
         v = getattr(spec, f.name)
-        if f.type in ("float", float, float | None) and type(v) is int: object.__setattr__(spec, f.name, float(v))
+        if f.type in ("float", float, float | None) and type(v) is int:
+            object.__setattr__(spec, f.name, float(v))
 
 
 def _thaw(v):
-    if isinstance(v, MappingProxyType): return {k: _thaw(x) for k, x in v.items()}
+    if isinstance(v, MappingProxyType):
+        return {k: _thaw(x) for k, x in v.items()}
     return [_thaw(x) for x in v] if isinstance(v, tuple) else v
 
 # %% ../nbs/lib/02_spec.ipynb #ece146a7
@@ -85,19 +103,27 @@ def to_dict(
     for f in fields(spec):
         v = getattr(spec, f.name)
         plain = to_dict(v, full) if dataclasses.is_dataclass(v) else _thaw(v)
-        if full or v != _default(f): out[f.name] = plain
+        if full or v != _default(f):
+            out[f.name] = plain
     return out
 
 
 class Spec:
     "What all specs share: equality, hash and copy by content."
-    def replace(self, **kw): return dataclasses.replace(self, **kw)
-    def __hash__(self): return hash(self.canonical())
-    def __reduce__(self): return (type(self).from_dict, (to_dict(self),))
+
+    def replace(self, **kw):
+        return dataclasses.replace(self, **kw)
+
+    def __hash__(self):
+        return hash(self.canonical())
+
+    def __reduce__(self):
+        return (type(self).from_dict, (to_dict(self),))
 
     def canonical(self):
         "The spec as text, always the same for the same content."
-        if "_text" not in self.__dict__: object.__setattr__(self, "_text", canonical_json(to_dict(self)))
+        if "_text" not in self.__dict__:
+            object.__setattr__(self, "_text", canonical_json(to_dict(self)))
         return self._text
 
     @classmethod
@@ -105,8 +131,14 @@ class Spec:
         "The spec a plain dict describes; an unknown field is an error that names the nearest."
         types = {f.name: f.metadata.get("spec") for f in fields(cls)}
         for k in d:
-            if k not in types: raise unknown(f"field of {cls.__name__}", k, types)
-        return cls(**{k: types[k]().from_dict(v) if types[k] and v is not None else v for k, v in d.items()})
+            if k not in types:
+                raise unknown(f"field of {cls.__name__}", k, types)
+        return cls(
+            **{
+                k: types[k]().from_dict(v) if types[k] and v is not None else v
+                for k, v in d.items()
+            }
+        )
 
 # %% ../nbs/lib/02_spec.ipynb #8ee40042
 AUGMENTATIONS = ("none", "crop", "flip", "cutout", "autoaugment", "erase", "roll")
@@ -115,6 +147,7 @@ AUGMENTATIONS = ("none", "crop", "flip", "cutout", "autoaugment", "erase", "roll
 @dataclass(frozen=True, eq=True)
 class DataSpec(Spec):
     "Which data, what part of them, what is done to them."
+
     name: str = "digits"  # see `list_datasets()`; a folder is "folder:NAME" below the data root
     size: int | None = None  # pixels an edge; None: as they are
     subset: int | None = None  # number of training images taken, class-balanced; None: all
@@ -123,45 +156,65 @@ class DataSpec(Spec):
     corrupt_seed: int = 0  # seed of subset, shots and noise
     val: float = 0.1  # fraction of the training images held out for model selection
     augment: str = "none"  # "+"-joined: crop, flip, cutout, autoaugment, erase, roll
-    args: dict = field(default_factory=lambda: MappingProxyType({}))  # options of one data set, e.g. frames of an event set
+    args: dict = field(
+        default_factory=lambda: MappingProxyType({})
+    )  # options of one data set, e.g. frames of an event set
     __hash__ = Spec.__hash__
 
     def __post_init__(self):
-        _options(self, "args"), _freeze(self, "args")
-        _word(self, "name"), _word(self, "augment")
-        _number(self, "size", 1, kind=int, none=True), _number(self, "subset", 1, kind=int, none=True)
-        _number(self, "shots", 0, 1), _number(self, "label_noise", 0, 1), _number(self, "val", 0, 0.9)
+        _options(self, "args")
+        _freeze(self, "args")
+        _word(self, "name")
+        _word(self, "augment")
+        _number(self, "size", 1, kind=int, none=True)
+        _number(self, "subset", 1, kind=int, none=True)
+        _number(self, "shots", 0, 1)
+        _number(self, "label_noise", 0, 1)
+        _number(self, "val", 0, 0.9)
         _number(self, "corrupt_seed", 0, kind=int)
         need(self.shots > 0, "shots = 0: no image would be left; give a fraction in (0, 1]")
         for a in self.augment.split("+"):
-            if a not in AUGMENTATIONS: raise unknown("augmentation", a, AUGMENTATIONS)
+            if a not in AUGMENTATIONS:
+                raise unknown("augmentation", a, AUGMENTATIONS)
 
 # %% ../nbs/lib/02_spec.ipynb #4d8f74d9
 @dataclass(frozen=True, eq=True)
 class ModelSpec(Spec):
     "Which network, how wide, and for a spiking one how many time steps and which neuron."
+
     name: str = "resnet20"  # see `list_models()`
     T: int | None = None  # time steps; None: an ANN
     width: float = 1.0  # factor on all channel counts
     neuron: str = "tet"  # preset, see `list_neurons()`; ignored for an ANN
-    args: dict = field(default_factory=lambda: MappingProxyType({}))  # further options of `create_model`
+    args: dict = field(
+        default_factory=lambda: MappingProxyType({})
+    )  # further options of `create_model`
     __hash__ = Spec.__hash__
 
     def __post_init__(self):
-        _options(self, "args"), _freeze(self, "args")
-        _word(self, "name"), _word(self, "neuron")
-        need(self.T != 0, "T = 0: a spiking network needs at least one time step; T=None makes it an ordinary network")
+        _options(self, "args")
+        _freeze(self, "args")
+        _word(self, "name")
+        _word(self, "neuron")
+        need(
+            self.T != 0,
+            "T = 0: a spiking network needs at least one time step; T=None makes it an ordinary network",
+        )
         _number(self, "T", 1, 1024, kind=int, none=True)
         _number(self, "width", 0.01, 64)
 
 # %% ../nbs/lib/02_spec.ipynb #c023ae5c
-SCHEDULES, PRECISIONS = ("cosine", "multistep", "onecycle", "constant"), ("fp32", "bf16", "fp16", "auto")
+SCHEDULES, PRECISIONS = (
+    ("cosine", "multistep", "onecycle", "constant"),
+    ("fp32", "bf16", "fp16", "auto"),
+)
 GRADIENTS = ("bptt", "rate", "rate-code")
 
 
 @dataclass(frozen=True, eq=True)
 class OptimSpec(Spec):
     "How long and how it is trained."
+
     epochs: int = 5  # passes over the training images
     batch_size: int = 64  # images a step
     lr: float = 0.1  # peak learning rate
@@ -179,21 +232,37 @@ class OptimSpec(Spec):
     __hash__ = Spec.__hash__
 
     def __post_init__(self):
-        rising = isinstance(self.milestones, (list, tuple)) and all(type(m) is int and m > 0 for m in self.milestones)
-        need(rising and list(self.milestones) == sorted(set(self.milestones)), f"milestones = {self.milestones!r}: give rising whole numbers of epochs, e.g. [150, 180]")
-        _freeze(self, "milestones"), _flag(self, "nesterov"), _flag(self, "decay_norm")
-        _word(self, "schedule", SCHEDULES), _word(self, "precision", PRECISIONS), _word(self, "gradient", GRADIENTS)
-        _number(self, "epochs", 1, kind=int), _number(self, "batch_size", 1, kind=int)
-        for n in ("lr", "weight_decay", "warmup", "gamma"): _number(self, n, 0)
-        _number(self, "momentum", 0, 1), _number(self, "clip", 0, none=True)
-        need(self.clip != 0, "clip = 0: every gradient would be cut to nothing; give a norm above 0, or None for no clipping")
+        rising = isinstance(self.milestones, (list, tuple)) and all(
+            type(m) is int and m > 0 for m in self.milestones
+        )
+        need(
+            rising and list(self.milestones) == sorted(set(self.milestones)),
+            f"milestones = {self.milestones!r}: give rising whole numbers of epochs, e.g. [150, 180]",
+        )
+        _freeze(self, "milestones")
+        _flag(self, "nesterov")
+        _flag(self, "decay_norm")
+        _word(self, "schedule", SCHEDULES)
+        _word(self, "precision", PRECISIONS)
+        _word(self, "gradient", GRADIENTS)
+        _number(self, "epochs", 1, kind=int)
+        _number(self, "batch_size", 1, kind=int)
+        for n in ("lr", "weight_decay", "warmup", "gamma"):
+            _number(self, n, 0)
+        _number(self, "momentum", 0, 1)
+        _number(self, "clip", 0, none=True)
+        need(
+            self.clip != 0,
+            "clip = 0: every gradient would be cut to nothing; give a norm above 0, or None for no clipping",
+        )
         need(not self.nesterov or self.momentum > 0, "nesterov = True needs momentum above 0")
 
 # %% ../nbs/lib/02_spec.ipynb #be76e6c0
 ALONE = ("none", "tet")  # methods without a teacher
 
 
-def _slug(s): return re.sub(r"[^A-Za-z0-9.]+", "_", s).strip("_")
+def _slug(s):
+    return re.sub(r"[^A-Za-z0-9.]+", "_", s).strip("_")
 
 
 def check_steps(
@@ -201,48 +270,90 @@ def check_steps(
     gradient,  # one of `GRADIENTS`
 ):
     "`UserError` where that is to learn from rates."
-    need(gradient == "bptt", f"{what} with gradient = {gradient!r}: TET is about single time steps, and rates have none; take gradient='bptt'")
+    need(
+        gradient == "bptt",
+        f"{what} with gradient = {gradient!r}: TET is about single time steps, and rates have none; take gradient='bptt'",
+    )
 
 # %% ../nbs/lib/02_spec.ipynb #7f93f25a
 @dataclass(frozen=True, eq=True)
 class RunSpec(Spec):
     "A training run: everything that decides its numbers."
+
     data: DataSpec = field(default_factory=DataSpec, metadata={"spec": lambda: DataSpec})
     model: ModelSpec = field(default_factory=ModelSpec, metadata={"spec": lambda: ModelSpec})
     optim: OptimSpec = field(default_factory=OptimSpec, metadata={"spec": lambda: OptimSpec})
-    method: str = "none"  # distillation method, "+"-joined with optional weights, see `list_distillers()`
+    method: str = (
+        "none"  # distillation method, "+"-joined with optional weights, see `list_distillers()`
+    )
     variant: str = "paper"  # "paper" or "code": which reading of the method
     method_args: dict = field(default_factory=lambda: MappingProxyType({}))
     teacher: "RunSpec | None" = field(default=None, metadata={"spec": lambda: RunSpec})
     seed: int = 0
-    probes: dict = field(default_factory=lambda: MappingProxyType({}))  # {name: options} of what is measured after every epoch, see `list_probes()`
-    reference: "RunSpec | None" = field(default=None, metadata={"spec": lambda: RunSpec})  # the network probes compare with; None: the teacher
+    probes: dict = field(
+        default_factory=lambda: MappingProxyType({})
+    )  # {name: options} of what is measured after every epoch, see `list_probes()`
+    reference: "RunSpec | None" = field(
+        default=None, metadata={"spec": lambda: RunSpec}
+    )  # the network probes compare with; None: the teacher
     __hash__ = Spec.__hash__
 
     def __post_init__(self):
-        for name, cls in (("data", DataSpec), ("model", ModelSpec), ("optim", OptimSpec)): _part(self, name, cls)
-        _part(self, "teacher", RunSpec, none=True), _part(self, "reference", RunSpec, none=True)
-        _options(self, "method_args"), _options(self, "probes"), _freeze(self, "method_args", "probes")
-        _word(self, "method"), _word(self, "variant", ("paper", "code"))
+        for name, cls in (("data", DataSpec), ("model", ModelSpec), ("optim", OptimSpec)):
+            _part(self, name, cls)
+        _part(self, "teacher", RunSpec, none=True)
+        _part(self, "reference", RunSpec, none=True)
+        _options(self, "method_args")
+        _options(self, "probes")
+        _freeze(self, "method_args", "probes")
+        _word(self, "method")
+        _word(self, "variant", ("paper", "code"))
         _number(self, "seed", 0, 2**31 - 1, kind=int)
         names = [re.sub(r"^[^a-zA-Z]*", "", m) for m in self.method.split("+")]
-        for k in ("variant", "student", "teacher"): need(k not in self.method_args, f"method_args: {k!r} is a field of the run itself, no option of its method: give it as {k}=…, on the command line as --{k}")
+        for k in ("variant", "student", "teacher"):
+            need(
+                k not in self.method_args,
+                f"method_args: {k!r} is a field of the run itself, no option of its method: give it as {k}=…, on the command line as --{k}",
+            )
         alone = all(n in ALONE for n in names)
-        need(alone or self.teacher is not None, f"method = {self.method!r} needs a teacher: give teacher=RunSpec(…)")
-        need(self.optim.gradient == "bptt" or self.model.T is not None, f"gradient = {self.optim.gradient!r}: an ordinary network has no firing rates; give model.T, or leave gradient='bptt'")
-        need(not alone or self.teacher is None, f"method = {self.method!r} uses no teacher: leave teacher=None")
-        if "tet" in names: check_steps(f"method = {self.method!r}", self.optim.gradient)
-        if self.method_args.get("ce") == "each": check_steps("ce = 'each'", self.optim.gradient)
-        need(self.reference is None or self.probes, "reference is the network that probes compare with: give probes={…} as well, or leave it out")
-        for k, v in self.probes.items(): need(isinstance(v, MappingProxyType), f'probes[{k!r}] = {v!r}: give a dict of its options, {{}} for none')
+        need(
+            alone or self.teacher is not None,
+            f"method = {self.method!r} needs a teacher: give teacher=RunSpec(…)",
+        )
+        need(
+            self.optim.gradient == "bptt" or self.model.T is not None,
+            f"gradient = {self.optim.gradient!r}: an ordinary network has no firing rates; give model.T, or leave gradient='bptt'",
+        )
+        need(
+            not alone or self.teacher is None,
+            f"method = {self.method!r} uses no teacher: leave teacher=None",
+        )
+        if "tet" in names:
+            check_steps(f"method = {self.method!r}", self.optim.gradient)
+        if self.method_args.get("ce") == "each":
+            check_steps("ce = 'each'", self.optim.gradient)
+        need(
+            self.reference is None or self.probes,
+            "reference is the network that probes compare with: give probes={…} as well, or leave it out",
+        )
+        for k, v in self.probes.items():
+            need(
+                isinstance(v, MappingProxyType),
+                f"probes[{k!r}] = {v!r}: give a dict of its options, {{}} for none",
+            )
 
     @property
     def id(self):
         "Readable prefix and ten hex digits of the content's hash."
         kind, m = self.data.name.split(":"), self.model
         d = kind[-1] + ("_events" if kind[0] == "events" else "")
-        words = [_slug(d), _slug(m.name) + (f"x{m.width:g}" if m.width != 1 else ""), f"T{m.T}" if m.T else "ann"]
-        if self.method != "none": words.append(_slug(self.method))
+        words = [
+            _slug(d),
+            _slug(m.name) + (f"x{m.width:g}" if m.width != 1 else ""),
+            f"T{m.T}" if m.T else "ann",
+        ]
+        if self.method != "none":
+            words.append(_slug(self.method))
         return "-".join([*words, f"s{self.seed}", sha256_of(self.canonical())[:10]])
 
 # %% ../nbs/lib/02_spec.ipynb #5619c431
@@ -252,12 +363,19 @@ ALGORITHMS = ("ga", "nsga2", "random")
 @dataclass(frozen=True, eq=True)
 class SearchSpec(Spec):
     "A search for the student of a teacher: everything that decides its outcome."
+
     data: DataSpec = field(default_factory=DataSpec, metadata={"spec": lambda: DataSpec})
-    teacher: "RunSpec | None" = field(default=None, metadata={"spec": lambda: RunSpec})  # the run of an ordinary network
+    teacher: "RunSpec | None" = field(
+        default=None, metadata={"spec": lambda: RunSpec}
+    )  # the run of an ordinary network
     space: str = "digits"  # see `list_spaces()`
-    space_args: dict = field(default_factory=lambda: MappingProxyType({}))  # changes of the space, e.g. width or image_size
+    space_args: dict = field(
+        default_factory=lambda: MappingProxyType({})
+    )  # changes of the space, e.g. width or image_size
     metric: str = "mas+tgs"  # the fitness, "+"-joined
-    metric_args: dict = field(default_factory=lambda: MappingProxyType({}))  # further options of the `Scorer`
+    metric_args: dict = field(
+        default_factory=lambda: MappingProxyType({})
+    )  # further options of the `Scorer`
     T: int = 4  # time steps of the students
     neuron: str = "dsas"  # of the students, see `list_neurons()`
     batch: int = 64  # training images that a candidate is scored on
@@ -265,22 +383,38 @@ class SearchSpec(Spec):
     population: int = 200  # individuals
     generations: int = 20  # after the first draw
     algorithm: str = "ga"  # ga, nsga2, random
-    algorithm_args: dict = field(default_factory=lambda: MappingProxyType({}))  # selection, second, and rates of the operators
+    algorithm_args: dict = field(
+        default_factory=lambda: MappingProxyType({})
+    )  # selection, second, and rates of the operators
     seed: int = 0
     __hash__ = Spec.__hash__
 
     def __post_init__(self):
-        _part(self, "data", DataSpec), _part(self, "teacher", RunSpec)
-        need(self.teacher.model.T is None, f"teacher = {self.teacher.id}: DSAS searches under an ordinary network, leave its model.T=None")
-        for n in ("space_args", "metric_args", "algorithm_args"): _options(self, n)
+        _part(self, "data", DataSpec)
+        _part(self, "teacher", RunSpec)
+        need(
+            self.teacher.model.T is None,
+            f"teacher = {self.teacher.id}: DSAS searches under an ordinary network, leave its model.T=None",
+        )
+        for n in ("space_args", "metric_args", "algorithm_args"):
+            _options(self, n)
         _freeze(self, "space_args", "metric_args", "algorithm_args")
-        for n in ("space", "metric", "neuron"): _word(self, n)
+        for n in ("space", "metric", "neuron"):
+            _word(self, n)
         _word(self, "algorithm", ALGORITHMS)
-        _number(self, "T", 1, 1024, kind=int), _number(self, "seed", 0, 2**31 - 1, kind=int)
-        for n, low in (("batch", 1), ("batches", 1), ("population", 2), ("generations", 1)): _number(self, n, low, kind=int)
+        _number(self, "T", 1, 1024, kind=int)
+        _number(self, "seed", 0, 2**31 - 1, kind=int)
+        for n, low in (("batch", 1), ("batches", 1), ("population", 2), ("generations", 1)):
+            _number(self, n, low, kind=int)
 
     @property
     def id(self):
         "Readable prefix and ten hex digits of the content's hash."
-        words = ["search", _slug(self.data.name.split(":")[-1]), _slug(self.metric), self.algorithm, f"s{self.seed}"]
+        words = [
+            "search",
+            _slug(self.data.name.split(":")[-1]),
+            _slug(self.metric),
+            self.algorithm,
+            f"s{self.seed}",
+        ]
         return "-".join([*words, sha256_of("search" + self.canonical())[:10]])

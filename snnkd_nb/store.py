@@ -7,7 +7,11 @@ __all__ = ['SCHEMA', 'KINDS', 'PACKAGES', 'Record', 'SearchRecord', 'dump', 'Bad
            'save_weights', 'load_weights', 'twins', 'with_weights', 'environment', 'peak_memory']
 
 # %% ../nbs/lib/03_store.ipynb #1930672e
-import json, platform, sys, warnings
+import contextlib
+import json
+import platform
+import sys
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,6 +25,7 @@ SCHEMA = 1
 @dataclass(frozen=True)
 class Record:
     "The evidence of one finished run."
+
     spec: dict  # canonical form of its `RunSpec`
     metrics: dict  # accuracies in percent (last, best validation, best test), parameters, firing rate, SOPs
     history: dict  # column name -> one value an epoch
@@ -32,20 +37,25 @@ class Record:
     extra: dict = field(default_factory=dict)  # what a measure adds
 
     @property
-    def run(self): return RunSpec.from_dict(self.spec)
+    def run(self):
+        return RunSpec.from_dict(self.spec)
 
     @property
-    def id(self): return self.run.id
+    def id(self):
+        return self.run.id
 
 # %% ../nbs/lib/03_store.ipynb #94263481
 @dataclass(frozen=True)
 class SearchRecord:
     "The evidence of one finished search."
+
     spec: dict  # canonical form of its `SearchSpec`
     best: dict  # genome, fitness and its parts, parameters, SOPs
     trajectory: dict  # column name -> one value a generation
     candidates: list  # text: the columns' names, then a row for each architecture that was scored, in that order
-    populations: list  # text: for each generation the numbers of its individuals among the candidates
+    populations: (
+        list  # text: for each generation the numbers of its individuals among the candidates
+    )
     cost: dict  # seconds, candidates, of them scored and known, scored a second
     environment: dict  # versions, hardware
     dataset: dict  # fingerprint, sizes, split
@@ -55,18 +65,22 @@ class SearchRecord:
     extra: dict = field(default_factory=dict)  # what a measure adds
 
     @property
-    def run(self): return SearchSpec.from_dict(self.spec)
+    def run(self):
+        return SearchSpec.from_dict(self.spec)
 
     @property
-    def id(self): return self.run.id
+    def id(self):
+        return self.run.id
 
 
 KINDS = {"run": Record, "search": SearchRecord}
 
 # %% ../nbs/lib/03_store.ipynb #f0e09560
 def _round(v):
-    if isinstance(v, float): return float(f"{v:.6g}")
-    if isinstance(v, dict): return {k: _round(x) for k, x in v.items()}
+    if isinstance(v, float):
+        return float(f"{v:.6g}")
+    if isinstance(v, dict):
+        return {k: _round(x) for k, x in v.items()}
     return [_round(x) for x in v] if isinstance(v, (list, tuple)) else v
 
 
@@ -89,23 +103,32 @@ def parse(
     text,  # content of a record file
 ):
     "The `Record` or `SearchRecord` in `text`; raises `BadRecord` where the checksum or the form is off."
-    try: d = json.loads(text)
-    except ValueError as e: raise BadRecord(f"not JSON: {e}") from None
-    if not isinstance(d, dict) or "sha256" not in d: raise BadRecord("no checksum")
+    try:
+        d = json.loads(text)
+    except ValueError as e:
+        raise BadRecord(f"not JSON: {e}") from None
+    if not isinstance(d, dict) or "sha256" not in d:
+        raise BadRecord("no checksum")
     said = d.pop("sha256")
-    if said != sha256_of(canonical_json(d)): raise BadRecord("the checksum does not match its content")
-    if d.get("schema") != SCHEMA: raise BadRecord(f"schema {d.get('schema')}, this version reads {SCHEMA}")
+    if said != sha256_of(canonical_json(d)):
+        raise BadRecord("the checksum does not match its content")
+    if d.get("schema") != SCHEMA:
+        raise BadRecord(f"schema {d.get('schema')}, this version reads {SCHEMA}")
     rid = d.pop("id")
     record = KINDS[d.pop("kind", "run")](**d)
-    if record.id != rid: raise BadRecord("the id does not match the spec")
+    if record.id != rid:
+        raise BadRecord("the id does not match the spec")
     return record
 
 # %% ../nbs/lib/03_store.ipynb #0c7dd3bd
 class Store:
     "The run records below one folder (default: `results/runs` of the project)."
 
-    def __init__(self, path=None): self.folder = Path(path or root() / "results" / "runs")
-    def path(self, rid): return self.folder / f"{rid}.json"
+    def __init__(self, path=None):
+        self.folder = Path(path or root() / "results" / "runs")
+
+    def path(self, rid):
+        return self.folder / f"{rid}.json"
 
     def get(self, spec):
         "The record of `spec`, or None where it is missing or damaged."
@@ -114,9 +137,11 @@ class Store:
     def _read(self, path, rid):
         try:
             record = parse(path.read_text())
-            if record.id != rid: raise BadRecord("the file is named after another run")
+            if record.id != rid:
+                raise BadRecord("the file is named after another run")
             return record
-        except FileNotFoundError: return None
+        except FileNotFoundError:
+            return None
         except (BadRecord, TypeError, UnicodeDecodeError) as e:
             warnings.warn(f"{path.name} is damaged ({e}); the run counts as not done", stacklevel=3)
 
@@ -124,10 +149,12 @@ class Store:
         "Store a record unless a valid one stands there (or `replace`); returns the one that stands."
         with lock(self.path(record.id)):
             old = None if replace else self._read(self.path(record.id), record.id)
-            if old is None: atomic_write(self.path(record.id), dump(record))
+            if old is None:
+                atomic_write(self.path(record.id), dump(record))
         return old or record
 
-    def ids(self): return sorted(p.stem for p in self.folder.glob("*.json"))
+    def ids(self):
+        return sorted(p.stem for p in self.folder.glob("*.json"))
 
 # %% ../nbs/lib/03_store.ipynb #f1b309dd
 def weights_path(
@@ -156,12 +183,19 @@ def load_weights(
     "The state dict of a record, or None where the file is missing or its hash is another."
     from safetensors.torch import load
 
-    if not record.weights: return None
+    if not record.weights:
+        return None
     path = weights_path(record)
-    try: blob = path.read_bytes()
-    except FileNotFoundError: return None
-    if sha256_of(blob) == record.weights["sha256"]: return load(blob)
-    warnings.warn(f"{path.name} is damaged (its hash is not the recorded one); it will be made again", stacklevel=2)
+    try:
+        blob = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    if sha256_of(blob) == record.weights["sha256"]:
+        return load(blob)
+    warnings.warn(
+        f"{path.name} is damaged (its hash is not the recorded one); it will be made again",
+        stacklevel=2,
+    )
 
 # %% ../nbs/lib/03_store.ipynb #b7886797
 def twins():
@@ -177,7 +211,8 @@ def with_weights(
     for place in (store, twins()):
         record = place.get(spec)
         state = load_weights(record) if record else None
-        if state is not None: return record, state
+        if state is not None:
+            return record, state
     return None, None
 
 # %% ../nbs/lib/03_store.ipynb #87d9dde9
@@ -185,9 +220,14 @@ PACKAGES = ("torch", "torchvision", "spikingjelly", "numpy", "numba", "accelerat
 
 
 def _cpu():
-    try: info = Path("/proc/cpuinfo").read_text()
-    except OSError: return platform.processor()
-    return next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), platform.machine())
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def environment(
@@ -197,14 +237,24 @@ def environment(
     from importlib.metadata import PackageNotFoundError, version
 
     def have(p):
-        try: return version(p)
-        except PackageNotFoundError: return None
+        try:
+            return version(p)
+        except PackageNotFoundError:
+            return None
+
     versions = {p: have(p) for p in PACKAGES if have(p)}
     import torch
 
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    return {"python": platform.python_version(), **versions, "cpu": _cpu(), "cores": cores(),
-            "threads": torch.get_num_threads(), **gpu, **more}
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "cpu": _cpu(),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        **gpu,
+        **more,
+    }
 
 # %% ../nbs/lib/03_store.ipynb #73af0665
 def peak_memory(
@@ -214,7 +264,11 @@ def peak_memory(
     import resource
 
     if reset:
-        try: Path("/proc/self/clear_refs").write_text("5")
-        except OSError: pass
-    try: return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
-    except (OSError, IndexError): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+    try:
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+            2**20 if sys.platform == "darwin" else 1024
+        )

@@ -6,11 +6,14 @@
 __all__ = ['torchvision']
 
 # %% ../nbs/lib/01_vision.ipynb #d3c2e500
-import importlib, sys
+import importlib
+import sys
 
 # %% ../nbs/lib/01_vision.ipynb #1f13a62f
-_SCHEMAS = {"nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-            "qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"}
+_SCHEMAS = {
+    "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+}
 _libraries = []  # a torch.library.Library drops its operators when it is collected
 
 
@@ -19,12 +22,14 @@ def _declare(schemas):
 
     lib = torch.library.Library("torchvision", "FRAGMENT")
     for name, schema in schemas.items():
-        if not hasattr(torch.ops.torchvision, name): lib.define(name + schema)
+        if not hasattr(torch.ops.torchvision, name):
+            lib.define(name + schema)
     _libraries.append(lib)
 
 # %% ../nbs/lib/01_vision.ipynb #11ef8a97
 def _forget(package):
-    for name in [m for m in sys.modules if m == package or m.startswith(package + ".")]: del sys.modules[name]
+    for name in [m for m in sys.modules if m == package or m.startswith(package + ".")]:
+        del sys.modules[name]
 
 
 def torchvision(
@@ -34,9 +39,11 @@ def torchvision(
 
     Only the pure-Python parts work then; a detection operator still fails when it is called."""
     name = "torchvision" + ("." + submodule if submodule else "")
-    try: return importlib.import_module(name)
+    try:
+        return importlib.import_module(name)
     except RuntimeError as e:
-        if "torchvision::" not in str(e): raise
+        if "torchvision::" not in str(e):
+            raise
     _forget("torchvision")
     _declare(_SCHEMAS)
     return importlib.import_module(name)

@@ -1,4 +1,5 @@
 """Every built artefact at every scale, and one of them from nothing to bytes that do not change."""
+
 import importlib
 import json
 import os
@@ -11,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from snnkd_nb.models.zoo import create_model
 from snnkd_nb.losses.zoo import parse_methods
+from snnkd_nb.models.zoo import create_model
 from snnkd_nb.papers import dsas, sastc, sastc_robust, studies
 from snnkd_nb.papers.registry import modules_of
 from snnkd_nb.published.format import published
@@ -20,8 +21,15 @@ from snnkd_nb.reports.compare import Report
 from snnkd_nb.reports.grid import SCALES
 
 ROOT = Path(__file__).resolve().parents[1]
-GRIDS = {"sastc/table02": sastc.table02, "sastc/table07": sastc_robust.table07, "sastc/table08": sastc_robust.table08,
-         "dsas/table12": dsas.table12, "dsas/table15": dsas.table15, "studies/kd": studies.kd, "studies/events": studies.events}
+GRIDS = {
+    "sastc/table02": sastc.table02,
+    "sastc/table07": sastc_robust.table07,
+    "sastc/table08": sastc_robust.table08,
+    "dsas/table12": dsas.table12,
+    "dsas/table15": dsas.table15,
+    "studies/kd": studies.kd,
+    "studies/events": studies.events,
+}
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -31,10 +39,18 @@ def test_every_run_of_a_grid_can_be_built(key, scale):
     seen = set()
     for s in GRIDS[key](scale).specs:
         parse_methods(s.method) if s.method != "none" else None
-        if s.model in seen: continue
+        if s.model in seen:
+            continue
         seen.add(s.model)
         with torch.device("meta"):
-            create_model(s.model.name, 10, T=s.model.T, neuron=s.model.neuron, width=s.model.width, **s.model.args)
+            create_model(
+                s.model.name,
+                10,
+                T=s.model.T,
+                neuron=s.model.neuron,
+                width=s.model.width,
+                **s.model.args,
+            )
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -50,12 +66,21 @@ def test_every_cell_has_its_published_number_and_an_empty_table_says_why(key, sc
 def test_scales_do_not_mix(key):
     specs = {scale: set(GRIDS[key](scale).specs) for scale in SCALES}
     for a in SCALES:
-        for b in SCALES: assert a == b or not specs[a] & specs[b]
+        for b in SCALES:
+            assert a == b or not specs[a] & specs[b]
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "nbs" / "papers").glob("*/*.ipynb")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+@pytest.mark.parametrize(
+    "page",
+    sorted((ROOT / "nbs" / "papers").glob("*/*.ipynb")),
+    ids=lambda p: f"{p.parent.name}/{p.stem}",
+)
 def test_a_page_that_judges_keeps_its_verdicts(page):
-    source = "\n".join("".join(c["source"]) for c in json.loads(page.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code")
+    source = "\n".join(
+        "".join(c["source"])
+        for c in json.loads(page.read_text(encoding="utf-8"))["cells"]
+        if c["cell_type"] == "code"
+    )
     judged = re.findall(r"(?<!save_claims\()\bjudged?\(", source)
     assert not judged, f"{judged[0]}…) is shown and not kept: save_claims(…, grid)"
 
@@ -66,31 +91,59 @@ def project(tmp_path_factory):
     top = tmp_path_factory.mktemp("project")
     shutil.copy(ROOT / "settings.ini", top)
     shutil.copytree(ROOT / "nbs", top / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
-    return top, {**os.environ, "SNNKD_ROOT": str(top), "SNNKD_CACHE": str(top / "cache"), "OMP_NUM_THREADS": "1"}
+    return top, {
+        **os.environ,
+        "SNNKD_ROOT": str(top),
+        "SNNKD_CACHE": str(top / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def snnkd(project, *args, ok=True):
     top, env = project
-    r = subprocess.run([sys.executable, "-m", "snnkd_nb.cli", *args], cwd=top, env=env, capture_output=True, text=True, timeout=400)
+    r = subprocess.run(
+        [sys.executable, "-m", "snnkd_nb.cli", *args],
+        cwd=top,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
     assert not ok or r.returncode == 0, r.stdout + r.stderr
     return r
 
 
-def derived(top): return {p.relative_to(top): p.read_bytes() for f in ("results/tables", "figures") for p in sorted((top / f).rglob("*")) if p.is_file()}
+def derived(top):
+    return {
+        p.relative_to(top): p.read_bytes()
+        for f in ("results/tables", "figures")
+        for p in sorted((top / f).rglob("*"))
+        if p.is_file()
+    }
 
 
 def test_reproduce_trains_once_and_renders_the_same_bytes(project):
-    top, env = project
+    top, _env = project
     snnkd(project, "reproduce", "dsas/table15", "dsas/figure08", "--scale", "smoke", "-j", "2")
-    first, records = derived(top), {p.name: p.read_bytes() for p in (top / "results/runs").glob("*.json")}
-    assert {str(p) for p in first} >= {"results/tables/dsas/table15-smoke.csv", "results/tables/dsas/table15-smoke.md",
-                                       "figures/dsas/figure08.png", "figures/dsas/figure08.csv"}
+    first, records = (
+        derived(top),
+        {p.name: p.read_bytes() for p in (top / "results/runs").glob("*.json")},
+    )
+    assert {str(p) for p in first} >= {
+        "results/tables/dsas/table15-smoke.csv",
+        "results/tables/dsas/table15-smoke.md",
+        "figures/dsas/figure08.png",
+        "figures/dsas/figure08.csv",
+    }
     assert len(records) == len(dsas.table15("smoke").specs)
-    for f in ("results/tables", "figures"): shutil.rmtree(top / f)
+    for f in ("results/tables", "figures"):
+        shutil.rmtree(top / f)
     snnkd(project, "render", "dsas/table15", "dsas/figure08", "--scale", "smoke")
     assert derived(top) == first, "tables and figures come back byte for byte"
     again = snnkd(project, "reproduce", "dsas/table15", "--scale", "smoke", "-j", "2")
-    assert {p.name: p.read_bytes() for p in (top / "results/runs").glob("*.json")} == records, again.stdout
+    assert {p.name: p.read_bytes() for p in (top / "results/runs").glob("*.json")} == records, (
+        again.stdout
+    )
 
 
 def test_the_table_says_what_stands_behind_each_number(project):
@@ -100,7 +153,16 @@ def test_the_table_says_what_stands_behind_each_number(project):
     named = set(re.findall(r"digits(?:_events)?-[\w.]+(?:-[\w.]+)+-[0-9a-f]{10}", text))
     assert named == ids
     record = json.loads((top / "results/runs" / f"{sorted(ids)[0]}.json").read_text())
-    assert {"id", "spec", "metrics", "history", "environment", "dataset", "weights", "sha256"} <= set(record)
+    assert {
+        "id",
+        "spec",
+        "metrics",
+        "history",
+        "environment",
+        "dataset",
+        "weights",
+        "sha256",
+    } <= set(record)
     assert {"acc_last", "acc_best_val", "acc_best_test", "params"} <= set(record["metrics"])
     assert all(p.stat().st_size <= 16 * 1024 for p in (top / "results/runs").glob("*.json"))
 
@@ -108,7 +170,18 @@ def test_the_table_says_what_stands_behind_each_number(project):
 def test_plain_papermill_works_without_the_driver(project):
     top, env = project
     out = top / "out.ipynb"
-    command = [sys.executable, "-m", "papermill", "nbs/papers/dsas/table15.ipynb", out, "-p", "scale", "smoke", "-k", "python3"]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        "nbs/papers/dsas/table15.ipynb",
+        out,
+        "-p",
+        "scale",
+        "smoke",
+        "-k",
+        "python3",
+    ]
     r = subprocess.run(command, cwd=top, env=env, capture_output=True, text=True, timeout=300)
     assert r.returncode == 0, r.stderr[-2000:]
     text = out.read_text()
@@ -118,7 +191,10 @@ def test_plain_papermill_works_without_the_driver(project):
 def test_an_executed_notebook_is_the_same_twice(project):
     top, _ = project
     path = top / "results/notebooks/dsas/table15-smoke.ipynb"
-    if not path.exists(): snnkd(project, "reproduce", "dsas/table15", "--scale", "smoke")  # whichever test of this process came first
+    if not path.exists():
+        snnkd(
+            project, "reproduce", "dsas/table15", "--scale", "smoke"
+        )  # whichever test of this process came first
     before = path.read_bytes()
     snnkd(project, "render", "dsas/table15", "--scale", "smoke")
     assert path.read_bytes() == before
@@ -127,7 +203,8 @@ def test_an_executed_notebook_is_the_same_twice(project):
 def deviations_shown():
     "`(page, lines of its list)` of every page that prints the deviations of a grid; DSAS's may name what a search found."
     for path in sorted((ROOT / "nbs" / "papers").glob("*/*.ipynb")):
-        if path.parent.name == "dsas": continue
+        if path.parent.name == "dsas":
+            continue
         for c in json.loads(path.read_text())["cells"]:
             if c["cell_type"] == "code" and "for d in grid.deviations" in "".join(c["source"]):
                 shown = "".join(t for o in c["outputs"] for t in o.get("text", []))
@@ -137,7 +214,12 @@ def deviations_shown():
 def test_pages_show_the_deviations_of_today():
     pages = list(deviations_shown())
     for path, shown in pages:
-        makers = [getattr(importlib.import_module(f"snnkd_nb.papers.{m}"), path.stem, None) for m in modules_of(path.parent.name)]
+        makers = [
+            getattr(importlib.import_module(f"snnkd_nb.papers.{m}"), path.stem, None)
+            for m in modules_of(path.parent.name)
+        ]
         grid = next(filter(None, makers))("smoke")
-        assert shown == "\n".join(f"- {d}" for d in grid.deviations).splitlines(), f"{path}: run it again"
+        assert shown == "\n".join(f"- {d}" for d in grid.deviations).splitlines(), (
+            f"{path}: run it again"
+        )
     assert len(pages) > 30

@@ -1,4 +1,5 @@
 """CKDSNN's tables and accuracy figures: every scale can be built without training, smoke runs end to end, small scale shares the study's runs."""
+
 import importlib
 import os
 from functools import lru_cache
@@ -11,7 +12,15 @@ from snnkd_nb.data.images import list_datasets, opener
 from snnkd_nb.losses.zoo import create_distiller
 from snnkd_nb.models.zoo import create_model, model_info
 from snnkd_nb.papers import studies
-from snnkd_nb.papers.ckdsnn import ARTEFACTS, FIGURE_CLAIMS, METHODS, STEPS, figure_claims, student, table01
+from snnkd_nb.papers.ckdsnn import (
+    ARTEFACTS,
+    FIGURE_CLAIMS,
+    METHODS,
+    STEPS,
+    figure_claims,
+    student,
+    table01,
+)
 from snnkd_nb.papers.registry import artefact, specs_for
 from snnkd_nb.published.format import published
 from snnkd_nb.reports.compare import Report
@@ -23,19 +32,41 @@ from snnkd_nb.training.job import run_train
 
 BIG = ("medium", "paper")
 TABLES = [k for k in ARTEFACTS if k.startswith("table")]
-CLASSES = {"cifar10": (10, 32, 3), "cifar100": (100, 32, 3), "imagefolder-stream": (1000, 224, 3), "cifar10-dvs": (10, 48, 2)}
+CLASSES = {
+    "cifar10": (10, 32, 3),
+    "cifar100": (100, 32, 3),
+    "imagefolder-stream": (1000, 224, 3),
+    "cifar10-dvs": (10, 48, 2),
+}
 
 
-def specs(scale): return list(dict.fromkeys(s for make in ARTEFACTS.values() for s in make(scale).specs))
-def with_teachers(scale): return list(dict.fromkeys(t for s in specs(scale) for t in (s, s.teacher) if t))
-def shape(data): return CLASSES[data.name.partition(":")[0]]
+def specs(scale):
+    return list(dict.fromkeys(s for make in ARTEFACTS.values() for s in make(scale).specs))
+
+
+def with_teachers(scale):
+    return list(dict.fromkeys(t for s in specs(scale) for t in (s, s.teacher) if t))
+
+
+def shape(data):
+    return CLASSES[data.name.partition(":")[0]]
 
 
 @lru_cache
 def on_meta(model, k, size, channels):
     "The network of a spec at full size, and the edge of its last map; nothing is downloaded."
     args = {n: v for n, v in model.args.items() if n != "pretrained"}
-    with torch.device("meta"): net = create_model(model.name, k, T=model.T, neuron=model.neuron, width=model.width, in_channels=channels, image_size=size, **args)
+    with torch.device("meta"):
+        net = create_model(
+            model.name,
+            k,
+            T=model.T,
+            neuron=model.neuron,
+            width=model.width,
+            in_channels=channels,
+            image_size=size,
+            **args,
+        )
     return net, net.feature_shapes()[net.stage_names[-1]][-1]
 
 
@@ -44,7 +75,9 @@ def test_every_network_of_the_large_scales_exists_at_full_size(scale):
     for spec in {(s.model, s.data.name): s for s in with_teachers(scale)}.values():
         net, size = on_meta(spec.model, *shape(spec.data))
         assert spec.model.width == 1 and net.T == spec.model.T and len(net.stage_names) > 2
-        assert size > 1, f"{spec.model.name}: a last map of {size}x{size} has no positions to compare"
+        assert size > 1, (
+            f"{spec.model.name}: a last map of {size}x{size} has no positions to compare"
+        )
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -52,35 +85,67 @@ def test_every_data_set_has_a_known_name_and_as_many_frames_as_there_are_steps(s
     for s in with_teachers(scale):
         kind = s.data.name.partition(":")[0]
         assert kind in [n.partition(":")[0] for n in list_datasets()] and opener(s.data.name)
-        if "frames" in s.data.args: assert s.model.T in (None, s.data.args["frames"])
-        if s.teacher: assert s.teacher.model.T is None and s.teacher.data.replace(subset=None, val=0, augment="none") == s.data.replace(subset=None, val=0, augment="none")
+        if "frames" in s.data.args:
+            assert s.model.T in (None, s.data.args["frames"])
+        if s.teacher:
+            assert s.teacher.model.T is None and s.teacher.data.replace(
+                subset=None, val=0, augment="none"
+            ) == s.data.replace(subset=None, val=0, augment="none")
 
 
 @pytest.mark.parametrize("scale", BIG)
 def test_real_recordings_have_the_papers_ten_frames(scale):
-    assert {s.model.T for s in ARTEFACTS["table04"](scale).specs} == {10} and {s.data.name for s in ARTEFACTS["table04"](scale).specs} == {"cifar10-dvs:cifar10-dvs"}
+    assert {s.model.T for s in ARTEFACTS["table04"](scale).specs} == {10} and {
+        s.data.name for s in ARTEFACTS["table04"](scale).specs
+    } == {"cifar10-dvs:cifar10-dvs"}
 
 
 @pytest.mark.parametrize("scale", BIG)
 def test_every_method_is_made_and_steps_on_a_narrow_copy(scale):
     "Student, teacher, method and options of every kind of run, at an eighth of the width and on small images."
-    kinds = {(s.model.name, s.teacher.model.name if s.teacher else None, s.method, str(s.method_args)): s for s in specs(scale)}
+    kinds = {
+        (s.model.name, s.teacher.model.name if s.teacher else None, s.method, str(s.method_args)): s
+        for s in specs(scale)
+    }
     for s in kinds.values():
         k, _, channels = shape(s.data)
-        common = dict(num_classes=min(k, 10), in_channels=channels, image_size=32)
-        shrunk = {n: v for n, v in s.model.args.items()} | {o: 0.3 for o in model_info(s.model.name)["options"] if o == "depth"} | ({"stem": "small"} if "sew" in s.model.name else {})
-        net = create_model(s.model.name, T=min(s.model.T, 2), neuron=s.model.neuron, width=0.125, **common, **shrunk)
-        d = create_distiller(s.method, net, narrow_teacher(s.teacher, common), s.variant, **dict(s.method_args))
-        x = torch.randn(2, 2, channels, 32, 32) if "frames" in s.data.args else torch.randn(2, channels, 32, 32)
+        common = {"num_classes": min(k, 10), "in_channels": channels, "image_size": 32}
+        shrunk = (
+            dict(s.model.args.items())
+            | {o: 0.3 for o in model_info(s.model.name)["options"] if o == "depth"}
+            | ({"stem": "small"} if "sew" in s.model.name else {})
+        )
+        net = create_model(
+            s.model.name,
+            T=min(s.model.T, 2),
+            neuron=s.model.neuron,
+            width=0.125,
+            **common,
+            **shrunk,
+        )
+        d = create_distiller(
+            s.method, net, narrow_teacher(s.teacher, common), s.variant, **dict(s.method_args)
+        )
+        x = (
+            torch.randn(2, 2, channels, 32, 32)
+            if "frames" in s.data.args
+            else torch.randn(2, channels, 32, 32)
+        )
         terms, _ = d(x, torch.tensor([1, 3]))
         assert all(v.isfinite() for v in terms.values()), (s.id, terms)
 
 
 def narrow_teacher(spec, common):
-    if spec is None: return None
-    name = {"torchvision:resnet18": "resnet18_imagenet", "torchvision:resnet34": "resnet34_imagenet"}.get(spec.model.name, spec.model.name)
+    if spec is None:
+        return None
+    name = {
+        "torchvision:resnet18": "resnet18_imagenet",
+        "torchvision:resnet34": "resnet34_imagenet",
+    }.get(spec.model.name, spec.model.name)
     small = {"vit_small": {"blocks": 2, "patch": 8}}.get(name, {"depth": 0.3})
-    return create_model(name, width=0.125, **common, **small, **({"stem": "small"} if "imagenet" in name else {}))
+    return create_model(
+        name, width=0.125, **common, **small, **({"stem": "small"} if "imagenet" in name else {})
+    )
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -88,10 +153,18 @@ def narrow_teacher(spec, common):
 def test_cells_are_the_published_ones_and_all_that_can_be_run_is(key, scale):
     grid = ARTEFACTS[key](scale)
     report = Report(grid, {})
-    assert len(report.rows) == len(published(grid.key).records) and all(r["note"] for r in report.rows)
+    assert len(report.rows) == len(published(grid.key).records) and all(
+        r["note"] for r in report.rows
+    )
     ours = [r for r in report.rows if r["paper"] is not None and r["note"] == "not run"]
     few = [c for c in grid.cells if not c.specs and c.note != "–"]
-    assert len(ours) + len(few) + sum(r["paper"] is None for r in report.rows) == len(grid.cells) and all("fewer steps" in c.note or c.note == "as CIFAR-10" and c.index["dataset"] == "CIFAR-100" and scale in STEPS for c in few)
+    assert len(ours) + len(few) + sum(r["paper"] is None for r in report.rows) == len(
+        grid.cells
+    ) and all(
+        "fewer steps" in c.note
+        or (c.note == "as CIFAR-10" and c.index["dataset"] == "CIFAR-100" and scale in STEPS)
+        for c in few
+    )
     assert bool(few) == (scale in STEPS and key == "table01")
     assert set(report.claims()["ours"]) == {"not run"} and grid.deviations
 
@@ -99,37 +172,68 @@ def test_cells_are_the_published_ones_and_all_that_can_be_run_is(key, scale):
 @pytest.mark.parametrize("key", [k for k in ARTEFACTS if k not in TABLES])
 def test_figures_have_arms_with_three_seeds_and_claims_about_them(key):
     grid = ARTEFACTS[key]("smoke")
-    assert all(len(c.groups) == 3 and [g[0].seed for g in c.groups] == [0, 1, 2] for c in grid.cells)
-    assert by_seed(grid, {}).empty and set(judged(figure_claims(f"ckdsnn/{key}"), grid, {}).ours) == {"not run"}
+    assert all(
+        len(c.groups) == 3 and [g[0].seed for g in c.groups] == [0, 1, 2] for c in grid.cells
+    )
+    assert by_seed(grid, {}).empty and set(
+        judged(figure_claims(f"ckdsnn/{key}"), grid, {}).ours
+    ) == {"not run"}
 
 
 def test_the_registry_asks_for_these_runs():
-    for key, make in ARTEFACTS.items(): assert artefact(f"ckdsnn/{key}") and specs_for(f"ckdsnn/{key}", "smoke") == list(dict.fromkeys(make("smoke").specs))
+    for key, make in ARTEFACTS.items():
+        assert artefact(f"ckdsnn/{key}") and specs_for(f"ckdsnn/{key}", "smoke") == list(
+            dict.fromkeys(make("smoke").specs)
+        )
 
 
 def test_scales_do_not_mix():
     found = {scale: set(specs(scale)) for scale in SCALES}
     for a in SCALES:
-        for b in SCALES: assert a == b or not found[a] & found[b]
+        for b in SCALES:
+            assert a == b or not found[a] & found[b]
 
 
 def test_small_scale_shares_the_pair_of_a_study():
-    study = {s for s in studies.sastc("small").specs if not s.data.label_noise and s.data.shots == 1}
+    study = {
+        s for s in studies.sastc("small").specs if not s.data.label_noise and s.data.shots == 1
+    }
     mine = {s for s in specs("small") if s.model.name == "resnet20" and s.model.T in (None, 2)}
-    assert len({s.canonical() for s in study} & {s.canonical() for s in with_teachers("small")}) == 1 + 3, "the teacher, and the baseline of three seeds"
-    assert {(s.model, s.data, s.optim) for s in mine if s.model.T} <= {(s.model, s.data, s.optim) for s in study} and len({s for s in mine if s.model.T}) % 3 == 0
-    row = [c for c in table01("small").cells if c.index["model"] == "ResNet20" and c.index["dataset"] == "CIFAR-10" and c.index["method"] == "CKDSNN (Ours)"]
-    assert {c.index["T"]: {s.model.T for s in c.specs} for c in row} == {1: set(), 2: {1}, 4: {2}} and STEPS["smoke"] == STEPS["small"] == {2: 1, 4: 2, 10: 4}
+    assert (
+        len({s.canonical() for s in study} & {s.canonical() for s in with_teachers("small")})
+        == 1 + 3
+    ), "the teacher, and the baseline of three seeds"
+    assert {(s.model, s.data, s.optim) for s in mine if s.model.T} <= {
+        (s.model, s.data, s.optim) for s in study
+    } and len({s for s in mine if s.model.T}) % 3 == 0
+    row = [
+        c
+        for c in table01("small").cells
+        if c.index["model"] == "ResNet20"
+        and c.index["dataset"] == "CIFAR-10"
+        and c.index["method"] == "CKDSNN (Ours)"
+    ]
+    assert {c.index["T"]: {s.model.T for s in c.specs} for c in row} == {
+        1: set(),
+        2: {1},
+        4: {2},
+    } and STEPS["smoke"] == STEPS["small"] == {2: 1, 4: 2, 10: 4}
     assert not any("digits" in s.data.name for s in specs("small"))
 
 
 def test_smoke_is_small():
-    for s in with_teachers("smoke"): assert s.data.name.startswith("digits") and s.optim.epochs <= 5 and s.model.width <= 1
+    for s in with_teachers("smoke"):
+        assert s.data.name.startswith("digits") and s.optim.epochs <= 5 and s.model.width <= 1
 
 
 def test_mistakes_are_named():
-    for bad, named in ((lambda: table01("papr"), "paper"), (lambda: figure_claims("ckdsnn/figure06"), "figure05"), (lambda: student("smoke", "ResNet-19", "CIFAR-10", 1, "none"), "ResNet19")):
-        with pytest.raises(UserError, match=named): bad()
+    for bad, named in (
+        (lambda: table01("papr"), "paper"),
+        (lambda: figure_claims("ckdsnn/figure06"), "figure05"),
+        (lambda: student("smoke", "ResNet-19", "CIFAR-10", 1, "none"), "ResNet19"),
+    ):
+        with pytest.raises(UserError, match=named):
+            bad()
 
 
 @pytest.fixture(scope="module")
@@ -138,27 +242,46 @@ def alone(tmp_path_factory):
     top, before = tmp_path_factory.mktemp("alone"), dict(os.environ)
     os.environ.update(SNNKD_CACHE=str(top / "cache"), SNNKD_ROOT=str(top))
     yield Store(top / "runs")
-    os.environ.pop("SNNKD_CACHE"), os.environ.pop("SNNKD_ROOT"), os.environ.update(before)
+    os.environ.pop("SNNKD_CACHE")
+    os.environ.pop("SNNKD_ROOT")
+    os.environ.update(before)
 
 
 def brief(spec):
     "The same run for one epoch of 200 images."
-    return spec.replace(data=spec.data.replace(subset=200), optim=spec.optim.replace(epochs=1), **({"teacher": brief(spec.teacher)} if spec.teacher else {}))
+    return spec.replace(
+        data=spec.data.replace(subset=200),
+        optim=spec.optim.replace(epochs=1),
+        **({"teacher": brief(spec.teacher)} if spec.teacher else {}),
+    )
 
 
-ONE_EACH = {s.method + ("/" + ",".join(f"{k}={v}" for k, v in s.method_args.items()) if s.method_args else ""): s for s in specs("smoke")}
+ONE_EACH = {
+    s.method
+    + ("/" + ",".join(f"{k}={v}" for k, v in s.method_args.items()) if s.method_args else ""): s
+    for s in specs("smoke")
+}
 
 
 @pytest.mark.parametrize("method", ONE_EACH)
 def test_one_student_of_every_method_runs_to_its_record(method, alone):
     spec = brief(ONE_EACH[method])
     record = run_train(spec, alone)
-    assert record.id == spec.id and 0 <= record.metrics["acc_last"] <= 100 and (spec.teacher is None) == (record.teacher is None)
-    assert alone.get(spec).metrics == pytest.approx(record.metrics, rel=1e-5) and RunSpec.from_dict(record.spec) == spec
+    assert (
+        record.id == spec.id
+        and 0 <= record.metrics["acc_last"] <= 100
+        and (spec.teacher is None) == (record.teacher is None)
+    )
+    assert (
+        alone.get(spec).metrics == pytest.approx(record.metrics, rel=1e-5)
+        and RunSpec.from_dict(record.spec) == spec
+    )
 
 
 def test_every_method_of_the_paper_is_among_them():
     made = {s.method for s in specs("smoke")}
     assert set(METHODS.values()) | {"samd", "nld", "nld+e2kd", "nld+400*catkd"} == made
-    assert {"tet", "ckdsnn/noise=none"} <= set(ONE_EACH) and {c.key for c in FIGURE_CLAIMS} <= {f"ckdsnn/{k}" for k in ARTEFACTS}
+    assert {"tet", "ckdsnn/noise=none"} <= set(ONE_EACH) and {c.key for c in FIGURE_CLAIMS} <= {
+        f"ckdsnn/{k}" for k in ARTEFACTS
+    }
     assert importlib.import_module("snnkd_nb.papers.ckdsnn").ARTEFACTS is ARTEFACTS

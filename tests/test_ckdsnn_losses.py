@@ -1,4 +1,5 @@
 """CKDSNN's losses and its baselines beyond their notebooks: published numbers, shapes, precisions, students and teachers of many kinds."""
+
 import numpy as np
 import pytest
 import torch
@@ -22,33 +23,48 @@ from snnkd_nb.training.loop import autocast, fit
 METHODS = ("samd", "nld", "ckdsnn", "kdsnn", "bkd", "tet", "e2kd", "catkd")
 
 
-def quiet(event): pass
+def quiet(event):
+    pass
 
 
 @pytest.fixture(scope="module")
-def digits(): return load("digits")
+def digits():
+    return load("digits")
 
 
 def golden(name):
-    return {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(root() / "tests" / "golden" / f"{name}.npz").items()}
+    return {
+        k: torch.from_numpy(np.asarray(v))
+        for k, v in np.load(root() / "tests" / "golden" / f"{name}.npz").items()
+    }
 
 
 def net(name="resnet20", T=None, width=0.125, **kw):
     return create_model(name, T=T, width=width, in_channels=1, image_size=8, **kw)
 
 
-def untouched(teacher): return all(p.grad is None for p in teacher.parameters())
+def untouched(teacher):
+    return all(p.grad is None for p in teacher.parameters())
 
 
 # published numbers
 
+
 def test_maps_and_samd_are_those_of_the_published_code():
     g = golden("ckdsnn_published_code")
     spikes = g["spikes"].clone().requires_grad_()
-    a, b = rescale(sam(spikes), "batch"), rescale(cam(g["teacher_feature"], g["classifier_weight"], g["predicted_class"]), "batch")
+    a, b = (
+        rescale(sam(spikes), "batch"),
+        rescale(cam(g["teacher_feature"], g["classifier_weight"], g["predicted_class"]), "batch"),
+    )
     loss = samd_loss(a, b, squared=False)
     loss.backward()
-    for ours, theirs in ((a, g["sam"]), (b, g["cam"]), (loss, g["samd_loss"]), (spikes.grad, g["grad_spikes"])):
+    for ours, theirs in (
+        (a, g["sam"]),
+        (b, g["cam"]),
+        (loss, g["samd_loss"]),
+        (spikes.grad, g["grad_spikes"]),
+    ):
         torch.testing.assert_close(ours.detach(), theirs, atol=1e-6, rtol=1e-5)
 
 
@@ -70,12 +86,16 @@ def test_the_methods_of_the_code_variant_are_the_published_code(monkeypatch):
             self.conv, self.head = nn.Conv2d(1, 16, 1), nn.Linear(16, 10, bias=False)
             self.head.weight.data = g["classifier_weight"]
 
-        def forward(self, x): return self.head(self.conv(x).mean((2, 3)))
+        def forward(self, x):
+            return self.head(self.conv(x).mean((2, 3)))
 
     student, teacher = net(T=4), Foreign(Teacher(), {"last": "conv"}, image_size=8)
     both = CKDSNN(student, teacher, "code", stage=("stage1", "last"))
     batch = Distiller(student, teacher, [(1.0, both)]).look(torch.rand(6, 1, 8, 8), torch.arange(6))
-    batch.feats_s["stage1"], batch.feats_t["last"] = g["spikes"].clone().requires_grad_(), g["teacher_feature"]
+    batch.feats_s["stage1"], batch.feats_t["last"] = (
+        g["spikes"].clone().requires_grad_(),
+        g["teacher_feature"],
+    )
     batch.logits_t = nn.functional.one_hot(g["predicted_class"], 10).float()
     samd = both.terms(batch)["samd"]
     samd.backward()
@@ -83,14 +103,18 @@ def test_the_methods_of_the_code_variant_are_the_published_code(monkeypatch):
     torch.testing.assert_close(batch.feats_s["stage1"].grad, g["grad_spikes"], atol=1e-6, rtol=1e-5)
     batch.logits_s, batch.logits_t = g["student_logits"], g["teacher_logits"]
     monkeypatch.setattr(torch, "randn_like", lambda z: g["standard_normal_draw"])
-    torch.testing.assert_close(both.parts[1].terms(batch)["nld"], g["nld_loss"], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        both.parts[1].terms(batch)["nld"], g["nld_loss"], atol=1e-6, rtol=1e-5
+    )
 
 
 def test_the_blurred_loss_is_that_of_the_published_code():
     g = golden("bkd_loss")
     adapt, generate = adapter(12, 16), generator(16)
     for module, name in ((adapt, "align"), (generate, "generation")):
-        module.load_state_dict({k.split(".", 2)[2]: v for k, v in g.items() if k.startswith(f"param.{name}.")})
+        module.load_state_dict(
+            {k.split(".", 2)[2]: v for k, v in g.items() if k.startswith(f"param.{name}.")}
+        )
     leaf = g["student"].clone().requires_grad_()
     loss = bkd_loss(adapt(leaf), g["teacher"], generate, g["mask"])
     loss.backward()
@@ -99,19 +123,49 @@ def test_the_blurred_loss_is_that_of_the_published_code():
 
 
 @pytest.mark.parametrize("variant", ["paper", "code"])
-def test_the_method_is_the_blurred_loss_of_the_published_code_and_its_weighted_logits(monkeypatch, variant):
-    g, (s, t) = golden("bkd_loss"), torch.randn(2, 5, 10, generator=torch.Generator().manual_seed(0))
-    student, teacher = Foreign(nn.Sequential(nn.Conv2d(1, 12, 1), nn.Flatten(), nn.Linear(12 * 64, 10)), {"last": "0"}, image_size=8, in_channels=1), net(width=0.25)
-    method = create_distiller("bkd", student, teacher, variant, stage=("last", "stage3"), logits=0.5, temp=3.0).methods[0]
-    method.load_state_dict({k.removeprefix("param.").replace("align", "adapt").replace("generation", "generate"): v for k, v in g.items() if k.startswith("param.")})
-    batch = Batch(None, torch.tensor([3, 1, 4, 1, 5]), s, t, {"last": g["student"].clone().requires_grad_()}, {"stage3": g["teacher"]})
+def test_the_method_is_the_blurred_loss_of_the_published_code_and_its_weighted_logits(
+    monkeypatch, variant
+):
+    g, (s, t) = (
+        golden("bkd_loss"),
+        torch.randn(2, 5, 10, generator=torch.Generator().manual_seed(0)),
+    )
+    student, teacher = (
+        Foreign(
+            nn.Sequential(nn.Conv2d(1, 12, 1), nn.Flatten(), nn.Linear(12 * 64, 10)),
+            {"last": "0"},
+            image_size=8,
+            in_channels=1,
+        ),
+        net(width=0.25),
+    )
+    method = create_distiller(
+        "bkd", student, teacher, variant, stage=("last", "stage3"), logits=0.5, temp=3.0
+    ).methods[0]
+    method.load_state_dict(
+        {
+            k.removeprefix("param.").replace("align", "adapt").replace("generation", "generate"): v
+            for k, v in g.items()
+            if k.startswith("param.")
+        }
+    )
+    batch = Batch(
+        None,
+        torch.tensor([3, 1, 4, 1, 5]),
+        s,
+        t,
+        {"last": g["student"].clone().requires_grad_()},
+        {"stage3": g["teacher"]},
+    )
     monkeypatch.setattr("snnkd_nb.losses.baselines.blank_channels", lambda f, ratio: g["mask"])
     terms = method.terms(batch)
     terms["bkd"].backward()
     torch.testing.assert_close(terms["bkd"].detach(), g["loss"], atol=1e-7, rtol=1e-5)
     torch.testing.assert_close(batch.feats_s["last"].grad, g["grad_student"], atol=1e-8, rtol=1e-5)
     want = 0.0
-    for a, b, y in zip(s.double(), t.double(), batch.y):  # image by image, with nothing but exponentials
+    for a, b, y in zip(
+        s.double(), t.double(), batch.y
+    ):  # image by image, with nothing but exponentials
         p, q = ((z / 3).exp() / (z / 3).exp().sum() for z in (b, a))
         ce_s, ce_t = (-(z.exp() / z.exp().sum())[y].log() for z in (a, b))
         want += 0.5 * 9 * (1 - (-ce_s / ce_t).exp()) * (p * (p / q).log()).sum() / 5
@@ -121,7 +175,9 @@ def test_the_method_is_the_blurred_loss_of_the_published_code_and_its_weighted_l
 # shapes
 
 sizes = st.integers(1, 9)
-features = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 7), sizes, sizes, st.integers(0, 9999))
+features = st.tuples(
+    st.integers(1, 5), st.integers(1, 4), st.integers(1, 7), sizes, sizes, st.integers(0, 9999)
+)
 
 
 @settings(max_examples=40, deadline=None)
@@ -129,20 +185,33 @@ features = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 7), si
 def test_sam_counts_every_spike_once_in_every_layout(shape):
     *dims, seed = shape
     spikes = (torch.rand(*dims, generator=torch.Generator().manual_seed(seed)) > 0.6).float()
-    folded = spikes.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, dims[:2])
+    folded = (
+        spikes.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, dims[:2])
+    )
     for s in (spikes, folded, folded.bfloat16()):
         assert sam(s).equal(spikes.sum((0, 2))) and sam(s).dtype == torch.float32
     assert sam(folded).sum() == spikes.sum() and sam(spikes[0]).equal(spikes[0].sum(1))
     maps = isi_sam(spikes, 0.5)
     assert maps.shape == (dims[0], dims[1], *dims[3:]) and not maps[0].any()
-    assert (maps <= spikes.sum(2) / (np.exp(0.5) - 1) + 1e-5).all()  # a geometric series bounds the trace
+    assert (
+        maps <= spikes.sum(2) / (np.exp(0.5) - 1) + 1e-5
+    ).all()  # a geometric series bounds the trace
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 4), st.tuples(sizes, sizes), st.tuples(sizes, sizes), st.sampled_from(SCALINGS), st.integers(0, 9999))
+@given(
+    st.integers(1, 4),
+    st.tuples(sizes, sizes),
+    st.tuples(sizes, sizes),
+    st.sampled_from(SCALINGS),
+    st.integers(0, 9999),
+)
 def test_samd_of_any_two_resolutions(batch, a, b, scaling, seed):
     g = torch.Generator().manual_seed(seed)
-    s, t = torch.rand(batch, *a, generator=g, dtype=torch.float64), torch.rand(batch, *b, generator=g, dtype=torch.float64)
+    s, t = (
+        torch.rand(batch, *a, generator=g, dtype=torch.float64),
+        torch.rand(batch, *b, generator=g, dtype=torch.float64),
+    )
     s.requires_grad_()
     loss = samd_loss(s, t, scaling=scaling)
     loss.backward()
@@ -150,35 +219,51 @@ def test_samd_of_any_two_resolutions(batch, a, b, scaling, seed):
     assert abs(samd_loss(s, s, scaling=scaling)) < 1e-6
     small_s, small_t = same_size(s, t)
     assert small_s.shape[1:] == small_t.shape[1:] == tuple(map(min, a, b))
-    each = torch.stack([samd_loss(s[i : i + 1], t[i : i + 1], scaling=scaling) for i in range(batch)]).mean()
+    each = torch.stack(
+        [samd_loss(s[i : i + 1], t[i : i + 1], scaling=scaling) for i in range(batch)]
+    ).mean()
     torch.testing.assert_close(loss, each, atol=1e-5, rtol=1e-4)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 5), st.integers(2, 12), st.floats(0, 3), st.floats(0.5, 9), st.integers(0, 9999))
+@given(
+    st.integers(1, 5), st.integers(2, 12), st.floats(0, 3), st.floats(0.5, 9), st.integers(0, 9999)
+)
 def test_nld_is_finite_and_its_mean_does_not_matter(batch, k, lam, temp, seed):
     g = torch.Generator().manual_seed(seed)
     s, t, xi = (torch.randn(batch, k, generator=g, dtype=torch.float64) for _ in range(3))
-    torch.testing.assert_close(nld_loss(s, t, temp, lam, draw=xi), kd_loss(s + lam * s.std(-1, keepdim=True) * xi, t, temp))
+    torch.testing.assert_close(
+        nld_loss(s, t, temp, lam, draw=xi), kd_loss(s + lam * s.std(-1, keepdim=True) * xi, t, temp)
+    )
     for mix in ("logits", "probabilities"):
         assert nld_loss(s, t, temp, 0.0, mix=mix) == kd_loss(s, t, temp)
         loss = nld_loss(s, t, temp, min(lam, 1.0), mix=mix, draw=xi)
         assert torch.isfinite(loss) and loss >= -1e-9
-        torch.testing.assert_close(loss, nld_loss(s + 5, t - 2, temp, min(lam, 1.0), mix=mix, draw=xi))
+        torch.testing.assert_close(
+            loss, nld_loss(s + 5, t - 2, temp, min(lam, 1.0), mix=mix, draw=xi)
+        )
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 6), sizes, sizes, st.integers(2, 7), st.integers(0, 9999))
 def test_grad_cam_is_cam_over_positions(batch, c, h, w, k, seed):
     g = torch.Generator().manual_seed(seed)
-    f, weight, y = torch.randn(batch, c, h, w, generator=g), torch.randn(k, c, generator=g), torch.randint(k, (batch,), generator=g)
+    f, weight, y = (
+        torch.randn(batch, c, h, w, generator=g),
+        torch.randn(k, c, generator=g),
+        torch.randint(k, (batch,), generator=g),
+    )
     leaf = f.clone().requires_grad_()
     (leaf.mean((2, 3)) @ weight.T).gather(1, y[:, None]).sum().backward()
-    torch.testing.assert_close(grad_cam(f, leaf.grad), cam(f, weight, y) / (h * w), atol=1e-5, rtol=1e-4)
-    with pytest.raises(UserError, match="out of range"): cam(f, weight, y + k)
+    torch.testing.assert_close(
+        grad_cam(f, leaf.grad), cam(f, weight, y) / (h * w), atol=1e-5, rtol=1e-4
+    )
+    with pytest.raises(UserError, match="out of range"):
+        cam(f, weight, y + k)
 
 
 # methods
+
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", METHODS)
@@ -189,32 +274,63 @@ def test_two_steps_of_every_method(digits, method, precision):
     d.train()
     opt, loader = torch.optim.SGD(d.parameters(), 0.05), iter(digits.loader("train", 16))
     for _ in range(2):
-        with autocast("cpu", precision): terms, _ = d(*next(loader))
+        with autocast("cpu", precision):
+            terms, _ = d(*next(loader))
         assert all(torch.isfinite(v) and v.dtype == torch.float32 for v in terms.values())
-        opt.zero_grad(), sum(terms.values()).backward(), opt.step()
-    assert untouched(teacher) and all(p.grad is not None and torch.isfinite(p.grad).all() for p in student.parameters())
+        opt.zero_grad()
+        sum(terms.values()).backward()
+        opt.step()
+    assert untouched(teacher) and all(
+        p.grad is not None and torch.isfinite(p.grad).all() for p in student.parameters()
+    )
 
 
 @pytest.mark.parametrize("variant", ["paper", "code"])
-@pytest.mark.parametrize("kw", [dict(student_map="isi"), dict(student_map="cam"), dict(scaling="l2"), dict(scaling="zscore"), dict(scaling="none"), dict(rescale="none"),
-                                dict(classes="predicted"), dict(stage="stage1"), dict(noise="fixed", sigma=2.0), dict(noise="none"), dict(mix="probabilities")])
+@pytest.mark.parametrize(
+    "kw",
+    [
+        {"student_map": "isi"},
+        {"student_map": "cam"},
+        {"scaling": "l2"},
+        {"scaling": "zscore"},
+        {"scaling": "none"},
+        {"rescale": "none"},
+        {"classes": "predicted"},
+        {"stage": "stage1"},
+        {"noise": "fixed", "sigma": 2.0},
+        {"noise": "none"},
+        {"mix": "probabilities"},
+    ],
+)
 def test_every_switch_trains(digits, variant, kw):
     student, teacher = net(T=2), net(width=0.25)
-    terms, _ = create_distiller("ckdsnn", student, teacher, variant, **kw)(*next(iter(digits.loader("train", 8))))
+    terms, _ = create_distiller("ckdsnn", student, teacher, variant, **kw)(
+        *next(iter(digits.loader("train", 8)))
+    )
     sum(terms.values()).backward()
     assert all(torch.isfinite(v) for v in terms.values()) and untouched(teacher)
     assert all(torch.isfinite(p.grad).all() for p in student.parameters())
 
 
-SWITCHES = {"C1": dict(student_map=("sam", "cam")), "C4": dict(classes=("true", "predicted")), "C5": dict(rescale=("sample", "batch")), "C6": dict(squared=(True, False)),
-            "C8 and C9": dict(mix=("logits", "probabilities"))}
+SWITCHES = {
+    "C1": {"student_map": ("sam", "cam")},
+    "C4": {"classes": ("true", "predicted")},
+    "C5": {"rescale": ("sample", "batch")},
+    "C6": {"squared": (True, False)},
+    "C8 and C9": {"mix": ("logits", "probabilities")},
+}
 
 
 @pytest.mark.parametrize("divergence", SWITCHES)
 def test_every_divergence_in_the_losses_is_a_switch(divergence):
     "The letter of the text and the published code, all else equal, give different numbers."
     torch.manual_seed(0)
-    student, teacher, x, y = net(T=2, width=0.5), net(width=0.5), torch.randn(6, 1, 8, 8), torch.arange(6)
+    student, teacher, x, y = (
+        net(T=2, width=0.5),
+        net(width=0.5),
+        torch.randn(6, 1, 8, 8),
+        torch.arange(6),
+    )
     ((name, values),) = SWITCHES[divergence].items()
     found = []
     for value in values:
@@ -227,12 +343,25 @@ def test_every_divergence_in_the_losses_is_a_switch(divergence):
 def test_every_divergence_in_the_networks_is_an_option_of_the_model():
     torch.manual_seed(0)
     x = 3 * torch.randn(2, 3, 16, 16)
-    make = lambda name="resnet19_ckd", **kw: create_model(name, T=2, width=0.125, image_size=16, **kw)
-    last = lambda m: m.train()(x, features=True)[1]["stage3"]
-    assert set(last(make()).unique().tolist()) <= {0, 1} and len(last(make(last="relu")).unique()) > 10  # C2
+
+    def make(name="resnet19_ckd", **kw):
+        return create_model(name, T=2, width=0.125, image_size=16, **kw)
+
+    def last(m):
+        return m.train()(x, features=True)[1]["stage3"]
+
+    assert (
+        set(last(make()).unique().tolist()) <= {0, 1} and len(last(make(last="relu")).unique()) > 10
+    )  # C2
     assert repr(make(neuron="if").stem) != repr(make(neuron="tet").stem)  # C3
-    assert len([m for m in make().head if isinstance(m, nn.Linear)]) == 2 == len([m for m in make("resnet20_ckd").head if isinstance(m, nn.Linear)])  # C12
-    few, many = (sum(p.numel() for p in create_model("resnet20_ckd", width=w).parameters()) for w in (1, 2))
+    assert (
+        len([m for m in make().head if isinstance(m, nn.Linear)])
+        == 2
+        == len([m for m in make("resnet20_ckd").head if isinstance(m, nn.Linear)])
+    )  # C12
+    few, many = (
+        sum(p.numel() for p in create_model("resnet20_ckd", width=w).parameters()) for w in (1, 2)
+    )
     assert few == pytest.approx(0.28e6, rel=0.1) and many > 3 * few  # C15
 
 
@@ -240,15 +369,30 @@ def test_every_divergence_in_the_networks_is_an_option_of_the_model():
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_changes_nothing_in_the_teacher(digits, method, variant):
     "C11: the published code leaves it in training mode, with a graph; here its statistics stay as they were."
-    if method == "tet": pytest.skip("has no teacher")
+    if method == "tet":
+        pytest.skip("has no teacher")
     student, teacher = net(T=2), net(width=0.25).train()
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     d = create_distiller(method, student, teacher, variant).train()
     sum(d(*next(iter(digits.loader("train", 16))))[0].values()).backward()
-    assert all(v.equal(before[k]) for k, v in teacher.state_dict().items()) and untouched(teacher) and not teacher.training
+    assert (
+        all(v.equal(before[k]) for k, v in teacher.state_dict().items())
+        and untouched(teacher)
+        and not teacher.training
+    )
 
 
-@pytest.mark.parametrize("student,stage", [("resnet19_tet", None), ("resnet19_ckd", None), ("wrn16_2", None), ("vgg11_sastc", ("stage2", "stage1")), ("vgg11_sastc", ("stage1", "stage3")), ("spikformer", None)])
+@pytest.mark.parametrize(
+    "student,stage",
+    [
+        ("resnet19_tet", None),
+        ("resnet19_ckd", None),
+        ("wrn16_2", None),
+        ("vgg11_sastc", ("stage2", "stage1")),
+        ("vgg11_sastc", ("stage1", "stage3")),
+        ("spikformer", None),
+    ],
+)
 @pytest.mark.parametrize("teacher", ["resnet20", "wrn16_2"])
 def test_students_and_teachers_of_other_kinds_and_resolutions(digits, student, stage, teacher):
     student, teacher = net(student, T=2), net(teacher, width=0.25)
@@ -256,7 +400,11 @@ def test_students_and_teachers_of_other_kinds_and_resolutions(digits, student, s
     d = create_distiller("ckdsnn+e2kd", student, teacher, **({"stage": stage} if stage else {}))
     terms, _ = d(x, y)
     sum(terms.values()).backward()
-    assert set(terms) == {"ce", "samd", "nld", "e2kd"} and all(torch.isfinite(v) for v in terms.values()) and untouched(teacher)
+    assert (
+        set(terms) == {"ce", "samd", "nld", "e2kd"}
+        and all(torch.isfinite(v) for v in terms.values())
+        and untouched(teacher)
+    )
 
 
 def test_an_ordinary_student_is_one_step():
@@ -269,9 +417,13 @@ def test_an_ordinary_student_is_one_step():
 def test_the_teacher_runs_once_even_where_the_gradient_is_needed():
     student, teacher, calls = net(T=2), net("wrn16_2", width=0.25), []
     d = create_distiller("ckdsnn+e2kd", student, teacher)
-    handles = [teacher.register_forward_hook(lambda *a: calls.append("whole")), teacher.stem.register_forward_hook(lambda *a: calls.append("front"))]
+    handles = [
+        teacher.register_forward_hook(lambda *a: calls.append("whole")),
+        teacher.stem.register_forward_hook(lambda *a: calls.append("front")),
+    ]
     d(torch.rand(3, 1, 8, 8), torch.arange(3))
-    for h in handles: h.remove()
+    for h in handles:
+        h.remove()
     assert calls == ["front", "whole"] and not d.methods[0].parts[0].look.linears
 
 
@@ -280,7 +432,8 @@ def test_the_gradient_of_the_maps_leaves_nothing_behind():
     state = {k: v.clone() for k, v in teacher.state_dict().items()}
     teacher.train()
     look = ClassMap(teacher, "stage1")
-    with torch.no_grad(): feature = teacher.eval()(torch.rand(2, 1, 8, 8), features=True)[1]["stage1"]
+    with torch.no_grad():
+        feature = teacher.eval()(torch.rand(2, 1, 8, 8), features=True)[1]["stage1"]
     teacher.train()
     maps = look(feature, torch.tensor([0, 1]))
     assert teacher.training and not maps.requires_grad and untouched(teacher)
@@ -300,28 +453,54 @@ def test_silent_students_and_teachers_give_finite_gradients():
 
 def test_batch_mates_matter_only_in_the_published_code():
     torch.manual_seed(0)
-    student, teacher, x, y = net(T=2, width=0.5), net(width=0.5), torch.rand(6, 1, 8, 8), torch.arange(6)
+    student, teacher, x, y = (
+        net(T=2, width=0.5),
+        net(width=0.5),
+        torch.rand(6, 1, 8, 8),
+        torch.arange(6),
+    )
     for variant in ("paper", "code"):
         d = create_distiller("samd", student, teacher, variant)
         d.eval()
-        with torch.no_grad(): whole, parts = d(x, y)[0]["samd"], [d(x[i : i + 1], y[i : i + 1])[0]["samd"] for i in range(6)]
+        with torch.no_grad():
+            whole, parts = (
+                d(x, y)[0]["samd"],
+                [d(x[i : i + 1], y[i : i + 1])[0]["samd"] for i in range(6)],
+            )
         assert (abs(whole - sum(parts) / 6) < 1e-6) == (variant == "paper")
 
 
 def test_noise_is_the_same_after_a_break(digits, tmp_path):
-    class Stop(Exception): pass
+    class Stop(Exception):
+        pass
 
-    def stop(event): raise Stop
+    def stop(event):
+        raise Stop
 
     def run(on_event=quiet, seed=0, **kw):
         torch.manual_seed(seed)
         student, teacher = net(T=1, depth=0.34), net(depth=0.34)
-        with torch.no_grad(): [p.copy_(torch.linspace(-0.3, 0.3, p.numel()).view(p.shape)) for p in teacher.parameters()]
-        fit(student, digits, create_distiller("ckdsnn+bkd", student, teacher), epochs=2, batch_size=256, seed=3, device="cpu", on_event=on_event, **kw)
+        with torch.no_grad():
+            [
+                p.copy_(torch.linspace(-0.3, 0.3, p.numel()).view(p.shape))
+                for p in teacher.parameters()
+            ]
+        fit(
+            student,
+            digits,
+            create_distiller("ckdsnn+bkd", student, teacher),
+            epochs=2,
+            batch_size=256,
+            seed=3,
+            device="cpu",
+            on_event=on_event,
+            **kw,
+        )
         return student.state_dict()
 
     whole, file = run(), tmp_path / "run.ckpt"
-    with pytest.raises(Stop): run(stop, checkpoint=file)
+    with pytest.raises(Stop):
+        run(stop, checkpoint=file)
     resumed = run(checkpoint=file)
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
@@ -333,49 +512,90 @@ def test_terms_of_a_sum_and_terms_twice(digits):
     terms, _ = create_distiller("ckdsnn+0.5*kd+2*bkd", student, teacher, beta=3.0)(x, y)
     assert list(terms) == ["ce", "samd", "nld", "kd", "bkd"]
     for twice in ("ckdsnn+samd", "ckdsnn+nld", "kdsnn+kd", "kdsnn+feature"):
-        with pytest.raises(UserError, match="leave one of them out"): create_distiller(twice, student, teacher)(x, y)
-    with pytest.raises(UserError, match="in place of the cross-entropy"): create_distiller("tet", student, ce_weight=0.5)
+        with pytest.raises(UserError, match="leave one of them out"):
+            create_distiller(twice, student, teacher)(x, y)
+    with pytest.raises(UserError, match="in place of the cross-entropy"):
+        create_distiller("tet", student, ce_weight=0.5)
     assert set(create_distiller("tet+kd", student, teacher)(x, y)[0]) == {"ce", "tet", "kd"}
 
 
-@pytest.mark.parametrize("kw,says", [(dict(lam=-0.1), "lam = -0.1"), (dict(temp=0), "temp = 0"), (dict(tau=0), "tau = 0"), (dict(gamma=-1), "gamma = -1"), (dict(beta=float("nan")), "beta = nan"),
-                                     (dict(stage="stage7"), "did you mean"), (dict(scaling="max"), "saliency scaling"), (dict(classes="all"), "choice of classes"), (dict(tmep=2), "did you mean 'temp'")])
+@pytest.mark.parametrize(
+    "kw,says",
+    [
+        ({"lam": -0.1}, "lam = -0.1"),
+        ({"temp": 0}, "temp = 0"),
+        ({"tau": 0}, "tau = 0"),
+        ({"gamma": -1}, "gamma = -1"),
+        ({"beta": float("nan")}, "beta = nan"),
+        ({"stage": "stage7"}, "did you mean"),
+        ({"scaling": "max"}, "saliency scaling"),
+        ({"classes": "all"}, "choice of classes"),
+        ({"tmep": 2}, "did you mean 'temp'"),
+    ],
+)
 def test_mistakes_are_one_line(kw, says):
-    with pytest.raises(UserError, match=says) as e: create_distiller("ckdsnn", net(T=2), net(), **kw)
+    with pytest.raises(UserError, match=says) as e:
+        create_distiller("ckdsnn", net(T=2), net(), **kw)
     assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("method", ["samd", "ckdsnn", "e2kd", "catkd"])
 def test_maps_of_one_pixel_are_refused(method):
-    flat = dict(name="vgg11_sastc")
-    with pytest.raises(UserError, match="the teacher's stage4 is a map of 1×1"): create_distiller(method, net(T=2), net(**flat))
-    with pytest.raises(UserError, match="the student's stage4 is a map of 1×1"): create_distiller(method, net(**flat, T=2), net())
+    flat = {"name": "vgg11_sastc"}
+    with pytest.raises(UserError, match="the teacher's stage4 is a map of 1×1"):
+        create_distiller(method, net(T=2), net(**flat))
+    with pytest.raises(UserError, match="the student's stage4 is a map of 1×1"):
+        create_distiller(method, net(**flat, T=2), net())
 
 
 def test_any_module_teaches_maps_by_path(digits):
-    teacher = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(6 * 16, 10))
+    teacher = nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(6 * 16, 10),
+    )
     student = net(T=2)
     d = create_distiller("ckdsnn", student, teacher, stage=("stage3", "3"))
     terms, _ = d(*next(iter(digits.loader("train", 8))))
     sum(terms.values()).backward()
-    assert d.methods[0].parts[0].look.size == (4, 4) and untouched(teacher) and torch.isfinite(terms["samd"])
+    assert (
+        d.methods[0].parts[0].look.size == (4, 4)
+        and untouched(teacher)
+        and torch.isfinite(terms["samd"])
+    )
 
 
 @pytest.mark.parametrize("tokens", ["map", "raw"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_vit_teaches_from_its_patches(digits, tokens, precision):
-    try: timm()
-    except UserError as e: pytest.skip(str(e))
+    try:
+        timm()
+    except UserError as e:
+        pytest.skip(str(e))
     torch.manual_seed(0)
-    teacher = create_model("vit_small", width=0.1, blocks=3, patch=2, in_channels=1, image_size=8, tokens=tokens)
+    teacher = create_model(
+        "vit_small", width=0.1, blocks=3, patch=2, in_channels=1, image_size=8, tokens=tokens
+    )
     student = net(T=2)
     d = create_distiller("ckdsnn", student, teacher)
     x, y = next(iter(digits.loader("train", 4)))
-    with autocast("cpu", precision): terms, _ = d(x, y)
+    with autocast("cpu", precision):
+        terms, _ = d(x, y)
     look = d.methods[0].parts[0].look
-    assert look.stage == "stage2" and look.size == (4, 4) and look.linears is None and torch.isfinite(terms["samd"]) and untouched(teacher)
-    with pytest.raises(UserError, match="class token alone"): create_distiller("samd", student, teacher, stage=("stage3", "stage3"))
-    if precision == "bf16": return
+    assert (
+        look.stage == "stage2"
+        and look.size == (4, 4)
+        and look.linears is None
+        and torch.isfinite(terms["samd"])
+        and untouched(teacher)
+    )
+    with pytest.raises(UserError, match="class token alone"):
+        create_distiller("samd", student, teacher, stage=("stage3", "stage3"))
+    if precision == "bf16":
+        return
     batch = d.look(x, y)
     got = look(batch.feats_t["stage2"], y)
     hooked, whole = {}, teacher.net
@@ -401,32 +621,58 @@ def test_maps_of_a_module_of_another_precision():
 def test_on_a_gpu(method):
     student, teacher = net(T=2), net("wrn16_2" if method == "e2kd" else "resnet20", width=0.25)
     d = create_distiller(method, student, None if method == "tet" else teacher).to("cuda")
-    with autocast("cuda", "bf16"): terms, _ = d(torch.rand(8, 1, 8, 8, device="cuda"), torch.arange(8, device="cuda"))
+    with autocast("cuda", "bf16"):
+        terms, _ = d(torch.rand(8, 1, 8, 8, device="cuda"), torch.arange(8, device="cuda"))
     sum(terms.values()).backward()
     assert all(torch.isfinite(v) for v in terms.values()) and untouched(teacher)
 
 
 # rates, shapes, precisions
 
+
 def test_maps_of_rates_are_sums_over_the_steps_and_intervals_need_steps():
     torch.manual_seed(0)
-    student, teacher, x, y = net(T=4, depth=0.34), net(depth=0.34), torch.randn(6, 1, 8, 8), torch.arange(6)
+    student, teacher, x, y = (
+        net(T=4, depth=0.34),
+        net(depth=0.34),
+        torch.randn(6, 1, 8, 8),
+        torch.arange(6),
+    )
     for options in ({}, {"rescale": "none"}, {"scaling": "none"}):
         d, found = create_distiller("samd", student, teacher, **options).eval(), {}
-        for student.gradient in ("bptt", "rate"): found[student.gradient] = float(d(x, y)[0]["samd"])
+        for student.gradient in ("bptt", "rate"):
+            found[student.gradient] = float(d(x, y)[0]["samd"])
         assert found["rate"] == pytest.approx(found["bptt"], rel=1e-3), options
     student.gradient = "bptt"
     for method in ("samd", "ckdsnn"):
-        with pytest.raises(UserError, match="rate"): fit(student, load("digits"), create_distiller(method, student, teacher, student_map="isi"), epochs=1, gradient="rate", on_event=quiet)
+        with pytest.raises(UserError, match="rate"):
+            fit(
+                student,
+                load("digits"),
+                create_distiller(method, student, teacher, student_map="isi"),
+                epochs=1,
+                gradient="rate",
+                on_event=quiet,
+            )
 
 
-@pytest.mark.parametrize("call", [lambda: samd_loss(torch.rand(1, 4, 4), torch.rand(6, 4, 4)), lambda: nld_loss(torch.rand(6, 1), torch.rand(6, 10), lam=0.0), lambda: nld_loss(torch.rand(6, 1), torch.rand(6, 1)),
-                                  lambda: nld_loss(torch.rand(2, 6, 10), torch.rand(2, 6, 10)), lambda: kd_loss(torch.rand(6, 1), torch.rand(6, 10))])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: samd_loss(torch.rand(1, 4, 4), torch.rand(6, 4, 4)),
+        lambda: nld_loss(torch.rand(6, 1), torch.rand(6, 10), lam=0.0),
+        lambda: nld_loss(torch.rand(6, 1), torch.rand(6, 1)),
+        lambda: nld_loss(torch.rand(2, 6, 10), torch.rand(2, 6, 10)),
+        lambda: kd_loss(torch.rand(6, 1), torch.rand(6, 10)),
+    ],
+)
 def test_shapes_that_would_broadcast_are_refused(call):
-    with pytest.raises(UserError, match="of shapes"): call()
+    with pytest.raises(UserError, match="of shapes"):
+        call()
 
 
 def test_a_pooled_linear_head_is_one_in_bfloat16_too():
     teacher = net(depth=0.34)
-    with autocast("cpu", "bf16"): assert ClassMap(teacher).linears
+    with autocast("cpu", "bf16"):
+        assert ClassMap(teacher).linears
     assert ClassMap(teacher).linears and ClassMap(net(depth=0.34).bfloat16()).linears

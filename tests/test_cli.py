@@ -1,4 +1,5 @@
 """The command line as a user meets it: exit codes, one line for every mistake, quick answers."""
+
 import json
 import os
 import re
@@ -31,7 +32,9 @@ def fails(capsys, *words):
     code = main(words)
     out = capsys.readouterr()
     assert code == 2, (words, code, out)
-    assert out.err.startswith("snnkd: ") and out.err.count("\n") == 1 and "Traceback" not in out.err, out.err
+    assert (
+        out.err.startswith("snnkd: ") and out.err.count("\n") == 1 and "Traceback" not in out.err
+    ), out.err
     return out.err
 
 
@@ -73,7 +76,10 @@ BAD = [
     (["train", "--dataset", "digits-events", "--frames", "8"], "give --frames 4 or --T 8"),
     (["train", "--plugin", "no_such_module"], "plugin no_such_module cannot be imported"),
     (["train", "--teacher", "torchvision:resnet19"], "did you mean 'resnet18'"),
-    (["train", "--teacher", "torchvision:resnet18", "--teacher-width", "0.5"], "has no width factor"),
+    (
+        ["train", "--teacher", "torchvision:resnet18", "--teacher-width", "0.5"],
+        "has no width factor",
+    ),
     (["train", "--student", "VGGSNN"], "did you mean 'vggsnn'"),
     (["train", "--subset", "100", "--teacher", "timm:vit_tiny_patch16_224"], "--size"),
     (["train", "--dataset", "folder:nowhere"], "no folder"),
@@ -90,13 +96,20 @@ def test_a_mistake_is_one_line_with_the_nearest_names(home, capsys, words, said)
 def picture(path, broken=False):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 8), (10, 200, 30)).save(path)
-    if broken: path.write_bytes(path.read_bytes()[:20])
+    if broken:
+        path.write_bytes(path.read_bytes()[:20])
 
 
 FOLDERS = {
     "no classes": (["train/x.png", "test/y.png"], "class folders"),
-    "unreadable image": (["train/cat/a.png", "train/dog/BAD.png", "test/cat/a.png", "test/dog/b.png"], "BAD.png"),
-    "test class missing from train": (["train/cat/a.png", "train/dog/a.png", "test/cat/a.png", "test/cow/b.png"], "cow"),
+    "unreadable image": (
+        ["train/cat/a.png", "train/dog/BAD.png", "test/cat/a.png", "test/dog/b.png"],
+        "BAD.png",
+    ),
+    "test class missing from train": (
+        ["train/cat/a.png", "train/dog/a.png", "test/cat/a.png", "test/cow/b.png"],
+        "cow",
+    ),
     "no train folder": (["test/cat/a.png"], "train"),
 }
 
@@ -104,7 +117,8 @@ FOLDERS = {
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_a_bad_image_folder_is_one_line_that_names_the_place(home, capsys, kind):
     files, said = FOLDERS[kind]
-    for f in files: picture(home / "images" / f, broken="BAD" in f)
+    for f in files:
+        picture(home / "images" / f, broken="BAD" in f)
     assert said in fails(capsys, "train", "--dataset", f"folder:{home / 'images'}", "--epochs", "1")
 
 
@@ -116,22 +130,40 @@ def test_what_is_not_built_yet_is_said_and_is_not_success(home, capsys, monkeypa
         assert capsys.readouterr().err == f"snnkd: {absent} not built yet\n"
 
 
-def snnkd(*words, **kw): return subprocess.run([sys.executable, "-m", "snnkd_nb.cli", *words], capture_output=True, text=True, timeout=60, **kw)
+def snnkd(*words, **kw):
+    return subprocess.run(
+        [sys.executable, "-m", "snnkd_nb.cli", *words],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        **kw,
+    )
 
 
 def test_the_process_has_the_exit_code_and_no_traceback(home):
     r = snnkd("train", "--T", "0")
     assert (r.returncode, r.stdout) == (2, "") and re.fullmatch(r"snnkd: T = 0: .+\n", r.stderr)
-    assert snnkd().returncode == 2 and snnkd("--help").returncode == 0 and snnkd("--version").stdout.startswith("snnkd_nb ")
+    assert (
+        snnkd().returncode == 2
+        and snnkd("--help").returncode == 0
+        and snnkd("--version").stdout.startswith("snnkd_nb ")
+    )
 
 
 def test_a_closed_pipe_is_no_error(home):
-    r = subprocess.run(f"{sys.executable} -m snnkd_nb.cli list | head -1", shell=True, capture_output=True, text=True)
+    r = subprocess.run(
+        f"{sys.executable} -m snnkd_nb.cli list | head -1",
+        shell=True,
+        capture_output=True,
+        text=True,
+    )
     assert r.stdout.startswith("dsas/table01") and r.stderr == ""
 
 
 def test_ctrl_c_is_130_and_one_line(home, capsys, monkeypatch):
-    def stop(**kw): raise KeyboardInterrupt
+    def stop(**kw):
+        raise KeyboardInterrupt
+
     monkeypatch.setitem(VERBS, "status", stop)
     monkeypatch.setattr("snnkd_nb.cli.parse", lambda *a: {})
     assert main(["status"]) == 130
@@ -153,7 +185,10 @@ def test_list_knows_all_artefacts_and_answers_at_once(home):
 
 def test_list_loads_nothing_heavy(home):
     code = "import sys; from snnkd_nb.cli import main; main(['list']); print(sorted({'torch', 'numpy', 'pandas', 'papermill', 'matplotlib'} & set(sys.modules)), file=sys.stderr)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == "[]\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
+        == "[]\n"
+    )
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -163,31 +198,71 @@ def test_every_parameter_is_explained_and_parses_to_its_default(verb, capsys):
     fn, said = VERBS[verb], comments_of(VERBS[verb])
     params = inspect.signature(fn).parameters
     assert set(params) <= set(said) and fn.__doc__
-    with pytest.raises(SystemExit) as e: parse(verb, fn, ["--help"])
+    with pytest.raises(SystemExit) as e:
+        parse(verb, fn, ["--help"])
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert e.value.code == 0 and all(" ".join(said[p].split()[:3]) in shown for p in params), shown
     asked = [n for n, p in params.items() if p.default is p.empty and p.annotation is str]
-    assert parse(verb, fn, ["x"] * len(asked)) == {n: p.default if p.default is not p.empty else "x" if n in asked else [] for n, p in params.items()}
+    assert parse(verb, fn, ["x"] * len(asked)) == {
+        n: p.default if p.default is not p.empty else "x" if n in asked else []
+        for n, p in params.items()
+    }
 
 
-@pytest.mark.parametrize("words", [["--epochs"], ["--what"], ["train", "--", "x"], ["list", "-x"], ["watch"], ["watch", "a", "b"], ["list", ""], ["train", ""]])
-def test_odd_words_are_usage_errors(home, capsys, words): fails(capsys, *words)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--epochs"],
+        ["--what"],
+        ["train", "--", "x"],
+        ["list", "-x"],
+        ["watch"],
+        ["watch", "a", "b"],
+        ["list", ""],
+        ["train", ""],
+    ],
+)
+def test_odd_words_are_usage_errors(home, capsys, words):
+    fails(capsys, *words)
 
 
 def test_parse_does_not_leave_a_changed_environment():
     before = dict(os.environ)
-    with pytest.raises(UserError): parse("list", VERBS["list"], ["--nope"])
+    with pytest.raises(UserError):
+        parse("list", VERBS["list"], ["--nope"])
     assert dict(os.environ) == before
 
 
 def test_train_prints_accuracy_and_record_and_the_second_time_trains_nothing(home, capsys):
-    words = ["train", "--student", "vgg11_sastc", "--teacher", "vgg11_sastc", "--width", "0.0625", "--T", "2", "--epochs", "1", "--teacher-epochs", "2", "--subset", "256"]
+    words = [
+        "train",
+        "--student",
+        "vgg11_sastc",
+        "--teacher",
+        "vgg11_sastc",
+        "--width",
+        "0.0625",
+        "--T",
+        "2",
+        "--epochs",
+        "1",
+        "--teacher-epochs",
+        "2",
+        "--subset",
+        "256",
+    ]
     assert main(words) == 0
     first = capsys.readouterr().out
     path = home / first.splitlines()[-1]
     spec = json.loads(path.read_text())["spec"]
-    assert spec["method"] == "kd" and spec["teacher"]["optim"]["epochs"] == 2 and "test accuracy" in first
-    assert main(words) == 0 and "epoch" not in capsys.readouterr().out.replace("last epoch", "").replace("validation epoch", "")
+    assert (
+        spec["method"] == "kd"
+        and spec["teacher"]["optim"]["epochs"] == 2
+        and "test accuracy" in first
+    )
+    assert main(words) == 0 and "epoch" not in capsys.readouterr().out.replace(
+        "last epoch", ""
+    ).replace("validation epoch", "")
     assert main(["watch", json.loads(path.read_text())["id"]]) == 0
 
 
@@ -211,14 +286,32 @@ def test_a_plugin_brings_a_network_and_workers_import_it_too(home, capsys, monke
 
     (home / "my_own_nets.py").write_text(PLUGIN)
     monkeypatch.setenv("SNNKD_PLUGIN", "")
-    words = ["train", "--student", "vggsnn", "--width", "0.0625", "--T", "2", "--epochs", "1", "--subset", "100", "--teacher", "my_own_teacher"]
+    words = [
+        "train",
+        "--student",
+        "vggsnn",
+        "--width",
+        "0.0625",
+        "--T",
+        "2",
+        "--epochs",
+        "1",
+        "--subset",
+        "100",
+        "--teacher",
+        "my_own_teacher",
+    ]
     assert "unknown model 'my_own_teacher'" in fails(capsys, *words)
     try:
         monkeypatch.chdir(home)
-        for seed, plugin in enumerate((str(home / "my_own_nets.py"), "my_own_nets.py", "my_own_nets")):
+        for seed, plugin in enumerate(
+            (str(home / "my_own_nets.py"), "my_own_nets.py", "my_own_nets")
+        ):
             assert main([*words, "--seed", str(seed), "--plugin", plugin]) == 0, capsys.readouterr()
         spec = json.loads((home / capsys.readouterr().out.splitlines()[-1]).read_text())["spec"]
-        assert spec["teacher"]["model"]["name"] == "my_own_teacher" and os.environ["SNNKD_PLUGIN"] == str(home / "my_own_nets.py")
+        assert spec["teacher"]["model"]["name"] == "my_own_teacher" and os.environ[
+            "SNNKD_PLUGIN"
+        ] == str(home / "my_own_nets.py")
         run = RunSpec(model=ModelSpec("my_own_teacher"), optim=OptimSpec(epochs=1))
         assert execute([run], 1, on_line=lambda line: None).ok, "in a worker process"
     finally:
@@ -227,7 +320,23 @@ def test_a_plugin_brings_a_network_and_workers_import_it_too(home, capsys, monke
 
 
 def test_a_teacher_of_a_library_has_no_width(home, capsys):
-    words = ["train", "--student", "vggsnn", "--width", "0.0625", "--T", "2", "--epochs", "1", "--subset", "100", "--teacher", "torchvision:squeezenet1_1", "--size", "32"]
+    words = [
+        "train",
+        "--student",
+        "vggsnn",
+        "--width",
+        "0.0625",
+        "--T",
+        "2",
+        "--epochs",
+        "1",
+        "--subset",
+        "100",
+        "--teacher",
+        "torchvision:squeezenet1_1",
+        "--size",
+        "32",
+    ]
     assert main(words) == 0, capsys.readouterr()
     spec = json.loads((home / capsys.readouterr().out.splitlines()[-1]).read_text())["spec"]
     assert (spec["model"]["width"], spec["teacher"]["model"]["width"]) == (0.0625, 1.0)
@@ -240,15 +349,27 @@ def test_help_names_every_augmentation():
 
 
 def test_status_readme_and_doctor(home, capsys):
-    assert main(["status"]) == 0 and (home / "results/README.md").read_text().startswith("# Results")
-    assert main(["readme", "--check"]) == 1 and main(["readme"]) == 0 and main(["readme", "--check"]) == 0
+    assert main(["status"]) == 0 and (home / "results/README.md").read_text().startswith(
+        "# Results"
+    )
+    assert (
+        main(["readme", "--check"]) == 1
+        and main(["readme"]) == 0
+        and main(["readme", "--check"]) == 0
+    )
     capsys.readouterr()
-    assert main(["doctor"]) == 0 and "everything that is required is in place" in capsys.readouterr().out
+    assert (
+        main(["doctor"]) == 0
+        and "everything that is required is in place" in capsys.readouterr().out
+    )
 
 
 def test_options_of_one_method_and_words_that_are_flags():
     from snnkd_nb.cli import _options
 
-    assert _options(("kd.temp=4.0", "shared=false", "norm=None", "stage=('stage3','4')"), "--method-args") == {"kd.temp": 4.0, "shared": False, "norm": None, "stage": ("stage3", "4")}
+    assert _options(
+        ("kd.temp=4.0", "shared=false", "norm=None", "stage=('stage3','4')"), "--method-args"
+    ) == {"kd.temp": 4.0, "shared": False, "norm": None, "stage": ("stage3", "4")}
     for bad in ("kd.=1", "2x=1", "temp"):
-        with pytest.raises(UserError, match="write name=value"): _options((bad,), "--method-args")
+        with pytest.raises(UserError, match="write name=value"):
+            _options((bad,), "--method-args")

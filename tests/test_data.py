@@ -1,4 +1,5 @@
 "Data sets: loading, caching, loaders, augmentation, corruption, streaming; every error is one line with its cure."
+
 import dataclasses
 import os
 import subprocess
@@ -39,7 +40,9 @@ def paint(path, value, size=(6, 4)):
 
 @pytest.fixture
 def pets(tmp_path):
-    for i, (s, c, k) in enumerate((s, c, k) for s in ("train", "test") for c in ("cat", "dog", "owl") for k in range(4)):
+    for i, (s, c, k) in enumerate(
+        (s, c, k) for s in ("train", "test") for c in ("cat", "dog", "owl") for k in range(4)
+    ):
         paint(tmp_path / "pets" / s / c / f"{k}.png", i)
     return tmp_path / "pets"
 
@@ -47,7 +50,8 @@ def pets(tmp_path):
 def one_line(error, *parts):
     text = str(error.value)
     assert "\n" not in text
-    for p in parts: assert p in text, text
+    for p in parts:
+        assert p in text, text
 
 
 def made(labels, K):
@@ -59,33 +63,56 @@ def made(labels, K):
     return ImageData("made", [str(c) for c in range(K)], torch.zeros(3), torch.ones(3), s, s)
 
 
-def numbers(split): return (split.images[:, 0, 0, 0].long() + 256 * split.images[:, 1, 0, 0].long()).tolist()
+def numbers(split):
+    return (split.images[:, 0, 0, 0].long() + 256 * split.images[:, 1, 0, 0].long()).tolist()
 
 
 # augmentation
 
 
 @quick
-@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.integers(0, 5), st.integers(0, 2**31), st.booleans())
+@given(
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(0, 5),
+    st.integers(0, 2**31),
+    st.booleans(),
+)
 def test_crop_is_the_loop(B, C, H, W, pad, seed, real):
     g = torch.Generator().manual_seed(seed)
     x = torch.randint(0, 256, (B, C, H, W), generator=g, dtype=torch.uint8)
     x = x.float() if real else x
     dy, dx = torch.randint(0, 2 * pad + 1, (2, B), generator=g)
     p = F.pad(x, (pad,) * 4)
-    want = torch.stack([im[:, a : a + H, b : b + W] for im, a, b in zip(p, dy.tolist(), dx.tolist())])
+    want = torch.stack(
+        [im[:, a : a + H, b : b + W] for im, a, b in zip(p, dy.tolist(), dx.tolist())]
+    )
     got = augment.crop_at(x.contiguous(memory_format=torch.channels_last), pad, dy, dx)
-    assert torch.equal(got, want) and got.is_contiguous(memory_format=torch.channels_last) and got.dtype == x.dtype
+    assert (
+        torch.equal(got, want)
+        and got.is_contiguous(memory_format=torch.channels_last)
+        and got.dtype == x.dtype
+    )
 
 
 @quick
-@given(st.integers(1, 5), st.integers(1, 3), st.integers(2, 12), st.integers(2, 12), st.integers(1, 12), st.integers(0, 2**31))
+@given(
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.integers(2, 12),
+    st.integers(2, 12),
+    st.integers(1, 12),
+    st.integers(0, 2**31),
+)
 def test_cutout_is_the_loop(B, C, H, W, length, seed):
     x = torch.randint(1, 256, (B, C, H, W), dtype=torch.uint8)
     g = torch.Generator().manual_seed(seed)
     ys, xs = torch.randint(0, H, (B,), generator=g), torch.randint(0, W, (B,), generator=g)
     want, half = x.clone(), length // 2
-    for im, a, b in zip(want, ys.tolist(), xs.tolist()): im[:, max(0, a - half) : a + half, max(0, b - half) : b + half] = 0
+    for im, a, b in zip(want, ys.tolist(), xs.tolist()):
+        im[:, max(0, a - half) : a + half, max(0, b - half) : b + half] = 0
     assert torch.equal(augment.cutout(x, length, torch.Generator().manual_seed(seed)), want)
 
 
@@ -98,19 +125,26 @@ def test_erase_is_one_rectangle_inside(B, H, W, seed):
         hole = (im == 0).all(0)
         rows, cols = hole.any(1), hole.any(0)
         assert torch.equal(hole, rows[:, None] & cols[None]) and torch.equal(hole, (im == 0).any(0))
-        for side in (rows, cols): assert (side.int().diff() == 1).sum() <= 1
+        for side in (rows, cols):
+            assert (side.int().diff() == 1).sum() <= 1
 
 
 def test_flip_and_roll_keep_pixels():
-    x, g = torch.randint(0, 256, (64, 3, 5, 7), dtype=torch.uint8), lambda: torch.Generator().manual_seed(0)
+    x, g = (
+        torch.randint(0, 256, (64, 3, 5, 7), dtype=torch.uint8),
+        lambda: torch.Generator().manual_seed(0),
+    )
     flipped = augment.random_flip(x, g())
     same, mirrored = ((flipped == y).flatten(1).all(1) for y in (x, x.flip(3)))
     assert (same ^ mirrored).all() and same.any() and mirrored.any()
-    assert torch.equal(augment.random_roll(x, 2, g()).flatten(1).sort().values, x.flatten(1).sort().values)
+    assert torch.equal(
+        augment.random_roll(x, 2, g()).flatten(1).sort().values, x.flatten(1).sort().values
+    )
 
 
 def test_augmenter_names():
-    with pytest.raises(UserError) as e: augment.augmenter("crop+flop")
+    with pytest.raises(UserError) as e:
+        augment.augmenter("crop+flop")
     one_line(e, "did you mean", "flip")
     x = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
     for name in (*augment.AUGMENT, "crop+flip+cutout+erase", "none"):
@@ -125,33 +159,59 @@ def test_augmenter_names():
 def test_batches_depend_on_seed_and_epoch_alone(names):
     d = made(range(50), 50)
 
-    def run(seed, epoch): return [(x.clone(), y) for x, y in d.loader(batch_size=16, seed=seed, epoch=epoch, augment=names)]
+    def run(seed, epoch):
+        return [
+            (x.clone(), y)
+            for x, y in d.loader(batch_size=16, seed=seed, epoch=epoch, augment=names)
+        ]
+
     a = run(0, 3)
-    torch.manual_seed(9), torch.rand(5), next(iter(d.loader(augment=names))), run(1, 0)
-    for (x, y), (u, v) in zip(a, run(0, 3), strict=True): assert torch.equal(x, u) and torch.equal(y, v)
+    torch.manual_seed(9)
+    torch.rand(5)
+    next(iter(d.loader(augment=names)))
+    run(1, 0)
+    for (x, y), (u, v) in zip(a, run(0, 3), strict=True):
+        assert torch.equal(x, u) and torch.equal(y, v)
     assert not torch.equal(torch.cat([y for _, y in a]), torch.cat([y for _, y in run(0, 4)]))
     assert sorted(torch.cat([y for _, y in a]).tolist()) == list(range(50))
 
 
 def test_loader_gives_what_the_split_holds():
-    d = dataclasses.replace(made(range(10), 10), mean=torch.tensor([0.1, 0.2, 0.3]), std=torch.tensor([0.5, 1.0, 2.0]))
+    d = dataclasses.replace(
+        made(range(10), 10), mean=torch.tensor([0.1, 0.2, 0.3]), std=torch.tensor([0.5, 1.0, 2.0])
+    )
     x, y = next(iter(d.loader("test", 10)))
     want = (d.test.images.float() / 255 - d.mean[:, None, None]) / d.std[:, None, None]
-    assert torch.allclose(x, want, atol=1e-6) and y.tolist() == list(range(10)) and x.is_contiguous(memory_format=torch.channels_last)
+    assert (
+        torch.allclose(x, want, atol=1e-6)
+        and y.tolist() == list(range(10))
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
     before = d.train.images.clone()
-    for x, _ in d.loader(augment="crop+cutout"): x.zero_()
+    for x, _ in d.loader(augment="crop+cutout"):
+        x.zero_()
     assert torch.equal(before, d.train.images), "a batch is the caller's to change"
     x, _ = next(iter(d.loader("test", 10, shuffle=False)))
     x.zero_()
     assert torch.equal(before, d.test.images)
-    assert len(list(d.loader(batch_size=4, drop_last=True))) == 2 == len(d.loader(batch_size=4, drop_last=True))
+    assert (
+        len(list(d.loader(batch_size=4, drop_last=True)))
+        == 2
+        == len(d.loader(batch_size=4, drop_last=True))
+    )
 
 
 def test_loader_errors():
     d = made(range(4), 4)
-    for kw, part in ((dict(split="val"), "no validation split"), (dict(split="tset"), "did you mean"), (dict(batch_size=0), "batch_size = 0"),
-                     (dict(batch_size=5, drop_last=True), "leaves no batch"), (dict(augment="crpo"), "did you mean 'crop'")):
-        with pytest.raises(UserError) as e: d.loader(**kw)
+    for kw, part in (
+        ({"split": "val"}, "no validation split"),
+        ({"split": "tset"}, "did you mean"),
+        ({"batch_size": 0}, "batch_size = 0"),
+        ({"batch_size": 5, "drop_last": True}, "leaves no batch"),
+        ({"augment": "crpo"}, "did you mean 'crop'"),
+    ):
+        with pytest.raises(UserError) as e:
+            d.loader(**kw)
         one_line(e, part)
 
 
@@ -177,9 +237,14 @@ def test_label_noise_counts(labels, f, seed):
 def test_few_shot_keeps_the_fraction_of_every_class(labels, f, seed):
     d = made(labels, 5)
     few = few_shot(d, f, seed)
-    got, had = torch.bincount(few.train.labels, minlength=5).tolist(), torch.bincount(d.train.labels, minlength=5).tolist()
+    got, had = (
+        torch.bincount(few.train.labels, minlength=5).tolist(),
+        torch.bincount(d.train.labels, minlength=5).tolist(),
+    )
     assert got == [max(1, round(f * n)) for n in had]
-    assert few.train.labels.tolist() == [labels[i] for i in numbers(few.train)] and len(set(numbers(few.train))) == sum(got)
+    assert few.train.labels.tolist() == [labels[i] for i in numbers(few.train)] and len(
+        set(numbers(few.train))
+    ) == sum(got)
     assert set(numbers(few.train)) <= set(numbers(few_shot(d, min(1, 2 * f), seed).train))
 
 
@@ -189,7 +254,10 @@ def test_subset_is_balanced_and_nested(labels, data, seed):
     d = made(labels, 5)
     n = data.draw(st.integers(5, len(labels)))
     s = subset(d, n, seed)
-    got, had = torch.bincount(s.train.labels, minlength=5), torch.bincount(d.train.labels, minlength=5)
+    got, had = (
+        torch.bincount(s.train.labels, minlength=5),
+        torch.bincount(d.train.labels, minlength=5),
+    )
     assert got.sum() == n and (got[got < had] >= got.max() - 1).all()
     assert set(numbers(s.train)) <= set(numbers(subset(d, min(n + 3, len(labels)), seed).train))
 
@@ -201,19 +269,31 @@ def test_validation_is_disjoint(labels, f, seed):
     v = split_validation(d, f, seed)
     assert sorted(numbers(v.train) + numbers(v.val)) == list(range(len(labels) * 5))
     had = torch.bincount(d.train.labels)
-    assert torch.bincount(v.val.labels, minlength=5).tolist() == [min(round(f * int(n)), int(n) - 1) for n in had]
+    assert torch.bincount(v.val.labels, minlength=5).tolist() == [
+        min(round(f * int(n)), int(n) - 1) for n in had
+    ]
 
 
 def test_corruption_errors():
     d = made([0, 1, 2, 0, 1, 2], 3)
     one = made([0, 0], 1)
-    for fn, part in ((lambda: label_noise(d, -0.1), "label_noise = -0.1"), (lambda: label_noise(d, 1.01), "label_noise = 1.01"),
-                     (lambda: label_noise(d, float("nan")), "label_noise = nan"), (lambda: label_noise(one, 0.5), "only one class"),
-                     (lambda: few_shot(d, 0), "shots = 0"), (lambda: few_shot(d, 2), "shots = 2"), (lambda: subset(d, 7), "6 training images"),
-                     (lambda: subset(d, 2), "at least one image"), (lambda: subset(d, -1), "subset = -1"), (lambda: subset(d, 3.5), "subset = 3.5"),
-                     (lambda: split_validation(d, 6), "nothing would be left"), (lambda: split_validation(d, 1.5), "val = 1.5"),
-                     (lambda: split_validation(split_validation(d, 3), 0.5), "already")):
-        with pytest.raises(UserError) as e: fn()
+    for fn, part in (
+        (lambda: label_noise(d, -0.1), "label_noise = -0.1"),
+        (lambda: label_noise(d, 1.01), "label_noise = 1.01"),
+        (lambda: label_noise(d, float("nan")), "label_noise = nan"),
+        (lambda: label_noise(one, 0.5), "only one class"),
+        (lambda: few_shot(d, 0), "shots = 0"),
+        (lambda: few_shot(d, 2), "shots = 2"),
+        (lambda: subset(d, 7), "6 training images"),
+        (lambda: subset(d, 2), "at least one image"),
+        (lambda: subset(d, -1), "subset = -1"),
+        (lambda: subset(d, 3.5), "subset = 3.5"),
+        (lambda: split_validation(d, 6), "nothing would be left"),
+        (lambda: split_validation(d, 1.5), "val = 1.5"),
+        (lambda: split_validation(split_validation(d, 3), 0.5), "already"),
+    ):
+        with pytest.raises(UserError) as e:
+            fn()
         one_line(e, part)
 
 
@@ -221,7 +301,10 @@ def test_composition_is_recorded():
     d = label_noise(few_shot(made(list(range(5)) * 20, 5), 0.5, seed=1), 0.2, seed=2)
     assert d.describe()["changes"] == [{"shots": 0.5, "seed": 1}, {"label_noise": 0.2, "seed": 2}]
     assert d.describe()["sizes"] == {"train": 50, "test": 100}
-    assert d.fingerprint == label_noise(few_shot(made(list(range(5)) * 20, 5), 0.5, seed=1), 0.2, seed=2).fingerprint
+    assert (
+        d.fingerprint
+        == label_noise(few_shot(made(list(range(5)) * 20, 5), 0.5, seed=1), 0.2, seed=2).fingerprint
+    )
 
 
 # data sets by name
@@ -229,32 +312,51 @@ def test_composition_is_recorded():
 
 def test_digits_never_change():
     d = load("digits")
-    assert d.fingerprint == "019fb8ad820d1b27", "the split or the pixels changed; every stored run would lose its meaning"
+    assert d.fingerprint == "019fb8ad820d1b27", (
+        "the split or the pixels changed; every stored run would lose its meaning"
+    )
     noisy = load_spec(DataSpec("digits", subset=400, shots=0.5, label_noise=0.3, corrupt_seed=1))
     assert noisy.fingerprint == "8024c9f910966311", "a corruption changed"
-    assert noisy.describe()["sizes"] == {"train": 180, "val": 20, "test": 359} and load("digits", size=12).shape == (1, 12, 12)
+    assert noisy.describe()["sizes"] == {"train": 180, "val": 20, "test": 359} and load(
+        "digits", size=12
+    ).shape == (1, 12, 12)
 
 
 def test_the_second_load_reads_no_image(pets, cache, monkeypatch):
     first = load("folder:pets", pets.parent)
-    assert first.shape == (3, 4, 6) and first.classes == ["cat", "dog", "owl"] and first.describe()["sizes"] == {"train": 12, "test": 12}
+    assert (
+        first.shape == (3, 4, 6)
+        and first.classes == ["cat", "dog", "owl"]
+        and first.describe()["sizes"] == {"train": 12, "test": 12}
+    )
     for s in ("train", "test"):
         files = sorted((pets / s).rglob("*.png"))
-        assert all((np.asarray(Image.open(f)) == i.permute(1, 2, 0).numpy()).all() for f, i in zip(files, first.split(s).images, strict=True))
+        assert all(
+            (np.asarray(Image.open(f)) == i.permute(1, 2, 0).numpy()).all()
+            for f, i in zip(files, first.split(s).images, strict=True)
+        )
     monkeypatch.setattr(decode, "pixels", lambda *a: pytest.fail("an image was read"))
     again = load("folder:pets", pets.parent)
-    assert again.fingerprint == first.fingerprint and again.train.digest == Split(first.train.images.clone(memory_format=torch.channels_last), first.train.labels).digest
+    assert (
+        again.fingerprint == first.fingerprint
+        and again.train.digest
+        == Split(
+            first.train.images.clone(memory_format=torch.channels_last), first.train.labels
+        ).digest
+    )
 
 
 @pytest.mark.parametrize("file", ["images.npy", "labels.npy", "meta.json"])
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "gone"])
 def test_a_damaged_cache_is_made_again(pets, cache, file, damage):
     fingerprint = load("folder:pets", pets.parent).fingerprint
-    path, = cache.glob(f"*/{file}")
+    (path,) = cache.glob(f"*/{file}")
     b = bytearray(path.read_bytes())
     b[len(b) // 2 + 40] ^= 16
-    if damage == "gone": path.unlink()
-    else: path.write_bytes({"cut": bytes(b[:-9]), "flip": bytes(b), "empty": b""}[damage])
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes({"cut": bytes(b[:-9]), "flip": bytes(b), "empty": b""}[damage])
     assert load("folder:pets", pets.parent).fingerprint == fingerprint
     assert [p.name for p in cache.iterdir()] == [path.parent.name]
 
@@ -271,23 +373,36 @@ def test_the_fingerprint_is_of_the_content(pets, tmp_path):
     import shutil
 
     shutil.copytree(pets, tmp_path / "elsewhere" / "other", copy_function=shutil.copy)
-    assert load("folder:other", tmp_path / "elsewhere").fingerprint == load("folder:pets", tmp_path).fingerprint
+    assert (
+        load("folder:other", tmp_path / "elsewhere").fingerprint
+        == load("folder:pets", tmp_path).fingerprint
+    )
 
 
 def test_nothing_is_left_of_a_killed_preparation(pets, cache):
-    code = ("import os; from snnkd_nb.data import decode, images; whole = decode.pixels\n"
-            "def pixels(item, size): return whole(item, size) if 'dog' not in str(item) else os.kill(os.getpid(), 9)\n"
-            f"decode.pixels = pixels; images.load('folder:pets', {str(pets.parent)!r})")
-    r = subprocess.run([sys.executable, "-c", code], env={**os.environ, "SNNKD_CACHE": str(cache.parent)}, cwd=Path(__file__).parent.parent, capture_output=True)
+    code = (
+        "import os; from snnkd_nb.data import decode, images; whole = decode.pixels\n"
+        "def pixels(item, size): return whole(item, size) if 'dog' not in str(item) else os.kill(os.getpid(), 9)\n"
+        f"decode.pixels = pixels; images.load('folder:pets', {str(pets.parent)!r})"
+    )
+    r = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "SNNKD_CACHE": str(cache.parent)},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+    )
     assert r.returncode == -9, r.stderr
     load("folder:pets", pets.parent)
     assert [p.name[0] for p in cache.iterdir()] == ["f"]
 
 
 def test_a_full_disk_is_one_line(pets, cache, monkeypatch):
-    def full(*a): raise OSError(28, "No space left on device")
+    def full(*a):
+        raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(np, "save", full)
-    with pytest.raises(UserError) as e: load("folder:pets", pets.parent)
+    with pytest.raises(UserError) as e:
+        load("folder:pets", pets.parent)
     one_line(e, "No space left", "SNNKD_CACHE")
     assert not list(cache.iterdir())
 
@@ -297,67 +412,108 @@ def test_folder_errors(pets, cache, kind):
     def error(*parts, **kw):
         with pytest.raises(UserError) as e:
             data = load(f"{kind}:pets", pets.parent, **kw)
-            for s in data.splits: list(data.loader(s))
+            for s in data.splits:
+                list(data.loader(s))
         one_line(e, *parts)
         assert not cache.exists() or not list(cache.iterdir())
-    error("size = 0", size=0), error("size = -3", size=-3)
+
+    error("size = 0", size=0)
+    error("size = -3", size=-3)
     (pets / "test" / "newt").mkdir()
     error("newt", "has no images")
     paint(pets / "test" / "newt" / "0.png", 0)
     error("test has 1 class(es) that train lacks (newt)")
     (pets / "test" / "newt").rename(pets / "train" / "newt")
     error("train has 1 class(es) that test lacks (newt)")
-    (pets / "train" / "newt" / "0.png").unlink(), (pets / "train" / "newt").rmdir()
+    (pets / "train" / "newt" / "0.png").unlink()
+    (pets / "train" / "newt").rmdir()
     (bad := pets / "train" / "dog" / "2.png").write_bytes(bad.read_bytes()[:60])
     error(str(bad), "replace or remove", **({"workers": 0} if kind != "folder" else {}))
     (pets / "test").rename(pets / "tests")
     error("is no image folder", "test/<class>")
-    (pets / "tests").rename(pets / "test"), (pets / "train").rename(pets / "old"), (pets / "train").mkdir()
+    (pets / "tests").rename(pets / "test")
+    (pets / "train").rename(pets / "old")
+    (pets / "train").mkdir()
     error("has no class folders")
 
 
 def test_images_of_several_sizes(pets):
     paint(pets / "test" / "owl" / "7.png", 1, size=(9, 5))
-    with pytest.raises(UserError) as e: load("folder:pets", pets.parent)
+    with pytest.raises(UserError) as e:
+        load("folder:pets", pets.parent)
     one_line(e, "7.png is 9x5", "size=")
     d = load("folder:pets", pets.parent, size=4)
     assert d.shape == (3, 4, 4)
-    assert torch.equal(d.train.images[0], torch.from_numpy(np.asarray(Image.open(pets / "train" / "cat" / "0.png"))[:, 1:5].transpose(2, 0, 1).copy()))
+    assert torch.equal(
+        d.train.images[0],
+        torch.from_numpy(
+            np.asarray(Image.open(pets / "train" / "cat" / "0.png"))[:, 1:5]
+            .transpose(2, 0, 1)
+            .copy()
+        ),
+    )
 
 
 def test_a_folder_with_validation_keeps_it(pets):
-    for c in ("cat", "dog", "owl"): paint(pets / "val" / c / "0.png", 3)
-    assert load("folder:pets", pets.parent).describe()["sizes"] == {"train": 12, "val": 3, "test": 12}
+    for c in ("cat", "dog", "owl"):
+        paint(pets / "val" / c / "0.png", 3)
+    assert load("folder:pets", pets.parent).describe()["sizes"] == {
+        "train": 12,
+        "val": 3,
+        "test": 12,
+    }
     d = load_spec(DataSpec("folder:pets", val=0.5), pets.parent)
     assert len(d.val) == 3 and d.changes == ()
 
 
 def test_names():
-    for name, parts in (("digit", ["did you mean 'digits'"]), ("cifar", ["cifar10"]), ("folder", ["folder:NAME"]), ("folder:none-such", ["no folder", "SNNKD_DATA"]),
-                        ("tiny-imagenet:none-such", ["no folder"]), ("", ["unknown data set"])):
-        with pytest.raises(UserError) as e: load(name)
+    for name, parts in (
+        ("digit", ["did you mean 'digits'"]),
+        ("cifar", ["cifar10"]),
+        ("folder", ["folder:NAME"]),
+        ("folder:none-such", ["no folder", "SNNKD_DATA"]),
+        ("tiny-imagenet:none-such", ["no folder"]),
+        ("", ["unknown data set"]),
+    ):
+        with pytest.raises(UserError) as e:
+            load(name)
         one_line(e, *parts)
-    with pytest.raises(UserError) as e: load("digits", frames=2)
+    with pytest.raises(UserError) as e:
+        load("digits", frames=2)
     one_line(e, "unknown option of digits 'frames'")
 
 
 def test_cifar_by_torchvision(tmp_path, monkeypatch):
-    with pytest.raises(UserError) as e: load("cifar100", tmp_path)
+    with pytest.raises(UserError) as e:
+        load("cifar100", tmp_path)
     one_line(e, "download=True", "cifar-100-python.tar.gz", str(tmp_path / "cifar-100-python"))
     asked = []
 
     class Fake:
         def __init__(self, root, train=True, download=False):
             asked.append(download)
-            if download: (Path(root) / "cifar-10-batches-py").mkdir(), (Path(root) / "cifar-10-batches-py" / "data_batch_1").write_text("x")
+            if download:
+                (Path(root) / "cifar-10-batches-py").mkdir()
+                (Path(root) / "cifar-10-batches-py" / "data_batch_1").write_text("x")
             rng = np.random.default_rng(train)
-            self.data, self.targets, self.classes = rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8), [0, 1] * 10, ["plane", "car"]
+            self.data, self.targets, self.classes = (
+                rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8),
+                [0, 1] * 10,
+                ["plane", "car"],
+            )
+
     monkeypatch.setattr(images, "torchvision", lambda part: SimpleNamespace(CIFAR10=Fake))
-    with pytest.raises(UserError): load("cifar10", tmp_path)
+    with pytest.raises(UserError):
+        load("cifar10", tmp_path)
     assert not asked, "nothing is fetched unasked"
     d = load("cifar10", tmp_path, download=True)
-    assert asked == [True, False, False] and torch.equal(d.train.images, torch.from_numpy(Fake(tmp_path).data).permute(0, 3, 1, 2))
-    assert d.mean.tolist() == pytest.approx([0.4914, 0.4822, 0.4465]) and d.classes == ["plane", "car"]
+    assert asked == [True, False, False] and torch.equal(
+        d.train.images, torch.from_numpy(Fake(tmp_path).data).permute(0, 3, 1, 2)
+    )
+    assert d.mean.tolist() == pytest.approx([0.4914, 0.4822, 0.4465]) and d.classes == [
+        "plane",
+        "car",
+    ]
     n = len(asked)
     load("cifar10", tmp_path)
     assert len(asked) == n, "the second load does not read it"
@@ -367,24 +523,35 @@ def test_cifar_by_torchvision(tmp_path, monkeypatch):
 def tiny(tmp_path):
     top = tmp_path / "tiny"
     for k, w in enumerate(("n3", "n1")):
-        for i in range(3): paint(top / "train" / w / "images" / f"{w}_{i}.JPEG", 10 * k + i, (8, 8))
+        for i in range(3):
+            paint(top / "train" / w / "images" / f"{w}_{i}.JPEG", 10 * k + i, (8, 8))
         paint(top / "val" / "images" / f"val_{k}.JPEG", 50 + k, (8, 8))
     (top / "wnids.txt").write_text("n2\nn3\nn1\n")
     (top / "words.txt").write_text("n1\tcrane\nn2\tcod, fish\nn3\tcrane, machine\n")
-    (top / "val" / "val_annotations.txt").write_text("val_1.JPEG\tn1\t0\t0\t9\t9\nval_0.JPEG\tn3\t0\t0\t9\t9\nval_7.JPEG\tn2\t0\t0\t9\t9\n")
+    (top / "val" / "val_annotations.txt").write_text(
+        "val_1.JPEG\tn1\t0\t0\t9\t9\nval_0.JPEG\tn3\t0\t0\t9\t9\nval_7.JPEG\tn2\t0\t0\t9\t9\n"
+    )
     return top
 
 
 def test_tiny_imagenet(tiny):
     d = load("tiny-imagenet:tiny", tiny.parent)
-    assert d.classes == ["crane (n3)", "crane (n1)"] and d.shape == (3, 8, 8) and d.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    want = torch.from_numpy(np.asarray(Image.open(tiny / "val" / "images" / "val_1.JPEG")).copy()).permute(2, 0, 1)
+    assert (
+        d.classes == ["crane (n3)", "crane (n1)"]
+        and d.shape == (3, 8, 8)
+        and d.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    )
+    want = torch.from_numpy(
+        np.asarray(Image.open(tiny / "val" / "images" / "val_1.JPEG")).copy()
+    ).permute(2, 0, 1)
     assert d.test.labels.tolist() == [0, 1] and torch.equal(d.test.images[1], want)
     (tiny / "val" / "images" / "val_0.JPEG").unlink()
-    with pytest.raises(UserError) as e: load("tiny-imagenet:tiny", tiny.parent)
+    with pytest.raises(UserError) as e:
+        load("tiny-imagenet:tiny", tiny.parent)
     one_line(e, "train has 1 class(es) that val lacks (n3)")
     (tiny / "val" / "val_annotations.txt").unlink()
-    with pytest.raises(UserError) as e: load("tiny-imagenet:tiny", tiny.parent)
+    with pytest.raises(UserError) as e:
+        load("tiny-imagenet:tiny", tiny.parent)
     one_line(e, "val_annotations.txt is missing")
 
 
@@ -392,19 +559,34 @@ def test_streaming_is_pure_in_seed_and_epoch(pets):
     def run(workers, epoch, augment="crop+flip+erase"):
         d = load("imagefolder-stream:pets", pets.parent, size=8, workers=workers)
         return [(x.clone(), y) for x, y in d.loader(batch_size=5, epoch=epoch, augment=augment)]
+
     a = run(0, 1)
     for b in (run(2, 1), run(0, 1)):
-        for (x, y), (u, v) in zip(a, b, strict=True): assert torch.equal(x, u) and torch.equal(y, v)
+        for (x, y), (u, v) in zip(a, b, strict=True):
+            assert torch.equal(x, u) and torch.equal(y, v)
     assert not torch.equal(a[0][0], run(0, 2)[0][0]) and a[0][0].shape == (5, 3, 8, 8)
-    d = load_spec(DataSpec("imagefolder-stream:pets", size=8, subset=6, label_noise=0.5, val=0.5, args={"workers": 0}), pets.parent)
-    assert d.describe()["sizes"] == {"train": 3, "val": 3, "test": 12} and [len(y) for _, y in d.loader("val")] == [3]
+    d = load_spec(
+        DataSpec(
+            "imagefolder-stream:pets",
+            size=8,
+            subset=6,
+            label_noise=0.5,
+            val=0.5,
+            args={"workers": 0},
+        ),
+        pets.parent,
+    )
+    assert d.describe()["sizes"] == {"train": 3, "val": 3, "test": 12} and [
+        len(y) for _, y in d.loader("val")
+    ] == [3]
     assert stream.worker_count(3) == 3
 
 
 def test_an_unreadable_streamed_image_is_named_from_a_worker(pets):
     (bad := pets / "test" / "owl" / "1.png").write_bytes(b"x")
     d = load("imagefolder-stream:pets", pets.parent, size=8, workers=1)
-    with pytest.raises(UserError) as e: list(d.loader("test"))
+    with pytest.raises(UserError) as e:
+        list(d.loader("test"))
     one_line(e, str(bad))
 
 
@@ -419,7 +601,10 @@ REAL = data_dir() / "cifar10-jpeg"
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs cifar10-jpeg in the data root")
 def test_real_folder_listing():
     found = images.folder_splits(REAL)
-    assert {s: sum(map(len, by.values())) for s, by in found.items()} == {"train": 50000, "test": 10000}
+    assert {s: sum(map(len, by.values())) for s, by in found.items()} == {
+        "train": 50000,
+        "test": 10000,
+    }
     some = [f[0] for by in found.values() for files in by.values() for f in files[::1000]]
     assert {a.shape for a in decode.decode(some, None)} == {(32, 32, 3)}
     assert batches.count_batches(50000, 128, False) == 391

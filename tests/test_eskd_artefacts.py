@@ -1,4 +1,5 @@
 """ESKD's artefacts: every scale can be built without training, smoke runs end to end, what is in several tables is one run, pictures are of what runs."""
+
 import os
 from functools import lru_cache
 
@@ -25,49 +26,108 @@ from snnkd_nb.training.job import run_train
 
 BIG = ("medium", "paper")
 ALL = {**eskd.ARTEFACTS, **eskd_views.ARTEFACTS}
-CLASSES = {"cifar10": (10, 32, 3), "cifar100": (100, 32, 3), "imagefolder-stream": (1000, 224, 3), "cifar10-dvs": (10, 48, 2)}
+CLASSES = {
+    "cifar10": (10, 32, 3),
+    "cifar100": (100, 32, 3),
+    "imagefolder-stream": (1000, 224, 3),
+    "cifar10-dvs": (10, 48, 2),
+}
 
 
 @lru_cache
-def grids(scale): return {k: make(scale) for k, make in ALL.items()} | {"study": studies.eskd(scale)}
+def grids(scale):
+    return {k: make(scale) for k, make in ALL.items()} | {"study": studies.eskd(scale)}
 
 
 @lru_cache
-def specs(scale): return tuple(dict.fromkeys(s for g in grids(scale).values() for s in g.specs))
+def specs(scale):
+    return tuple(dict.fromkeys(s for g in grids(scale).values() for s in g.specs))
 
 
 @lru_cache
-def with_teachers(scale): return tuple(dict.fromkeys(t for s in specs(scale) for t in (s, s.teacher) if t))
-def shape(data): return CLASSES[data.name.partition(":")[0]]
+def with_teachers(scale):
+    return tuple(dict.fromkeys(t for s in specs(scale) for t in (s, s.teacher) if t))
+
+
+def shape(data):
+    return CLASSES[data.name.partition(":")[0]]
 
 
 @lru_cache
 def on_meta(model, k, size, channels):
     "The network of a spec at full size; nothing is downloaded."
     args = {n: v for n, v in model.args.items() if n != "pretrained"}
-    with torch.device("meta"): return create_model(model.name, k, T=model.T, neuron=model.neuron, width=model.width, in_channels=channels, image_size=size, **args)
+    with torch.device("meta"):
+        return create_model(
+            model.name,
+            k,
+            T=model.T,
+            neuron=model.neuron,
+            width=model.width,
+            in_channels=channels,
+            image_size=size,
+            **args,
+        )
 
 
 @pytest.mark.parametrize("scale", BIG)
 def test_every_network_of_the_large_scales_exists_at_full_size(scale):
     for spec in {(s.model.canonical(), s.data.name): s for s in with_teachers(scale)}.values():
         net = on_meta(spec.model, *shape(spec.data))
-        assert spec.model.width == 1 and net.T == spec.model.T and (net.T is None or spec.model.neuron == ("sew" if spec.method == "none" and spec.optim.gradient == "bptt" and "sew" in spec.model.name else "rate"))
+        assert (
+            spec.model.width == 1
+            and net.T == spec.model.T
+            and (
+                net.T is None
+                or spec.model.neuron
+                == (
+                    "sew"
+                    if spec.method == "none"
+                    and spec.optim.gradient == "bptt"
+                    and "sew" in spec.model.name
+                    else "rate"
+                )
+            )
+        )
 
 
 def test_every_pair_has_the_hybrid_models_it_should():
-    pairs = {(s.model.name, s.teacher.model.name, str(s.method_args.get("positions"))): s for scale in BIG for s in specs(scale) if s.teacher}
-    for (student, of, positions), s in pairs.items():
+    pairs = {
+        (s.model.name, s.teacher.model.name, str(s.method_args.get("positions"))): s
+        for scale in BIG
+        for s in specs(scale)
+        if s.teacher
+    }
+    for (_student, of, positions), s in pairs.items():
         nets = [on_meta(m, *shape(s.data)) for m in (s.model, s.teacher.model)]
-        with torch.device("meta"): made = create_distiller("eskd", *nets, **dict(s.method_args)).methods[0].hybrids
-        if positions != "None": assert len(made.names) == len(s.method_args["positions"])
-        else: assert made.names == (("M0", "M1") if of == "resnet19_rate" else ("M0", "M1", "M2")), (s.id, made.names)
+        with torch.device("meta"):
+            made = create_distiller("eskd", *nets, **dict(s.method_args)).methods[0].hybrids
+        if positions != "None":
+            assert len(made.names) == len(s.method_args["positions"])
+        else:
+            assert made.names == (("M0", "M1") if of == "resnet19_rate" else ("M0", "M1", "M2")), (
+                s.id,
+                made.names,
+            )
 
 
 def test_the_adapters_of_resnet_18_and_34_have_the_printed_size():
-    for name, dataset in (("ResNet-18", "CIFAR-100"), ("ResNet-34*", IMAGENET), ("ResNet-34", IMAGENET)):
+    for name, dataset in (
+        ("ResNet-18", "CIFAR-100"),
+        ("ResNet-34*", IMAGENET),
+        ("ResNet-34", IMAGENET),
+    ):
         s = eskd.student("paper", name, dataset, 4)
-        with torch.device("meta"): made = create_distiller("eskd", on_meta(s.model, *shape(s.data)), on_meta(s.teacher.model, *shape(s.data))).methods[0].hybrids
+        with torch.device("meta"):
+            made = (
+                create_distiller(
+                    "eskd",
+                    on_meta(s.model, *shape(s.data)),
+                    on_meta(s.teacher.model, *shape(s.data)),
+                )
+                .methods[0]
+                .hybrids
+            )
         assert round(sum(p.numel() for p in made.parameters()) / 1e6, 2) == 0.17, name
 
 
@@ -76,28 +136,88 @@ def test_every_data_set_has_a_known_name_and_teachers_see_what_their_students_se
     for s in with_teachers(scale):
         kind = s.data.name.partition(":")[0]
         assert kind in [n.partition(":")[0] for n in list_datasets()] and opener(s.data.name)
-        if "frames" in s.data.args: assert s.model.T in (None, s.data.args["frames"])
-        if s.teacher: assert s.teacher.model.T is None and s.teacher.data.replace(subset=None, val=0, augment="none") == s.data.replace(subset=None, val=0, augment="none")
+        if "frames" in s.data.args:
+            assert s.model.T in (None, s.data.args["frames"])
+        if s.teacher:
+            assert s.teacher.model.T is None and s.teacher.data.replace(
+                subset=None, val=0, augment="none"
+            ) == s.data.replace(subset=None, val=0, augment="none")
 
 
 def test_the_papers_settings():
     assert eskd.as_printed(eskd.settings("paper")).agree.all() and len(eskd.settings("paper")) == 8
-    students = [s for k, g in grids("paper").items() for s in g.specs if s.model.T and s.data.name.startswith("cifar")]
-    assert {(s.optim.epochs, s.optim.batch_size, s.optim.lr, s.optim.weight_decay, s.optim.schedule, s.optim.decay_norm) for s in students} == {(300, 128, 0.1, 5e-4, "cosine", False)}
-    assert {s.data.augment for s in students if "dvs" not in s.data.name and "spikingformer" not in s.model.name} == {"crop+flip+autoaugment+cutout"}
-    assert {s.optim.gradient for k, g in grids("paper").items() if k != "study" for s in g.specs if s.model.T and s.model.neuron == "rate"} == {"rate"}
-    assert {s.model.T for s in grids("paper")["table05"].specs if s.model.T} == {2, 4, 6, 8} and {s.model.T for s in grids("paper")["table02"].specs} == {4}
-    imagenet = [s for s in grids("paper")["table01"].specs if "imagenet" in s.data.name and s.model.neuron == "rate"]
-    assert {(s.optim.epochs, s.optim.batch_size, s.optim.lr, s.optim.weight_decay) for s in imagenet} == {(100, 512, 0.2, 2e-5)} and {s.teacher.model.name for s in imagenet if s.teacher} == {"timm:resnet34", "timm:resnet50"}
-    assert all(len(c.groups) == (1 if c.column == "ImageNet" or c.column == "teacher accuracy" else 5) for k in eskd.ARTEFACTS for c in grids("paper")[k].cells if c.specs and c.index.get("T") != "-")
+    students = [
+        s
+        for k, g in grids("paper").items()
+        for s in g.specs
+        if s.model.T and s.data.name.startswith("cifar")
+    ]
+    assert {
+        (
+            s.optim.epochs,
+            s.optim.batch_size,
+            s.optim.lr,
+            s.optim.weight_decay,
+            s.optim.schedule,
+            s.optim.decay_norm,
+        )
+        for s in students
+    } == {(300, 128, 0.1, 5e-4, "cosine", False)}
+    assert {
+        s.data.augment
+        for s in students
+        if "dvs" not in s.data.name and "spikingformer" not in s.model.name
+    } == {"crop+flip+autoaugment+cutout"}
+    assert {
+        s.optim.gradient
+        for k, g in grids("paper").items()
+        if k != "study"
+        for s in g.specs
+        if s.model.T and s.model.neuron == "rate"
+    } == {"rate"}
+    assert {s.model.T for s in grids("paper")["table05"].specs if s.model.T} == {2, 4, 6, 8} and {
+        s.model.T for s in grids("paper")["table02"].specs
+    } == {4}
+    imagenet = [
+        s
+        for s in grids("paper")["table01"].specs
+        if "imagenet" in s.data.name and s.model.neuron == "rate"
+    ]
+    assert {
+        (s.optim.epochs, s.optim.batch_size, s.optim.lr, s.optim.weight_decay) for s in imagenet
+    } == {(100, 512, 0.2, 2e-5)} and {s.teacher.model.name for s in imagenet if s.teacher} == {
+        "timm:resnet34",
+        "timm:resnet50",
+    }
+    assert all(
+        len(c.groups) == (1 if c.column == "ImageNet" or c.column == "teacher accuracy" else 5)
+        for k in eskd.ARTEFACTS
+        for c in grids("paper")[k].cells
+        if c.specs and c.index.get("T") != "-"
+    )
 
 
 def test_schedules_and_places_are_those_of_the_tables():
-    places = {c.index["branches"]: dict(c.specs[0].method_args) if c.specs[0].teacher else None for c in grids("paper")["table03"].cells}
-    assert places["none"] is None and places["yA"] == {"positions": ()} and places["yA + 0, 1, 2"] == {} and places["yA + H, 0, 1, 2, fc"] == {"positions": ("H", 0, 1, 2, "fc")}
+    places = {
+        c.index["branches"]: dict(c.specs[0].method_args) if c.specs[0].teacher else None
+        for c in grids("paper")["table03"].cells
+    }
+    assert (
+        places["none"] is None
+        and places["yA"] == {"positions": ()}
+        and places["yA + 0, 1, 2"] == {}
+        and places["yA + H, 0, 1, 2, fc"] == {"positions": ("H", 0, 1, 2, "fc")}
+    )
     assert set(places) == {r["branches"] for r in published("eskd/table03").records}
-    options = {(c.index["beta"], c.index["alpha"]): dict(c.specs[0].method_args) for c in grids("paper")["table04"].cells}
-    assert options["1/2^(n-k)", "increase"] == {"alpha": "increase", "beta": "decay"} and options["1/n_b", "0.5"] == {} and options["1/n_b", "decrease"] == {"alpha": "decrease"}
+    options = {
+        (c.index["beta"], c.index["alpha"]): dict(c.specs[0].method_args)
+        for c in grids("paper")["table04"].cells
+    }
+    assert (
+        options["1/2^(n-k)", "increase"] == {"alpha": "increase", "beta": "decay"}
+        and options["1/n_b", "0.5"] == {}
+        and options["1/n_b", "decrease"] == {"alpha": "decrease"}
+    )
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -105,64 +225,142 @@ def test_schedules_and_places_are_those_of_the_tables():
 def test_cells_are_published_ones_and_all_are_run(key, scale):
     grid = grids(scale)[key]
     report = Report(grid, {})
-    assert len(report.rows) == len(published(grid.key).records) and all(r["note"] for r in report.rows)
-    assert all(bool(c.specs) == (c.note != "–") for c in grid.cells) and all((r["paper"] is None) == (r["note"] == "–") or r["paper"] is None for r in report.rows)
-    assert sum(r["note"] == "not run" for r in report.rows) == sum(bool(c.specs) for c in grid.cells) and grid.deviations
+    assert len(report.rows) == len(published(grid.key).records) and all(
+        r["note"] for r in report.rows
+    )
+    assert all(bool(c.specs) == (c.note != "–") for c in grid.cells) and all(
+        (r["paper"] is None) == (r["note"] == "–") or r["paper"] is None for r in report.rows
+    )
+    assert (
+        sum(r["note"] == "not run" for r in report.rows) == sum(bool(c.specs) for c in grid.cells)
+        and grid.deviations
+    )
     ours = report.claims()
-    assert set(ours["ours"] if len(ours) else ["not run"]) == {"not run"} and len(ours) == len(claims(grid.key))
+    assert set(ours["ours"] if len(ours) else ["not run"]) == {"not run"} and len(ours) == len(
+        claims(grid.key)
+    )
 
 
 def test_our_cells_of_table_1():
     cells = [c for c in grids("small")["table01"].cells if c.specs]
-    assert {c.index["method"] for c in cells} == {"Ours", "RateBP", "SEW ResNet"} and len([c for c in cells if c.index["method"] == "Ours"]) == 11
-    c10, c100 = ({(c.index["method"], c.index["model"], c.index["T"]): c.groups for c in cells if c.column == d} for d in ("CIFAR-10", "CIFAR-100"))
-    assert c10 == c100 and all(len(g) == (3 if m == "ResNet-18" else 1) for (_, m, _), g in c10.items())
-    assert all(s.teacher is None and s.optim.gradient == "rate" for c in cells if c.index["method"] == "RateBP" for s in c.specs)
+    assert {c.index["method"] for c in cells} == {"Ours", "RateBP", "SEW ResNet"} and len(
+        [c for c in cells if c.index["method"] == "Ours"]
+    ) == 11
+    c10, c100 = (
+        {
+            (c.index["method"], c.index["model"], c.index["T"]): c.groups
+            for c in cells
+            if c.column == d
+        }
+        for d in ("CIFAR-10", "CIFAR-100")
+    )
+    assert c10 == c100 and all(
+        len(g) == (3 if m == "ResNet-18" else 1) for (_, m, _), g in c10.items()
+    )
+    assert all(
+        s.teacher is None and s.optim.gradient == "rate"
+        for c in cells
+        if c.index["method"] == "RateBP"
+        for s in c.specs
+    )
 
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_what_is_in_several_artefacts_is_one_run(scale):
     of = {k: {s.canonical() for s in g.specs} for k, g in grids(scale).items()}
     t = {eskd.teacher(scale, "ResNet-18", d).canonical() for d in ("CIFAR-10", "CIFAR-100")}
-    assert of["figure01"] <= of["table01"] | t and of["figure02"] <= of["table01"] and of["figure03"] <= of["table01"] and len(of["table03"] & of["table04"]) >= 1
-    assert len(of["table05"] & of["table01"]) >= 4 and (scale in ("smoke", "small") or of["figure05"] <= of["table01"] | of["study"] | {s.teacher.canonical() for s in grids(scale)["table01"].specs if s.teacher})
-    if scale in ("smoke", "small"): assert of["table03"] <= of["study"] and len(of["study"] & of["table01"]) >= 4
+    assert (
+        of["figure01"] <= of["table01"] | t
+        and of["figure02"] <= of["table01"]
+        and of["figure03"] <= of["table01"]
+        and len(of["table03"] & of["table04"]) >= 1
+    )
+    assert len(of["table05"] & of["table01"]) >= 4 and (
+        scale in ("smoke", "small")
+        or of["figure05"]
+        <= of["table01"]
+        | of["study"]
+        | {s.teacher.canonical() for s in grids(scale)["table01"].specs if s.teacher}
+    )
+    if scale in ("smoke", "small"):
+        assert of["table03"] <= of["study"] and len(of["study"] & of["table01"]) >= 4
 
 
 def test_the_sew_baseline_and_two_teachers_are_other_papers_runs():
-    for scale in SCALES: assert {s for c in grids(scale)["table01"].cells if c.index["method"] == "SEW ResNet" for s in c.specs} == {ckdsnn.student(scale, "ResNet34", IMAGENET, eskd.steps(scale, IMAGENET, 4), "none")}
-    for scale in ("smoke", "medium", "paper"): assert eskd.teacher(scale, "Spikingformer-4-256", "CIFAR-10") == ckdsnn.teacher(scale, "Spikformer-4-384", "CIFAR-10")
-    assert eskd.teacher("smoke", "ResNet-34", IMAGENET) == ckdsnn.teacher("smoke", "ResNet34", IMAGENET)
+    for scale in SCALES:
+        assert {
+            s
+            for c in grids(scale)["table01"].cells
+            if c.index["method"] == "SEW ResNet"
+            for s in c.specs
+        } == {ckdsnn.student(scale, "ResNet34", IMAGENET, eskd.steps(scale, IMAGENET, 4), "none")}
+    for scale in ("smoke", "medium", "paper"):
+        assert eskd.teacher(scale, "Spikingformer-4-256", "CIFAR-10") == ckdsnn.teacher(
+            scale, "Spikformer-4-384", "CIFAR-10"
+        )
+    assert eskd.teacher("smoke", "ResNet-34", IMAGENET) == ckdsnn.teacher(
+        "smoke", "ResNet34", IMAGENET
+    )
 
 
 def test_only_the_papers_hybrid_models_are_watched():
     for scale in SCALES:
-        for s in specs(scale): assert bool(s.probes) == (s.model.name == "resnet18" and s.method == "eskd" and not s.method_args and s.optim.gradient == "rate" and s.data.size != 32), s.id
+        for s in specs(scale):
+            assert bool(s.probes) == (
+                s.model.name == "resnet18"
+                and s.method == "eskd"
+                and not s.method_args
+                and s.optim.gradient == "rate"
+                and s.data.size != 32
+            ), s.id
 
 
 def test_the_registry_asks_for_these_runs_and_all_pages_are_there():
     for key, grid in grids("smoke").items():
-        if key != "study": assert artefact(f"eskd/{key}") and specs_for(f"eskd/{key}", "smoke") == list(dict.fromkeys(grid.specs))
-    assert all(a.built for a in artefacts() if a.paper == "eskd") and not specs_for("eskd/table07", "smoke") and not specs_for("eskd/figure04", "smoke")
+        if key != "study":
+            assert artefact(f"eskd/{key}") and specs_for(f"eskd/{key}", "smoke") == list(
+                dict.fromkeys(grid.specs)
+            )
+    assert (
+        all(a.built for a in artefacts() if a.paper == "eskd")
+        and not specs_for("eskd/table07", "smoke")
+        and not specs_for("eskd/figure04", "smoke")
+    )
 
 
 def test_scales_do_not_mix():
-    found = {scale: {s.canonical() for s in with_teachers(scale) if s.optim.lr > 0} for scale in SCALES}
+    found = {
+        scale: {s.canonical() for s in with_teachers(scale) if s.optim.lr > 0} for scale in SCALES
+    }
     for a in SCALES:
-        for b in SCALES: assert a == b or not found[a] & {s for s in found[b] if "vit_small" not in s or "pretrained" not in s}
+        for b in SCALES:
+            assert a == b or not found[a] & {
+                s for s in found[b] if "vit_small" not in s or "pretrained" not in s
+            }
 
 
 def test_smoke_is_small():
-    for s in with_teachers("smoke"): assert s.data.name.startswith("digits") and s.optim.epochs <= 10 and s.model.width <= 0.25
+    for s in with_teachers("smoke"):
+        assert s.data.name.startswith("digits") and s.optim.epochs <= 10 and s.model.width <= 0.25
     assert len(with_teachers("smoke")) <= 46
 
 
 def test_the_study():
     grid = studies.eskd("small")
-    assert len(grid.specs) == 46 and all(len(c.groups) == 3 for c in grid.cells if c.index["method"] != "Teacher") and {s.data.name for s in grid.specs} == {"folder:cifar10-jpeg"}
+    assert (
+        len(grid.specs) == 46
+        and all(len(c.groups) == 3 for c in grid.cells if c.index["method"] != "Teacher")
+        and {s.data.name for s in grid.specs} == {"folder:cifar10-jpeg"}
+    )
     ways = {(c.index["panel"], c.index["method"]): c.specs[0] for c in grid.cells}
     for T in (2, 4):
-        assert [ways[f"T = {T}", w].optim.gradient for w in studies.WAYS] == ["bptt", "bptt", "rate", "rate", "rate"] and all(ways[f"T = {T}", w].model.T == T for w in studies.WAYS)
+        assert [ways[f"T = {T}", w].optim.gradient for w in studies.WAYS] == [
+            "bptt",
+            "bptt",
+            "rate",
+            "rate",
+            "rate",
+        ] and all(ways[f"T = {T}", w].model.T == T for w in studies.WAYS)
     frame = summary(grid, dict.fromkeys(grid.specs))
     assert len(frame) == 19 and set(judged(studies.ESKD_CLAIMS, grid, {}).ours) == {"not run"}
 
@@ -171,15 +369,24 @@ def test_the_study():
 
 
 class Fake:
-    def __init__(self, acc, history=None): self.metrics, self.history = {"acc_last": acc}, history or {}
+    def __init__(self, acc, history=None):
+        self.metrics, self.history = {"acc_last": acc}, history or {}
 
 
 def test_curves_are_read_from_records():
     grid = grids("small")["figure03"]
-    history = lambda s: {f"hybrids_{m}": [v + s.seed, v + 10 + s.seed, v + 20 + s.seed] for m, v in (("S", 50), ("M0", 40), ("M1", 51), ("M2", 49))}
+
+    def history(s):
+        return {
+            f"hybrids_{m}": [v + s.seed, v + 10 + s.seed, v + 20 + s.seed]
+            for m, v in (("S", 50), ("M0", 40), ("M1", 51), ("M2", 49))
+        }
+
     frame = by_epoch(grid, {s: Fake(70, history(s)) for s in grid.specs}, "hybrids")
     rows = eskd_views.curve_rows(frame)
-    assert {(r["method"], r["column"]): (r["value"], r["n"]) for r in rows if r["T"] == 4}["M0", "distance to S"] == (10, 3) and eskd_views.curve_table(rows).loc[(2, "S"), "end"] == 71
+    assert {(r["method"], r["column"]): (r["value"], r["n"]) for r in rows if r["T"] == 4}[
+        "M0", "distance to S"
+    ] == (10, 3) and eskd_views.curve_table(rows).loc[(2, "S"), "end"] == 71
     assert judge(eskd_views.curve_claims(3), rows).ours.tolist() == ["holds"] * 3
     fig, numbers = eskd_views.curve_panels(frame, "accuracy")
     assert len(fig.axes) == 3 and len(numbers) == 3 * 4 * 3
@@ -188,22 +395,49 @@ def test_curves_are_read_from_records():
 
 
 def test_claims_select_what_the_figures_give():
-    for c in (*eskd_views.CURVE_CLAIMS, *eskd_views.MAP_CLAIMS): assert artefact(c.key) and c.better["column"] and c.worse["column"]
-    assert {c.key for c in eskd_views.CURVE_CLAIMS} == {"eskd/figure02", "eskd/figure03"} and {c.key for c in eskd_views.MAP_CLAIMS} == {"eskd/figure05"}
+    for c in (*eskd_views.CURVE_CLAIMS, *eskd_views.MAP_CLAIMS):
+        assert artefact(c.key) and c.better["column"] and c.worse["column"]
+    assert {c.key for c in eskd_views.CURVE_CLAIMS} == {"eskd/figure02", "eskd/figure03"} and {
+        c.key for c in eskd_views.MAP_CLAIMS
+    } == {"eskd/figure05"}
 
 
 def test_nothing_is_said_of_a_cost_that_was_not_measured():
     nothing = eskd_views.cost_verdicts({"rows": []})
-    assert set(nothing["ESKD"]) == {"not measured"} and len(nothing) == 8 and eskd_views.cost_frame({"rows": []}).empty and eskd_views.growth({"rows": []}).empty
-    kept = {"rows": [{"what": "rate", "name": f"net, batch 1, peak memory, T=4: through time / {way}", "ratio": 2.0, "low": 2.0, "high": 2.0, "n": 1, "mib": {"bptt, T=4": 200.0, f"{g}, T=4": 100.0}} for g, way in (("eskd", "ESKD"), ("rate", "rates"), ("parts", "parts"))]}
-    assert eskd_views.cost_frame(kept).MiB.tolist() == [100.0, 100.0, 200.0] and eskd_views.cost_verdicts(kept).set_index(["of a step", "T"]).loc[("memory", 4), "ESKD"] == "less than BPTT"
+    assert (
+        set(nothing["ESKD"]) == {"not measured"}
+        and len(nothing) == 8
+        and eskd_views.cost_frame({"rows": []}).empty
+        and eskd_views.growth({"rows": []}).empty
+    )
+    kept = {
+        "rows": [
+            {
+                "what": "rate",
+                "name": f"net, batch 1, peak memory, T=4: through time / {way}",
+                "ratio": 2.0,
+                "low": 2.0,
+                "high": 2.0,
+                "n": 1,
+                "mib": {"bptt, T=4": 200.0, f"{g}, T=4": 100.0},
+            }
+            for g, way in (("eskd", "ESKD"), ("rate", "rates"), ("parts", "parts"))
+        ]
+    }
+    assert (
+        eskd_views.cost_frame(kept).MiB.tolist() == [100.0, 100.0, 200.0]
+        and eskd_views.cost_verdicts(kept).set_index(["of a step", "T"]).loc[("memory", 4), "ESKD"]
+        == "less than BPTT"
+    )
 
 
 @pytest.fixture(scope="module")
 def pair():
     torch.manual_seed(0)
-    small = dict(width=0.125, depth=0.34, in_channels=1, image_size=16)
-    return create_model("resnet18", T=3, neuron="rate", neuron_args={"v_threshold": 0.3}, **small), create_model("resnet18", **small)
+    small = {"width": 0.125, "depth": 0.34, "in_channels": 1, "image_size": 16}
+    return create_model(
+        "resnet18", T=3, neuron="rate", neuron_args={"v_threshold": 0.3}, **small
+    ), create_model("resnet18", **small)
 
 
 @pytest.mark.parametrize("positions", [None, ["H", 1, "fc"], [2]])
@@ -217,12 +451,23 @@ def test_the_overview_has_a_box_for_everything_that_runs_and_nothing_else(pair, 
     for b in d.methods[0].hybrids.branches:
         own = [c.name for c in calls if c.row == b.name]
         assert own == [f"C{b.name[1:]}", *stages[stages.index(b.teacher) + 1 :]]
-    assert [c.name for c in calls if c.row == "teacher"] == [c.name for c in calls if c.row == "student"] == stages
-    assert sum(terms.values()) == pytest.approx(sum(terms[k] for k in ("ce", "kd", *d.methods[0].hybrids.names))) and all(c.graph != (c.row == "teacher") for c in calls)
+    assert (
+        [c.name for c in calls if c.row == "teacher"]
+        == [c.name for c in calls if c.row == "student"]
+        == stages
+    )
+    assert sum(terms.values()) == pytest.approx(
+        sum(terms[k] for k in ("ce", "kd", *d.methods[0].hybrids.names))
+    ) and all(c.graph != (c.row == "teacher") for c in calls)
     fig, numbers = framework(d, x, y, x[0, 0].numpy())
     words = [t.get_text() for t in fig.axes[0].texts]
-    assert sum(w == "head" for w in words) == 2 + len(d.methods[0].hybrids.names) and len(numbers) == len(calls) + len(terms)
-    assert all(v.equal(before[k]) for k, v in student.state_dict().items()) and student.gradient == "bptt"
+    assert sum(w == "head" for w in words) == 2 + len(d.methods[0].hybrids.names) and len(
+        numbers
+    ) == len(calls) + len(terms)
+    assert (
+        all(v.equal(before[k]) for k, v in student.state_dict().items())
+        and student.gradient == "bptt"
+    )
 
 
 def test_maps_of_hybrid_models_do_not_depend_on_the_company(pair):
@@ -230,7 +475,11 @@ def test_maps_of_hybrid_models_do_not_depend_on_the_company(pair):
     d = create_distiller("eskd", student, teacher)
     x, y = torch.randn(6, 1, 16, 16), torch.arange(6)
     whole, one = cams(d, x, y), cams(d, x[2:3], y[2:3])
-    assert set(whole) == {"ANN", "SNN", "M0", "M1", "M2"} and all(torch.allclose(whole[n][2:3], one[n], atol=1e-5) for n in whole) and all(not m.requires_grad for m in whole.values())
+    assert (
+        set(whole) == {"ANN", "SNN", "M0", "M1", "M2"}
+        and all(torch.allclose(whole[n][2:3], one[n], atol=1e-5) for n in whole)
+        and all(not m.requires_grad for m in whole.values())
+    )
     assert not any(m._forward_hooks for net in (student, teacher) for m in net.modules())
 
 
@@ -240,14 +489,25 @@ def test_adapters_are_fitted_and_nothing_else_moves(pair):
 
     student, teacher = pair
     before = [v.clone() for net in pair for v in net.state_dict().values()]
-    d, losses = refit(student, teacher, load_spec(DataSpec("digits", size=16)), steps=8, size=32)
-    assert losses[-1] < losses[0] and all(v.equal(b) for v, b in zip((v for net in pair for v in net.state_dict().values()), before))
-    assert refit(student, teacher, load_spec(DataSpec("digits", size=16)), steps=0)[1] == [] and student.training
+    _d, losses = refit(student, teacher, load_spec(DataSpec("digits", size=16)), steps=8, size=32)
+    assert losses[-1] < losses[0] and all(
+        v.equal(b) for v, b in zip((v for net in pair for v in net.state_dict().values()), before)
+    )
+    assert (
+        refit(student, teacher, load_spec(DataSpec("digits", size=16)), steps=0)[1] == []
+        and student.training
+    )
 
 
 def test_mistakes_are_named():
-    for bad, named in ((lambda: eskd.table01("papr"), "paper"), (lambda: eskd.network("smoke", "ResNet18", 2), "ResNet-18"), (lambda: eskd.student("smoke", "ResNet-18", "CIFAR-10", 2, "rate"), "rates"), (lambda: studies.eskd("smal"), "small")):
-        with pytest.raises(UserError, match=named): bad()
+    for bad, named in (
+        (lambda: eskd.table01("papr"), "paper"),
+        (lambda: eskd.network("smoke", "ResNet18", 2), "ResNet-18"),
+        (lambda: eskd.student("smoke", "ResNet-18", "CIFAR-10", 2, "rate"), "rates"),
+        (lambda: studies.eskd("smal"), "small"),
+    ):
+        with pytest.raises(UserError, match=named):
+            bad()
 
 
 @pytest.fixture(scope="module")
@@ -256,16 +516,31 @@ def alone(tmp_path_factory):
     top, before = tmp_path_factory.mktemp("alone"), dict(os.environ)
     os.environ.update(SNNKD_CACHE=str(top / "cache"), SNNKD_ROOT=str(top))
     yield Store(top / "runs")
-    os.environ.pop("SNNKD_CACHE"), os.environ.pop("SNNKD_ROOT"), os.environ.update(before)
+    os.environ.pop("SNNKD_CACHE")
+    os.environ.pop("SNNKD_ROOT")
+    os.environ.update(before)
 
 
 def brief(spec):
     "The same run for one epoch of 100 images."
-    return spec.replace(data=spec.data.replace(subset=100), optim=spec.optim.replace(epochs=1, warmup=0), **({"teacher": brief(spec.teacher)} if spec.teacher else {}))
+    return spec.replace(
+        data=spec.data.replace(subset=100),
+        optim=spec.optim.replace(epochs=1, warmup=0),
+        **({"teacher": brief(spec.teacher)} if spec.teacher else {}),
+    )
 
 
-KINDS = {"rates": ("ResNet-18", "CIFAR-10", 2, "rates", {}), "eskd": ("ResNet-18", "CIFAR-10", 6, "ESKD", {}), "bptt": ("ResNet-18", "CIFAR-10", 2, "BPTT + KD", {}), "schedule": ("ResNet-18", "CIFAR-10", 4, "ESKD", {"alpha": "increase", "beta": "decay"}),
-         "r19": ("ResNet-19", "CIFAR-10", 2, "ESKD", {}), "sew": ("ResNet-34*", IMAGENET, 4, "ESKD", {}), "preact": ("ResNet-34†", IMAGENET, 4, "ESKD", {}), "former": ("Spikingformer-4-256", "CIFAR-10", 4, "ESKD", {}), "events": ("ResNet-19", EVENTS, 4, "ESKD", {})}
+KINDS = {
+    "rates": ("ResNet-18", "CIFAR-10", 2, "rates", {}),
+    "eskd": ("ResNet-18", "CIFAR-10", 6, "ESKD", {}),
+    "bptt": ("ResNet-18", "CIFAR-10", 2, "BPTT + KD", {}),
+    "schedule": ("ResNet-18", "CIFAR-10", 4, "ESKD", {"alpha": "increase", "beta": "decay"}),
+    "r19": ("ResNet-19", "CIFAR-10", 2, "ESKD", {}),
+    "sew": ("ResNet-34*", IMAGENET, 4, "ESKD", {}),
+    "preact": ("ResNet-34†", IMAGENET, 4, "ESKD", {}),
+    "former": ("Spikingformer-4-256", "CIFAR-10", 4, "ESKD", {}),
+    "events": ("ResNet-19", EVENTS, 4, "ESKD", {}),
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -273,30 +548,79 @@ def test_one_student_of_every_kind_runs_to_its_record(kind, alone):
     name, dataset, T, way, args = KINDS[kind]
     spec = brief(eskd.student("smoke", name, dataset, T, way, **args))
     record = run_train(spec, alone)
-    assert record.id == spec.id and 0 <= record.metrics["acc_last"] <= 100 and (spec.teacher is None) == (record.teacher is None) and RunSpec.from_dict(record.spec) == spec
+    assert (
+        record.id == spec.id
+        and 0 <= record.metrics["acc_last"] <= 100
+        and (spec.teacher is None) == (record.teacher is None)
+        and RunSpec.from_dict(record.spec) == spec
+    )
     columns = {"cosine_M0", "hybrids_M2", "hybrids_S"} if spec.probes else set()
-    assert columns <= set(record.history) and bool(spec.probes) == any(k.startswith("cosine") for k in record.history)
+    assert columns <= set(record.history) and bool(spec.probes) == any(
+        k.startswith("cosine") for k in record.history
+    )
 
 
 def test_every_method_steps_on_a_narrow_copy():
     "Student, teacher and options of every kind of run, at an eighth of the width and on small images."
-    for s in {(s.model.name, s.teacher.model.name, str(s.method_args), s.optim.gradient): s for scale in BIG for s in specs(scale) if s.teacher}.values():
+    for s in {
+        (s.model.name, s.teacher.model.name, str(s.method_args), s.optim.gradient): s
+        for scale in BIG
+        for s in specs(scale)
+        if s.teacher
+    }.values():
         k, _, channels = shape(s.data)
-        common = dict(num_classes=min(k, 10), in_channels=channels, image_size=32)
-        shrunk = lambda n: {"depth": 0.2} if "depth" in model_info(n)["options"] else {"blocks": 2, "heads": 4} if n == "spikingformer" else {}
-        small = lambda n: {"stem": "small"} if "stem" in model_info(n)["options"] else {}
-        net = create_model(s.model.name, T=2, neuron=s.model.neuron, width=0.125, **common, **shrunk(s.model.name), **small(s.model.name))
-        name = {"timm:resnet34": "resnet34_imagenet", "timm:resnet50": "resnet50_imagenet"}.get(s.teacher.model.name, s.teacher.model.name)
-        teacher = create_model(name, width=0.125, **common, **({"blocks": 2, "patch": 8} if name == "vit_small" else shrunk(name)), **small(name))
+        common = {"num_classes": min(k, 10), "in_channels": channels, "image_size": 32}
+
+        def shrunk(n):
+            return (
+                {"depth": 0.2}
+                if "depth" in model_info(n)["options"]
+                else {"blocks": 2, "heads": 4}
+                if n == "spikingformer"
+                else {}
+            )
+
+        def small(n):
+            return {"stem": "small"} if "stem" in model_info(n)["options"] else {}
+
+        net = create_model(
+            s.model.name,
+            T=2,
+            neuron=s.model.neuron,
+            width=0.125,
+            **common,
+            **shrunk(s.model.name),
+            **small(s.model.name),
+        )
+        name = {"timm:resnet34": "resnet34_imagenet", "timm:resnet50": "resnet50_imagenet"}.get(
+            s.teacher.model.name, s.teacher.model.name
+        )
+        teacher = create_model(
+            name,
+            width=0.125,
+            **common,
+            **({"blocks": 2, "patch": 8} if name == "vit_small" else shrunk(name)),
+            **small(name),
+        )
         d = create_distiller(s.method, net, teacher, **dict(s.method_args))
         d.begin_epoch(0, 3)
         net.gradient = s.optim.gradient
-        x = torch.randn(2, 2, channels, 32, 32) if "frames" in s.data.args else torch.randn(2, channels, 32, 32)
+        x = (
+            torch.randn(2, 2, channels, 32, 32)
+            if "frames" in s.data.args
+            else torch.randn(2, channels, 32, 32)
+        )
         terms, _ = d(x, torch.tensor([1, 3]))
         assert all(v.isfinite() for v in terms.values()), (s.id, terms)
 
 
 def test_gaps_join_teacher_and_student():
     grid = grids("smoke")["table06"]
-    frame = eskd.gaps(Report(grid, {s: Fake(90.0 if s.model.T is None else 80.0) for s in grid.specs}))
-    assert frame.ours.tolist() == [-10.0] * 4 and frame.printed.tolist() == [-14.30, -14.15, -3.67, -2.97] and isinstance(frame, pd.DataFrame)
+    frame = eskd.gaps(
+        Report(grid, {s: Fake(90.0 if s.model.T is None else 80.0) for s in grid.specs})
+    )
+    assert (
+        frame.ours.tolist() == [-10.0] * 4
+        and frame.printed.tolist() == [-14.30, -14.15, -3.67, -2.97]
+        and isinstance(frame, pd.DataFrame)
+    )

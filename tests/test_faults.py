@@ -1,4 +1,5 @@
 """What may go wrong while runs are made: kills, two at once, damaged files, numbers that blow up, full disks."""
+
 import json
 import os
 import signal
@@ -19,7 +20,9 @@ from snnkd_nb.store import Store, weights_path
 
 DATA, OPTIM = DataSpec(subset=256), OptimSpec(epochs=8, batch_size=64, lr=0.02)
 TEACHER = RunSpec(DATA, ModelSpec("vgg11_sastc", width=0.0625), OPTIM.replace(epochs=4))
-STUDENT = RunSpec(DATA, ModelSpec("vgg11_sastc", T=2, width=0.0625), OPTIM, method="kd", teacher=TEACHER)
+STUDENT = RunSpec(
+    DATA, ModelSpec("vgg11_sastc", T=2, width=0.0625), OPTIM, method="kd", teacher=TEACHER
+)
 
 
 @pytest.fixture
@@ -32,8 +35,10 @@ def home(tmp_path, monkeypatch):
 
 
 def gone(pid):
-    try: return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except FileNotFoundError: return True
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
 
 
 def wait_for(condition, seconds=20):
@@ -100,17 +105,30 @@ def aftermath(tmp_path_factory):
     "One undisturbed run, ten that were killed at a random moment and started again, and one that two processes wanted."
     top = tmp_path_factory.mktemp("kills")
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    r = subprocess.run([sys.executable, "-c", ZYGOTE, top, STUDENT.canonical()], env=env, capture_output=True, text=True, timeout=240)
+    r = subprocess.run(
+        [sys.executable, "-c", ZYGOTE, top, STUDENT.canonical()],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert r.returncode == 0, r.stderr[-3000:]
     return top, json.loads(r.stdout.splitlines()[-1])
 
 
-def record_of(top, place, spec): return Store(top / place / "project/results/runs").get(spec)
+def record_of(top, place, spec):
+    return Store(top / place / "project/results/runs").get(spec)
 
 
 def numbers(record):
     timeless = {k: v for k, v in record.history.items() if "seconds" not in k}
-    return {"weights": record.weights, "metrics": record.metrics, "history": timeless, "teacher": record.teacher, "dataset": record.dataset}
+    return {
+        "weights": record.weights,
+        "metrics": record.metrics,
+        "history": timeless,
+        "teacher": record.teacher,
+        "dataset": record.dataset,
+    }
 
 
 @pytest.mark.parametrize("spec", [TEACHER, STUDENT], ids=["teacher", "student"])
@@ -118,7 +136,8 @@ def test_killed_at_ten_moments_every_run_ends_with_the_same_bits(aftermath, spec
     top, facts = aftermath
     assert facts["killed"] >= 8, facts
     whole = numbers(record_of(top, "whole", spec))
-    for i in range(10): assert numbers(record_of(top, f"killed{i}", spec)) == whole, f"killed{i}"
+    for i in range(10):
+        assert numbers(record_of(top, f"killed{i}", spec)) == whole, f"killed{i}"
 
 
 def test_a_kill_costs_the_current_epoch_at_most(aftermath):
@@ -126,12 +145,18 @@ def test_a_kill_costs_the_current_epoch_at_most(aftermath):
     resumed = 0
     for i in range(10):
         for spec in (TEACHER, STUDENT):
-            log = (top / f"killed{i}/project/results/progress/{spec.id}.jsonl").read_text().splitlines()
+            log = (
+                (top / f"killed{i}/project/results/progress/{spec.id}.jsonl")
+                .read_text()
+                .splitlines()
+            )
             events = [json.loads(line) for line in log if line.endswith("}")]
             epochs = [e["epoch"] for e in events if e["event"] == "epoch"]
             assert epochs == sorted(set(epochs)), "an epoch was trained again"
             # the checkpoint is written before the line of the log: a kill between the two costs that line and nothing else
-            assert len(epochs) >= spec.optim.epochs - 1 and record_of(top, f"killed{i}", spec).history["epoch"] == [*range(1, spec.optim.epochs + 1)]
+            assert len(epochs) >= spec.optim.epochs - 1 and record_of(
+                top, f"killed{i}", spec
+            ).history["epoch"] == [*range(1, spec.optim.epochs + 1)]
             resumed += sum(e["event"] == "start" for e in events) == 2 and len(epochs) > 1
     assert resumed >= 5, "too few kills fell into the training"
 
@@ -139,7 +164,9 @@ def test_a_kill_costs_the_current_epoch_at_most(aftermath):
 def test_a_kill_leaves_no_litter_that_is_mistaken_for_a_result(aftermath):
     top, _ = aftermath
     for i in range(10):
-        assert Store(top / f"killed{i}/project/results/runs").ids() == sorted([TEACHER.id, STUDENT.id])
+        assert Store(top / f"killed{i}/project/results/runs").ids() == sorted(
+            [TEACHER.id, STUDENT.id]
+        )
         assert not list((top / f"killed{i}/cache/checkpoints").glob("*.ckpt"))
 
 
@@ -148,7 +175,10 @@ def test_two_processes_asked_for_the_same_run_train_it_once(aftermath):
     for spec in (TEACHER, STUDENT):
         log = (top / f"two/project/results/progress/{spec.id}.jsonl").read_text().splitlines()
         events = [json.loads(line)["event"] for line in log]
-        assert events.count("start") == events.count("done") == 1 and events.count("epoch") == spec.optim.epochs
+        assert (
+            events.count("start") == events.count("done") == 1
+            and events.count("epoch") == spec.optim.epochs
+        )
     assert numbers(record_of(top, "two", STUDENT)) == numbers(record_of(top, "whole", STUDENT))
 
 
@@ -167,7 +197,11 @@ def trained(spec, **kw):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         record = run_train(spec, Store(), events.append, **kw)
-    return record, [e["id"] for e in events if e["event"] == "done"], " ".join(str(w.message) for w in said)
+    return (
+        record,
+        [e["id"] for e in events if e["event"] == "done"],
+        " ".join(str(w.message) for w in said),
+    )
 
 
 def test_truncated_records_and_flipped_bytes_are_found_and_redone(home):
@@ -177,17 +211,27 @@ def test_truncated_records_and_flipped_bytes_are_found_and_redone(home):
     text = path.read_text()
     for damage in (text[: len(text) // 2], "", text.replace('"acc_last": ', '"acc_last": 1')):
         path.write_text(damage)
-        with pytest.warns(UserWarning, match="damaged"): assert [j.state for j in plan([SHORT_STUDENT]) if j.spec == SHORT_STUDENT] == ["needed"]
+        with pytest.warns(UserWarning, match="damaged"):
+            assert [j.state for j in plan([SHORT_STUDENT]) if j.spec == SHORT_STUDENT] == ["needed"]
         again, done, said = trained(SHORT_STUDENT)
-        assert done == [SHORT_STUDENT.id] and "damaged" in said and numbers(again) == numbers(record)
+        assert (
+            done == [SHORT_STUDENT.id] and "damaged" in said and numbers(again) == numbers(record)
+        )
 
     weights = weights_path(Store().get(SHORT_TEACHER))
     good = bytearray(weights.read_bytes())
     weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     other = SHORT_STUDENT.replace(seed=2)
-    assert [(j.spec, j.state) for j in plan([other])] == [(SHORT_TEACHER, "needed"), (other, "needed")]
+    assert [(j.spec, j.state) for j in plan([other])] == [
+        (SHORT_TEACHER, "needed"),
+        (other, "needed"),
+    ]
     _, done, said = trained(other)
-    assert done == [SHORT_TEACHER.id, other.id] and "damaged" in said and weights.read_bytes() == bytes(good)
+    assert (
+        done == [SHORT_TEACHER.id, other.id]
+        and "damaged" in said
+        and weights.read_bytes() == bytes(good)
+    )
 
 
 def test_a_damaged_checkpoint_is_not_used(home):
@@ -203,9 +247,31 @@ def test_a_loss_that_blows_up_is_told_in_one_line_and_leaves_no_record(home, cap
     bad = SHORT_TEACHER.replace(optim=SHORT.replace(lr=1e30))
     lines = []
     out = execute([bad], 1, on_line=lines.append)
-    assert not out.ok and "NonFiniteLoss" in out.failed[bad.id] and "step" in out.failed[bad.id] and len(lines) == 2
+    assert (
+        not out.ok
+        and "NonFiniteLoss" in out.failed[bad.id]
+        and "step" in out.failed[bad.id]
+        and len(lines) == 2
+    )
     assert "Traceback" in (progress_folder() / f"{bad.id}.log").read_text() and Store().ids() == []
-    assert main(["train", "--student", "vgg11_sastc", "--T", "None", "--width", "0.03125", "--epochs", "1", "--lr", "1e30"]) == 1
+    assert (
+        main(
+            [
+                "train",
+                "--student",
+                "vgg11_sastc",
+                "--T",
+                "None",
+                "--width",
+                "0.03125",
+                "--epochs",
+                "1",
+                "--lr",
+                "1e30",
+            ]
+        )
+        == 1
+    )
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "loss term" in err and Store().ids() == []
 
@@ -269,7 +335,12 @@ def test_when_the_parent_ends_its_workers_end_and_the_next_start_finishes(standi
     parent.send_signal(how)
     out = parent.communicate(timeout=20)[0]
     wait_for(lambda: all(map(gone, workers)))
-    if how == signal.SIGINT: assert parent.returncode == 130 and "finished epochs are kept" in out and "Traceback" not in out
+    if how == signal.SIGINT:
+        assert (
+            parent.returncode == 130
+            and "finished epochs are kept" in out
+            and "Traceback" not in out
+        )
     (standin / "runs/wait").unlink()
     again = command(standin, SEEDS)
     assert "[3/3]" in again.communicate(timeout=60)[0] and again.returncode == 0
@@ -295,7 +366,11 @@ def test_a_run_whose_worker_dies_twice_is_given_up_and_the_others_are_made(stand
         os.kill(pids(standin, SEEDS[0])[i], signal.SIGKILL)
     (standin / "runs/wait").unlink()
     out = parent.communicate(timeout=60)[0]
-    assert parent.returncode == 1 and "its worker died twice" in out and "1 of 2 runs done · 1 failed" in out
+    assert (
+        parent.returncode == 1
+        and "its worker died twice" in out
+        and "1 of 2 runs done · 1 failed" in out
+    )
     assert Store(standin / "runs").ids() == [SEEDS[1].id]
 
 
@@ -307,9 +382,17 @@ def test_two_executors_asked_for_the_same_runs_make_each_once(standin):
 
 # --- places that cannot be written ------------------------------------------------------------------------------------
 
+
 def snnkd(*words, prepare=None, **env):
     full = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run([sys.executable, "-m", "snnkd_nb.cli", *words], env=full, capture_output=True, text=True, timeout=120, preexec_fn=prepare)
+    return subprocess.run(
+        [sys.executable, "-m", "snnkd_nb.cli", *words],
+        env=full,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=prepare,
+    )
 
 
 def test_a_full_disk_is_one_line_and_nothing_half_written(home):
@@ -318,11 +401,28 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(home):
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
-    words = ("train", "--student", "vgg11_sastc", "--T", "None", "--width", "0.0625", "--epochs", "1", "--subset", "64")
+    words = (
+        "train",
+        "--student",
+        "vgg11_sastc",
+        "--T",
+        "None",
+        "--width",
+        "0.0625",
+        "--epochs",
+        "1",
+        "--subset",
+        "64",
+    )
     assert main([*words, "--seed", "1"]) == 0, "the images are decoded"
     before = sorted(home.rglob("*"))
     r = snnkd(*words, prepare=small_files, PYTHONDONTWRITEBYTECODE="1")
-    assert r.returncode == 1 and r.stderr.startswith("snnkd: ") and r.stderr.count("\n") == 1 and "File too large" in r.stderr, r.stderr
+    assert (
+        r.returncode == 1
+        and r.stderr.startswith("snnkd: ")
+        and r.stderr.count("\n") == 1
+        and "File too large" in r.stderr
+    ), r.stderr
     new = {p for p in home.rglob("*") if p.is_file()} - set(before)
     assert {p.suffix for p in new} <= {".lock", ".jsonl"}, new
     assert main(words) == 0, "with room it goes on"
@@ -331,7 +431,11 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(home):
 def test_a_place_that_cannot_be_written_is_one_line(home):
     (home / "project").write_text("not a folder")
     r = snnkd("status")
-    assert r.returncode == 1 and r.stderr.startswith("snnkd: cannot use ") and r.stderr.count("\n") == 1, r.stderr
+    assert (
+        r.returncode == 1
+        and r.stderr.startswith("snnkd: cannot use ")
+        and r.stderr.count("\n") == 1
+    ), r.stderr
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -21,11 +21,21 @@ def test_number(number):
 
 
 def test_the_test_command_survives_crashes(tmp_path):
-    line = next(text for text in (ROOT / "Makefile").read_text().splitlines() if "-m pytest tests" in text)
+    line = next(
+        text for text in (ROOT / "Makefile").read_text().splitlines() if "-m pytest tests" in text
+    )
     arguments = shlex.split(line)[2:]
     assert arguments[:2] == ["pytest", "tests"]
     (tmp_path / "test_crashing.py").write_text(CRASHING)
-    command = [sys.executable, "-m", "pytest", str(tmp_path), *arguments[2:], "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(tmp_path),
+        *arguments[2:],
+        "-p",
+        "no:cacheprovider",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert re.search(r"15 failed, 15 passed", done.stdout), done.stdout[-2000:]

@@ -75,7 +75,12 @@ def test_every_planted_fault_is_found_at_its_case():
     for fault in found.faults:
         whats.setdefault(fault.case.c_in, set()).add((fault.case.size, fault.what))
     assert set(whats) == {1, 2, 3, 4, 5}
-    expected = {1: "weight gradient wrong", 2: "dies (SIGSEGV)", 3: "hangs", 5: "RuntimeError: planted"}
+    expected = {
+        1: "weight gradient wrong",
+        2: "dies (SIGSEGV)",
+        3: "hangs",
+        5: "RuntimeError: planted",
+    }
     for c_in, what in expected.items():
         assert whats[c_in] == {(4, what), (7, what)}
     assert (4, "result not finite") in whats[4]

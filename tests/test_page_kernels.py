@@ -1,4 +1,5 @@
 """Kernels forked for pages: each page has a fresh state, a death costs one page, and bytes are those of an ordinary kernel."""
+
 import json
 import os
 import signal

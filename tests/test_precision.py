@@ -78,7 +78,11 @@ print(json.dumps(worst))
 def test_strided_pointwise_convolutions_of_all_widths(isa, threads):
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
-        [sys.executable, "-c", SWEEP, str(threads)], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", SWEEP, str(threads)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, f"the process ended with {done.returncode}: {done.stderr[-500:]}"
     assert json.loads(done.stdout) < 1e-5
@@ -150,7 +154,15 @@ def test_a_users_network_trains_and_its_gradients_are_right():
         y.square().sum().backward()
         for ours, wanted in zip(net.parameters(), twin.parameters(), strict=True):
             assert relative_error(ours.grad, wanted.grad) < 1e-4
-    history = fit(net, load("digits"), epochs=2, batch_size=64, lr=0.1, device="cpu", on_event=lambda event: None)
+    history = fit(
+        net,
+        load("digits"),
+        epochs=2,
+        batch_size=64,
+        lr=0.1,
+        device="cpu",
+        on_event=lambda event: None,
+    )
     assert history[-1]["loss"] < history[0]["loss"]
 
 
@@ -184,7 +196,9 @@ def test_emulated_bfloat16_is_rounding_around_exact_sums(operation):
     found = emulate(call, *operands)
     assert found.dtype == torch.bfloat16
     error = (found.double() - exact).abs()
-    assert bool((error <= exact.abs() * 2**-8 * 1.001 + 1e-6).all())  # half a unit in the last place
+    assert bool(
+        (error <= exact.abs() * 2**-8 * 1.001 + 1e-6).all()
+    )  # half a unit in the last place
     assert float((found == exact.bfloat16()).double().mean()) > 0.99
 
 
@@ -208,7 +222,10 @@ def test_both_routes_of_bfloat16_agree(name, width, monkeypatch):
         with autocast("cpu", "bf16"):
             logits = net(x)
         F.cross_entropy(logits.float(), y).backward()
-        found[route] = logits.detach().float(), torch.cat([p.grad.flatten() for p in net.parameters()])
+        found[route] = (
+            logits.detach().float(),
+            torch.cat([p.grad.flatten() for p in net.parameters()]),
+        )
     (logits_a, grad_a), (logits_b, grad_b) = found.values()
     assert relative_error(logits_a, logits_b.double()) < 0.03
     assert float(F.cosine_similarity(grad_a, grad_b, dim=0)) > 0.99
@@ -230,7 +247,13 @@ def test_precision_auto_names_what_is_fast(monkeypatch):
 def test_precision_auto_trains():
     student = create_model("resnet20", T=2, width=0.25, depth=0.34, in_channels=1, image_size=8)
     history = fit(
-        student, load("digits"), epochs=1, batch_size=128, precision="auto", device="cpu", on_event=lambda event: None
+        student,
+        load("digits"),
+        epochs=1,
+        batch_size=128,
+        precision="auto",
+        device="cpu",
+        on_event=lambda event: None,
     )
     assert history[-1]["loss"] > 0
 
@@ -239,7 +262,9 @@ def test_precision_auto_trains():
 def test_the_class_of_a_restricted_cpu(isa, expected):
     code = "from snnkd_nb.kernels.precision import cpu_class, has_native_bf16; print(cpu_class(), has_native_bf16())"
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa}
-    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    said = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
     flags = module.cpu_flags()
     if expected == "avx2" and "avx2" not in flags:
         pytest.skip("this CPU has no AVX2")
@@ -272,7 +297,9 @@ def test_the_unguarded_operation_is_really_the_fault():
     for _ in range(300):
         torch.autograd.grad(F.conv2d(x, w, None, 2).square().sum(), [x, w])
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, timeout=120
+    )
     if done.returncode == 0:
         pytest.skip("this PyTorch and CPU compute the unguarded operation without a crash")
     assert done.returncode < 0

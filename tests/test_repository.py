@@ -1,4 +1,5 @@
 """The tree itself: notebooks and package agree, layers point down, everything runs from a fresh process."""
+
 import ast
 import configparser
 import filecmp
@@ -18,17 +19,28 @@ ALL = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" 
 CELLS = {p: json.loads(p.read_text())["cells"] for p in ALL}
 
 
-def source(cell): return "".join(cell["source"])
-def code(path): return [source(c) for c in CELLS[path] if c["cell_type"] == "code"]
-def module(path): return next(m[1] for s in code(path) if (m := re.search(r"^#\|\s*default_exp (\S+)", s, re.M)))
-def modules(folder): return {p.relative_to(folder): p for p in folder.rglob("*.py")}
+def source(cell):
+    return "".join(cell["source"])
+
+
+def code(path):
+    return [source(c) for c in CELLS[path] if c["cell_type"] == "code"]
+
+
+def module(path):
+    return next(m[1] for s in code(path) if (m := re.search(r"^#\|\s*default_exp (\S+)", s, re.M)))
+
+
+def modules(folder):
+    return {p.relative_to(folder): p for p in folder.rglob("*.py")}
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     "A copy of the notebooks, cleaned and exported into an empty package."
     top = tmp_path_factory.mktemp("export")
-    for name in ("settings.ini", "setup.py"): shutil.copy(ROOT / name, top)
+    for name in ("settings.ini", "setup.py"):
+        shutil.copy(ROOT / name, top)
     shutil.copytree(ROOT / "nbs", top / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     bin_, env = Path(sys.executable).parent, {**os.environ, "PYTHONPATH": ""}
     for command in ("nbdev_export", "nbdev_clean"):
@@ -49,33 +61,46 @@ def test_cleaning_changes_nothing(exported):
 
 def test_every_library_notebook_is_one_module_with_title_and_subtitle():
     assert len({module(p) for p in LIB}) == len(LIB)
-    for p in LIB: assert re.match(rf"# {re.escape(module(p))}\n+> \S", source(CELLS[p][0])), p.name
+    for p in LIB:
+        assert re.match(rf"# {re.escape(module(p))}\n+> \S", source(CELLS[p][0])), p.name
 
 
 def test_nothing_outside_lib_exports():
-    assert [p.name for p in ALL if p not in LIB for s in code(p) if re.search(r"^#\|\s*export", s, re.M)] == []
+    assert [
+        p.name for p in ALL if p not in LIB for s in code(p) if re.search(r"^#\|\s*export", s, re.M)
+    ] == []
 
 
 def test_imports_point_down():
     layer = {f"snnkd_nb.{module(p)}": p.name[:2] for p in LIB}
     for p in LIB:
         for s in code(p):
-            if not re.search(r"^#\|\s*export", s, re.M): continue
+            if not re.search(r"^#\|\s*export", s, re.M):
+                continue
             for name in re.findall(r"^\s*from (snnkd_nb[\w.]*) import", s, re.M):
-                assert layer.get(name, "00") < p.name[:2] or layer.get(name) == p.name[:2] and name < f"snnkd_nb.{module(p)}", (p.name, name)
+                assert layer.get(name, "00") < p.name[:2] or (
+                    layer.get(name) == p.name[:2] and name < f"snnkd_nb.{module(p)}"
+                ), (p.name, name)
 
 
 def test_no_star_imports_and_no_development_tools_at_run_time():
     for p in (ROOT / "snnkd_nb").rglob("*.py"):
         for node in ast.walk(ast.parse(p.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             assert not {n.split(".")[0] for n in names} & {"nbdev", "fastcore", "execnb"}, p
             assert not (isinstance(node, ast.ImportFrom) and node.names[0].name == "*"), p
 
 
 def test_artefact_notebooks_are_thin():
     for p in ALL:
-        if p in LIB or p.name in ("index.ipynb", "00_paper.ipynb"): continue
+        if p in LIB or p.name in ("index.ipynb", "00_paper.ipynb"):
+            continue
         cells = CELLS[p]
         tagged = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
         assert len(tagged) == 1, p.name
@@ -89,30 +114,63 @@ def test_ids_are_unique_and_the_kernel_is_plain():
 
 
 def test_readme_is_the_front_page():
-    r = subprocess.run([sys.executable, "-m", "snnkd_nb.cli", "readme", "--check"], cwd=ROOT, capture_output=True, text=True)
+    r = subprocess.run(
+        [sys.executable, "-m", "snnkd_nb.cli", "readme", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert r.returncode == 0, r.stderr
 
 
 def test_settings_name_every_third_party_import():
     config = configparser.ConfigParser(delimiters=["="])
     config.read(ROOT / "settings.ini")
-    said = re.findall(r"[\w-]+", " ".join(config["DEFAULT"][k] for k in ("requirements", "extra_requirements", "lab_requirements")))
-    known = {"sklearn": "scikit-learn", "PIL": "pillow", "IPython": "ipykernel", "dask": "dask", "distributed": "dask", "yaml": "pyyaml"}
+    said = re.findall(
+        r"[\w-]+",
+        " ".join(
+            config["DEFAULT"][k] for k in ("requirements", "extra_requirements", "lab_requirements")
+        ),
+    )
+    known = {
+        "sklearn": "scikit-learn",
+        "PIL": "pillow",
+        "IPython": "ipykernel",
+        "dask": "dask",
+        "distributed": "dask",
+        "yaml": "pyyaml",
+    }
     used = set()
     for p in (ROOT / "snnkd_nb").rglob("*.py"):
         for node in ast.walk(ast.parse(p.read_text())):
-            if isinstance(node, ast.Import): used |= {a.name.split(".")[0] for a in node.names}
-            if isinstance(node, ast.ImportFrom) and not node.level: used.add((node.module or "").split(".")[0])
+            if isinstance(node, ast.Import):
+                used |= {a.name.split(".")[0] for a in node.names}
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                used.add((node.module or "").split(".")[0])
     third = {u for u in used if u and u not in sys.stdlib_module_names and u != "snnkd_nb"}
     assert [u for u in third if known.get(u, u) not in said] == []
 
 
-@pytest.mark.parametrize("path", [p for p in ALL if p in LIB or p.name == "index.ipynb"], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [p for p in ALL if p in LIB or p.name == "index.ipynb"], ids=lambda p: p.stem
+)
 def test_notebook_runs_from_top_to_bottom(path, tmp_path):
     "Its cells, in order, in a fresh process and with a cache of their own."
     cells = [s for s in code(path) if not re.search(r"^#\|\s*eval: false", s, re.M)]
     script = tmp_path / "notebook.py"
     script.write_text("import matplotlib\nmatplotlib.use('Agg')\n" + "\n\n".join(cells))
-    env = {**os.environ, "SNNKD_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    r = subprocess.run([sys.executable, script], cwd=path.parent, env=env, capture_output=True, text=True, timeout=300)
+    env = {
+        **os.environ,
+        "SNNKD_CACHE": str(tmp_path / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    r = subprocess.run(
+        [sys.executable, script],
+        cwd=path.parent,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert r.returncode == 0, r.stderr[-3000:]

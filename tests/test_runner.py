@@ -1,4 +1,5 @@
 """Jobs and pages: order, failure, sharing; papermill driven strictly and plainly."""
+
 import csv
 import importlib.util
 import json
@@ -10,12 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from snnkd_nb.core import UserError
 from snnkd_nb.papers.registry import artefact, artefacts, match, specs_for
 from snnkd_nb.reports.grid import SCALES
-from snnkd_nb.runner import jobs as runner_jobs, notebooks as runner_notebooks
+from snnkd_nb.runner import jobs as runner_jobs
+from snnkd_nb.runner import notebooks as runner_notebooks
 from snnkd_nb.runner.graph import START_RUNS, Clock, cost, page_seconds, plan
 from snnkd_nb.runner.jobs import Bars, ensure, execute, run_tasks, tasks_for
 from snnkd_nb.runner.notebooks import coerce, parameters, prepare, render, reproduce
@@ -61,16 +64,25 @@ def chore(name, bad, emit):
 
 OPTIM = OptimSpec(epochs=1)
 TEACHERS = [RunSpec(model=ModelSpec("resnet20", width=w), optim=OPTIM) for w in (0.5, 1.0)]
-CHAINS = [RunSpec(model=ModelSpec("resnet18"), optim=OPTIM, method="kd", teacher=t) for t in TEACHERS]
-STUDENTS = [RunSpec(model=ModelSpec("resnet20", T=T), optim=OPTIM, method="kd", teacher=t) for T in (1, 2) for t in [*TEACHERS, *CHAINS]]
+CHAINS = [
+    RunSpec(model=ModelSpec("resnet18"), optim=OPTIM, method="kd", teacher=t) for t in TEACHERS
+]
+STUDENTS = [
+    RunSpec(model=ModelSpec("resnet20", T=T), optim=OPTIM, method="kd", teacher=t)
+    for T in (1, 2)
+    for t in [*TEACHERS, *CHAINS]
+]
 ALL = [*TEACHERS, *CHAINS, *STUDENTS, RunSpec(optim=OPTIM, seed=3)]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(wanted=st.lists(st.sampled_from(ALL), max_size=12), stored=st.sets(st.sampled_from(ALL)))
 def test_a_plan_has_each_run_once_and_what_it_needs_before_it(home, wanted, stored):
     class Some:
-        def get(self, spec): return Record(to_dict(spec), {}, {}, {}, {}) if spec in stored else None
+        def get(self, spec):
+            return Record(to_dict(spec), {}, {}, {}, {}) if spec in stored else None
 
     jobs = plan(wanted, Some())
     ids = [j.id for j in jobs]
@@ -78,20 +90,32 @@ def test_a_plan_has_each_run_once_and_what_it_needs_before_it(home, wanted, stor
     assert all(d in ids[:i] for i, j in enumerate(jobs) for d in j.deps)
     for j in jobs:
         assert j.state == ("stored" if j.spec in stored and not j.weights else "needed")
-        if j.state == "needed" and j.spec.teacher: assert j.deps == (j.spec.teacher.id,)
+        if j.state == "needed" and j.spec.teacher:
+            assert j.deps == (j.spec.teacher.id,)
 
 
 def test_the_longest_chain_starts_first(home):
-    long = RunSpec(model=ModelSpec("resnet20", T=8), optim=OptimSpec(epochs=50), method="kd", teacher=TEACHERS[0])
-    tasks = {t.id: t.rank for t in tasks_for(plan([STUDENTS[1], long, TEACHERS[1]], Store()), Store())}
+    long = RunSpec(
+        model=ModelSpec("resnet20", T=8),
+        optim=OptimSpec(epochs=50),
+        method="kd",
+        teacher=TEACHERS[0],
+    )
+    tasks = {
+        t.id: t.rank for t in tasks_for(plan([STUDENTS[1], long, TEACHERS[1]], Store()), Store())
+    }
     assert tasks[TEACHERS[0].id] > tasks[long.id] > tasks[TEACHERS[1].id]
 
 
 # --- the executor -----------------------------------------------------------------------------------------------------
 
+
 def simulate(tasks, bad):
     ends = {}
-    for t in tasks: ends[t.id] = "skipped" if any(ends[d] != "ok" for d in t.deps) else "failed" if t.id in bad else "ok"
+    for t in tasks:
+        ends[t.id] = (
+            "skipped" if any(ends[d] != "ok" for d in t.deps) else "failed" if t.id in bad else "ok"
+        )
     return ends
 
 
@@ -100,11 +124,23 @@ def test_any_graph_of_tasks_ends_as_it_must(home, seed):
     r = random.Random(seed)
     names = [f"t{i}" for i in range(12)]
     bad = set(r.sample(names, 3))
-    tasks = [Task(n, "standin:chore", {"name": n, "bad": n in bad}, tuple(r.sample(names[:i], min(i, r.randint(0, 2)))), r.random()) for i, n in enumerate(names)]
+    tasks = [
+        Task(
+            n,
+            "standin:chore",
+            {"name": n, "bad": n in bad},
+            tuple(r.sample(names[:i], min(i, r.randint(0, 2)))),
+            r.random(),
+        )
+        for i, n in enumerate(names)
+    ]
     done, ends = [], {}
     for task, m in run_tasks(r.sample(tasks, len(tasks)), 1 + seed % 3):
-        if m.get("event") == "started": assert set(task.deps) <= {i for i in done if ends[i] == "ok"}
-        if "result" in m: ends[task.id] = m["result"]; done.append(task.id)
+        if m.get("event") == "started":
+            assert set(task.deps) <= {i for i in done if ends[i] == "ok"}
+        if "result" in m:
+            ends[task.id] = m["result"]
+            done.append(task.id)
     assert ends == simulate(tasks, bad) and len(done) == len(tasks)
 
 
@@ -113,7 +149,12 @@ def test_a_failed_teacher_takes_only_its_students_with_it(home):
     lost, fine = STUDENTS[0].replace(teacher=bad), STUDENTS[1]
     lines = []
     out = execute([lost, fine], 2, on_line=lines.append, call="standin:train")
-    assert not out.ok and list(out.failed) == [bad.id] and list(out.skipped) == [lost.id] and set(out.done) == {fine.id, fine.teacher.id}
+    assert (
+        not out.ok
+        and list(out.failed) == [bad.id]
+        and list(out.skipped) == [lost.id]
+        and set(out.done) == {fine.id, fine.teacher.id}
+    )
     assert lines[-1] == "2 of 4 runs done · 1 failed · 1 skipped"
     assert "ValueError: seed 99" in (home / "results/progress" / f"{bad.id}.log").read_text()
 
@@ -131,9 +172,12 @@ def test_bars_show_what_is_going_and_lines_scroll_past(home, capsys, monkeypatch
     with Bars() as board:
         task = Task("a", "", {})
         board.epoch(task, {"id": "run-a", "epoch": 1, "epochs": 2})
-        assert [t.description for t in board.bars.tasks] == ["run-a"] and board.bars.tasks[0].completed == 1
+        assert [t.description for t in board.bars.tasks] == ["run-a"] and board.bars.tasks[
+            0
+        ].completed == 1
         board.say("[1/2] finished [brackets]")
-        board.epoch(task, {"id": "run-a", "epoch": 2, "epochs": 2}), board.end(task)
+        board.epoch(task, {"id": "run-a", "epoch": 2, "epochs": 2})
+        board.end(task)
         assert not board.bars.tasks
     assert "[1/2] finished [brackets]" in capsys.readouterr().out
 
@@ -143,17 +187,23 @@ def test_a_terminal_gets_bars_and_a_file_gets_lines(home):
     env = {**os.environ, "PYTHONPATH": str(home), "TERM": "xterm"}
     plain = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert plain.stdout.startswith("[1/1] digits-resnet20-ann-s1") and "\x1b" not in plain.stdout
-    for p in (home / "results/runs").glob("*.json"): p.unlink()
+    for p in (home / "results/runs").glob("*.json"):
+        p.unlink()
     leader, follower = os.openpty()
-    live = subprocess.run([sys.executable, "-c", code], env=env, stdout=follower, stderr=subprocess.PIPE)
+    live = subprocess.run(
+        [sys.executable, "-c", code], env=env, stdout=follower, stderr=subprocess.PIPE
+    )
     os.close(follower)
     shown = os.read(leader, 1 << 16).decode()
     assert live.returncode == 0 and "\x1b[" in shown and "[1/1] digits-resnet20-ann-s1" in shown
 
 
-@pytest.mark.skipif(importlib.util.find_spec("distributed") is not None, reason="dask.distributed is installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("distributed") is not None, reason="dask.distributed is installed"
+)
 def test_without_dask_the_error_says_what_to_install(home):
-    with pytest.raises(UserError, match="snnkd_nb\\[extra\\]"): execute([TEACHERS[0]], executor="dask")
+    with pytest.raises(UserError, match="snnkd_nb\\[extra\\]"):
+        execute([TEACHERS[0]], executor="dask")
 
 
 def test_on_dask_the_same_happens(home):
@@ -161,7 +211,11 @@ def test_on_dask_the_same_happens(home):
     bad = TEACHERS[0].replace(seed=99)
     lost, fine = STUDENTS[0].replace(teacher=bad), STUDENTS[1]
     out = execute([lost, fine], 1, executor="dask", call="standin:train")
-    assert list(out.failed) == [bad.id] and list(out.skipped) == [lost.id] and set(out.done) == {fine.id, fine.teacher.id}
+    assert (
+        list(out.failed) == [bad.id]
+        and list(out.skipped) == [lost.id]
+        and set(out.done) == {fine.id, fine.teacher.id}
+    )
 
 
 def test_ensure_says_one_line_and_answers_by_spec(home, capsys):
@@ -172,33 +226,50 @@ def test_ensure_says_one_line_and_answers_by_spec(home, capsys):
 
 def test_ensure_follows_the_environment(home, monkeypatch, capsys):
     monkeypatch.setenv("SNNKD_MISSING", "show")
-    assert ensure(TEACHERS)[TEACHERS[0]] is None and capsys.readouterr().out.strip() == "2 needed · 0 stored · 2 missing"
+    assert (
+        ensure(TEACHERS)[TEACHERS[0]] is None
+        and capsys.readouterr().out.strip() == "2 needed · 0 stored · 2 missing"
+    )
     monkeypatch.setenv("SNNKD_MISSING", "error")
-    with pytest.raises(UserError, match="2 runs are missing"): ensure(TEACHERS)
+    with pytest.raises(UserError, match="2 runs are missing"):
+        ensure(TEACHERS)
 
 
 def test_threads_follow_the_number_asked_for_and_not_what_is_left(home, monkeypatch):
     given = []
-    monkeypatch.setitem(runner_jobs.EXECUTORS, "local", lambda tasks, jobs, threads, envs: given.append((jobs, threads)) or (x for x in ()))
+    monkeypatch.setitem(
+        runner_jobs.EXECUTORS,
+        "local",
+        lambda tasks, jobs, threads, envs: given.append((jobs, threads)) or (x for x in ()),
+    )
     monkeypatch.setattr(runner_jobs, "cores", lambda: 8)
-    for n in (1, 3): execute([RunSpec(seed=s) for s in range(n)], 2, on_line=lambda x: None)
+    for n in (1, 3):
+        execute([RunSpec(seed=s) for s in range(n)], 2, on_line=lambda x: None)
     assert given == [(2, 4), (2, 4)]
 
 
 def test_a_reproduction_says_first_what_it_will_do_and_how_long_it_takes(home, monkeypatch):
     lines = []
     assert reproduce(["dsas/figure08"], jobs=1, on_line=lines.append).ok
-    assert re.fullmatch(r"1 page to render; (less than a minute|about \d+ minutes?) on 1 core", lines[0])
+    assert re.fullmatch(
+        r"1 page to render; (less than a minute|about \d+ minutes?) on 1 core", lines[0]
+    )
     monkeypatch.setattr(runner_notebooks, "machine_speed", lambda: 2.0)
     monkeypatch.setattr(runner_notebooks, "cores", lambda: 2)
     specs = [RunSpec(seed=seed, optim=OptimSpec(epochs=20)) for seed in range(8)]
     speed, after = runner_notebooks._announce(specs, 30, 4, lines.append)
     expected = 2 * (sum(map(cost, specs)) / 2 + START_RUNS) + after
     assert speed == 2.0 and after == page_seconds(30, 2, 2.0) > page_seconds(3, 2, 2.0)
-    assert lines[-1] == f"8 runs to train and 30 pages to render; about {round(expected / 60)} minutes on 2 cores"
+    assert (
+        lines[-1]
+        == f"8 runs to train and 30 pages to render; about {round(expected / 60)} minutes on 2 cores"
+    )
     monkeypatch.setattr(runner_notebooks, "cards", lambda: ["0"])
     assert runner_notebooks._announce(specs, 30, 1, lines.append) == (None, 0.0)
-    assert lines[-1] == "8 runs to train and 30 pages to render; the time left is shown once the first runs are done"
+    assert (
+        lines[-1]
+        == "8 runs to train and 30 pages to render; the time left is shown once the first runs are done"
+    )
 
 
 def test_the_time_left_counts_what_comes_after_the_runs(home):
@@ -211,26 +282,39 @@ def test_the_time_left_counts_what_comes_after_the_runs(home):
 def test_an_estimate_moves_from_the_measured_speed_to_what_runs_take():
     clock, spec = Clock(speed=1.0), RunSpec(optim=OptimSpec(epochs=10))
     assert clock.seconds(spec) == pytest.approx(cost(spec))
-    for _ in range(100): clock.add(spec, 3 * cost(spec))
+    for _ in range(100):
+        clock.add(spec, 3 * cost(spec))
     assert 2.5 * cost(spec) < clock.seconds(spec) < 3 * cost(spec)
-    for longer in (RunSpec(optim=OptimSpec(epochs=20)), spec.replace(model=ModelSpec("resnet20", T=8)), spec.replace(data=DataSpec("digits", size=64))):
+    for longer in (
+        RunSpec(optim=OptimSpec(epochs=20)),
+        spec.replace(model=ModelSpec("resnet20", T=8)),
+        spec.replace(data=DataSpec("digits", size=64)),
+    ):
         assert cost(longer) > cost(spec)
 
 
 # --- the registry -----------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_artefact_that_is_built_has_runs_that_are_well_formed(scale):
     for a in artefacts():
         specs = specs_for(a.id, scale)
         assert len({s.id for s in specs}) == len(specs)
-        for s in specs: assert type(s).from_dict(to_dict(s)) == s
-        if not a.built: assert not specs, f"{a.id} has runs but no notebook"
+        for s in specs:
+            assert type(s).from_dict(to_dict(s)) == s
+        if not a.built:
+            assert not specs, f"{a.id} has runs but no notebook"
 
 
 def test_there_is_no_notebook_without_an_artefact():
-    pages = {p.relative_to(ROOT / "nbs/papers").with_suffix("").as_posix() for p in (ROOT / "nbs/papers").rglob("*.ipynb")}
-    assert {p for p in pages if not p.endswith("00_paper") and ".ipynb_checkpoints" not in p} <= {a.page for a in artefacts()}
+    pages = {
+        p.relative_to(ROOT / "nbs/papers").with_suffix("").as_posix()
+        for p in (ROOT / "nbs/papers").rglob("*.ipynb")
+    }
+    assert {p for p in pages if not p.endswith("00_paper") and ".ipynb_checkpoints" not in p} <= {
+        a.page for a in artefacts()
+    }
 
 
 def test_patterns_keep_the_papers_order_and_repeat_nothing():
@@ -240,10 +324,17 @@ def test_patterns_keep_the_papers_order_and_repeat_nothing():
 
 # --- pages ------------------------------------------------------------------------------------------------------------
 
+
 def outputs(path):
     cells = json.loads(Path(path).read_text())["cells"]
-    return [[{k: v for k, v in o.items() if k not in ("metadata", "execution_count", "transient")} for o in c.get("outputs", [])]
-            for c in cells if "injected-parameters" not in c["metadata"].get("tags", [])]
+    return [
+        [
+            {k: v for k, v in o.items() if k not in ("metadata", "execution_count", "transient")}
+            for o in c.get("outputs", [])
+        ]
+        for c in cells
+        if "injected-parameters" not in c["metadata"].get("tags", [])
+    ]
 
 
 @pytest.mark.skipif(not artefact("dsas/figure08").built, reason="not built yet")
@@ -252,13 +343,32 @@ def test_a_page_renders_to_the_same_bytes_and_plain_papermill_agrees(home):
     made = {p: p.read_bytes() for p in (home / "figures").rglob("*") if p.is_file()}
     assert {p.suffix for p in made} == {".png", ".csv"}
     assert float(next(csv.DictReader((home / "figures/dsas/figure08.csv").open()))["x"]) == -3.0
-    for p in made: p.unlink()
+    for p in made:
+        p.unlink()
     assert render("dsas/figure08", given={"reach": 3.0}).read_bytes() == first
     assert {p: p.read_bytes() for p in made} == made
     nb = json.loads(first)
-    assert parameters(nb)["reach"] == 3.0 and all(c.get("execution_count") is None for c in nb["cells"]) and set(nb["metadata"]) == {"kernelspec"}
+    assert (
+        parameters(nb)["reach"] == 3.0
+        and all(c.get("execution_count") is None for c in nb["cells"])
+        and set(nb["metadata"]) == {"kernelspec"}
+    )
     plain = home / "plain.ipynb"
-    r = subprocess.run([sys.executable, "-m", "papermill", "nbs/papers/dsas/figure08.ipynb", plain, "-p", "reach", "3.0"], cwd=home, capture_output=True, text=True)
+    r = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "papermill",
+            "nbs/papers/dsas/figure08.ipynb",
+            plain,
+            "-p",
+            "reach",
+            "3.0",
+        ],
+        cwd=home,
+        capture_output=True,
+        text=True,
+    )
     assert r.returncode == 0, r.stderr[-2000:]
     assert outputs(plain) == outputs(rendered_path("dsas/figure08", "smoke"))
 
@@ -270,15 +380,40 @@ def test_a_table_without_runs_is_rendered_with_holes_and_nothing_is_trained(home
     row = rows(["dsas/table15"])[0]
     assert row.rendered and row.missing == row.needed > 0
     smoke = status_text(scales=("smoke",))
-    assert smoke == status_text(scales=("smoke",)) and f"| 0/{row.needed} " in smoke and "smoke |" not in status_text()
+    assert (
+        smoke == status_text(scales=("smoke",))
+        and f"| 0/{row.needed} " in smoke
+        and "smoke |" not in status_text()
+    )
 
 
-@pytest.mark.parametrize("value, default", [("1e3", 1), ("", 1), ("None", 1), ("[1", [1]), ("{}", [1]), (float("nan"), 1.0), (object(), "x"), (b"x", "x")])
+@pytest.mark.parametrize(
+    "value, default",
+    [
+        ("1e3", 1),
+        ("", 1),
+        ("None", 1),
+        ("[1", [1]),
+        ("{}", [1]),
+        (float("nan"), 1.0),
+        (object(), "x"),
+        (b"x", "x"),
+    ],
+)
 def test_values_that_do_not_fit_are_refused(value, default):
-    with pytest.raises(UserError, match="give a"): coerce("x", value, default)
+    with pytest.raises(UserError, match="give a"):
+        coerce("x", value, default)
 
 
-@given(st.one_of(st.integers(), st.booleans(), st.floats(allow_nan=False, allow_infinity=False), st.text(), st.lists(st.integers())))
+@given(
+    st.one_of(
+        st.integers(),
+        st.booleans(),
+        st.floats(allow_nan=False, allow_infinity=False),
+        st.text(),
+        st.lists(st.integers()),
+    )
+)
 def test_the_text_of_a_value_is_read_back_as_the_value(value):
     assert coerce("x", value if isinstance(value, str) else repr(value), value) == value
     assert type(coerce("x", value, value)) is type(value)
@@ -286,4 +421,5 @@ def test_the_text_of_a_value_is_read_back_as_the_value(value):
 
 def test_every_built_page_takes_its_scale(home):
     for a in artefacts():
-        if a.built: prepare(a.id, "smoke")
+        if a.built:
+            prepare(a.id, "smoke")

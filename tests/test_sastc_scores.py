@@ -1,4 +1,5 @@
 """SASTC's scores and maps: every scale can be built without training, watched runs end to end, what is in several artefacts is one run."""
+
 import math
 import os
 from functools import lru_cache
@@ -21,8 +22,27 @@ from snnkd_nb.metrics.probes import check_probes, create_probes
 from snnkd_nb.models.zoo import create_model, model_info
 from snnkd_nb.papers import sastc, sastc_maps, sastc_robust, studies
 from snnkd_nb.papers.registry import artefact, specs_for
-from snnkd_nb.papers.sastc_scores import ARTEFACTS, LAST, by_normalisation, full_size, magnitudes, score, score_frame, scored, teacher_of, teachers
-from snnkd_nb.papers.sastc_views import FISHER_CLAIMS, MAP_CLAIMS, brightest, fisher_rows, fisher_table, interval_map, map_rows
+from snnkd_nb.papers.sastc_scores import (
+    ARTEFACTS,
+    LAST,
+    by_normalisation,
+    full_size,
+    magnitudes,
+    score,
+    score_frame,
+    scored,
+    teacher_of,
+    teachers,
+)
+from snnkd_nb.papers.sastc_views import (
+    FISHER_CLAIMS,
+    MAP_CLAIMS,
+    brightest,
+    fisher_rows,
+    fisher_table,
+    interval_map,
+    map_rows,
+)
 from snnkd_nb.published.format import published
 from snnkd_nb.reports.attention import attention_history, by_epoch
 from snnkd_nb.reports.compare import Measure, Report
@@ -39,48 +59,77 @@ CLASSES = {"cifar10": (10, 32, 3), "cifar100": (100, 32, 3), "imagefolder-stream
 
 
 @lru_cache
-def grids(scale): return {k: make(scale) for k, make in ARTEFACTS.items()}
+def grids(scale):
+    return {k: make(scale) for k, make in ARTEFACTS.items()}
 
 
 @lru_cache
-def specs(scale): return tuple(dict.fromkeys(s for g in grids(scale).values() for s in g.specs))
+def specs(scale):
+    return tuple(dict.fromkeys(s for g in grids(scale).values() for s in g.specs))
 
 
 @lru_cache
-def every_network(scale): return tuple(dict.fromkeys(t for s in specs(scale) for t in (s, s.teacher, s.reference) if t))
-def shape(data): return CLASSES[data.name.partition(":")[0]]
+def every_network(scale):
+    return tuple(dict.fromkeys(t for s in specs(scale) for t in (s, s.teacher, s.reference) if t))
+
+
+def shape(data):
+    return CLASSES[data.name.partition(":")[0]]
 
 
 @lru_cache
 def on_meta(model, k, size, channels):
     "The network of a spec at full size; nothing is downloaded."
     args = {n: v for n, v in model.args.items() if n != "pretrained"}
-    with torch.device("meta"): return create_model(model.name, k, T=model.T, neuron=model.neuron, width=model.width, in_channels=channels, image_size=size, **args)
+    with torch.device("meta"):
+        return create_model(
+            model.name,
+            k,
+            T=model.T,
+            neuron=model.neuron,
+            width=model.width,
+            in_channels=channels,
+            image_size=size,
+            **args,
+        )
 
 
 @pytest.mark.parametrize("scale", BIG)
 def test_every_network_of_the_large_scales_exists_at_full_size_with_the_layers_it_needs(scale):
     for spec in {(s.model, s.data.name): s for s in every_network(scale)}.values():
         net = on_meta(spec.model, *shape(spec.data))
-        assert spec.model.width == 1 and net.T == spec.model.T and sastc.layers(spec.model) == list(net.stage_names), spec.model
+        assert (
+            spec.model.width == 1
+            and net.T == spec.model.T
+            and sastc.layers(spec.model) == list(net.stage_names)
+        ), spec.model
     for s in specs(scale):
-        mine, theirs = (on_meta(m.model, *shape(m.data)).stage_names if m else () for m in (s, s.teacher))
+        mine, theirs = (
+            on_meta(m.model, *shape(m.data)).stage_names if m else () for m in (s, s.teacher)
+        )
         assert all(a in mine and b in theirs for a, b in s.method_args.get("pairs", ())), s.id
     last = on_meta(grids(scale)["figure03"].specs[1].model, 1000, 224, 3)
-    assert last.feature_shapes(224)[last.stage_names[-1]][-2:] == (7, 7), "a map that can be looked at"
+    assert last.feature_shapes(224)[last.stage_names[-1]][-2:] == (7, 7), (
+        "a map that can be looked at"
+    )
 
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_data_have_known_names_and_all_that_are_compared_see_the_same(scale):
     for s in every_network(scale):
-        assert s.data.name.partition(":")[0] in [n.partition(":")[0] for n in list_datasets()] and opener(s.data.name)
+        assert s.data.name.partition(":")[0] in [
+            n.partition(":")[0] for n in list_datasets()
+        ] and opener(s.data.name)
         for of in filter(None, (s.teacher, s.reference)):
-            assert of.model.T is None and of.data.replace(subset=None, val=0, augment="none") == s.data.replace(subset=None, val=0, augment="none")
+            assert of.model.T is None and of.data.replace(
+                subset=None, val=0, augment="none"
+            ) == s.data.replace(subset=None, val=0, augment="none")
 
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_probes_are_known_and_have_something_to_compare_with(scale):
-    for s in specs(scale): check_probes(s.probes, bool(s.teacher or s.reference))
+    for s in specs(scale):
+        check_probes(s.probes, bool(s.teacher or s.reference))
     assert {p for s in specs(scale) for p in s.probes} == {"stm", "attention", "fisher"}
     assert all("sastc" in s.method for s in specs(scale) if "attention" in s.probes)
 
@@ -88,24 +137,44 @@ def test_probes_are_known_and_have_something_to_compare_with(scale):
 @pytest.mark.parametrize("scale", SCALES)
 def test_a_row_is_scored_against_one_teacher_and_named_like_the_papers(scale):
     for row in published("sastc/table01").frame().index:
-        of = {s.teacher or s.reference for c in grids(scale)["table05"].cells if tuple(c.index.values()) == row for s in c.specs}
+        of = {
+            s.teacher or s.reference
+            for c in grids(scale)["table05"].cells
+            if tuple(c.index.values()) == row
+            for s in c.specs
+        }
         assert of == {teacher_of(scale, row[1])}
-    assert teacher_of("paper", "CIFAR-100").model.name == "resnet32x4" and "resnet34" in teacher_of("paper", "ImageNet").model.name
+    assert (
+        teacher_of("paper", "CIFAR-100").model.name == "resnet32x4"
+        and "resnet34" in teacher_of("paper", "ImageNet").model.name
+    )
 
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_scores_are_taken_in_the_runs_of_the_tables_of_accuracy(scale):
-    watched, known = set(grids(scale)["table05"].specs), {*sastc.table02(scale).specs, *sastc_maps.table03(scale).specs}
-    assert watched <= known and {s for s in known if s.probes} == watched, "one run a student, whatever tables it stands in"
+    watched, known = (
+        set(grids(scale)["table05"].specs),
+        {*sastc.table02(scale).specs, *sastc_maps.table03(scale).specs},
+    )
+    assert watched <= known and {s for s in known if s.probes} == watched, (
+        "one run a student, whatever tables it stands in"
+    )
     names = {sastc.STUDENTS["VGG-11"], sastc.STUDENTS["ResNet-18"], sastc_maps.DEEP["ResNet-18"]}
-    assert {s.model.name for s in watched} == names and len({s.replace(probes={}, reference=None) for s in known}) == len(known)
+    assert {s.model.name for s in watched} == names and len(
+        {s.replace(probes={}, reference=None) for s in known}
+    ) == len(known)
 
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_without_probes_figure_4_has_the_runs_of_the_sweep(scale):
     plain = {s.replace(probes={}, reference=None) for s in grids(scale)["figure04"].specs}
     of = sastc.teacher(scale, "CIFAR-10", "ResNet-19")
-    known = {s.replace(probes={}, reference=None) for g in sastc.arms(scale, "CIFAR-10", "VGG-11", 3, of).values() for seed in g for s in seed}
+    known = {
+        s.replace(probes={}, reference=None)
+        for g in sastc.arms(scale, "CIFAR-10", "VGG-11", 3, of).values()
+        for seed in g
+        for s in seed
+    }
     assert plain == known
 
 
@@ -113,41 +182,81 @@ def test_without_probes_figure_4_has_the_runs_of_the_sweep(scale):
 @pytest.mark.parametrize("scale", SCALES)
 def test_cells_are_published_ones_and_all_can_be_run(key, scale):
     report = Report(grids(scale)[key], {}, score(scale))
-    assert len(report.rows) == len(published(f"sastc/{key}").records) and {r["note"] for r in report.rows} == {"not run"}
-    assert set(report.claims().ours) == {"not run"} and len(report.claims()) == {"table01": 1, "table05": 3}[key]
-    assert LAST[scale] <= min(s.optim.epochs for s in grids(scale)[key].specs) and any("128" in d for d in grids(scale)[key].deviations)
+    assert len(report.rows) == len(published(f"sastc/{key}").records) and {
+        r["note"] for r in report.rows
+    } == {"not run"}
+    assert (
+        set(report.claims().ours) == {"not run"}
+        and len(report.claims()) == {"table01": 1, "table05": 3}[key]
+    )
+    assert LAST[scale] <= min(s.optim.epochs for s in grids(scale)[key].specs) and any(
+        "128" in d for d in grids(scale)[key].deviations
+    )
 
 
 def test_what_is_in_several_artefacts_is_one_run():
     for scale in SCALES:
         g = grids(scale)
-        assert set(g["table01"].specs) < set(g["table05"].specs) and set(g["figure01"].specs[1:]) < set(g["table05"].specs)
+        assert set(g["table01"].specs) < set(g["table05"].specs) and set(
+            g["figure01"].specs[1:]
+        ) < set(g["table05"].specs)
     assert set(grids("small")["figure03"].specs) <= set(studies.sastc("small").specs)
     assert set(grids("paper")["figure03"].specs) <= set(sastc_maps.table03("paper").specs)
-    assert len([s for s in specs("smoke") if s.probes]) <= 20 and all(s.optim.epochs <= 5 and s.data.name == "digits" for s in specs("smoke"))
+    assert len([s for s in specs("smoke") if s.probes]) <= 20 and all(
+        s.optim.epochs <= 5 and s.data.name == "digits" for s in specs("smoke")
+    )
 
 
 def test_scales_share_no_run_but_the_teacher_that_is_taken_as_it_is():
     shared = {s for a in SCALES for b in SCALES if a != b for s in set(specs(a)) & set(specs(b))}
-    assert shared == {teacher_of("paper", "ImageNet")} and teacher_of("paper", "ImageNet").optim.lr == 0
+    assert (
+        shared == {teacher_of("paper", "ImageNet")}
+        and teacher_of("paper", "ImageNet").optim.lr == 0
+    )
 
 
 def test_the_registry_asks_for_these_runs():
-    for key, make in ARTEFACTS.items(): assert artefact(f"sastc/{key}") and specs_for(f"sastc/{key}", "smoke") == list(dict.fromkeys(make("smoke").specs))
+    for key, make in ARTEFACTS.items():
+        assert artefact(f"sastc/{key}") and specs_for(f"sastc/{key}", "smoke") == list(
+            dict.fromkeys(make("smoke").specs)
+        )
 
 
 @pytest.mark.parametrize("scale", BIG)
 def test_every_method_is_made_and_its_probes_look_on_a_narrow_copy(scale):
     "Student, teacher, method and probes of every kind of run, at an eighth of the width, on digits in colour."
     data, seen = load("digits", size=16), set()
-    kinds = {(s.model.name, s.teacher.model.name if s.teacher else None, s.method, *s.probes): s for s in specs(scale) if s.probes}
+    kinds = {
+        (s.model.name, s.teacher.model.name if s.teacher else None, s.method, *s.probes): s
+        for s in specs(scale)
+        if s.probes
+    }
     for s in kinds.values():
-        net, of = (narrow(m, T) for m, T in ((s.model, 2), ((s.teacher or s.reference or sastc.teacher(scale, "CIFAR-10", "ResNet-19")).model, None)))
-        d = create_distiller(s.method, net, of if s.teacher else None, s.variant, **dict(s.method_args))
-        probes = create_probes({p: {} if p == "attention" else {"images": 6} for p in s.probes}, net, of, data, d)
+        net, of = (
+            narrow(m, T)
+            for m, T in (
+                (s.model, 2),
+                (
+                    (
+                        s.teacher or s.reference or sastc.teacher(scale, "CIFAR-10", "ResNet-19")
+                    ).model,
+                    None,
+                ),
+            )
+        )
+        d = create_distiller(
+            s.method, net, of if s.teacher else None, s.variant, **dict(s.method_args)
+        )
+        probes = create_probes(
+            {p: {} if p == "attention" else {"images": 6} for p in s.probes}, net, of, data, d
+        )
         found = {k: f() for k, f in probes.items()}
         seen |= set(found)
-        assert all(math.isfinite(v) for f in found.values() for v in (f.values() if isinstance(f, dict) else [f])), s.id
+        assert all(
+            math.isfinite(v)
+            for f in found.values()
+            for v in (f.values() if isinstance(f, dict) else [f])
+        ), s.id
     assert seen == {"stm", "attention", "fisher"}
 
 
@@ -155,7 +264,15 @@ def narrow(model, T):
     torch.manual_seed(0)
     name = {"torchvision:resnet34": "resnet34_imagenet"}.get(model.name, model.name)
     small = {"depth": 0.2} if "depth" in model_info(name)["options"] else {}
-    return create_model(name, T=T, width=0.0625, in_channels=1, image_size=16, **small, **({"stem": "small"} if "imagenet" in name else {}))
+    return create_model(
+        name,
+        T=T,
+        width=0.0625,
+        in_channels=1,
+        image_size=16,
+        **small,
+        **({"stem": "small"} if "imagenet" in name else {}),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -164,20 +281,28 @@ def alone(tmp_path_factory):
     top, before = tmp_path_factory.mktemp("alone"), dict(os.environ)
     os.environ.update(SNNKD_CACHE=str(top / "cache"), SNNKD_ROOT=str(top))
     yield Store(top / "runs")
-    os.environ.pop("SNNKD_CACHE"), os.environ.pop("SNNKD_ROOT"), os.environ.update(before)
+    os.environ.pop("SNNKD_CACHE")
+    os.environ.pop("SNNKD_ROOT")
+    os.environ.update(before)
 
 
 def brief(spec):
     "The same run for two epochs of 150 images."
     fewer = {k: brief(v) for k in ("teacher", "reference") if (v := getattr(spec, k))}
-    return spec.replace(data=spec.data.replace(subset=150), optim=spec.optim.replace(epochs=2), **fewer)
+    return spec.replace(
+        data=spec.data.replace(subset=150), optim=spec.optim.replace(epochs=2), **fewer
+    )
 
 
 @pytest.fixture(scope="module")
 def watched_runs(alone):
     "{(key, method): (brief spec, record)} of one student alone and one under SASTC, scored, and one with Fisher information."
     row = scored("smoke", "VGG-11", "CIFAR-100")
-    chosen = {"Baseline": row["Baseline"][0][0], "SASTC": row["SASTC"][0][0], "fisher": grids("smoke")["figure04"].specs[1]}
+    chosen = {
+        "Baseline": row["Baseline"][0][0],
+        "SASTC": row["SASTC"][0][0],
+        "fisher": grids("smoke")["figure04"].specs[1],
+    }
     return {k: (brief(s), run_train(brief(s), alone)) for k, s in chosen.items()}
 
 
@@ -188,63 +313,113 @@ def test_scores_of_a_run_are_those_of_its_network(watched_runs, alone):
         assert len(record.history["stm"]) == 2
         of = alone.get(spec.teacher or spec.reference)
         x = fixed_batch(load_spec(spec.data))[0]
-        assert record.history["stm"][-1] == pytest.approx(stm_score(trained(record), trained(of), x)[0], rel=1e-5)
+        assert record.history["stm"][-1] == pytest.approx(
+            stm_score(trained(record), trained(of), x)[0], rel=1e-5
+        )
     assert watched_runs["Baseline"][1].teacher is None
 
 
 def test_tables_of_one_row_are_made_from_records(watched_runs, alone):
     grid, runs, nets = grids("smoke")["table05"], {}, {}
     for k in ("Baseline", "SASTC"):
-        spec = next(c.specs[0] for c in grid.cells if c.column == k and c.index["student"] == "VGG-11")
+        spec = next(
+            c.specs[0] for c in grid.cells if c.column == k and c.index["student"] == "VGG-11"
+        )
         runs[spec], nets[spec] = watched_runs[k][1], trained(watched_runs[k][1])
     nets[teacher_of("smoke", "CIFAR-100")] = trained(alone.get(watched_runs["SASTC"][0].teacher))
     report = Report(grid, runs, score("smoke"))
     ours = {r["column"]: r["ours"] for r in report.rows if r["n"]}
-    assert ours == {k: pytest.approx(np.mean(watched_runs[k][1].history["stm"])) for k in ("Baseline", "SASTC")}
-    assert report.claims().ours.tolist() == [("holds" if ours["SASTC"] < ours["Baseline"] else "fails") + ", one seed (1 of 3 run)", "not run", "not run"]
+    assert ours == {
+        k: pytest.approx(np.mean(watched_runs[k][1].history["stm"])) for k in ("Baseline", "SASTC")
+    }
+    assert report.claims().ours.tolist() == [
+        ("holds" if ours["SASTC"] < ours["Baseline"] else "fails") + ", one seed (1 of 3 run)",
+        "not run",
+        "not run",
+    ]
     made = by_normalisation(grid, nets)
-    assert len(made) == 4 and made["SASTC"][0] == pytest.approx(watched_runs["SASTC"][1].history["stm"][-1], rel=1e-5)
+    assert len(made) == 4 and made["SASTC"][0] == pytest.approx(
+        watched_runs["SASTC"][1].history["stm"][-1], rel=1e-5
+    )
     sizes = magnitudes(report, nets)
-    assert set(sizes.whose) == {"paper", "ours"} and np.allclose(sizes.n * sizes["one product"], np.exp(sizes.score / 2)) and len(sizes[sizes.whose == "ours"]) == 1
-    assert len(score_frame(grid, runs)) == 4 and set(score_frame(grid, runs).method) == {"Baseline", "SASTC"}
+    assert (
+        set(sizes.whose) == {"paper", "ours"}
+        and np.allclose(sizes.n * sizes["one product"], np.exp(sizes.score / 2))
+        and len(sizes[sizes.whose == "ours"]) == 1
+    )
+    assert len(score_frame(grid, runs)) == 4 and set(score_frame(grid, runs).method) == {
+        "Baseline",
+        "SASTC",
+    }
 
 
 def test_attention_of_a_run_sums_to_one_and_names_the_calibrated_layers(watched_runs):
     spec, record = watched_runs["SASTC"]
     grid = grids("smoke")["figure01"]
     rows = attention_history(by_epoch(grid, {grid.specs[1]: record}, "attention"))
-    assert set(rows.student) == set(spec.method_args["student_layers"]) and set(rows.teacher) == set(spec.method_args["teacher_layers"])
-    assert np.allclose(rows.groupby(["epoch", "student", "t"]).weight.sum(), 1, atol=1e-4) and set(rows.epoch) == {1, 2}
+    assert set(rows.student) == set(spec.method_args["student_layers"]) and set(
+        rows.teacher
+    ) == set(spec.method_args["teacher_layers"])
+    assert np.allclose(rows.groupby(["epoch", "student", "t"]).weight.sum(), 1, atol=1e-4) and set(
+        rows.epoch
+    ) == {1, 2}
 
 
 def test_fisher_information_of_a_run_is_there_for_every_step(watched_runs):
     grid, record = grids("smoke")["figure04"], watched_runs["fisher"][1]
     frame = by_epoch(grid, {grid.specs[1]: record}, "fisher")
-    assert set(frame.part) == {"1", "2", "3"} and (frame.value > 0).all() and len(frame) == 6 and set(frame.method) == {"KD"}
-    assert fisher_table(frame).shape == (1, 9) and judge(FISHER_CLAIMS, fisher_rows(frame)).ours.tolist() == ["not run"] * 5
+    assert (
+        set(frame.part) == {"1", "2", "3"}
+        and (frame.value > 0).all()
+        and len(frame) == 6
+        and set(frame.method) == {"KD"}
+    )
+    assert (
+        fisher_table(frame).shape == (1, 9)
+        and judge(FISHER_CLAIMS, fisher_rows(frame)).ours.tolist() == ["not run"] * 5
+    )
 
 
 def test_a_measure_of_the_accuracy_is_the_table_of_accuracies():
     grid = sastc_robust.table09("smoke")
     runs = {s: SimpleNamespace(metrics={"acc_last": 50 + i}) for i, s in enumerate(grid.specs)}
-    by_name, by_measure = Report(grid, runs), Report(grid, runs, Measure("acc", "accuracy", lambda r: r.metrics["acc_last"]))
-    assert by_name.rows == by_measure.rows and by_name.claims().equals(by_measure.claims()) and by_name.table().equals(by_measure.table())
+    by_name, by_measure = (
+        Report(grid, runs),
+        Report(grid, runs, Measure("acc", "accuracy", lambda r: r.metrics["acc_last"])),
+    )
+    assert (
+        by_name.rows == by_measure.rows
+        and by_name.claims().equals(by_measure.claims())
+        and by_name.table().equals(by_measure.table())
+    )
     assert by_measure.markdown() == by_name.markdown().replace(by_name.says, "accuracy")
 
 
 def test_a_run_whose_score_is_not_a_number_counts_as_not_run():
     grid = grids("smoke")["table01"]
-    rows = Report(grid, {s: SimpleNamespace(history={"stm": [1.0, None, -math.inf, math.nan]}) for s in grid.specs}, score("smoke")).rows
+    rows = Report(
+        grid,
+        {s: SimpleNamespace(history={"stm": [1.0, None, -math.inf, math.nan]}) for s in grid.specs},
+        score("smoke"),
+    ).rows
     assert {r["note"] for r in rows} == {"not run"} and {r["ours"] for r in rows} == {None}
 
 
 def test_tables_are_saved_under_their_own_name(tmp_path, monkeypatch):
     monkeypatch.setenv("SNNKD_ROOT", str(tmp_path))
-    report = Report(grids("smoke")["table05"], {s: SimpleNamespace(history={"stm": [9.0, 8.0]}) for s in grids("smoke")["table05"].specs}, score("smoke"))
+    report = Report(
+        grids("smoke")["table05"],
+        {s: SimpleNamespace(history={"stm": [9.0, 8.0]}) for s in grids("smoke")["table05"].specs},
+        score("smoke"),
+    )
     path = report.save()
     assert path.name == "table05-smoke.csv" and path.read_bytes() == report.save().read_bytes()
     text = path.with_name("table05-smoke.md").read_text()
-    assert "mean over the last 2 epochs" in text and "lower is better" in text and "SASTC has less mismatch than KD" in text
+    assert (
+        "mean over the last 2 epochs" in text
+        and "lower is better" in text
+        and "SASTC has less mismatch than KD" in text
+    )
 
 
 @pytest.fixture(scope="module")
@@ -254,62 +429,133 @@ def folder(tmp_path_factory):
     for split in ("train", "val"):
         for c in ("n01", "n02", "n03"):
             (top / split / c).mkdir(parents=True)
-            for i in range(4): Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(top / split / c / f"{i}.png")
+            for i in range(4):
+                Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(
+                    top / split / c / f"{i}.png"
+                )
     return load(f"imagefolder-stream:{top}", size=32)
 
 
 def test_images_in_files_are_looked_at_and_scored_like_those_in_memory(folder):
     x, y = batch_of(folder, torch.tensor([0, 5, 9]))
     pictures = [picture(folder, i) for i in (0, 5, 9)]
-    assert x.shape == (3, 3, 32, 32) and y.tolist() == [0, 1, 2] and pictures[0].shape == (32, 32, 3) and 0 <= min(p.min() for p in pictures) <= max(p.max() for p in pictures) <= 1
+    assert (
+        x.shape == (3, 3, 32, 32)
+        and y.tolist() == [0, 1, 2]
+        and pictures[0].shape == (32, 32, 3)
+        and 0 <= min(p.min() for p in pictures) <= max(p.max() for p in pictures) <= 1
+    )
     whole = next(iter(folder.loader("test", 12, shuffle=False)))[0]
     assert torch.allclose(x, whole[[0, 5, 9]], atol=1e-6)
-    size = dict(in_channels=3, image_size=32, width=0.125, depth=0.2)
-    student, of = create_model("resnet18_imagenet", 3, T=2, **size), create_model("resnet34_imagenet", 3, **size)
-    watch = create_probes({"stm": {"images": 8}, "fisher": {"images": 2}}, student, of, folder, None)
-    assert math.isfinite(watch["stm"]()) and watch["stm"]() == watch["stm"]() and len(watch["fisher"]()) == 2
+    size = {"in_channels": 3, "image_size": 32, "width": 0.125, "depth": 0.2}
+    student, of = (
+        create_model("resnet18_imagenet", 3, T=2, **size),
+        create_model("resnet34_imagenet", 3, **size),
+    )
+    watch = create_probes(
+        {"stm": {"images": 8}, "fisher": {"images": 2}}, student, of, folder, None
+    )
+    assert (
+        math.isfinite(watch["stm"]())
+        and watch["stm"]() == watch["stm"]()
+        and len(watch["fisher"]()) == 2
+    )
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), st.floats(0.1, 10), st.integers(0, 10**6))
+@given(
+    st.integers(1, 4),
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.floats(0.1, 10),
+    st.integers(0, 10**6),
+)
 def test_the_brightest_part_knows_no_size_and_no_place(batch, h, w, factor, seed):
     g = torch.Generator().manual_seed(seed)
     m = torch.rand(batch, h, w, generator=g) + 1e-3
     part = brightest(m)
-    assert torch.allclose(brightest(factor * m), part, rtol=1e-4) and torch.allclose(brightest(m.flip(1, 2)), part, rtol=1e-5)
+    assert torch.allclose(brightest(factor * m), part, rtol=1e-4) and torch.allclose(
+        brightest(m.flip(1, 2)), part, rtol=1e-5
+    )
     assert ((part >= max(1, round(0.2 * h * w)) / (h * w) - 1e-5) & (part <= 1 + 1e-5)).all()
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6), st.floats(0.1, 100), st.integers(1, 3))
+@given(
+    st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6), st.floats(0.1, 100), st.integers(1, 3)
+)
 def test_how_early_a_curve_falls_does_not_depend_on_its_height(values, factor, last):
     end = sum(values[-last:]) / len(values[-last:])
     assume(abs(math.log(values[0] / end)) > 1e-6)
-    frame = pd.DataFrame([{"method": "KD", "run": "a", "epoch": e + 1, "part": "1", "value": v} for e, v in enumerate(values)])
-    read = lambda f: {r["column"]: r["value"] for r in fisher_rows(f, last)}
+    frame = pd.DataFrame(
+        [
+            {"method": "KD", "run": "a", "epoch": e + 1, "part": "1", "value": v}
+            for e, v in enumerate(values)
+        ]
+    )
+
+    def read(f):
+        return {r["column"]: r["value"] for r in fisher_rows(f, last)}
+
     share = 0.0
-    for v in values: share += max(0.0, min(1.0, math.log(values[0] / v) / math.log(values[0] / end))) if end < values[0] else 0.0
-    assert read(frame)["end"] == pytest.approx(end) and read(frame)["early"] == pytest.approx(share / len(values), abs=1e-6) and 0 <= read(frame)["early"] < 1
-    assert read(frame.assign(value=frame.value * factor))["early"] == pytest.approx(read(frame)["early"], abs=1e-6)
+    for v in values:
+        share += (
+            max(0.0, min(1.0, math.log(values[0] / v) / math.log(values[0] / end)))
+            if end < values[0]
+            else 0.0
+        )
+    assert (
+        read(frame)["end"] == pytest.approx(end)
+        and read(frame)["early"] == pytest.approx(share / len(values), abs=1e-6)
+        and 0 <= read(frame)["early"] < 1
+    )
+    assert read(frame.assign(value=frame.value * factor))["early"] == pytest.approx(
+        read(frame)["early"], abs=1e-6
+    )
 
 
 def test_a_network_that_fires_once_has_an_empty_map_and_claims_about_maps_are_judged():
     class Once:
         training, T, stage_names = False, 3, ("s",)
-        def modules(self): return []
-        def eval(self): return self
-        def train(self, mode=True): return self
-        def __call__(self, x, features=False): return torch.zeros(3, len(x), 2), {"s": torch.stack([torch.ones(len(x), 1, 2, 2), *torch.zeros(2, len(x), 1, 2, 2)])}
+
+        def modules(self):
+            return []
+
+        def eval(self):
+            return self
+
+        def train(self, mode=True):
+            return self
+
+        def __call__(self, x, features=False):
+            return torch.zeros(3, len(x), 2), {
+                "s": torch.stack([torch.ones(len(x), 1, 2, 2), *torch.zeros(2, len(x), 1, 2, 2)])
+            }
+
     assert not interval_map(Once(), torch.zeros(2, 1, 4, 4)).any()
-    frame = pd.DataFrame([{"map": m, "pearson": p, "iou": p, "in the brightest fifth": -p} for m, p in (("Baseline", 0.1), ("KD", 0.5), ("Feature KD", 0.3), ("SASTC", 0.4))])
-    assert judge(MAP_CLAIMS, map_rows(frame)).ours.tolist() == [f"{w}, one seed" for w in ("holds", "fails", "holds", "holds", "fails", "holds", "fails", "holds", "fails")]
+    frame = pd.DataFrame(
+        [
+            {"map": m, "pearson": p, "iou": p, "in the brightest fifth": -p}
+            for m, p in (("Baseline", 0.1), ("KD", 0.5), ("Feature KD", 0.3), ("SASTC", 0.4))
+        ]
+    )
+    assert judge(MAP_CLAIMS, map_rows(frame)).ours.tolist() == [
+        f"{w}, one seed"
+        for w in ("holds", "fails", "holds", "holds", "fails", "holds", "fails", "holds", "fails")
+    ]
 
 
 def test_the_papers_teachers_have_the_sizes_that_are_told():
-    assert [max(math.prod(v) for v in net.feature_shapes(size).values()) for net, size in map(full_size, ("CIFAR-100", "ImageNet"))] == [65_536, 200_704]
-    assert teachers(grids("paper")["table05"]) == [teacher_of("paper", d) for d in ("CIFAR-100", "ImageNet")]
+    assert [
+        max(math.prod(v) for v in net.feature_shapes(size).values())
+        for net, size in map(full_size, ("CIFAR-100", "ImageNet"))
+    ] == [65_536, 200_704]
+    assert teachers(grids("paper")["table05"]) == [
+        teacher_of("paper", d) for d in ("CIFAR-100", "ImageNet")
+    ]
 
 
 def test_mistakes_are_named():
     for make in ARTEFACTS.values():
-        with pytest.raises(UserError, match="did you mean 'paper'"): make("papr")
+        with pytest.raises(UserError, match="did you mean 'paper'"):
+            make("papr")

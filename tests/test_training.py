@@ -1,4 +1,5 @@
 """The training loop beyond its notebook: precision, several processes, methods on foreign networks."""
+
 import subprocess
 import sys
 import textwrap
@@ -9,37 +10,44 @@ from torch import nn
 
 from snnkd_nb.core import UserError
 from snnkd_nb.data.images import load
-from snnkd_nb.losses.zoo import create_distiller, list_distillers, register_method
 from snnkd_nb.losses.base import Method
+from snnkd_nb.losses.zoo import create_distiller, list_distillers, register_method
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.training.loop import Distiller, NonFiniteLoss, evaluate, fit
 
 
-def quiet(event): pass
+def quiet(event):
+    pass
 
 
 @pytest.fixture(scope="module")
-def digits(): return load("digits")
+def digits():
+    return load("digits")
 
 
 class Plain(nn.Sequential):
     "A network without batch statistics, so that two halves of a batch are exactly a batch."
+
     def __init__(self):
         super().__init__(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
 
 
-def small(T=2, **kw): return create_model("vgg11_sastc", T=T, width=0.0625, in_channels=1, image_size=8, **kw)
+def small(T=2, **kw):
+    return create_model("vgg11_sastc", T=T, width=0.0625, in_channels=1, image_size=8, **kw)
 
 
 def test_labels_are_checked_on_a_device_that_is_not_read(digits):
     "A GPU's labels are not looked at, step by step; their range is known from the data. (`meta` stands for it here.)"
-    with torch.device("meta"): d, x, y = Distiller(Plain()), torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long)
+    with torch.device("meta"):
+        d, x, y = Distiller(Plain()), torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long)
     assert set(d(x, y)[0]) == {"ce"}
     for d.labels, says in (((0, 12), "num_classes=13"), ((-100, 9), "a label is -100")):
-        with pytest.raises(UserError, match=says): d(x, y)
+        with pytest.raises(UserError, match=says):
+            d(x, y)
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8))
     d = Distiller(net)
-    with pytest.raises(UserError, match="num_classes=10"): fit(net, digits, d, epochs=1, batch_size=2000, on_event=quiet, device="cpu")
+    with pytest.raises(UserError, match="num_classes=10"):
+        fit(net, digits, d, epochs=1, batch_size=2000, on_event=quiet, device="cpu")
     assert d.labels == (0, 9)
 
 
@@ -54,13 +62,16 @@ def test_every_precision_trains_with_fp32_weights(digits, precision):
 def test_a_spiking_student_trains_in_bf16(digits):
     torch.manual_seed(0)
     student = create_model("resnet20", T=2, depth=0.34, in_channels=1, image_size=8)
-    history = fit(student, digits, epochs=2, batch_size=32, precision="bf16", on_event=quiet, device="cpu")
+    history = fit(
+        student, digits, epochs=2, batch_size=32, precision="bf16", on_event=quiet, device="cpu"
+    )
     assert history.acc_last > 50
 
 
 def test_two_processes_train_as_one(digits, tmp_path):
     script = tmp_path / "train.py"
-    script.write_text(textwrap.dedent("""
+    script.write_text(
+        textwrap.dedent("""
         import sys, torch
         sys.path.insert(0, sys.argv[2])
         from test_training import Plain, quiet
@@ -71,28 +82,49 @@ def test_two_processes_train_as_one(digits, tmp_path):
         history = fit(net, load("digits"), epochs=1, batch_size=64, on_event=quiet, device="cpu")
         if int(__import__("os").environ.get("RANK", 0)) == 0:
             torch.save({"net": net.state_dict(), "loss": history[-1]["loss"], "train_acc": history[-1]["train_acc"]}, sys.argv[1])
-    """))
+    """)
+    )
     here = str(__import__("pathlib").Path(__file__).parent)
     one, two = tmp_path / "one.pt", tmp_path / "two.pt"
     subprocess.run([sys.executable, script, one, here], check=True, timeout=120)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, two, here]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        script,
+        two,
+        here,
+    ]
     r = subprocess.run(launch, capture_output=True, text=True, timeout=180)
     assert r.returncode == 0, r.stderr[-2000:]
     a, b = torch.load(one, weights_only=True), torch.load(two, weights_only=True)
-    for k in a["net"]: torch.testing.assert_close(a["net"][k], b["net"][k], atol=1e-5, rtol=1e-4)
+    for k in a["net"]:
+        torch.testing.assert_close(a["net"][k], b["net"][k], atol=1e-5, rtol=1e-4)
     assert abs(a["loss"] - b["loss"]) < 1e-4 and abs(a["train_acc"] - b["train_acc"]) < 1e-3
 
 
 @pytest.mark.parametrize("method", [m for m in list_distillers() if m != "none"])
 def test_every_method_teaches_a_student_and_spares_the_teacher(digits, method):
     torch.manual_seed(0)
-    student, teacher = (create_model("resnet20", T=T, width=0.125, depth=0.34, in_channels=1, image_size=8) for T in (2, None))
+    student, teacher = (
+        create_model("resnet20", T=T, width=0.125, depth=0.34, in_channels=1, image_size=8)
+        for T in (2, None)
+    )
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     distiller = create_distiller(method, student, teacher)
     fit(student, digits, distiller, epochs=1, lr=0.01, on_event=quiet, device="cpu")
-    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items()), "statistics of the teacher moved"
-    assert all(p.grad is None for p in teacher.parameters()) and (distiller.teacher is None or not teacher.training)
-    assert (distiller.teacher is None) == (method == "tet"), "a teacher that no method needs is not run"
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items()), (
+        "statistics of the teacher moved"
+    )
+    assert all(p.grad is None for p in teacher.parameters()) and (
+        distiller.teacher is None or not teacher.training
+    )
+    assert (distiller.teacher is None) == (method == "tet"), (
+        "a teacher that no method needs is not run"
+    )
     assert not any("teacher" in k for k in distiller.state_dict())
 
 
@@ -101,45 +133,91 @@ def test_compiled_networks_learn_the_same(digits):
     for backend in (None, "aot_eager"):
         torch.manual_seed(0)
         torch._dynamo.reset()
-        student, teacher = (create_model("resnet20", T=T, width=0.125, depth=0.34, in_channels=1, image_size=8) for T in (2, None))
-        history = fit(student, digits, create_distiller("kd+feature", student, teacher), epochs=1, lr=0.01, on_event=quiet, device="cpu", compile=backend)
+        student, teacher = (
+            create_model("resnet20", T=T, width=0.125, depth=0.34, in_channels=1, image_size=8)
+            for T in (2, None)
+        )
+        history = fit(
+            student,
+            digits,
+            create_distiller("kd+feature", student, teacher),
+            epochs=1,
+            lr=0.01,
+            on_event=quiet,
+            device="cpu",
+            compile=backend,
+        )
         losses.append(history[-1]["loss"])
     assert abs(losses[0] - losses[1]) < 1e-3 * losses[0]
     assert student._compiled_call_impl is None and teacher._compiled_call_impl is None
-    by_path = create_distiller("kd+feature", student, teacher, pairs=[("stage2.0.conv1", "stage2.0.conv1")])
+    by_path = create_distiller(
+        "kd+feature", student, teacher, pairs=[("stage2.0.conv1", "stage2.0.conv1")]
+    )
     torch._dynamo.reset()
-    assert fit(student, digits, by_path, epochs=1, lr=0.01, on_event=quiet, device="cpu", compile="aot_eager")[-1]["feature"] > 0
-    with pytest.raises(UserError, match="aot_eager"): fit(student, digits, epochs=1, compile="aot_eagre", on_event=quiet)
+    assert (
+        fit(
+            student,
+            digits,
+            by_path,
+            epochs=1,
+            lr=0.01,
+            on_event=quiet,
+            device="cpu",
+            compile="aot_eager",
+        )[-1]["feature"]
+        > 0
+    )
+    with pytest.raises(UserError, match="aot_eager"):
+        fit(student, digits, epochs=1, compile="aot_eagre", on_event=quiet)
 
 
 def test_any_module_can_teach_by_module_path(digits):
-    teacher = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 64, 10))
+    teacher = nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 64, 10)
+    )
     student = small()
     distiller = create_distiller("kd+feature", student, teacher, pairs=[("stage1", "1")])
     terms, _ = distiller(*next(iter(digits.loader("train", 8))))
     assert set(terms) == {"ce", "kd", "feature"} and all(torch.isfinite(v) for v in terms.values())
-    with pytest.raises(UserError, match="did you mean"): create_distiller("feature", student, teacher, pairs=[("stage11", "1")])
+    with pytest.raises(UserError, match="did you mean"):
+        create_distiller("feature", student, teacher, pairs=[("stage11", "1")])
 
 
 def test_a_method_of_ones_own(digits):
     class Sparse(Method):
         needs_teacher = False
+
         def __init__(self, student, teacher, variant="paper", at="stage1"):
             super().__init__(student, teacher, variant)
             self.student_features = (at,)
-        def terms(self, batch): return {"sparse": batch.feats_s[self.student_features[0]].mean()}
+
+        def terms(self, batch):
+            return {"sparse": batch.feats_s[self.student_features[0]].mean()}
 
     register_method("sparse", Sparse)
     student = small()
-    terms, _ = create_distiller("0.5*sparse", student, at="stage2")(*next(iter(digits.loader("train", 4))))
+    terms, _ = create_distiller("0.5*sparse", student, at="stage2")(
+        *next(iter(digits.loader("train", 4)))
+    )
     assert set(terms) == {"ce", "sparse"}
-    with pytest.raises(UserError, match="exists already"): register_method("sparse", Sparse)
+    with pytest.raises(UserError, match="exists already"):
+        register_method("sparse", Sparse)
 
 
 def test_the_sum_of_the_terms_is_the_loss_in_the_history(digits):
     torch.manual_seed(0)
-    student, teacher = small(), create_model("vgg11_sastc", width=0.125, in_channels=1, image_size=8)
-    row = fit(student, digits, create_distiller("kd", student, teacher), epochs=1, on_event=quiet, device="cpu")[-1]
+    student, teacher = (
+        small(),
+        create_model("vgg11_sastc", width=0.125, in_channels=1, image_size=8),
+    )
+    row = fit(
+        student,
+        digits,
+        create_distiller("kd", student, teacher),
+        epochs=1,
+        on_event=quiet,
+        device="cpu",
+    )[-1]
     assert abs(row["loss"] - row["ce"] - row["kd"]) < 1e-6 * row["loss"] + 1e-6
 
 
@@ -147,36 +225,70 @@ def test_a_non_finite_loss_names_step_term_and_layer(digits):
     torch.manual_seed(0)
     net = Plain()
     net[3].weight.data[0, 0] = float("inf")
-    with pytest.raises(NonFiniteLoss, match=r"'ce' is nan at epoch 1, step 1; first seen in layer student\.3"):
+    with pytest.raises(
+        NonFiniteLoss, match=r"'ce' is nan at epoch 1, step 1; first seen in layer student\.3"
+    ):
         fit(net, digits, epochs=1, on_event=quiet, device="cpu")
 
 
 def test_a_checkpoint_knows_method_and_options(digits, tmp_path):
     def stopped(event):
-        if event["event"] == "epoch" and event["epoch"] == 1: raise KeyboardInterrupt
+        if event["event"] == "epoch" and event["epoch"] == 1:
+            raise KeyboardInterrupt
 
     def made(method="kd", width=0.1, **options):
         torch.manual_seed(0)
-        return create_distiller(method, *(create_model("resnet20", T=T, width=w, depth=0.34, in_channels=1, image_size=8) for T, w in ((2, width), (None, 0.1))), **options)
+        return create_distiller(
+            method,
+            *(
+                create_model("resnet20", T=T, width=w, depth=0.34, in_channels=1, image_size=8)
+                for T, w in ((2, width), (None, 0.1))
+            ),
+            **options,
+        )
 
     def epochs(d, path, on_event):
         seen = []
-        fit(d.student, digits, d, epochs=2, on_event=lambda e: (seen.append(e["epoch"]) if e["event"] == "epoch" else None, on_event(e)), device="cpu", checkpoint=path)
+        fit(
+            d.student,
+            digits,
+            d,
+            epochs=2,
+            on_event=lambda e: (
+                seen.append(e["epoch"]) if e["event"] == "epoch" else None,
+                on_event(e),
+            ),
+            device="cpu",
+            checkpoint=path,
+        )
         return seen
 
-    for method, same, others in (("kd", {"temp": 2.0}, ({"temp": 3.0}, {"temp": 2.0, "width": 0.2})), ("eskd", {"positions": [1]}, ({"positions": [0]},))):
+    for method, same, others in (
+        ("kd", {"temp": 2.0}, ({"temp": 3.0}, {"temp": 2.0, "width": 0.2})),
+        ("eskd", {"positions": [1]}, ({"positions": [0]},)),
+    ):
         path, d = tmp_path / f"{method}.ckpt", made(method, **same)
-        with pytest.raises(KeyboardInterrupt): epochs(d, path, stopped)
+        with pytest.raises(KeyboardInterrupt):
+            epochs(d, path, stopped)
         kept = path.read_bytes()
         assert epochs(d, path, quiet) == [2]
         for other in others:
             path.write_bytes(kept)
-            with pytest.warns(UserWarning, match="belongs to another training"): assert epochs(made(method, **other), path, quiet) == [1, 2]
+            with pytest.warns(UserWarning, match="belongs to another training"):
+                assert epochs(made(method, **other), path, quiet) == [1, 2]
 
 
 def test_nothing_is_saved_from_a_run_that_blew_up(digits, tmp_path):
     with pytest.raises(NonFiniteLoss):
-        fit(Plain(), digits, epochs=1, lr=1e38, on_event=quiet, device="cpu", checkpoint=tmp_path / "x.ckpt")
+        fit(
+            Plain(),
+            digits,
+            epochs=1,
+            lr=1e38,
+            on_event=quiet,
+            device="cpu",
+            checkpoint=tmp_path / "x.ckpt",
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -186,7 +298,10 @@ def test_evaluation_does_not_depend_on_the_batch_size(digits):
 
 
 def test_projections_train_with_the_student_and_stay_behind(digits):
-    student, teacher = small(), create_model("vgg11_sastc", width=0.125, in_channels=1, image_size=8)
+    student, teacher = (
+        small(),
+        create_model("vgg11_sastc", width=0.125, in_channels=1, image_size=8),
+    )
     distiller = create_distiller("feature", student, teacher)
     before = [p.clone() for p in distiller.methods.parameters()]
     fit(student, digits, distiller, epochs=1, on_event=quiet, device="cpu")

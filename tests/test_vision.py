@@ -1,10 +1,14 @@
 """The torchvision guard, both ways: beside its own torch and beside another build."""
+
 import subprocess
 import sys
 import textwrap
 
 
-def run(code): return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+def run(code):
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120
+    )
 
 
 def test_where_torchvision_loads_the_guard_does_nothing():

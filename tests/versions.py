@@ -63,28 +63,42 @@ def wanted(which: str) -> list[str]:
     if which == "tested":
         return ["-c", str(ROOT / "constraints.txt"), *listed, *TOOLS, "timm"]
     oldest = [lowest(requirement) for requirement in listed]
-    torch_version = next(re.search(r"==([0-9]+\.[0-9]+)", r).group(1) for r in oldest if r.startswith("torch=="))
+    torch_version = next(
+        re.search(r"==([0-9]+\.[0-9]+)", r).group(1) for r in oldest if r.startswith("torch==")
+    )
     partner = TORCH_PARTNERS[torch_version]
-    return [*(f"torchvision=={partner}.*" if r.startswith("torchvision") else r for r in oldest), *TOOLS, "timm==1.0.3"]
+    return [
+        *(f"torchvision=={partner}.*" if r.startswith("torchvision") else r for r in oldest),
+        *TOOLS,
+        "timm==1.0.3",
+    ]
 
 
 def versions_in(python: Path) -> dict[str, str]:
     """Return the versions that an environment has."""
-    said = subprocess.run([python, "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True, check=True)
+    said = subprocess.run(
+        [python, "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True, check=True
+    )
     pairs = (line.split("==") for line in said.stdout.splitlines() if "==" in line)
     return {name.lower(): version for name, version in pairs}
 
 
 def main() -> int:
     """Install, run, and print the row of the table; the exit status is that of pytest."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("which", choices=("oldest", "newest", "tested"))
     parser.add_argument("--python", default=sys.executable, help="the Python to test with")
-    parser.add_argument("--folder", default=tempfile.gettempdir(), help="where environments are made")
+    parser.add_argument(
+        "--folder", default=tempfile.gettempdir(), help="where environments are made"
+    )
     parser.add_argument("--tests", nargs="*", default=CORE_TESTS, help="test files, or `all`")
     options = parser.parse_args()
 
-    number = subprocess.run([options.python, "-V"], capture_output=True, text=True, check=True).stdout.split()[1]
+    number = subprocess.run(
+        [options.python, "-V"], capture_output=True, text=True, check=True
+    ).stdout.split()[1]
     place = Path(options.folder) / f"snnkd-{options.which}-{number}"
     python = place / "bin" / "python"
     if not python.exists():
@@ -95,7 +109,9 @@ def main() -> int:
     quiet = ["--quiet", "--disable-pip-version-check"]
     subprocess.run([python, "-m", "pip", "install", *quiet, *wanted(options.which)], check=True)
 
-    files = ["tests"] if list(options.tests) == ["all"] else [f"tests/{name}" for name in options.tests]
+    files = (
+        ["tests"] if list(options.tests) == ["all"] else [f"tests/{name}" for name in options.tests]
+    )
     existing = [name for name in files if (ROOT / name).exists()]
     command = [python, "-m", "pytest", "-q", "-n", "2", "--max-worker-restart", "1000", *existing]
     paths = {**os.environ, "PYTHONPATH": str(ROOT)}  # for processes that tests start

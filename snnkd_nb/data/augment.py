@@ -16,8 +16,12 @@ from ..core import UserError, unknown
 from ..vision import torchvision
 
 # %% ../../nbs/lib/10_data.augment.ipynb #e50d775a
-def _nhwc(x): return x.permute(0, 2, 3, 1).contiguous()
-def _nchw(x): return x.permute(0, 3, 1, 2)
+def _nhwc(x):
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _nchw(x):
+    return x.permute(0, 3, 1, 2)
 
 
 def _draw(generator, low, high, *shape):
@@ -34,7 +38,9 @@ def crop_at(
     p = F.pad(_nhwc(x), (0, 0, pad, pad, pad, pad))
     (B, H, _, C), W = p.shape, x.shape[3]
     starts = p.view(-1).as_strided((p.numel() - W * C + 1, W * C), (1, 1))
-    line = (torch.arange(B, device=x.device) * H + dy)[:, None] + torch.arange(x.shape[2], device=x.device)
+    line = (torch.arange(B, device=x.device) * H + dy)[:, None] + torch.arange(
+        x.shape[2], device=x.device
+    )
     index = line * (p.shape[2] * C) + (dx * C)[:, None]
     return _nchw(starts.index_select(0, index.view(-1)).view(B, -1, W, C))
 
@@ -68,13 +74,19 @@ def random_roll(
     (B, _, H, W), (dy, dx) = x.shape, _draw(generator, -shift, shift + 1, 2, len(x)).to(x.device)
     rows = (torch.arange(H, device=x.device) - dy[:, None]) % H
     cols = (torch.arange(W, device=x.device) - dx[:, None]) % W
-    return _nchw(_nhwc(x)[torch.arange(B, device=x.device)[:, None, None], rows[:, :, None], cols[:, None, :]])
+    return _nchw(
+        _nhwc(x)[
+            torch.arange(B, device=x.device)[:, None, None], rows[:, :, None], cols[:, None, :]
+        ]
+    )
 
 # %% ../../nbs/lib/10_data.augment.ipynb #4c449985
 def blank(
     x,  # images (B, C, H, W)
-    top, left,  # (B,) first row and column, may be negative
-    bottom, right,  # (B,) behind the last row and column
+    top,
+    left,  # (B,) first row and column, may be negative
+    bottom,
+    right,  # (B,) behind the last row and column
     fill=0,  # a value, or (C,) a colour
 ):
     "Fill a rectangle of each image."
@@ -82,7 +94,11 @@ def blank(
     rows = (side(H) >= top[:, None]) & (side(H) < bottom[:, None])
     cols = ((side(W) >= left[:, None]) & (side(W) < right[:, None])).repeat_interleave(C, 1)
     colour = torch.as_tensor(fill, device=x.device).to(x.dtype).expand(C).repeat(W)
-    return _nchw(torch.where(rows[:, :, None] & cols[:, None, :], colour, _nhwc(x).view(B, H, -1)).view(B, H, W, C))
+    return _nchw(
+        torch.where(rows[:, :, None] & cols[:, None, :], colour, _nhwc(x).view(B, H, -1)).view(
+            B, H, W, C
+        )
+    )
 
 # %% ../../nbs/lib/10_data.augment.ipynb #5d8c1a36
 def cutout(
@@ -118,18 +134,27 @@ def auto_augment(
     generator=None,  # on the CPU
 ):
     "AutoAugment's CIFAR-10 policy on each image; slow, see above."
-    if x.shape[1] not in (1, 3): raise UserError(f"autoaugment works on images of 1 or 3 channels, these have {x.shape[1]}: leave it out")
+    if x.shape[1] not in (1, 3):
+        raise UserError(
+            f"autoaugment works on images of 1 or 3 channels, these have {x.shape[1]}: leave it out"
+        )
     v2 = torchvision("transforms.v2")
     policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(_draw(generator, 0, 2**62, 1)))
-        return torch.stack([policy(im) for im in x.contiguous()]).contiguous(memory_format=torch.channels_last)
+        return torch.stack([policy(im) for im in x.contiguous()]).contiguous(
+            memory_format=torch.channels_last
+        )
 
 # %% ../../nbs/lib/10_data.augment.ipynb #8361926c
 AUGMENT = {  # name -> (images, generator, mean colour in 0 … 255) -> images
-    "crop": lambda x, g, m: random_crop(x, max(1, min(x.shape[2:]) // 8), g), "flip": lambda x, g, m: random_flip(x, g),
-    "cutout": lambda x, g, m: cutout(x, None, g), "erase": lambda x, g, m: random_erase(x, g, fill=m),
-    "autoaugment": lambda x, g, m: auto_augment(x, g), "roll": lambda x, g, m: random_roll(x, max(1, round(min(x.shape[2:]) * 5 / 48)), g)}
+    "crop": lambda x, g, m: random_crop(x, max(1, min(x.shape[2:]) // 8), g),
+    "flip": lambda x, g, m: random_flip(x, g),
+    "cutout": lambda x, g, m: cutout(x, None, g),
+    "erase": lambda x, g, m: random_erase(x, g, fill=m),
+    "autoaugment": lambda x, g, m: auto_augment(x, g),
+    "roll": lambda x, g, m: random_roll(x, max(1, round(min(x.shape[2:]) * 5 / 48)), g),
+}
 
 
 def augmenter(
@@ -139,11 +164,13 @@ def augmenter(
     "The augmentation of that name as a function `(uint8 images (B, C, H, W), generator) -> images`."
     parts = [p for p in name.split("+") if p != "none"]
     for p in parts:
-        if p not in AUGMENT: raise unknown("augmentation", p, [*AUGMENT, "none"])
+        if p not in AUGMENT:
+            raise unknown("augmentation", p, [*AUGMENT, "none"])
     colour = (torch.as_tensor(mean) * 255).round()
     return partial(_apply, [AUGMENT[p] for p in parts], colour)
 
 
 def _apply(fns, colour, x, generator):
-    for fn in fns: x = fn(x, generator, colour)
+    for fn in fns:
+        x = fn(x, generator, colour)
     return x

@@ -50,23 +50,34 @@ def stratified(
 @dataclass(frozen=True, eq=False)
 class Split:
     "Images and labels of one part of a data set."
+
     images: torch.Tensor  # uint8 (N, C, H, W), channels_last
     labels: torch.Tensor  # int64 (N,)
     known: str = ""  # SHA-256 of the images where it is known already
 
     def __post_init__(self):
         x = self.images
-        if x.dtype != torch.uint8 or x.dim() != 4: raise UserError(f"images of {x.dtype}, shape {tuple(x.shape)}: give uint8 (N, C, H, W) from 0 to 255; real numbers from 0 to 1 become (255 * x).round().byte()")
+        if x.dtype != torch.uint8 or x.dim() != 4:
+            raise UserError(
+                f"images of {x.dtype}, shape {tuple(x.shape)}: give uint8 (N, C, H, W) from 0 to 255; real numbers from 0 to 1 become (255 * x).round().byte()"
+            )
 
-    def __len__(self): return len(self.labels)
-    def take(self, index): return Split(rows(self)[index].permute(0, 3, 1, 2), self.labels[index])
-    def relabel(self, labels): return Split(self.images, labels, self.images_sha)
+    def __len__(self):
+        return len(self.labels)
+
+    def take(self, index):
+        return Split(rows(self)[index].permute(0, 3, 1, 2), self.labels[index])
+
+    def relabel(self, labels):
+        return Split(self.images, labels, self.images_sha)
 
     @cached_property
-    def images_sha(self): return self.known or sha256_of(rows(self).contiguous().numpy().data)
+    def images_sha(self):
+        return self.known or sha256_of(rows(self).contiguous().numpy().data)
 
     @cached_property
-    def digest(self): return sha256_of(self.images_sha + sha256_of(self.labels.contiguous().numpy().data))
+    def digest(self):
+        return sha256_of(self.images_sha + sha256_of(self.labels.contiguous().numpy().data))
 
 
 def rows(
@@ -81,15 +92,24 @@ def describe(
 ):
     "What a run record keeps of a data set: JSON data."
     frames = {"frames": data.frames} if data.frames else {}
-    return {"name": data.name, "fingerprint": data.fingerprint, "classes": data.num_classes, "shape": list(data.shape), **frames,
-            "sizes": {k: len(s) for k, s in data.splits.items()}, "split": list(data.splits),
-            "mean": [round(float(m), 4) for m in data.mean], "std": [round(float(s), 4) for s in data.std],
-            "changes": [dict(c) for c in data.changes]}
+    return {
+        "name": data.name,
+        "fingerprint": data.fingerprint,
+        "classes": data.num_classes,
+        "shape": list(data.shape),
+        **frames,
+        "sizes": {k: len(s) for k, s in data.splits.items()},
+        "split": list(data.splits),
+        "mean": [round(float(m), 4) for m in data.mean],
+        "std": [round(float(s), 4) for s in data.std],
+        "changes": [dict(c) for c in data.changes],
+    }
 
 # %% ../../nbs/lib/11_data.batches.ipynb #32396a75
 @dataclass(frozen=True, eq=False)
 class ImageData:
     "A data set in memory; immutable, every change returns another one."
+
     name: str
     classes: list  # class names; a label is an index into them
     mean: torch.Tensor  # (C,), in units of full brightness
@@ -101,25 +121,47 @@ class ImageData:
     frames: int | None = None  # T of recordings; None: images
 
     @property
-    def num_classes(self): return len(self.classes)
+    def num_classes(self):
+        return len(self.classes)
+
     @property
-    def shape(self): return ((s := self.train.images.shape)[1] // (self.frames or 1), *s[2:])
+    def shape(self):
+        return ((s := self.train.images.shape)[1] // (self.frames or 1), *s[2:])
+
     @property
-    def splits(self): return {k: s for k in ("train", "val", "test") if (s := getattr(self, k)) is not None}
+    def splits(self):
+        return {k: s for k in ("train", "val", "test") if (s := getattr(self, k)) is not None}
+
     @cached_property
-    def fingerprint(self): return sha256_of(canonical_json({k: s.digest for k, s in self.splits.items()}))[:16]
+    def fingerprint(self):
+        return sha256_of(canonical_json({k: s.digest for k, s in self.splits.items()}))[:16]
 
     def split(self, name):
         "The split of that name."
-        if name == "val" and self.val is None: raise UserError(f"{self.name} has no validation split: make one with split_validation(data, 0.1) or DataSpec(val=0.1)")
-        if name not in self.splits: raise unknown("split", name, self.splits)
+        if name == "val" and self.val is None:
+            raise UserError(
+                f"{self.name} has no validation split: make one with split_validation(data, 0.1) or DataSpec(val=0.1)"
+            )
+        if name not in self.splits:
+            raise unknown("split", name, self.splits)
         return self.splits[name]
 
-    def loader(self, split="train", batch_size=64, seed=0, epoch=0, augment="none", shuffle=None, drop_last=False, device="cpu"):
+    def loader(
+        self,
+        split="train",
+        batch_size=64,
+        seed=0,
+        epoch=0,
+        augment="none",
+        shuffle=None,
+        drop_last=False,
+        device="cpu",
+    ):
         "Batches of one epoch, see `Loader`."
         return Loader(self, split, batch_size, seed, epoch, augment, shuffle, drop_last, device)
 
-    def describe(self): return describe(self)
+    def describe(self):
+        return describe(self)
 
     def __repr__(self):
         sizes = " / ".join(f"{len(s.labels):,} {k}" for k, s in self.splits.items())
@@ -127,13 +169,18 @@ class ImageData:
         return f"ImageData({self.name!r}, {sizes}, {self.num_classes} classes, {frames}{'×'.join(map(str, self.shape))})"
 
 # %% ../../nbs/lib/11_data.batches.ipynb #430e641d
-def count_batches(n, batch_size, drop_last): return n // batch_size if drop_last else -(-n // batch_size)
+def count_batches(n, batch_size, drop_last):
+    return n // batch_size if drop_last else -(-n // batch_size)
 
 
 def check_batches(n, batch_size, drop_last):
     "Refuse a batch size that cannot be meant."
-    if not isinstance(batch_size, int) or batch_size < 1: raise UserError(f"batch_size = {batch_size!r}: give a whole number from 1")
-    if drop_last and n < batch_size: raise UserError(f"batch_size = {batch_size} with drop_last leaves no batch of {n} images: make it {n} or smaller")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise UserError(f"batch_size = {batch_size!r}: give a whole number from 1")
+    if drop_last and n < batch_size:
+        raise UserError(
+            f"batch_size = {batch_size} with drop_last leaves no batch of {n} images: make it {n} or smaller"
+        )
 
 
 def epoch_order(n, seed, epoch, shuffle):
@@ -147,29 +194,42 @@ def time_first(
 ):
     "Frames that lie behind each other as channels, as `(T·B, C, H, W)`, channels_last."
     (B, C, H, W), r = x.shape, x.permute(0, 2, 3, 1)
-    return r.reshape(B, H, W, T, C // T).permute(3, 0, 1, 2, 4).reshape(T * B, H, W, C // T).permute(0, 3, 1, 2)
+    return (
+        r.reshape(B, H, W, T, C // T)
+        .permute(3, 0, 1, 2, 4)
+        .reshape(T * B, H, W, C // T)
+        .permute(0, 3, 1, 2)
+    )
 
 
 def normaliser(data, device="cpu"):
     "The function from uint8 (B, C, H, W) to normalised float32, both channels_last; of recordings to (T, B, C, H, W)."
+
     def fn(x):
         r, n = x.permute(0, 2, 3, 1), x.shape[2] * x.shape[3]
         flat = r.reshape(len(r), -1).float()
         return flat.mul_(scale.repeat(n)).add_(shift.repeat(n)).view(r.shape).permute(0, 3, 1, 2)
+
     scale, shift = (v.float().to(device) for v in (1 / (255 * data.std), -data.mean / data.std))
-    return fn if data.frames is None else lambda x: fn(time_first(x, data.frames)).unflatten(0, (data.frames, -1))
+    return (
+        fn
+        if data.frames is None
+        else lambda x: fn(time_first(x, data.frames)).unflatten(0, (data.frames, -1))
+    )
 
 # %% ../../nbs/lib/11_data.batches.ipynb #45f6bb0c
 def on_device(split, device):
     "Image rows (N, H·W·C) and labels on a device; copied there once and kept with the split."
     kept = split.__dict__.setdefault("_on", {})
-    if device not in kept: kept[device] = rows(split).reshape(len(split), -1).to(device), split.labels.to(device)
+    if device not in kept:
+        kept[device] = rows(split).reshape(len(split), -1).to(device), split.labels.to(device)
     return kept[device]
 
 
 def resolve_augment(augment, data):
     "The augmentation as a function of `(x, generator)`."
-    if callable(augment): return augment
+    if callable(augment):
+        return augment
     return augmenter(augment, mean=0.0 if data.frames else data.mean)
 
 # %% ../../nbs/lib/11_data.batches.ipynb #487e7ffd
@@ -190,17 +250,26 @@ class Loader:
         drop_last=False,  # leave out a last batch that is not full
         device="cpu",  # where the batches are wanted; the images are kept there
     ):
-        self.data, self.split, self.batch_size, self.drop_last = data, data.split(split), batch_size, drop_last
+        self.data, self.split, self.batch_size, self.drop_last = (
+            data,
+            data.split(split),
+            batch_size,
+            drop_last,
+        )
         self.seed, self.epoch, self.device = seed, epoch, torch.device(device)
         self.shuffle = split == "train" if shuffle is None else shuffle
         check_batches(len(self.split), batch_size, drop_last)
         self.augment = resolve_augment(augment, data)
 
-    def __len__(self): return count_batches(len(self.split), self.batch_size, self.drop_last)
+    def __len__(self):
+        return count_batches(len(self.split), self.batch_size, self.drop_last)
 
     def __iter__(self):
         images, labels = on_device(self.split, self.device)
-        normalise, generator = normaliser(self.data, self.device), torch.Generator().manual_seed(seed_for(self.seed, "augment", self.epoch))
+        normalise, generator = (
+            normaliser(self.data, self.device),
+            torch.Generator().manual_seed(seed_for(self.seed, "augment", self.epoch)),
+        )
         order = epoch_order(len(self.split), self.seed, self.epoch, self.shuffle).to(self.device)
         for index in order.split(self.batch_size)[: len(self)]:
             x = images.index_select(0, index).view(-1, *rows(self.split).shape[1:])

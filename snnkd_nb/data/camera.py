@@ -7,6 +7,7 @@ __all__ = ['PROTOCOLS', 'LUMA', 'Camera', 'sense', 'Protocol', 'views', 'uniform
 
 # %% ../../nbs/lib/16_data.camera.ipynb #96116498
 import dataclasses
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +20,11 @@ from ..spec import need
 @dataclass(frozen=True)
 class Camera:
     "What decides the events of a simulated event camera."
+
     threshold: float = 0.2  # change of log light that makes an event
-    mismatch: float = 0.03  # standard deviation of the threshold from pixel to pixel, as a part of it
+    mismatch: float = (
+        0.03  # standard deviation of the threshold from pixel to pixel, as a part of it
+    )
     refractory: float = 1.0  # ms after an event in which a pixel is blind
     noise: float = 1.0  # events a pixel and second that have no cause
     dark: float = 0.1  # light of a black pixel, where white is 1 + dark
@@ -28,7 +32,12 @@ class Camera:
     def __post_init__(self):
         for f in dataclasses.fields(self):
             v, low = getattr(self, f.name), f.name in ("threshold", "dark")
-            good = isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v < 1e6 and not (low and v == 0)
+            good = (
+                isinstance(v, (int, float))
+                and not isinstance(v, bool)
+                and 0 <= v < 1e6
+                and not (low and v == 0)
+            )
             need(good, f"{f.name} = {v!r}: give a number {'above' if low else 'from'} 0")
 
 # %% ../../nbs/lib/16_data.camera.ipynb #4f7fd114
@@ -41,14 +50,16 @@ def _sense(level, times, threshold, refractory, t, x, y, p):
             for k in range(1, K):
                 t0, t1, a, b = times[k - 1], times[k], level[k - 1, i, j], level[k, i, j]
                 slope = (b - a) / (t1 - t0)
-                if t0 < ready <= t1: ref = a + slope * (ready - t0)
+                if t0 < ready <= t1:
+                    ref = a + slope * (ready - t0)
                 while ready <= t1 and abs(b - ref) >= theta:
                     sign = 1.0 if b > ref else -1.0
                     ref += sign * theta
                     now = t0 + (ref - a) / slope
                     t[n], x[n], y[n], p[n] = now, j, i, sign > 0
                     n, ready = n + 1, now + refractory
-                    if refractory > 0 and ready <= t1: ref = a + slope * (ready - t0)
+                    if refractory > 0 and ready <= t1:
+                        ref = a + slope * (ready - t0)
     return n
 
 
@@ -59,7 +70,10 @@ def sense(
     refractory=0.0,  # µs
 ):
     "The events of the pixels in order of time; `t` float, in µs."
-    level, theta = np.asarray(level, np.float64), np.broadcast_to(np.float64(threshold), level.shape[1:])
+    level, theta = (
+        np.asarray(level, np.float64),
+        np.broadcast_to(np.float64(threshold), level.shape[1:]),
+    )
     most = int((np.abs(np.diff(level, axis=0)).sum(0) / theta).sum() + level[0].size)
     out = {"t": np.empty(most), **{k: np.empty(most, np.int64) for k in "xyp"}}
     n = _sense(level, np.asarray(times, np.float64), theta, refractory, *out.values())
@@ -70,6 +84,7 @@ def sense(
 @dataclass(frozen=True)
 class Protocol:
     "How an image is moved before the camera."
+
     corners: tuple  # places of the image on its way, in units of `reach`
     leg: float  # ms from one corner to the next
     part: float  # edge of the image in units of the sensor's
@@ -78,14 +93,21 @@ class Protocol:
     def path(self, size, step=2.0):
         "Times in µs (K,) and places of the image in pixels of a sensor of that size (K, 2), a sample every `step` ms."
         n, c = round(self.leg / step), np.array(self.corners) * self.reach * size
-        need(n > 0 and abs(n * step - self.leg) < 1e-9 * self.leg, f"leg = {self.leg!r} ms: give a multiple of the {step:g} ms between two samples")
-        at = np.concatenate([a + (b - a) * np.arange(n)[:, None] / n for a, b in zip(c, c[1:])] + [c[-1:]])
+        need(
+            n > 0 and abs(n * step - self.leg) < 1e-9 * self.leg,
+            f"leg = {self.leg!r} ms: give a multiple of the {step:g} ms between two samples",
+        )
+        at = np.concatenate(
+            [a + (b - a) * np.arange(n)[:, None] / n for a, b in itertools.pairwise(c)] + [c[-1:]]
+        )
         return np.arange(len(at)) * step * 1e3, at
 
 
 _LOOP = ((-1, 0), (0, 1), (1, 0), (0, -1))
-PROTOCOLS = {"n-mnist": Protocol(((1, -1), (0, 1), (-1, -1), (1, -1)), 100, 28 / 34, 3 / 34),
-             "cifar10-dvs": Protocol((*_LOOP, *_LOOP, _LOOP[0]), 50, 1.0, 1 / 16)}
+PROTOCOLS = {
+    "n-mnist": Protocol(((1, -1), (0, 1), (-1, -1), (1, -1)), 100, 28 / 34, 3 / 34),
+    "cifar10-dvs": Protocol((*_LOOP, *_LOOP, _LOOP[0]), 50, 1.0, 1 / 16),
+}
 
 # %% ../../nbs/lib/16_data.camera.ipynb #9be13566
 @njit(nogil=True, error_model="numpy")
@@ -99,7 +121,10 @@ def _views(image, at, out):
                 v = min(max(j - (S - w) / 2 - at[k, 0], 0.0), w - 1.0)
                 b = min(int(v), max(w - 2, 0))
                 c, d, f, g = min(a + 1, h - 1), min(b + 1, w - 1), u - a, v - b
-                top, low = image[a, b] * (1 - g) + image[a, d] * g, image[c, b] * (1 - g) + image[c, d] * g
+                top, low = (
+                    image[a, b] * (1 - g) + image[a, d] * g,
+                    image[c, b] * (1 - g) + image[c, d] * g,
+                )
                 out[k, i, j] = top * (1 - f) + low * f
 
 
@@ -131,7 +156,10 @@ def noise(camera, duration, size, *parts):
     n = int(rate * duration + 10 * (rate * duration) ** 0.5 + 20) if rate else 0
     u = uniform(4 * n, "noise", *parts).reshape(4, n)
     t = np.cumsum(-np.round(np.log1p(-u[0]) * 2**20) / 2**20 / rate) if rate else u[0]
-    return {k: v[t < duration] for k, v in zip("txyp", (t, *(np.int64(v * m) for v, m in zip(u[1:], (size, size, 2)))))}
+    return {
+        k: v[t < duration]
+        for k, v in zip("txyp", (t, *(np.int64(v * m) for v, m in zip(u[1:], (size, size, 2)))))
+    }
 
 # %% ../../nbs/lib/16_data.camera.ipynb #49088c43
 LUMA = np.array([0.299, 0.587, 0.114])

@@ -28,7 +28,12 @@ def changed(
 
 
 def _fraction(x, name, low_open=False):
-    good = isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x <= 1 and not (low_open and x == 0)
+    good = (
+        isinstance(x, (int, float))
+        and not isinstance(x, bool)
+        and 0 <= x <= 1
+        and not (low_open and x == 0)
+    )
     need(good, f"{name} = {x!r}: give a fraction {'above' if low_open else 'from'} 0, up to 1")
 
 # %% ../../nbs/lib/14_data.corrupt.ipynb #cb56f9a7
@@ -39,13 +44,19 @@ def label_noise(
 ):
     "The data with exactly `round(fraction * n)` training labels replaced by another class."
     _fraction(fraction, "label_noise")
-    if fraction == 0: return data
+    if fraction == 0:
+        return data
     K, y = data.num_classes, data.train.labels.numpy().copy()
-    need(K > 1, f"label_noise = {fraction}: {data.name} has only one class, so there is no wrong label")
+    need(
+        K > 1,
+        f"label_noise = {fraction}: {data.name} has only one class, so there is no wrong label",
+    )
     which = permutation(len(y), "label noise", seed)[: round(fraction * len(y))]
     shift = 1 + raw_bits(len(y), "wrong label", seed) % np.uint64(K - 1)
     y[which] = (y[which] + shift[which].astype(np.int64)) % K
-    return changed(data, {"label_noise": fraction, "seed": seed}, train=data.train.relabel(torch.from_numpy(y)))
+    return changed(
+        data, {"label_noise": fraction, "seed": seed}, train=data.train.relabel(torch.from_numpy(y))
+    )
 
 # %% ../../nbs/lib/14_data.corrupt.ipynb #1cc776ec
 def few_shot(
@@ -55,10 +66,15 @@ def few_shot(
 ):
     "The data with `round(fraction * n)` (at least one) of the `n` training images of every class."
     _fraction(fraction, "shots", low_open=True)
-    if fraction == 1: return data
+    if fraction == 1:
+        return data
     rank, sizes = stratified(data.train.labels, "few shot", seed)
     keep = rank < np.maximum(1, np.round(fraction * sizes))[data.train.labels]
-    return changed(data, {"shots": fraction, "seed": seed}, train=data.train.take(torch.from_numpy(np.flatnonzero(keep))))
+    return changed(
+        data,
+        {"shots": fraction, "seed": seed},
+        train=data.train.take(torch.from_numpy(np.flatnonzero(keep))),
+    )
 
 # %% ../../nbs/lib/14_data.corrupt.ipynb #b09f91d8
 def balanced(labels, n, *parts):
@@ -74,9 +90,19 @@ def subset(
     seed=0,
 ):
     "The data with `n` training images, class-balanced."
-    need(isinstance(n, int) and data.num_classes <= n, f"subset = {n!r}: give at least one image for each of the {data.num_classes} classes of {data.name}")
-    need(n <= len(data.train), f"subset = {n}: {data.name} has {len(data.train)} training images; give that or fewer, or leave it out")
-    return changed(data, {"subset": n, "seed": seed}, train=data.train.take(balanced(data.train.labels, n, "subset", seed)))
+    need(
+        isinstance(n, int) and data.num_classes <= n,
+        f"subset = {n!r}: give at least one image for each of the {data.num_classes} classes of {data.name}",
+    )
+    need(
+        n <= len(data.train),
+        f"subset = {n}: {data.name} has {len(data.train)} training images; give that or fewer, or leave it out",
+    )
+    return changed(
+        data,
+        {"subset": n, "seed": seed},
+        train=data.train.take(balanced(data.train.labels, n, "subset", seed)),
+    )
 
 # %% ../../nbs/lib/14_data.corrupt.ipynb #8d2edaf6
 def split_validation(
@@ -85,18 +111,33 @@ def split_validation(
     seed=0,
 ):
     "The data with part of its training images as validation split; 0 leaves it as it is."
-    if fraction == 0: return data
-    need(data.val is None, f"{data.name} has a validation split already ({len(data.val or ())} images): use it, or take val=0")
+    if fraction == 0:
+        return data
+    need(
+        data.val is None,
+        f"{data.name} has a validation split already ({len(data.val or ())} images): use it, or take val=0",
+    )
     y = data.train.labels
     if isinstance(fraction, int) and fraction >= 1:
-        need(fraction < len(y), f"val = {fraction}: nothing would be left of the {len(y)} training images; give fewer")
-        held = torch.zeros(len(y), dtype=torch.bool).index_fill(0, balanced(y, fraction, "validation", seed), True)
+        need(
+            fraction < len(y),
+            f"val = {fraction}: nothing would be left of the {len(y)} training images; give fewer",
+        )
+        held = torch.zeros(len(y), dtype=torch.bool).index_fill(
+            0, balanced(y, fraction, "validation", seed), True
+        )
     else:
         _fraction(fraction, "val")
         rank, sizes = stratified(y, "validation", seed)
         held = torch.from_numpy(rank < np.minimum(np.round(fraction * sizes), sizes - 1)[y])
-    need(held.any(), f"val = {fraction}: no image of {data.name}'s {len(y)} would be held out; give more, or 0")
-    pick = lambda mask: data.train.take(mask.nonzero()[:, 0])
+    need(
+        held.any(),
+        f"val = {fraction}: no image of {data.name}'s {len(y)} would be held out; give more, or 0",
+    )
+
+    def pick(mask):
+        return data.train.take(mask.nonzero()[:, 0])
+
     return changed(data, {"val": fraction, "seed": seed}, train=pick(~held), val=pick(held))
 
 # %% ../../nbs/lib/14_data.corrupt.ipynb #a7f9ab7d
@@ -111,6 +152,9 @@ def load_spec(
 @lru_cache(maxsize=4)
 def _load_spec(spec, root):
     data = load(spec.name, root, size=spec.size, **spec.args)
-    if spec.subset is not None: data = subset(data, spec.subset, spec.corrupt_seed)
-    data = label_noise(few_shot(data, spec.shots, spec.corrupt_seed), spec.label_noise, spec.corrupt_seed)
+    if spec.subset is not None:
+        data = subset(data, spec.subset, spec.corrupt_seed)
+    data = label_noise(
+        few_shot(data, spec.shots, spec.corrupt_seed), spec.label_noise, spec.corrupt_seed
+    )
     return split_validation(data, 0 if data.val is not None else spec.val)

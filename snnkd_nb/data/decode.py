@@ -7,7 +7,12 @@ __all__ = ['LAYOUT', 'fit_image', 'pixels', 'progress', 'decode', 'moments', 'So
            'read_cache', 'prepare']
 
 # %% ../../nbs/lib/12_data.decode.ipynb #86c18c22
-import itertools, json, re, shutil, sys, time
+import itertools
+import json
+import re
+import shutil
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -24,7 +29,8 @@ def fit_image(
     size=None,  # pixels an edge; None: as it is
 ):
     "The image scaled so that its shorter edge is `size`, and its central square."
-    if size is None or image.size == (size, size): return image
+    if size is None or image.size == (size, size):
+        return image
     w, h = image.size
     e = min(w, h)
     left, top = (w - e) / 2, (h - e) / 2
@@ -36,10 +42,13 @@ def pixels(
     size=None,  # as in `fit_image`; a function knows its own size
 ):
     "One decoded image, uint8 (H, W, C); a file that cannot be read is a `UserError` naming it."
-    if callable(item): return item()
+    if callable(item):
+        return item()
     try:
-        if isinstance(item, np.ndarray): image = Image.fromarray(item)
-        else: image = Image.open(item).convert("RGB")
+        if isinstance(item, np.ndarray):
+            image = Image.fromarray(item)
+        else:
+            image = Image.open(item).convert("RGB")
     except Exception as e:
         why = " ".join(str(e).replace(repr(str(item)), "").split()).strip(" :") or type(e).__name__
         raise UserError(f"cannot read image {item}: {why}; replace or remove it") from None
@@ -61,7 +70,9 @@ def progress(
         now = time.monotonic()
         if now - start > after and now - said > pause:
             said = now
-            sys.stderr.write(f"{what}: {i:,} of {total:,} images, {(now - start) * (total - i) / i:.0f} s left\n")
+            sys.stderr.write(
+                f"{what}: {i:,} of {total:,} images, {(now - start) * (total - i) / i:.0f} s left\n"
+            )
 
 # %% ../../nbs/lib/12_data.decode.ipynb #f5ad13a3
 def _ahead(pool, fn, blocks, depth=16):
@@ -69,10 +80,13 @@ def _ahead(pool, fn, blocks, depth=16):
     try:
         for block in blocks:
             waiting.append(pool.submit(fn, block))
-            if len(waiting) > depth: yield waiting.pop(0).result()
-        while waiting: yield waiting.pop(0).result()
+            if len(waiting) > depth:
+                yield waiting.pop(0).result()
+        while waiting:
+            yield waiting.pop(0).result()
     finally:
-        for w in waiting: w.cancel()
+        for w in waiting:
+            w.cancel()
 
 
 def _differ(one, two):
@@ -89,10 +103,13 @@ def decode(
     first = None
     with ThreadPoolExecutor(min(8, cores())) as pool:
         blocks = [items[i : i + 256] for i in range(0, len(items), 256)]
-        done = itertools.chain.from_iterable(_ahead(pool, lambda block: [pixels(i, size) for i in block], blocks))
+        done = itertools.chain.from_iterable(
+            _ahead(pool, lambda block: [pixels(i, size) for i in block], blocks)
+        )
         for item, a in progress(zip(items, done), len(items), what):
             first = first or (item, a.shape)
-            if a.shape != first[1]: raise UserError(_differ(first, (item, a.shape)))
+            if a.shape != first[1]:
+                raise UserError(_differ(first, (item, a.shape)))
             yield a
 
 # %% ../../nbs/lib/12_data.decode.ipynb #d8ad985e
@@ -102,7 +119,10 @@ def moments(
     "Mean and standard deviation of every channel in units of full brightness, from exact counts."
     v, out = np.arange(256) / 255, []
     for c in range(images.shape[-1]):
-        p = sum(np.bincount(part[..., c].ravel(), minlength=256) for part in np.array_split(images, 1 + len(images) // 4096)) / (images.size / images.shape[-1])
+        p = sum(
+            np.bincount(part[..., c].ravel(), minlength=256)
+            for part in np.array_split(images, 1 + len(images) // 4096)
+        ) / (images.size / images.shape[-1])
         out.append((p @ v, max((p @ v**2 - (p @ v) ** 2), 0.0) ** 0.5))
     return [round(float(m), 6) for m, _ in out], [round(float(s), 6) or 1.0 for _, s in out]
 
@@ -113,17 +133,24 @@ LAYOUT = 1  # raised when the form of the cache changes
 @dataclass(frozen=True)
 class Source:
     "Where images come from, before any of them is read."
+
     name: str  # of the data set
     key: object  # JSON data that changes with the content
     read: object  # () -> (class names, {split: (items, labels)}); an item is what `pixels` takes
-    normal: tuple | None = None  # (mean, std) where a convention exists; None: computed from the training images
+    normal: tuple | None = (
+        None  # (mean, std) where a convention exists; None: computed from the training images
+    )
     frames: int | None = None  # T where the items are recordings (H, W, T·C); None: images
 
 
 def cache_folder(source, size):
     "Where the decoded images of a source stand."
     key = sha256_of(canonical_json([LAYOUT, source.name, source.key, size]))[:16]
-    return cache_dir() / "decoded" / f"{re.sub(r'[^A-Za-z0-9]+', '-', source.name).strip('-')[-60:]}-{key}"
+    return (
+        cache_dir()
+        / "decoded"
+        / f"{re.sub(r'[^A-Za-z0-9]+', '-', source.name).strip('-')[-60:]}-{key}"
+    )
 
 # %% ../../nbs/lib/12_data.decode.ipynb #b66156ee
 def checksum(
@@ -139,8 +166,11 @@ def checksum(
 def _written(stream, path, n):
     first = next(stream)
     with open(path, "wb") as f:
-        np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": (n, *first.shape)})
-        for a in itertools.chain([first], stream): f.write(a.tobytes())
+        np.lib.format.write_array_header_1_0(
+            f, {"descr": "|u1", "fortran_order": False, "shape": (n, *first.shape)}
+        )
+        for a in itertools.chain([first], stream):
+            f.write(a.tobytes())
     return np.load(path, mmap_mode="r")
 
 
@@ -153,13 +183,23 @@ def write_cache(
     classes, parts = source.read()
     items, labels = zip(*(parts[s] for s in parts))
     labels, ends = np.concatenate(labels).astype(np.int64), np.cumsum([0, *map(len, labels)])
-    images = _written(decode([i for s in items for i in s], size, f"preparing {source.name}"), folder / "images.npy", len(labels))
+    images = _written(
+        decode([i for s in items for i in s], size, f"preparing {source.name}"),
+        folder / "images.npy",
+        len(labels),
+    )
     np.save(folder / "labels.npy", labels)
     of = {s: images[a:b] for s, (a, b) in zip(parts, itertools.pairwise(ends))}
-    meta = {"classes": list(classes), "splits": [[s, len(x), sha256_of(np.ascontiguousarray(x).data)] for s, x in of.items()],
-            "normal": [list(v) for v in source.normal or moments(of["train"])], "sums": [checksum(images), checksum(labels)],
-            **({"frames": source.frames} if source.frames else {})}
-    (folder / "meta.json").write_text(canonical_json({**meta, "sha256": sha256_of(canonical_json(meta))}))
+    meta = {
+        "classes": list(classes),
+        "splits": [[s, len(x), sha256_of(np.ascontiguousarray(x).data)] for s, x in of.items()],
+        "normal": [list(v) for v in source.normal or moments(of["train"])],
+        "sums": [checksum(images), checksum(labels)],
+        **({"frames": source.frames} if source.frames else {}),
+    }
+    (folder / "meta.json").write_text(
+        canonical_json({**meta, "sha256": sha256_of(canonical_json(meta))})
+    )
 
 # %% ../../nbs/lib/12_data.decode.ipynb #5d5a1775
 def read_cache(
@@ -169,12 +209,23 @@ def read_cache(
     "The data set in a cache folder, or None where the folder is absent, cut or damaged."
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        images, labels = np.load(folder / "images.npy", mmap_mode="c"), np.load(folder / "labels.npy")
-        if meta.pop("sha256") != sha256_of(canonical_json(meta)) or meta["sums"] != [checksum(images), checksum(labels)]: return None
-    except (OSError, ValueError, KeyError, AttributeError, EOFError): return None
+        images, labels = (
+            np.load(folder / "images.npy", mmap_mode="c"),
+            np.load(folder / "labels.npy"),
+        )
+        if meta.pop("sha256") != sha256_of(canonical_json(meta)) or meta["sums"] != [
+            checksum(images),
+            checksum(labels),
+        ]:
+            return None
+    except (OSError, ValueError, KeyError, AttributeError, EOFError):
+        return None
     ends = np.cumsum([0, *(n for _, n, _ in meta["splits"])])
     x, y = torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
-    splits = {s: Split(x[a:b], y[a:b], h) for (s, _, h), (a, b) in zip(meta["splits"], itertools.pairwise(ends))}
+    splits = {
+        s: Split(x[a:b], y[a:b], h)
+        for (s, _, h), (a, b) in zip(meta["splits"], itertools.pairwise(ends))
+    }
     mean, std = (torch.tensor(v) for v in meta["normal"])
     return ImageData(name, meta["classes"], mean, std, **splits, frames=meta.get("frames"))
 
@@ -185,15 +236,23 @@ def prepare(
 ):
     "The data set of a source: from its cache, which is made (again) where it is absent or damaged."
     folder = cache_folder(source, size)
-    if (data := read_cache(source.name, folder)) is not None: return data
+    if (data := read_cache(source.name, folder)) is not None:
+        return data
     tmp = folder.with_name(f".{folder.name}.tmp")
     try:
         with lock(folder):
-            if (data := read_cache(source.name, folder)) is not None: return data
-            shutil.rmtree(tmp, ignore_errors=True), tmp.mkdir(parents=True)
+            if (data := read_cache(source.name, folder)) is not None:
+                return data
+            shutil.rmtree(tmp, ignore_errors=True)
+            tmp.mkdir(parents=True)
             try:
                 write_cache(source, size, tmp)
-                shutil.rmtree(folder, ignore_errors=True), tmp.rename(folder)
-            finally: shutil.rmtree(tmp, ignore_errors=True)
-    except OSError as e: raise UserError(f"cannot write {folder.parent}: {e.strerror or e}; free some space, or set SNNKD_CACHE to another folder") from None
+                shutil.rmtree(folder, ignore_errors=True)
+                tmp.rename(folder)
+            finally:
+                shutil.rmtree(tmp, ignore_errors=True)
+    except OSError as e:
+        raise UserError(
+            f"cannot write {folder.parent}: {e.strerror or e}; free some space, or set SNNKD_CACHE to another folder"
+        ) from None
     return read_cache(source.name, folder)

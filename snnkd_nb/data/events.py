@@ -8,15 +8,21 @@ __all__ = ['SLICING', 'SLACK', 'PALETTE', 'CURE', 'LARGEST', 'SIMULATOR', 'by_nu
            'digits_events', 'image_set']
 
 # %% ../../nbs/lib/17_data.events.ipynb #41082757
-import dataclasses, importlib, importlib.util, inspect, io, sys, types
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import io
+import sys
+import types
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from ..core import unknown, UserError
-from .camera import Camera, Protocol, PROTOCOLS, record
-from .decode import pixels, Source
+from ..core import UserError, unknown
+from .camera import PROTOCOLS, Camera, Protocol, record
+from .decode import Source, pixels
 from .images import opener
 from ..spec import need
 from ..vision import torchvision
@@ -56,9 +62,15 @@ def check_events(
     need(n > 0, f"{what} is empty, it has no events: {cure}")
     need(n >= T, f"{what} has {n} events, fewer than frames={T}: ask for fewer frames, {cure}")
     back = np.flatnonzero(t[1:] < t[:-1] - SLACK)
-    need(not len(back), f"{what} goes back in time {len(back)} times, first at event {1 + back[0] if len(back) else 0}: its times are damaged, fetch it again")
-    inside = 0 <= min(x.min(), y.min()) and max(x.max(), y.max()) < size
-    need(inside, f"{what} has an event at x={x.max()}, y={y.max()}, outside the sensor of {size}x{size} pixels: it is damaged or of another camera")
+    need(
+        not len(back),
+        f"{what} goes back in time {len(back)} times, first at event {1 + back[0] if len(back) else 0}: its times are damaged, fetch it again",
+    )
+    inside = min(x.min(), y.min()) >= 0 and max(x.max(), y.max()) < size
+    need(
+        inside,
+        f"{what} has an event at x={x.max()}, y={y.max()}, outside the sensor of {size}x{size} pixels: it is damaged or of another camera",
+    )
 
 
 def frames_of(
@@ -70,7 +82,8 @@ def frames_of(
     cure="remove it or fetch it again",  # of one with too few events
 ):
     "Event counts, int64 (T, 2, size, size); channel 0 counts the darker, 1 the brighter."
-    if slicing not in SLICING: raise unknown("slicing", slicing, SLICING)
+    if slicing not in SLICING:
+        raise unknown("slicing", slicing, SLICING)
     check_events(events, T, size, what, cure)
     order = np.argsort(np.asarray(events["t"]), kind="stable")
     t, x, y, p = (np.asarray(events[k]).astype(np.int64)[order] for k in "txyp")
@@ -85,13 +98,17 @@ def spikingjelly_datasets(
     "A module of `spikingjelly.datasets`, also where the whole package cannot be imported."
     name = "spikingjelly.datasets"
     torchvision("datasets")
-    try: return importlib.import_module(f"{name}.{module}")
-    except (ImportError, OSError, RuntimeError): pass
+    try:
+        return importlib.import_module(f"{name}.{module}")
+    except (ImportError, OSError, RuntimeError):
+        pass
     shell, found = types.ModuleType(name), importlib.util.find_spec("spikingjelly")
     shell.__path__ = [f"{p}/datasets" for p in found.submodule_search_locations]
     sys.modules[name] = shell
-    try: return importlib.import_module(f"{name}.{module}")
-    finally: sys.modules.pop(name, None)
+    try:
+        return importlib.import_module(f"{name}.{module}")
+    finally:
+        sys.modules.pop(name, None)
 
 # %% ../../nbs/lib/17_data.events.ipynb #fb8c5a01
 def as_row(
@@ -117,16 +134,22 @@ def gif(
     ms=100,  # milliseconds a frame
 ):
     "The frames as an animated GIF: white, blue where it became darker, red where brighter."
-    which = np.where(frames.sum(1) == 0, 0, np.where(frames[:, 1] > frames[:, 0], 2, 1)).astype(np.uint8)
+    which = np.where(frames.sum(1) == 0, 0, np.where(frames[:, 1] > frames[:, 0], 2, 1)).astype(
+        np.uint8
+    )
     stills = [Image.fromarray(w.repeat(zoom, 0).repeat(zoom, 1), "P") for w in which]
-    for s in stills: s.putpalette(PALETTE)
-    stills[0].save(out := io.BytesIO(), "GIF", save_all=True, append_images=stills[1:], duration=ms, loop=0)
+    for s in stills:
+        s.putpalette(PALETTE)
+    stills[0].save(
+        out := io.BytesIO(), "GIF", save_all=True, append_images=stills[1:], duration=ms, loop=0
+    )
     return out.getvalue()
 
 # %% ../../nbs/lib/17_data.events.ipynb #03ea39af
 @dataclass(frozen=True)
 class Recording:
     "A recording that is made when it is called: uint8 (H, W, T·2)."
+
     item: object  # the image, what `pixels` takes
     name: str  # for errors
     size: int | None  # of the sensor; None: as large as the image
@@ -136,14 +159,22 @@ class Recording:
     camera: Camera
     seed: tuple  # of the camera, and which recording this is
 
-    def __str__(self): return self.name
+    def __str__(self):
+        return self.name
 
     def __call__(self):
         image = pixels(self.item)
         check_sensor(size := self.size or min(image.shape[:2]), self.protocol)
-        seen = pixels(image if image.shape[2] == 3 else image[:, :, 0], max(1, round(size * self.protocol.part)))
+        seen = pixels(
+            image if image.shape[2] == 3 else image[:, :, 0],
+            max(1, round(size * self.protocol.part)),
+        )
         events = record(seen, size, self.protocol, self.camera, *self.seed)
-        return as_row(frames_of(events, self.frames, size, self.slicing, f"the recording of {self.name}", CURE))
+        return as_row(
+            frames_of(
+                events, self.frames, size, self.slicing, f"the recording of {self.name}", CURE
+            )
+        )
 
 
 CURE = "take a lower threshold= or a larger size="
@@ -153,9 +184,14 @@ LARGEST = 256  # pixels an edge of a simulated sensor
 def check_frames(frames, slicing, protocol="n-mnist", seed=0):
     "Refuse options of an event set that cannot be meant."
     need(type(seed) is int and 0 <= seed < 2**31, f"seed = {seed!r}: give a whole number from 0")
-    need(isinstance(frames, int) and not isinstance(frames, bool) and 1 <= frames <= 1024, f"frames = {frames!r}: give a whole number from 1 to 1024, the T of the model")
-    if slicing not in SLICING: raise unknown("slicing", slicing, SLICING)
-    if protocol not in PROTOCOLS: raise unknown("protocol", protocol, PROTOCOLS)
+    need(
+        isinstance(frames, int) and not isinstance(frames, bool) and 1 <= frames <= 1024,
+        f"frames = {frames!r}: give a whole number from 1 to 1024, the T of the model",
+    )
+    if slicing not in SLICING:
+        raise unknown("slicing", slicing, SLICING)
+    if protocol not in PROTOCOLS:
+        raise unknown("protocol", protocol, PROTOCOLS)
 
 # %% ../../nbs/lib/17_data.events.ipynb #a5a616cc
 SIMULATOR = 2  # raised when the same options give other events or frames
@@ -166,26 +202,43 @@ def check_sensor(
     protocol,  # a `Protocol`
 ):
     "Refuse a sensor for which a recording would take too much memory."
-    if size is None or size <= LARGEST: return
+    if size is None or size <= LARGEST:
+        return
     gib = 16 * size**2 * len(protocol.path(size)[0]) / 2**30
-    raise UserError(f"size = {size}: simulating a sensor of {size}x{size} pixels takes {gib:.1f} GiB a recording; give size={LARGEST} or less")
+    raise UserError(
+        f"size = {size}: simulating a sensor of {size}x{size} pixels takes {gib:.1f} GiB a recording; give size={LARGEST} or less"
+    )
 
 
 def _recordings(source, make):
-    record(np.zeros((2, 2), np.uint8), 2, PROTOCOLS["n-mnist"])  # compiled here, before the clock of the progress starts
+    record(
+        np.zeros((2, 2), np.uint8), 2, PROTOCOLS["n-mnist"]
+    )  # compiled here, before the clock of the progress starts
     classes, parts = source.read()
-    name = lambda s, i, item: f"{s} image {i}" if isinstance(item, np.ndarray) else str(item)
-    return classes, {s: ([make(item, name(s, i, item), (s, i)) for i, item in enumerate(items)], y) for s, (items, y) in parts.items()}
+
+    def name(s, i, item):
+        return f"{s} image {i}" if isinstance(item, np.ndarray) else str(item)
+
+    return classes, {
+        s: ([make(item, name(s, i, item), (s, i)) for i, item in enumerate(items)], y)
+        for s, (items, y) in parts.items()
+    }
 
 
 def events_of(
     arg,  # name of the image data set
-    root=None, download=False, size=None,  # as in `load`; size: pixels an edge of the sensor, None: as large as the image
+    root=None,
+    download=False,
+    size=None,  # as in `load`; size: pixels an edge of the sensor, None: as large as the image
     frames=4,  # T
     slicing="number",  # cut into frames of equally many events, or by "time"
     protocol="n-mnist",  # how the image moves, see `PROTOCOLS`
     seed=0,  # of the camera's pixels and its noise
-    threshold=0.2, mismatch=0.03, refractory=1.0, noise=1.0, dark=0.1,  # see `Camera`
+    threshold=0.2,
+    mismatch=0.03,
+    refractory=1.0,
+    noise=1.0,
+    dark=0.1,  # see `Camera`
 ):
     "Any image data set before the simulated camera."
     need(arg, "events needs an image data set: events:digits, events:cifar10, events:folder:NAME")
@@ -193,10 +246,26 @@ def events_of(
     camera = Camera(threshold, mismatch, refractory, noise, dark)
     open_source, rest = opener(arg, root)
     source = open_source(rest, root, download, size)
-    need(isinstance(source, Source) and source.frames is None, f"events:{arg}: give an image data set that fits into memory; {arg} is none")
+    need(
+        isinstance(source, Source) and source.frames is None,
+        f"events:{arg}: give an image data set that fits into memory; {arg} is none",
+    )
     check_sensor(size, way := PROTOCOLS[protocol])
-    make = lambda item, name, which: Recording(item, name, size, frames, slicing, way, camera, (seed, *which))
-    key = [SIMULATOR, source.name, source.key, size, frames, slicing, dataclasses.astuple(way), dataclasses.astuple(camera), seed]
+
+    def make(item, name, which):
+        return Recording(item, name, size, frames, slicing, way, camera, (seed, *which))
+
+    key = [
+        SIMULATOR,
+        source.name,
+        source.key,
+        size,
+        frames,
+        slicing,
+        dataclasses.astuple(way),
+        dataclasses.astuple(camera),
+        seed,
+    ]
     return Source(f"events:{arg}", key, lambda: _recordings(source, make), normal(), frames)
 
 # %% ../../nbs/lib/17_data.events.ipynb #982e6013
@@ -213,4 +282,10 @@ def image_set(
     name,  # of an event data set
 ):
     "The name of the image data set behind a simulated one, whose images are in the same order; None where it is a real one."
-    return "digits" if name == "digits-events" else name.removeprefix("events:") if name.startswith("events:") else None
+    return (
+        "digits"
+        if name == "digits-events"
+        else name.removeprefix("events:")
+        if name.startswith("events:")
+        else None
+    )

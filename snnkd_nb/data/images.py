@@ -8,7 +8,12 @@ __all__ = ['EXTENSIONS', 'CIFAR', 'SOURCES', 'list_images', 'check_classes', 'fo
            'import_plugins', 'list_datasets', 'opener', 'load']
 
 # %% ../../nbs/lib/13_data.images.ipynb #40534497
-import importlib, importlib.util, inspect, itertools, os, sys
+import importlib
+import importlib.util
+import inspect
+import itertools
+import os
+import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -17,7 +22,7 @@ import numpy as np
 
 from ..core import UserError, data_dir, unknown
 from .batches import ImageData, stratified
-from .decode import prepare, Source
+from .decode import Source, prepare
 from ..vision import torchvision
 
 # %% ../../nbs/lib/13_data.images.ipynb #8dc70715
@@ -28,9 +33,12 @@ def _walk(folder):
     files, subs = [], []
     with os.scandir(folder) as entries:
         for e in entries:
-            if e.name[0] == ".": continue
-            if e.name[e.name.rfind(".") :].lower() in EXTENSIONS: files.append((e.path, (st := e.stat()).st_size, st.st_mtime_ns))
-            elif e.is_dir(): subs.append(e.path)
+            if e.name[0] == ".":
+                continue
+            if e.name[e.name.rfind(".") :].lower() in EXTENSIONS:
+                files.append((e.path, (st := e.stat()).st_size, st.st_mtime_ns))
+            elif e.is_dir():
+                subs.append(e.path)
     return sorted(itertools.chain(files, *map(_walk, subs)))
 
 
@@ -39,10 +47,14 @@ def list_images(
 ):
     "`{class: [(path, bytes, mtime in ns), …]}` in alphabetical order; classes are the sub-folders."
     subs = sorted(e.path for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
-    if not subs: raise UserError(f"{folder} has no class folders: put the images into {folder}/<class>/")
+    if not subs:
+        raise UserError(f"{folder} has no class folders: put the images into {folder}/<class>/")
     found = {os.path.basename(s): _walk(s) for s in subs}
     empty = [c for c, files in found.items() if not files]
-    if empty: raise UserError(f"class folder {os.path.join(folder, empty[0])} has no images ({', '.join(sorted(EXTENSIONS))}): add some or remove it")
+    if empty:
+        raise UserError(
+            f"class folder {os.path.join(folder, empty[0])} has no images ({', '.join(sorted(EXTENSIONS))}): add some or remove it"
+        )
     return found
 
 # %% ../../nbs/lib/13_data.images.ipynb #65b7ef4c
@@ -50,7 +62,10 @@ def check_classes(path, split, train, other):
     "Refuse a split whose classes are not those of the training images."
     for have, lack, a, b in ((other, train, split, "train"), (train, other, "train", split)):
         names = [c for c in have if c not in lack]
-        if names: raise UserError(f"{path}: {a} has {len(names)} class(es) that {b} lacks ({', '.join(names[:5])}{', …' if len(names) > 5 else ''}): add them to {b} or remove them from {a}")
+        if names:
+            raise UserError(
+                f"{path}: {a} has {len(names)} class(es) that {b} lacks ({', '.join(names[:5])}{', …' if len(names) > 5 else ''}): add them to {b} or remove them from {a}"
+            )
 
 # %% ../../nbs/lib/13_data.images.ipynb #2d686b64
 def folder_splits(
@@ -58,10 +73,15 @@ def folder_splits(
 ):
     "`{split: {class: files}}` of an image folder, checked to have the same classes in every split."
     have = [s for s in ("train", "val", "test") if (Path(path) / s).is_dir()]
-    if "train" not in have or len(have) < 2: raise UserError(f"{path} is no image folder: it needs train/<class>/… and test/<class>/… (or val/<class>/…)")
+    if "train" not in have or len(have) < 2:
+        raise UserError(
+            f"{path} is no image folder: it needs train/<class>/… and test/<class>/… (or val/<class>/…)"
+        )
     found = {s: list_images(os.path.join(path, s)) for s in have}
-    if "test" not in found: found["test"] = found.pop("val")
-    for s in found: check_classes(path, s, found["train"], found[s])
+    if "test" not in found:
+        found["test"] = found.pop("val")
+    for s in found:
+        check_classes(path, s, found["train"], found[s])
     return found
 
 # %% ../../nbs/lib/13_data.images.ipynb #4ee0cbdc
@@ -72,10 +92,16 @@ def data_path(
 ):
     "The folder a data set's name points to."
     root = Path(root or data_dir()).expanduser()
-    if not arg: raise UserError(f"{kind} needs a folder: {kind}:NAME for {root}/NAME, or {kind}:/an/absolute/path")
+    if not arg:
+        raise UserError(
+            f"{kind} needs a folder: {kind}:NAME for {root}/NAME, or {kind}:/an/absolute/path"
+        )
     path = root / Path(arg).expanduser()
-    if path.is_dir(): return path
-    raise UserError(f"{kind}:{arg}: there is no folder {path}; put the images there, set SNNKD_DATA to the folder that holds them, or give an absolute path")
+    if path.is_dir():
+        return path
+    raise UserError(
+        f"{kind}:{arg}: there is no folder {path}; put the images there, set SNNKD_DATA to the folder that holds them, or give an absolute path"
+    )
 
 # %% ../../nbs/lib/13_data.images.ipynb #f54e2654
 def _labelled(found, classes):
@@ -86,13 +112,23 @@ def _labelled(found, classes):
 def listing_key(path, found):
     "Relative names, sizes and times of all files."
     n = len(str(path)) + 1
-    return [[s, c, [[p[n:], size, t] for p, size, t in files]] for s, by in found.items() for c, files in by.items()]
+    return [
+        [s, c, [[p[n:], size, t] for p, size, t in files]]
+        for s, by in found.items()
+        for c, files in by.items()
+    ]
 
 
 def listed_source(name, path, found, titles=None):
     "The `Source` of listed files, `{split: {class: files}}`."
     classes = list(found["train"])
-    read = lambda: ([(titles or {}).get(c, c) for c in classes], {s: _labelled(by, classes) for s, by in found.items()})
+
+    def read():
+        return (
+            [(titles or {}).get(c, c) for c in classes],
+            {s: _labelled(by, classes) for s, by in found.items()},
+        )
+
     return Source(name, listing_key(path, found), read)
 
 
@@ -102,7 +138,12 @@ def folder(arg, root=None, download=False, size=None):
     return listed_source(f"folder:{arg}", path, folder_splits(path))
 
 # %% ../../nbs/lib/13_data.images.ipynb #504dd7f1
-def _lines(path): return [line.split("\t") for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
+def _lines(path):
+    return (
+        [line.split("\t") for line in path.read_text().splitlines() if line.strip()]
+        if path.is_file()
+        else []
+    )
 
 
 def tiny_titles(path, classes):
@@ -118,8 +159,14 @@ def tiny_val(
 ):
     "`{wnid: files}` of the validation images of these classes, by `val_annotations.txt`."
     notes = _lines(folder / "val_annotations.txt")
-    if not notes: raise UserError(f"{folder}/val_annotations.txt is missing: unpack tiny-imagenet-200.zip (http://cs231n.stanford.edu) as it is")
-    files = {e.name: (e.path, e.stat().st_size, e.stat().st_mtime_ns) for e in os.scandir(folder / "images")}
+    if not notes:
+        raise UserError(
+            f"{folder}/val_annotations.txt is missing: unpack tiny-imagenet-200.zip (http://cs231n.stanford.edu) as it is"
+        )
+    files = {
+        e.name: (e.path, e.stat().st_size, e.stat().st_mtime_ns)
+        for e in os.scandir(folder / "images")
+    }
     return {c: [files[n] for n, w, *_ in notes if w == c and n in files] for c in classes}
 
 
@@ -127,41 +174,75 @@ def tiny_imagenet(arg, root=None, download=False, size=None):
     "Tiny-ImageNet as it is unpacked (http://cs231n.stanford.edu/tiny-imagenet-200.zip)."
     path = data_path(arg, root, "tiny-imagenet")
     if not (path / "train").is_dir() or not (path / "val" / "images").is_dir():
-        raise UserError(f"{path} is not laid out as Tiny-ImageNet: it needs train/<wnid>/images/, val/images/ and val/val_annotations.txt")
+        raise UserError(
+            f"{path} is not laid out as Tiny-ImageNet: it needs train/<wnid>/images/, val/images/ and val/val_annotations.txt"
+        )
     train = list_images(path / "train")
     order = {w[0]: i for i, w in enumerate(_lines(path / "wnids.txt"))}
     train = {c: train[c] for c in sorted(train, key=lambda c: (order.get(c, len(order)), c))}
     test = {c: files for c, files in tiny_val(path / "val", train).items() if files}
     check_classes(path, "val", train, test)
-    return listed_source(f"tiny-imagenet:{arg}", path, {"train": train, "test": test}, tiny_titles(path, train))
+    return listed_source(
+        f"tiny-imagenet:{arg}", path, {"train": train, "test": test}, tiny_titles(path, train)
+    )
 
 # %% ../../nbs/lib/13_data.images.ipynb #4b7f365f
 def digits(arg="", root=None, download=False, size=None):
     "scikit-learn's handwritten digits."
+
     def read():
         from sklearn.datasets import load_digits
 
         d = load_digits()
-        images, (rank, sizes) = np.round(d.images * (255 / 16)).astype(np.uint8), stratified(d.target, "digits", "test")
+        images, (rank, sizes) = (
+            np.round(d.images * (255 / 16)).astype(np.uint8),
+            stratified(d.target, "digits", "test"),
+        )
         test = rank < np.round(0.2 * sizes)[d.target]
-        return [str(c) for c in range(10)], {s: (list(images[m]), d.target[m]) for s, m in (("train", ~test), ("test", test))}
+        return [str(c) for c in range(10)], {
+            s: (list(images[m]), d.target[m]) for s, m in (("train", ~test), ("test", test))
+        }
+
     return Source("digits", "scikit-learn", read)
 
 # %% ../../nbs/lib/13_data.images.ipynb #6d5510e2
 CIFAR = {  # torchvision class, folder, archive, mean, std
-    "cifar10": ("CIFAR10", "cifar-10-batches-py", "cifar-10-python.tar.gz", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": ("CIFAR100", "cifar-100-python", "cifar-100-python.tar.gz", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))}
+    "cifar10": (
+        "CIFAR10",
+        "cifar-10-batches-py",
+        "cifar-10-python.tar.gz",
+        (0.4914, 0.4822, 0.4465),
+        (0.2470, 0.2435, 0.2616),
+    ),
+    "cifar100": (
+        "CIFAR100",
+        "cifar-100-python",
+        "cifar-100-python.tar.gz",
+        (0.5071, 0.4867, 0.4408),
+        (0.2675, 0.2565, 0.2761),
+    ),
+}
 
 # %% ../../nbs/lib/13_data.images.ipynb #7bc84082
 def _fetch(make, root, kind):
-    try: make(root, download=True)
-    except (OSError, RuntimeError) as e: raise UserError(f"{kind} could not be fetched into {root}: {' '.join(str(e).split())}; check the network or put it there by hand") from None
+    try:
+        make(root, download=True)
+    except (OSError, RuntimeError) as e:
+        raise UserError(
+            f"{kind} could not be fetched into {root}: {' '.join(str(e).split())}; check the network or put it there by hand"
+        ) from None
 
 
 def _read_cifar(make, root, folder):
-    try: sets = {"train": make(root, train=True), "test": make(root, train=False)}
-    except (RuntimeError, OSError): raise UserError(f"{root / folder} is incomplete or damaged: remove it and load again with download=True") from None
-    return sets["train"].classes, {s: (list(d.data), np.asarray(d.targets)) for s, d in sets.items()}
+    try:
+        sets = {"train": make(root, train=True), "test": make(root, train=False)}
+    except (RuntimeError, OSError):
+        raise UserError(
+            f"{root / folder} is incomplete or damaged: remove it and load again with download=True"
+        ) from None
+    return sets["train"].classes, {
+        s: (list(d.data), np.asarray(d.targets)) for s, d in sets.items()
+    }
 
 
 def cifar(arg="", root=None, download=False, size=None, kind="cifar10"):
@@ -169,16 +250,22 @@ def cifar(arg="", root=None, download=False, size=None, kind="cifar10"):
     cls, folder, archive, *normal = CIFAR[kind]
     root = Path(root or data_dir()).expanduser()
     make = getattr(torchvision("datasets"), cls)
-    if download: _fetch(make, root, kind)
+    if download:
+        _fetch(make, root, kind)
     if not (root / folder).is_dir():
-        raise UserError(f'{kind} is not in {root}: load("{kind}", download=True) fetches 170 MB, or unpack https://www.cs.toronto.edu/~kriz/{archive} there, so that {root / folder}/ exists')
-    key = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in (root / folder).iterdir())
+        raise UserError(
+            f'{kind} is not in {root}: load("{kind}", download=True) fetches 170 MB, or unpack https://www.cs.toronto.edu/~kriz/{archive} there, so that {root / folder}/ exists'
+        )
+    key = sorted(
+        (p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in (root / folder).iterdir()
+    )
     return Source(kind, key, partial(_read_cifar, make, root, folder), normal)
 
 # %% ../../nbs/lib/13_data.images.ipynb #c26550fd
 def plugin(target):
     "The object `module:name` of a module further up, imported when it is asked for; anything but text is itself."
-    if not isinstance(target, str): return target
+    if not isinstance(target, str):
+        return target
     module, name = target.split(":")
     return getattr(importlib.import_module(module), name)
 
@@ -187,28 +274,43 @@ def import_plugins(
     names=None,  # modules or .py files; None: those that `$SNNKD_PLUGIN` lists, separated by commas
 ):
     "Import code of the user's that registers networks (`register_model`) or data sets (`SOURCES`); returns the modules."
-    names = [n.strip() for n in os.environ.get("SNNKD_PLUGIN", "").split(",") if n.strip()] if names is None else names
+    names = (
+        [n.strip() for n in os.environ.get("SNNKD_PLUGIN", "").split(",") if n.strip()]
+        if names is None
+        else names
+    )
     return [_imported(Path(n) if n.endswith(".py") else n) for n in names]
 
 
 def _imported(what):
     name = what.stem if isinstance(what, Path) else what
     try:
-        if name in sys.modules or not isinstance(what, Path): return importlib.import_module(name)
+        if name in sys.modules or not isinstance(what, Path):
+            return importlib.import_module(name)
         spec = importlib.util.spec_from_file_location(name, what)
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
     except Exception as e:
-        if isinstance(what, Path): sys.modules.pop(name, None)
-        raise UserError(f"plugin {what} cannot be imported: {type(e).__name__}: {' '.join(str(e).split())}; give a module that Python finds, or the path of a .py file") from e
+        if isinstance(what, Path):
+            sys.modules.pop(name, None)
+        raise UserError(
+            f"plugin {what} cannot be imported: {type(e).__name__}: {' '.join(str(e).split())}; give a module that Python finds, or the path of a .py file"
+        ) from e
 
 
 SOURCES = {  # name -> opener, or "module:function" of a module further up; called with (arg, root, download, size, **options)
-    "digits": digits, "cifar10": cifar, "cifar100": partial(cifar, kind="cifar100"), "folder:PATH": folder,
-    "tiny-imagenet:PATH": tiny_imagenet, "imagefolder-stream:PATH": "snnkd_nb.data.stream:open_stream",
-    "digits-events": "snnkd_nb.data.events:digits_events", "events:PATH": "snnkd_nb.data.events:events_of",
-    "cifar10-dvs:PATH": "snnkd_nb.data.neuromorphic:cifar10_dvs", "dvs-gesture:PATH": "snnkd_nb.data.neuromorphic:dvs_gesture"}
+    "digits": digits,
+    "cifar10": cifar,
+    "cifar100": partial(cifar, kind="cifar100"),
+    "folder:PATH": folder,
+    "tiny-imagenet:PATH": tiny_imagenet,
+    "imagefolder-stream:PATH": "snnkd_nb.data.stream:open_stream",
+    "digits-events": "snnkd_nb.data.events:digits_events",
+    "events:PATH": "snnkd_nb.data.events:events_of",
+    "cifar10-dvs:PATH": "snnkd_nb.data.neuromorphic:cifar10_dvs",
+    "dvs-gesture:PATH": "snnkd_nb.data.neuromorphic:dvs_gesture",
+}
 
 
 def list_datasets():
@@ -222,9 +324,12 @@ def opener(
 ):
     "`(opener, argument)` of a name, see `SOURCES`."
     kind, colon, arg = name.partition(":")
-    if not {kind, f"{kind}:PATH"} & set(SOURCES): import_plugins()
-    if kind in SOURCES and not colon: return plugin(SOURCES[kind]), ""
-    if f"{kind}:PATH" in SOURCES: return plugin(SOURCES[f"{kind}:PATH"]), arg
+    if not {kind, f"{kind}:PATH"} & set(SOURCES):
+        import_plugins()
+    if kind in SOURCES and not colon:
+        return plugin(SOURCES[kind]), ""
+    if f"{kind}:PATH" in SOURCES:
+        return plugin(SOURCES[f"{kind}:PATH"]), arg
     here = Path(root or data_dir()).expanduser().glob("*/train")
     raise unknown("data set", name, list_datasets() + [f"folder:{p.parent.name}" for p in here])
 
@@ -240,10 +345,12 @@ def load(
 
     Raises `UserError` for an unknown name, missing data, a folder that is not laid out as it should be,
     or an image that cannot be read (the message names it)."""
-    if size is not None and (not isinstance(size, int) or size < 1): raise UserError(f"size = {size!r}: give a whole number of pixels from 1, or None")
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise UserError(f"size = {size!r}: give a whole number of pixels from 1, or None")
     open_source, arg = opener(name, root)
     valid = list(inspect.signature(open_source).parameters)[4:]
     for o in options:
-        if o not in valid or o == "kind": raise unknown(f"option of {name}", o, [v for v in valid if v != "kind"])
+        if o not in valid or o == "kind":
+            raise unknown(f"option of {name}", o, [v for v in valid if v != "kind"])
     found = open_source(arg, root, download, size, **options)
     return prepare(found, size) if isinstance(found, Source) else found

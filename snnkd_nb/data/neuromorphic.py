@@ -8,7 +8,11 @@ __all__ = ['SENSOR', 'READER', 'BROKEN', 'CLASSES', 'CIFAR10_DVS', 'GESTURES', '
            'dvs_files', 'dvs_split', 'cifar10_dvs', 'gestures', 'trials', 'dvs_gesture']
 
 # %% ../../nbs/lib/18_data.neuromorphic.ipynb #dfe6bf05
-import itertools, re, struct, threading, zipfile
+import itertools
+import re
+import struct
+import threading
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,27 +37,37 @@ def resized(
 ):
     "The frames bilinearly resized with antialiasing, float32 (T, 2, size, size)."
     x = torch.as_tensor(np.asarray(frames, np.float32))
-    return F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False).numpy()
+    return F.interpolate(
+        x, (size, size), mode="bilinear", antialias=True, align_corners=False
+    ).numpy()
 
 # %% ../../nbs/lib/18_data.neuromorphic.ipynb #4334e957
 def _after_header(data):
     at = 0
     while data[at : at + 1] == b"#":
         end = data.find(b"\n", at)
-        if end < 0: return len(data)
+        if end < 0:
+            return len(data)
         at = end + 1
-        if data[:at].endswith(b"#!END-HEADER\r\n"): break
+        if data[:at].endswith(b"#!END-HEADER\r\n"):
+            break
     return at
 
 
 def _began(data, path, magic):
     need(data, f"{path} is empty, 0 bytes: fetch it again")
-    need(data.startswith(magic), f"{path} is no recording: it begins with {data[:14]!r}, not with {magic.decode()}; fetch it again")
+    need(
+        data.startswith(magic),
+        f"{path} is no recording: it begins with {data[:14]!r}, not with {magic.decode()}; fetch it again",
+    )
     return _after_header(data)
 
 
 def _whole(rest, item, path):
-    need(rest % item == 0, f"{path} is cut short: {rest % item} bytes are left over behind its last whole event; fetch it again")
+    need(
+        rest % item == 0,
+        f"{path} is cut short: {rest % item} bytes are left over behind its last whole event; fetch it again",
+    )
 
 
 def read_aedat2(
@@ -64,17 +78,38 @@ def read_aedat2(
     at = _began(data, path, b"#!AER-DAT2")
     _whole(len(data) - at, 8, path)
     address, t = np.frombuffer(data, ">u4", offset=at).astype(np.int64).reshape(-1, 2).T
-    return {"t": t, "x": 127 - (address >> 8 & 0x7F), "y": 127 - (address >> 1 & 0x7F), "p": 1 - (address & 1)}
+    return {
+        "t": t,
+        "x": 127 - (address >> 8 & 0x7F),
+        "y": 127 - (address >> 1 & 0x7F),
+        "p": 1 - (address & 1),
+    }
 
 # %% ../../nbs/lib/18_data.neuromorphic.ipynb #e17fd6fc
 def _packets(data, at, path):
     while at < len(data):
-        need(at + 28 <= len(data), f"{path} is cut short: {len(data) - at} bytes of a packet's header; fetch it again")
+        need(
+            at + 28 <= len(data),
+            f"{path} is cut short: {len(data) - at} bytes of a packet's header; fetch it again",
+        )
         kind, _, size, _, high, room, n, _ = struct.unpack_from("<HHIIIIII", data, at)
         end = at + 28 + size * room
-        need(size >= 8 and end <= len(data), f"{path} is cut short: a packet of {size * room} bytes has {len(data) - at - 28}; fetch it again")
-        need(n <= room, f"{path} is damaged: a packet for {room} events says it has {n}; fetch it again")
-        if kind == 1: yield np.frombuffer(data, np.uint8, size * n, at + 28).reshape(n, size)[:, :8].copy().view("<u4"), high
+        need(
+            size >= 8 and end <= len(data),
+            f"{path} is cut short: a packet of {size * room} bytes has {len(data) - at - 28}; fetch it again",
+        )
+        need(
+            n <= room,
+            f"{path} is damaged: a packet for {room} events says it has {n}; fetch it again",
+        )
+        if kind == 1:
+            yield (
+                np.frombuffer(data, np.uint8, size * n, at + 28)
+                .reshape(n, size)[:, :8]
+                .copy()
+                .view("<u4"),
+                high,
+            )
         at = end
 
 
@@ -85,8 +120,18 @@ def read_aedat3(
     data = Path(path).read_bytes()
     found = list(_packets(data, _began(data, path, b"#!AER-DAT3"), path))
     word = np.concatenate([w[:, 0] for w, _ in found]) if found else np.empty(0, "<u4")
-    t = np.concatenate([w[:, 1].astype(np.int64) | high << 31 for w, high in found]) if found else np.empty(0, np.int64)
-    return {"t": t, **{k: (word >> s & m).astype(np.int64) for k, s, m in (("x", 17, 0x7FFF), ("y", 2, 0x7FFF), ("p", 1, 1))}}
+    t = (
+        np.concatenate([w[:, 1].astype(np.int64) | high << 31 for w, high in found])
+        if found
+        else np.empty(0, np.int64)
+    )
+    return {
+        "t": t,
+        **{
+            k: (word >> s & m).astype(np.int64)
+            for k, s, m in (("x", 17, 0x7FFF), ("y", 2, 0x7FFF), ("p", 1, 1))
+        },
+    }
 
 # %% ../../nbs/lib/18_data.neuromorphic.ipynb #9a7e13b5
 READER = 2  # raised when the same files give other events or frames
@@ -95,7 +140,8 @@ _kept = threading.local()  # the last file a thread has read: Gesture has a doze
 
 
 def _npz(path):
-    with np.load(path) as z: return {k: z[k].astype(np.int64) for k in "txyp"}
+    with np.load(path) as z:
+        return {k: z[k].astype(np.int64) for k in "txyp"}
 
 
 def read_events(
@@ -106,10 +152,15 @@ def read_events(
     try:
         s = path.stat()
         key = path, s.st_mtime_ns, s.st_size, read
-        if getattr(_kept, "key", None) == key: return _kept.events
+        if getattr(_kept, "key", None) == key:
+            return _kept.events
         events = _npz(path) if path.suffix == ".npz" else read(path)
-    except UserError: raise
-    except BROKEN as e: raise UserError(f"cannot read {path}: {re.split(r'[.] ', ' '.join(str(e).split()))[0] or type(e).__name__}; fetch it again") from e
+    except UserError:
+        raise
+    except BROKEN as e:
+        raise UserError(
+            f"cannot read {path}: {re.split(r'[.] ', ' '.join(str(e).split()))[0] or type(e).__name__}; fetch it again"
+        ) from e
     _kept.key, _kept.events = key, events
     return events
 
@@ -121,7 +172,10 @@ def cut_out(
 ):
     "The events of a span; `UserError` where the file ends before it does, but for a twentieth without events."
     last = int(events["t"][-1]) if len(events["t"]) else 0
-    need(last >= span[1] - (span[1] - span[0]) // 20, f"{what}: the file ends at {last} µs, before the gesture does: it is cut short or its CSV is another's; fetch both again")
+    need(
+        last >= span[1] - (span[1] - span[0]) // 20,
+        f"{what}: the file ends at {last} µs, before the gesture does: it is cut short or its CSV is another's; fetch both again",
+    )
     inside = (events["t"] >= span[0]) & (events["t"] < span[1])
     return {k: v[inside] for k, v in events.items()}
 
@@ -129,6 +183,7 @@ def cut_out(
 @dataclass(frozen=True)
 class Recorded:
     "A recording of a file that is read when it is called: uint8 (H, W, T·2)."
+
     path: Path
     read: object  # reads an .aedat
     frames: int
@@ -137,20 +192,28 @@ class Recorded:
     steps: int = 1  # of the byte a count of resized frames
     span: tuple | None = None  # (from, to before) in µs; None: the whole file
 
-    def __str__(self): return f"{self.path}" + (f" from {self.span[0]} to {self.span[1]} µs" if self.span else "")
+    def __str__(self):
+        return f"{self.path}" + (f" from {self.span[0]} to {self.span[1]} µs" if self.span else "")
 
     def __call__(self):
         events = read_events(self.path, self.read)
-        if self.span: events = cut_out(events, self.span, self)
+        if self.span:
+            events = cut_out(events, self.span, self)
         frames = frames_of(events, self.frames, SENSOR, self.slicing, str(self))
-        return as_row(frames) if self.size is None else as_row(resized(frames, self.size), self.steps)
+        return (
+            as_row(frames) if self.size is None else as_row(resized(frames, self.size), self.steps)
+        )
 
 # %% ../../nbs/lib/18_data.neuromorphic.ipynb #0524df0c
 def check_options(frames, slicing, split, splits, steps, partial, seed=0):
     "Refuse options that cannot be meant, before any file is touched."
     check_frames(frames, slicing, seed=seed)
-    need(type(steps) is int and 1 <= steps <= 255, f"steps = {steps!r}: give a whole number from 1 to 255")
-    if split not in splits: raise unknown("split", split, splits)
+    need(
+        type(steps) is int and 1 <= steps <= 255,
+        f"steps = {steps!r}: give a whole number from 1 to 255",
+    )
+    if split not in splits:
+        raise unknown("split", split, splits)
     need(isinstance(partial, bool), f"partial = {partial!r}: give True or False")
 
 
@@ -162,8 +225,15 @@ def check_count(
     cure,  # what to do
 ):
     "Refuse a data set with recordings missing, or with too many."
-    need(have <= want, f"{name}: {have} recordings where {want} belong; take away those that are not of the data set")
-    need(have and (have == want or partial), f"{name}: {have} recordings where {want} belong; {cure}" + (", or take what is there with partial=True" if have else ""))
+    need(
+        have <= want,
+        f"{name}: {have} recordings where {want} belong; take away those that are not of the data set",
+    )
+    need(
+        have and (have == want or partial),
+        f"{name}: {have} recordings where {want} belong; {cure}"
+        + (", or take what is there with partial=True" if have else ""),
+    )
 
 
 def stat(path):
@@ -172,9 +242,11 @@ def stat(path):
 
 # %% ../../nbs/lib/18_data.neuromorphic.ipynb #b110d9b3
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-CIFAR10_DVS = ("CIFAR10-DVS is not in {path}: fetch the ten zip files from https://figshare.com/articles/dataset/CIFAR10-DVS_New/4724671 by hand "
-               "and unpack them there, so that {path}/airplane/cifar10_airplane_0.aedat … {path}/truck/cifar10_truck_999.aedat exist "
-               "(a root folder of spikingjelly.datasets.CIFAR10DVS will do as it is)")
+CIFAR10_DVS = (
+    "CIFAR10-DVS is not in {path}: fetch the ten zip files from https://figshare.com/articles/dataset/CIFAR10-DVS_New/4724671 by hand "
+    "and unpack them there, so that {path}/airplane/cifar10_airplane_0.aedat … {path}/truck/cifar10_truck_999.aedat exist "
+    "(a root folder of spikingjelly.datasets.CIFAR10DVS will do as it is)"
+)
 
 
 def number_of(
@@ -182,7 +254,10 @@ def number_of(
 ):
     "The number of a recording in its class, which decides its split; a file without one is a `UserError`."
     found = re.search(r"(\d+)$", path.stem)
-    need(found and int(found[1]) < 1000, f"{path} has no number from 0 to 999 at the end of its name, which decides its split: take it away, or give it its own name again")
+    need(
+        found and int(found[1]) < 1000,
+        f"{path} has no number from 0 to 999 at the end of its name, which decides its split: take it away, or give it its own name again",
+    )
     return int(found[1])
 
 
@@ -190,9 +265,17 @@ def numbered(
     folder,  # of one class
 ):
     "Its recordings in the order of their numbers; two of one number are a `UserError`, they could fall into training and test."
-    files = [p for p in folder.glob("*.*") if p.suffix in (".aedat", ".npz") and not p.name.startswith(".")]
+    files = [
+        p
+        for p in folder.glob("*.*")
+        if p.suffix in (".aedat", ".npz") and not p.name.startswith(".")
+    ]
     files.sort(key=lambda p: (number_of(p), p.name))
-    for a, b in itertools.pairwise(files): need(number_of(a) != number_of(b), f"{folder} has recording {number_of(a)} twice, {a.name} and {b.name}: keep one of them")
+    for a, b in itertools.pairwise(files):
+        need(
+            number_of(a) != number_of(b),
+            f"{folder} has recording {number_of(a)} twice, {a.name} and {b.name}: keep one of them",
+        )
     return files
 
 # %% ../../nbs/lib/18_data.neuromorphic.ipynb #ad25af87
@@ -201,10 +284,15 @@ def dvs_files(
     partial=False,  # whether recordings may be missing
 ):
     "`{class: files}` in the order of their numbers, from wherever they lie below the folder."
-    places = [p for p in (path, path / "extract", path / "events_np") if any((p / c).is_dir() for c in CLASSES)]
+    places = [
+        p
+        for p in (path, path / "extract", path / "events_np")
+        if any((p / c).is_dir() for c in CLASSES)
+    ]
     need(places, CIFAR10_DVS.format(path=path))
     found = {c: files for c in CLASSES if (files := numbered(places[0] / c)) or not partial}
-    for c, files in found.items(): check_count(f"class {c} in {places[0]}", len(files), 1000, partial, f"unpack {c}.zip again")
+    for c, files in found.items():
+        check_count(f"class {c} in {places[0]}", len(files), 1000, partial, f"unpack {c}.zip again")
     need(found, CIFAR10_DVS.format(path=path))
     return found
 
@@ -216,14 +304,17 @@ def dvs_split(
     seed,  # of the random one
 ):
     "Which recordings are the test set, bool."
-    if split == "first-100-per-class": return np.asarray(numbers) < 100
+    if split == "first-100-per-class":
+        return np.asarray(numbers) < 100
     rank, sizes = stratified(labels, "cifar10-dvs", split, seed)
     return rank >= np.ceil(0.9 * sizes)[labels]
 
 # %% ../../nbs/lib/18_data.neuromorphic.ipynb #86d53193
 def cifar10_dvs(
     arg,  # folder of the data, by name below the data root or absolute
-    root=None, download=False, size=None,  # as in `load`; size: 48 in the papers, None: 128 as recorded
+    root=None,
+    download=False,
+    size=None,  # as in `load`; size: 48 in the papers, None: 128 as recorded
     frames=10,  # T
     slicing="number",  # cut into frames of equally many events, or by "time"
     split="random-0.9",  # or "first-100-per-class"
@@ -232,32 +323,73 @@ def cifar10_dvs(
     partial=False,  # True: do with the recordings that are there
 ):
     "CIFAR10-DVS (Li et al. 2017)."
-    check_options(frames, slicing, split, ("random-0.9", "first-100-per-class"), steps, partial, seed)
+    check_options(
+        frames, slicing, split, ("random-0.9", "first-100-per-class"), steps, partial, seed
+    )
     found = dvs_files(_folder(arg, root, "cifar10-dvs", CIFAR10_DVS), partial)
     files = [f for by in found.values() for f in by]
     labels = np.repeat(np.arange(len(found)), [len(by) for by in found.values()])
     test = dvs_split([number_of(f) for f in files], labels, split, seed)
-    for s, mask in (("training", ~test), ("test", test)): need(mask.any(), f"split {split} leaves no {s} recordings of the {len(files)} there are: fetch more")
-    items = np.array([Recorded(f, read_aedat2, frames, slicing, size, steps) for f in files], object)
+    for s, mask in (("training", ~test), ("test", test)):
+        need(
+            mask.any(),
+            f"split {split} leaves no {s} recordings of the {len(files)} there are: fetch more",
+        )
+    items = np.array(
+        [Recorded(f, read_aedat2, frames, slicing, size, steps) for f in files], object
+    )
     parts = {s: (list(items[m]), labels[m]) for s, m in (("train", ~test), ("test", test))}
-    key = [READER, frames, slicing, split, seed, size, steps, [[c, *map(stat, by)] for c, by in found.items()]]
-    return Source(f"cifar10-dvs:{arg}", key, lambda: (list(found), parts), normal(1 if size is None else steps), frames)
+    key = [
+        READER,
+        frames,
+        slicing,
+        split,
+        seed,
+        size,
+        steps,
+        [[c, *map(stat, by)] for c, by in found.items()],
+    ]
+    return Source(
+        f"cifar10-dvs:{arg}",
+        key,
+        lambda: (list(found), parts),
+        normal(1 if size is None else steps),
+        frames,
+    )
 
 
 def _folder(arg, root, kind, text):
-    try: return data_path(arg, root, kind)
+    try:
+        return data_path(arg, root, kind)
     except UserError as e:
-        if not arg: raise
+        if not arg:
+            raise
         path = Path(str(e).split("there is no folder ")[1].split(";")[0])
-        need(not path.is_file(), f"{kind}:{arg}: {path} is a file; give the folder that holds the whole data set")
+        need(
+            not path.is_file(),
+            f"{kind}:{arg}: {path} is a file; give the folder that holds the whole data set",
+        )
         raise UserError(text.format(path=path)) from None
 
 # %% ../../nbs/lib/18_data.neuromorphic.ipynb #d9f14090
-GESTURES = ("hand clapping", "right hand wave", "left hand wave", "right arm clockwise", "right arm counter clockwise", "left arm clockwise",
-            "left arm counter clockwise", "arm roll", "air drums", "air guitar", "other gestures")
-GESTURE = ("DVS128-Gesture is not in {path}: fetch DvsGesture.tar.gz from https://ibm.ent.box.com/s/3hiq58ww1pbbjrinh367ykfdf60xsfm8 by hand and unpack it there, so that "
-           "{path}/DvsGesture/trials_to_train.txt, trials_to_test.txt, user01_fluorescent.aedat, user01_fluorescent_labels.csv … exist "
-           "(a root folder of spikingjelly.datasets.DVS128Gesture with extract/ will do as it is)")
+GESTURES = (
+    "hand clapping",
+    "right hand wave",
+    "left hand wave",
+    "right arm clockwise",
+    "right arm counter clockwise",
+    "left arm clockwise",
+    "left arm counter clockwise",
+    "arm roll",
+    "air drums",
+    "air guitar",
+    "other gestures",
+)
+GESTURE = (
+    "DVS128-Gesture is not in {path}: fetch DvsGesture.tar.gz from https://ibm.ent.box.com/s/3hiq58ww1pbbjrinh367ykfdf60xsfm8 by hand and unpack it there, so that "
+    "{path}/DvsGesture/trials_to_train.txt, trials_to_test.txt, user01_fluorescent.aedat, user01_fluorescent_labels.csv … exist "
+    "(a root folder of spikingjelly.datasets.DVS128Gesture with extract/ will do as it is)"
+)
 
 
 def gestures(
@@ -265,18 +397,37 @@ def gestures(
 ):
     "`[(class from 0, from, to before), …]` in µs, by the CSV beside it."
     csv = aedat.with_name(f"{aedat.stem}_labels.csv")
-    need(aedat.is_file(), f"{aedat} is missing, although the list of trials names it: unpack DvsGesture.tar.gz again")
-    need(csv.is_file(), f"{csv} is missing: without it nobody knows which gesture is when; unpack DvsGesture.tar.gz again")
+    need(
+        aedat.is_file(),
+        f"{aedat} is missing, although the list of trials names it: unpack DvsGesture.tar.gz again",
+    )
+    need(
+        csv.is_file(),
+        f"{csv} is missing: without it nobody knows which gesture is when; unpack DvsGesture.tar.gz again",
+    )
     lines = [line.split(",") for line in _text(csv).splitlines()[1:] if line.strip()]
-    good = lines and all(len(v) == 3 and all(n.strip().isdigit() for n in v) and 1 <= int(v[0]) <= 11 for v in lines)
-    need(good, f"{csv} needs rows of class (1 to 11), startTime_usec, endTime_usec: unpack DvsGesture.tar.gz again")
-    for _, start, end in lines: need(int(start) < int(end), f"{csv} has a gesture from {start.strip()} to {end.strip()} µs, which ends before it starts: unpack DvsGesture.tar.gz again")
+    good = lines and all(
+        len(v) == 3 and all(n.strip().isdigit() for n in v) and 1 <= int(v[0]) <= 11 for v in lines
+    )
+    need(
+        good,
+        f"{csv} needs rows of class (1 to 11), startTime_usec, endTime_usec: unpack DvsGesture.tar.gz again",
+    )
+    for _, start, end in lines:
+        need(
+            int(start) < int(end),
+            f"{csv} has a gesture from {start.strip()} to {end.strip()} µs, which ends before it starts: unpack DvsGesture.tar.gz again",
+        )
     return [(int(kind) - 1, int(start), int(end)) for kind, start, end in lines]
 
 
 def _text(path):
-    try: return path.read_text("utf-8")
-    except UnicodeDecodeError as e: raise UserError(f"{path} is no text file ({e.reason} at byte {e.start}): unpack DvsGesture.tar.gz again") from e
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as e:
+        raise UserError(
+            f"{path} is no text file ({e.reason} at byte {e.start}): unpack DvsGesture.tar.gz again"
+        ) from e
 
 
 def trials(
@@ -284,12 +435,18 @@ def trials(
     split,  # "train" or "test"
 ):
     "The files of a split, by the list that comes with them."
-    return [folder / name.strip() for name in _text(folder / f"trials_to_{split}.txt").split("\n") if name.strip()]
+    return [
+        folder / name.strip()
+        for name in _text(folder / f"trials_to_{split}.txt").split("\n")
+        if name.strip()
+    ]
 
 # %% ../../nbs/lib/18_data.neuromorphic.ipynb #e0ac3c25
 def dvs_gesture(
     arg,  # folder of the data, by name below the data root or absolute
-    root=None, download=False, size=None,  # as in `load`; size: 64 in SASTC, None: 128 as recorded
+    root=None,
+    download=False,
+    size=None,  # as in `load`; size: 64 in SASTC, None: 128 as recorded
     frames=16,  # T
     slicing="number",  # cut into frames of equally many events, or by "time"
     split="official",  # by the lists of trials
@@ -299,14 +456,48 @@ def dvs_gesture(
     "DVS128-Gesture (Amir et al. 2017)."
     check_options(frames, slicing, split, ("official",), steps, partial)
     path = _folder(arg, root, "dvs-gesture", GESTURE)
-    places = [p for p in (path, path / "DvsGesture", path / "extract" / "DvsGesture") if all((p / f"trials_to_{s}.txt").is_file() for s in ("train", "test"))]
+    places = [
+        p
+        for p in (path, path / "DvsGesture", path / "extract" / "DvsGesture")
+        if all((p / f"trials_to_{s}.txt").is_file() for s in ("train", "test"))
+    ]
     need(places, GESTURE.format(path=path))
     found = {s: {f: gestures(f) for f in trials(places[0], s)} for s in ("train", "test")}
     both = [f for f in found["train"] if f in found["test"]]
-    need(not both, f"{both[0] if both else ''} stands in trials_to_train.txt and in trials_to_test.txt: unpack DvsGesture.tar.gz again")
+    need(
+        not both,
+        f"{both[0] if both else ''} stands in trials_to_train.txt and in trials_to_test.txt: unpack DvsGesture.tar.gz again",
+    )
     cuts = {s: [(f, *g) for f, by in files.items() for g in by] for s, files in found.items()}
-    for s, n in (("train", 1176), ("test", 288)): check_count(f"the {s} split in {places[0]}", len(cuts[s]), n, partial, "unpack DvsGesture.tar.gz again")
-    item = lambda file, kind, *span: Recorded(file, read_aedat3, frames, slicing, size, steps, span)
-    parts = {s: ([item(*cut) for cut in by], np.array([kind for _, kind, *_ in by])) for s, by in cuts.items()}
-    key = [READER, frames, slicing, split, size, steps, {s: [[stat(f), by] for f, by in files.items()] for s, files in found.items()}]
-    return Source(f"dvs-gesture:{arg}", key, lambda: (list(GESTURES), parts), normal(1 if size is None else steps), frames)
+    for s, n in (("train", 1176), ("test", 288)):
+        check_count(
+            f"the {s} split in {places[0]}",
+            len(cuts[s]),
+            n,
+            partial,
+            "unpack DvsGesture.tar.gz again",
+        )
+
+    def item(file, kind, *span):
+        return Recorded(file, read_aedat3, frames, slicing, size, steps, span)
+
+    parts = {
+        s: ([item(*cut) for cut in by], np.array([kind for _, kind, *_ in by]))
+        for s, by in cuts.items()
+    }
+    key = [
+        READER,
+        frames,
+        slicing,
+        split,
+        size,
+        steps,
+        {s: [[stat(f), by] for f, by in files.items()] for s, files in found.items()},
+    ]
+    return Source(
+        f"dvs-gesture:{arg}",
+        key,
+        lambda: (list(GESTURES), parts),
+        normal(1 if size is None else steps),
+        frames,
+    )

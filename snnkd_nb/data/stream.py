@@ -7,7 +7,8 @@ __all__ = ['IMAGENET', 'random_part', 'centre_box', 'Files', 'collate', 'FileSpl
            'worker_count']
 
 # %% ../../nbs/lib/15_data.stream.ipynb #66d0950b
-import math, multiprocessing
+import math
+import multiprocessing
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,13 +18,21 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from ..core import UserError, canonical_json, cores, seed_for, sha256_of
-from .batches import check_batches, count_batches, epoch_order, ImageData, normaliser, resolve_augment
+from snnkd_nb.data.batches import (
+    ImageData,
+    check_batches,
+    count_batches,
+    epoch_order,
+    normaliser,
+    resolve_augment,
+)
 from .decode import pixels
 from .images import data_path, folder_splits
 
 # %% ../../nbs/lib/15_data.stream.ipynb #03bef892
 def random_part(
-    width, height,  # of the image, pixels
+    width,
+    height,  # of the image, pixels
     bits,  # `numpy.random.Generator`
     area=(0.08, 1.0),  # smallest and largest part of the image
     ratio=(3 / 4, 4 / 3),  # smallest and largest width over height
@@ -48,17 +57,33 @@ class Files(Dataset):
     "Decoded uint8 images `(size, size, 3)` of one split in one epoch; an image that cannot be read comes as a `UserError`."
 
     def __init__(self, split, size, seed=0, epoch=0, augment=()):
-        self.split, self.size, self.seed, self.epoch, self.augment = split, size, seed, epoch, augment
+        self.split, self.size, self.seed, self.epoch, self.augment = (
+            split,
+            size,
+            seed,
+            epoch,
+            augment,
+        )
 
-    def __len__(self): return len(self.split)
+    def __len__(self):
+        return len(self.split)
 
     def __getitem__(self, i):
-        bits = np.random.Generator(np.random.PCG64(seed_for(self.seed, "stream", self.epoch, int(i))))
-        try: image = Image.fromarray(pixels(str(self.split.paths[i])))
-        except UserError as e: return e
+        bits = np.random.Generator(
+            np.random.PCG64(seed_for(self.seed, "stream", self.epoch, int(i)))
+        )
+        try:
+            image = Image.fromarray(pixels(str(self.split.paths[i])))
+        except UserError as e:
+            return e
         box = random_part(*image.size, bits) if "crop" in self.augment else centre_box(*image.size)
-        a = np.asarray(image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box, reducing_gap=3.0))
-        if "flip" in self.augment and bits.random() < 0.5: a = a[:, ::-1].copy()
+        a = np.asarray(
+            image.resize(
+                (self.size, self.size), Image.Resampling.BILINEAR, box=box, reducing_gap=3.0
+            )
+        )
+        if "flip" in self.augment and bits.random() < 0.5:
+            a = a[:, ::-1].copy()
         return torch.tensor(a), self.split.labels[i]
 
 
@@ -73,31 +98,62 @@ def collate(
 @dataclass(frozen=True, eq=False)
 class FileSplit:
     "Paths and labels of one part of a data set."
+
     paths: np.ndarray  # of str (N,)
     labels: torch.Tensor  # int64 (N,)
     sizes: np.ndarray  # bytes of each file
     base: int  # length of the part of a path that depends on the machine
 
-    def __len__(self): return len(self.labels)
-    def take(self, index): return FileSplit(self.paths[i := np.asarray(index)], self.labels[index], self.sizes[i], self.base)
-    def relabel(self, labels): return FileSplit(self.paths, labels, self.sizes, self.base)
+    def __len__(self):
+        return len(self.labels)
+
+    def take(self, index):
+        return FileSplit(
+            self.paths[i := np.asarray(index)], self.labels[index], self.sizes[i], self.base
+        )
+
+    def relabel(self, labels):
+        return FileSplit(self.paths, labels, self.sizes, self.base)
 
     @cached_property
-    def digest(self): return sha256_of(canonical_json([[p[self.base :] for p in self.paths.tolist()], self.sizes.tolist(), self.labels.tolist()]))
+    def digest(self):
+        return sha256_of(
+            canonical_json(
+                [
+                    [p[self.base :] for p in self.paths.tolist()],
+                    self.sizes.tolist(),
+                    self.labels.tolist(),
+                ]
+            )
+        )
 
 # %% ../../nbs/lib/15_data.stream.ipynb #1f5409cb
 @dataclass(frozen=True, eq=False)
 class StreamData(ImageData):
     "A data set whose images are read when they are needed; the interface of `ImageData`."
+
     size: int = 224  # pixels an edge
     workers: int | None = None  # decoding processes; None: as many as there are cores, at most 8
 
     @property
-    def shape(self): return (3, self.size, self.size)
+    def shape(self):
+        return (3, self.size, self.size)
 
-    def loader(self, split="train", batch_size=64, seed=0, epoch=0, augment="none", shuffle=None, drop_last=False, device="cpu"):
+    def loader(
+        self,
+        split="train",
+        batch_size=64,
+        seed=0,
+        epoch=0,
+        augment="none",
+        shuffle=None,
+        drop_last=False,
+        device="cpu",
+    ):
         "Batches of one epoch, see `StreamLoader`."
-        return StreamLoader(self, split, batch_size, seed, epoch, augment, shuffle, drop_last, device)
+        return StreamLoader(
+            self, split, batch_size, seed, epoch, augment, shuffle, drop_last, device
+        )
 
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, std
@@ -106,7 +162,12 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, std
 def _files(by_class, classes, base):
     files = [f for c in classes for f in by_class[c]]
     labels = np.repeat(np.arange(len(classes)), [len(by_class[c]) for c in classes])
-    return FileSplit(np.array([f[0] for f in files]), torch.from_numpy(labels), np.array([f[1] for f in files]), base)
+    return FileSplit(
+        np.array([f[0] for f in files]),
+        torch.from_numpy(labels),
+        np.array([f[1] for f in files]),
+        base,
+    )
 
 
 def open_stream(arg, root=None, download=False, size=None, workers=None):
@@ -116,14 +177,21 @@ def open_stream(arg, root=None, download=False, size=None, workers=None):
     classes = list(found["train"])
     splits = {s: _files(by, classes, len(str(path)) + 1) for s, by in found.items()}
     mean, std = map(torch.tensor, IMAGENET)
-    return StreamData(f"imagefolder-stream:{arg}", classes, mean, std, **splits, size=size or 224, workers=workers)
+    return StreamData(
+        f"imagefolder-stream:{arg}", classes, mean, std, **splits, size=size or 224, workers=workers
+    )
 
 # %% ../../nbs/lib/15_data.stream.ipynb #d5e934ee
 class StreamLoader:
     "Batches `(x, y)` as `snnkd_nb.data.batches.Loader` gives them, decoded in worker processes."
 
     def __init__(self, data, split, batch_size, seed, epoch, augment, shuffle, drop_last, device):
-        self.data, self.split, self.batch_size, self.drop_last = data, data.split(split), batch_size, drop_last
+        self.data, self.split, self.batch_size, self.drop_last = (
+            data,
+            data.split(split),
+            batch_size,
+            drop_last,
+        )
         self.seed, self.epoch, self.device = seed, epoch, torch.device(device)
         self.shuffle = split == "train" if shuffle is None else shuffle
         check_batches(len(self.split), batch_size, drop_last)
@@ -132,21 +200,34 @@ class StreamLoader:
         rest = "+".join(n for n in names if n not in self.each) or "none"
         self.augment = resolve_augment(rest if names else augment, data)
 
-    def __len__(self): return count_batches(len(self.split), self.batch_size, self.drop_last)
+    def __len__(self):
+        return count_batches(len(self.split), self.batch_size, self.drop_last)
 
     def __iter__(self):
-        normalise, generator = normaliser(self.data, self.device), torch.Generator().manual_seed(seed_for(self.seed, "augment", self.epoch))
+        normalise, generator = (
+            normaliser(self.data, self.device),
+            torch.Generator().manual_seed(seed_for(self.seed, "augment", self.epoch)),
+        )
         order = epoch_order(len(self.split), self.seed, self.epoch, self.shuffle).tolist()
         files = Files(self.split, self.data.size, self.seed, self.epoch, self.each)
-        for batch in DataLoader(files, self.batch_size, sampler=order, drop_last=self.drop_last, collate_fn=collate,
-                                num_workers=worker_count(self.data.workers), pin_memory=self.device.type == "cuda",
-                                generator=torch.Generator()):
-            if isinstance(batch, Exception): raise batch
+        for batch in DataLoader(
+            files,
+            self.batch_size,
+            sampler=order,
+            drop_last=self.drop_last,
+            collate_fn=collate,
+            num_workers=worker_count(self.data.workers),
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),
+        ):
+            if isinstance(batch, Exception):
+                raise batch
             x, y = (v.to(self.device, non_blocking=True) for v in batch)
             yield normalise(self.augment(x.permute(0, 3, 1, 2), generator)), y
 
 
 def worker_count(wanted):
     "Decoding processes to start; none inside a worker process that may not have children."
-    if multiprocessing.current_process().daemon: return 0
+    if multiprocessing.current_process().daemon:
+        return 0
     return min(8, cores()) if wanted is None else wanted

@@ -255,13 +255,25 @@ turn_weight = turn_kernel(transform_weight, 3)
 turn_sums = turn_kernel(transform_sums, 4)
 
 # %% ../../nbs/lib/23_kernels.convolution.ipynb #9036cb1e
-FIELDS = (
-    "images height width channels padding "  # of the source
-    "target_height target_width targets "  # of the result; targets are its channels
-    "tile_rows tile_columns rows_per_block weights "  # weights: address of the turned weight
-    "target_step channel_step tap tap_step "  # of the weight
-    "workers_before"  # whose sums make the weight's gradient
-).split()
+FIELDS = [
+    "images",
+    "height",
+    "width",
+    "channels",
+    "padding",
+    "target_height",
+    "target_width",
+    "targets",
+    "tile_rows",
+    "tile_columns",
+    "rows_per_block",
+    "weights",
+    "target_step",
+    "channel_step",
+    "tap",
+    "tap_step",
+    "workers_before",
+]
 CONVOLUTION = np.dtype(TASK.descr + [(name, "i8") for name in FIELDS])
 
 

@@ -11,7 +11,11 @@ __all__ = ['ZERO', 'ONE', 'ROUND', 'LOG2E', 'LN2', 'LN2_LOW', 'EXP', 'LOOP', 'FR
            'run', 'launch']
 
 # %% ../../nbs/lib/21_kernels.flat.ipynb #43e57321
-import ctypes, functools, os, struct, warnings
+import ctypes
+import functools
+import os
+import struct
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,14 +32,20 @@ from .vector import WIDTH, choose, get, power_of_two, put, put_spikes, splat, st
 @intrinsic
 def as_bits(typing, x):
     "A float32 as the uint32 of the same bits."
-    def emit(context, builder, signature, args): return builder.bitcast(args[0], ir.IntType(32))
+
+    def emit(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.IntType(32))
+
     return types.uint32(types.float32), emit
 
 
 @intrinsic
 def as_float(typing, x):
     "A uint32 as the float32 of the same bits."
-    def emit(context, builder, signature, args): return builder.bitcast(args[0], ir.FloatType())
+
+    def emit(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.FloatType())
+
     return types.float32(types.uint32), emit
 
 # %% ../../nbs/lib/21_kernels.flat.ipynb #7cf1e398
@@ -49,13 +59,15 @@ def store(x, i, value):
 
 @overload(load)
 def _load(x):
-    if x == types.uint16: return lambda x: as_float(np.uint32(np.uint32(x) << np.uint32(16)))
+    if x == types.uint16:
+        return lambda x: as_float(np.uint32(np.uint32(x) << np.uint32(16)))
     return lambda x: x
 
 
 @overload(store)
 def _store(x, i, value):
-    def whole(x, i, value): x[i] = value
+    def whole(x, i, value):
+        x[i] = value
 
     def half(x, i, value):
         u = as_bits(value)
@@ -82,9 +94,10 @@ EXP = tuple(
         ),
     )
 )
-LOOP = dict(
-    nogil=True, error_model="numpy"
-)  # the order of operations is the reference's: equal to the last bit
+LOOP = {
+    "nogil": True,
+    "error_model": "numpy",
+}  # the order of operations is the reference's: equal to the last bit
 FREE = dict(
     LOOP, fastmath={"contract"}
 )  # for gradients: multiply-add in one rounding; NaN and infinity as ever
@@ -125,19 +138,44 @@ def witch(u, p, q):
     return p / (ONE + (q * u) * (q * u))
 
 # %% ../../nbs/lib/21_kernels.flat.ipynb #b9385a4e
-TASK = np.dtype([
-    ("thread", "i8"), ("threads", "i8"), ("worker", "i8"), ("workers", "i8"),  # who runs it, see below
-    ("T", "i8"), ("n", "i8"), ("static", "i8"), ("x", "i8"), ("g", "i8"), ("y", "i8"),  # sizes and addresses
-    ("kind", "i8"), ("hard", "i8"), ("detach", "i8"),
-    ("decay", "f4"), ("gain", "f4"), ("shift", "f4"), ("fire", "f4"), ("v_th", "f4"), ("jump", "f4"), ("rest", "f4"), ("p", "f4"), ("q", "f4"),
-])
+TASK = np.dtype(
+    [
+        ("thread", "i8"),
+        ("threads", "i8"),
+        ("worker", "i8"),
+        ("workers", "i8"),  # who runs it, see below
+        ("T", "i8"),
+        ("n", "i8"),
+        ("static", "i8"),
+        ("x", "i8"),
+        ("g", "i8"),
+        ("y", "i8"),  # sizes and addresses
+        ("kind", "i8"),
+        ("hard", "i8"),
+        ("detach", "i8"),
+        ("decay", "f4"),
+        ("gain", "f4"),
+        ("shift", "f4"),
+        ("fire", "f4"),
+        ("v_th", "f4"),
+        ("jump", "f4"),
+        ("rest", "f4"),
+        ("p", "f4"),
+        ("q", "f4"),
+    ]
+)
 HEAD = struct.Struct("=10q")  # the first two lines of it
 
 
 def neuron(decay, v_threshold, v_reset, decay_input, detach_reset, surrogate, strict):
     "A `TASK` with a neuron's numbers in it."
     a, v_th, rest = np.zeros(1, TASK), np.float32(v_threshold), v_reset or 0.0
-    a["decay"], a["gain"], a["shift"], a["rest"] = decay, 1 - decay if decay_input else 1.0, (1 - decay) * rest, rest
+    a["decay"], a["gain"], a["shift"], a["rest"] = (
+        decay,
+        1 - decay if decay_input else 1.0,
+        (1 - decay) * rest,
+        rest,
+    )
     a["v_th"], a["fire"] = v_th, np.nextafter(v_th, np.float32(np.inf)) if strict else v_th
     a["hard"], a["jump"] = v_reset is not None, -v_th if v_reset is None else v_reset
     a["detach"], a["kind"] = detach_reset, surrogate.kind
@@ -175,10 +213,7 @@ def retreat(state, m, spikes, slopes, rise, hard, detach):
     slope = rise(m - v_th, p, q)
     through = choose(m >= fire, kept, ONE)
     if not detach:
-        if hard:
-            through = (jump - m) * slope + through
-        else:
-            through = jump * slope + through
+        through = (jump - m) * slope + through if hard else jump * slope + through
     return spikes * slope + state * through
 
 
@@ -202,7 +237,7 @@ def fire_steps(x, s, v, at_x, at, j, dx, n, T, dynamics, like):
     """Take the neurons `j` of a block through `T` steps: spikes to `s`, the state `v` moves on."""
     state = get(v, j, like)
     for t in range(T):
-        m, fired, state = advance(state, get(x, at_x + j + t * dx, like), dynamics)
+        _m, fired, state = advance(state, get(x, at_x + j + t * dx, like), dynamics)
         put_spikes(s, at + j + t * n, fired)
     put(v, j, state)
 
@@ -238,7 +273,7 @@ def charge_steps(x, v, m, at_x, at_m, j, dx, dm, T, dynamics, like):
     """Take the neurons `j` of a block through `T` steps and keep the membranes before the reset."""
     state = get(v, j, like)
     for t in range(T):
-        u, fired, state = advance(state, get(x, at_x + j + t * dx, like), dynamics)
+        u, _fired, state = advance(state, get(x, at_x + j + t * dx, like), dynamics)
         put(m, at_m + j + t * dm, u)
     put(v, j, state)
 
@@ -419,15 +454,25 @@ def backward_static(x, g, gx, a, lo, hi):
 @intrinsic
 def pointer(typing, address):
     "An integer as an address."
-    def emit(context, builder, signature, args): return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
+
+    def emit(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
+
     return types.voidptr(types.int64), emit
 
 
 @intrinsic
 def ask(typing, address):
     "The answer of the C function `int f(void)` at an address."
+
     def emit(context, builder, signature, args):
-        return builder.sext(builder.call(builder.inttoptr(args[0], ir.FunctionType(ir.IntType(32), []).as_pointer()), []), ir.IntType(64))
+        return builder.sext(
+            builder.call(
+                builder.inttoptr(args[0], ir.FunctionType(ir.IntType(32), []).as_pointer()), []
+            ),
+            ir.IntType(64),
+        )
+
     return types.int64(types.int64), emit
 
 
@@ -446,9 +491,16 @@ def openmp():
         try:
             library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
             parallel = library.GOMP_parallel
-            parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
-            return parallel, *(ctypes.cast(getattr(library, f"omp_get_{k}"), ctypes.c_void_p).value for k in ("thread_num", "num_threads"))
-        except (OSError, AttributeError): continue
+            parallel.argtypes, parallel.restype = (
+                [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint],
+                None,
+            )
+            return parallel, *(
+                ctypes.cast(getattr(library, f"omp_get_{k}"), ctypes.c_void_p).value
+                for k in ("thread_num", "num_threads")
+            )
+        except (OSError, AttributeError):
+            continue
 
 # %% ../../nbs/lib/21_kernels.flat.ipynb #44986149
 def to_c(task):
@@ -456,10 +508,15 @@ def to_c(task):
     for cache in (True, False):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", NumbaExperimentalFeatureWarning)  # a record with more fields is taken for one with fewer, as is meant
-                return cfunc(types.void(types.voidptr), nopython=True, error_model="numpy", cache=cache)(task)
+                warnings.simplefilter(
+                    "ignore", NumbaExperimentalFeatureWarning
+                )  # a record with more fields is taken for one with fewer, as is meant
+                return cfunc(
+                    types.void(types.voidptr), nopython=True, error_model="numpy", cache=cache
+                )(task)
         except (OSError, RuntimeError, EOFError, ValueError):
-            if not cache: raise
+            if not cache:
+                raise
 
 
 @functools.cache
@@ -470,13 +527,26 @@ def compiled(name, half):
     def forward_task(data):
         a = carray(data, (1,), TASK)[0]
         lo, hi = share(a)
-        forward(carray(pointer(a.x), (1 if a.static else a.T, a.n), dtype), carray(pointer(a.y), (a.T, a.n), dtype), a, lo, hi)
+        forward(
+            carray(pointer(a.x), (1 if a.static else a.T, a.n), dtype),
+            carray(pointer(a.y), (a.T, a.n), dtype),
+            a,
+            lo,
+            hi,
+        )
 
     def backward_task(data):
         a = carray(data, (1,), TASK)[0]
         lo, hi = share(a)
         shape = (a.T, a.n)
-        backward(carray(pointer(a.x), shape, dtype), carray(pointer(a.g), (a.T, a.n), dtype), carray(pointer(a.y), shape, dtype), a, lo, hi)
+        backward(
+            carray(pointer(a.x), shape, dtype),
+            carray(pointer(a.g), (a.T, a.n), dtype),
+            carray(pointer(a.y), shape, dtype),
+            a,
+            lo,
+            hi,
+        )
 
     def static_task(data):
         a = carray(data, (1,), TASK)[0]
@@ -517,7 +587,10 @@ def run(
 ):
     "Run a compiled kernel on as many threads as PyTorch would use."
     omp, numbers, k = openmp(), a.tobytes()[HEAD.size :], team_size(T * n)
-    if omp and k > 1: return omp[0](task.address, HEAD.pack(*omp[1:], 0, k, T, n, static, x, g, y) + numbers, k, 0)
+    if omp and k > 1:
+        return omp[0](
+            task.address, HEAD.pack(*omp[1:], 0, k, T, n, static, x, g, y) + numbers, k, 0
+        )
     jobs = [HEAD.pack(0, 0, i, k, T, n, static, x, g, y) + numbers for i in range(k)]
     list(pool(os.getpid()).map(task.ctypes, jobs)) if k > 1 else task.ctypes(jobs[0])
 
@@ -535,4 +608,13 @@ def launch(
     n = x.numel() // (1 if static else T)
     if name == "backward" and static and T > 1:
         name = "backward static"
-    run(compiled(name, x.dtype == torch.bfloat16), a, T, n, x.data_ptr(), 0 if g is None else g.data_ptr(), y.data_ptr(), static)
+    run(
+        compiled(name, x.dtype == torch.bfloat16),
+        a,
+        T,
+        n,
+        x.data_ptr(),
+        0 if g is None else g.data_ptr(),
+        y.data_ptr(),
+        static,
+    )

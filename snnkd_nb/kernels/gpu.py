@@ -17,10 +17,20 @@ import triton.language as tl
 def neuron(decay, v_threshold, v_reset, decay_input, detach_reset, surrogate, strict):
     "A neuron's numbers and switches, by the names of the kernels' arguments."
     rest, v_th, (p, q) = v_reset or 0.0, np.float32(v_threshold), surrogate.coefficients()
-    return dict(
-        decay=decay, gain=1 - decay if decay_input else 1.0, shift=(1 - decay) * rest, rest=rest, v_th=float(v_th),
-        fire=float(np.nextafter(v_th, np.float32(np.inf)) if strict else v_th), jump=float(-v_th if v_reset is None else v_reset),
-        p=p, q=q, HARD=v_reset is not None, DETACH=bool(detach_reset), KIND=surrogate.kind)
+    return {
+        "decay": decay,
+        "gain": 1 - decay if decay_input else 1.0,
+        "shift": (1 - decay) * rest,
+        "rest": rest,
+        "v_th": float(v_th),
+        "fire": float(np.nextafter(v_th, np.float32(np.inf)) if strict else v_th),
+        "jump": float(-v_th if v_reset is None else v_reset),
+        "p": p,
+        "q": q,
+        "HARD": v_reset is not None,
+        "DETACH": bool(detach_reset),
+        "KIND": surrogate.kind,
+    }
 
 
 CHARGE = ("decay", "gain", "shift", "rest", "fire", "jump", "HARD")
@@ -57,42 +67,88 @@ def rise(u, p, q, KIND: tl.constexpr):
 @triton.jit
 def back(g, m, v, d, decay, fire, jump, HARD: tl.constexpr, RESET: tl.constexpr):
     "(gradient of the membrane, of the state before) from those of the spike, `g`, and of the state after, `v`."
-    if RESET: g += v * (jump - m if HARD else jump)
+    if RESET:
+        g += v * (jump - m if HARD else jump)
     e = g * d + (v * tl.where(m >= fire, 0.0, 1.0) if HARD else v)
     return e, decay * e
 
 # %% ../../nbs/lib/21_kernels.gpu.ipynb #dc881735
 @triton.jit
-def lif_forward(x, y, n, decay, gain, shift, rest, fire, jump, T: tl.constexpr, STATIC: tl.constexpr, HARD: tl.constexpr, BLOCK: tl.constexpr):
+def lif_forward(
+    x,
+    y,
+    n,
+    decay,
+    gain,
+    shift,
+    rest,
+    fire,
+    jump,
+    T: tl.constexpr,
+    STATIC: tl.constexpr,
+    HARD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     n = tl.cast(n, tl.int64)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     v = tl.zeros((BLOCK,), tl.float32) + rest
     for t in tl.static_range(T):
         current = tl.load(x + (0 if STATIC else t * n) + i, i < n, 0.0).to(tl.float32)
-        m, k, v = step(current, v, decay, gain, shift, fire, jump, HARD)
+        _m, k, v = step(current, v, decay, gain, shift, fire, jump, HARD)
         tl.store(y + t * n + i, k.to(y.dtype.element_ty), i < n)
 
 
 @triton.jit
-def lif_backward(x, g, gx, n, decay, gain, shift, rest, fire, jump, v_th, p, q,
-                 T: tl.constexpr, STATIC: tl.constexpr, HARD: tl.constexpr, DETACH: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def lif_backward(
+    x,
+    g,
+    gx,
+    n,
+    decay,
+    gain,
+    shift,
+    rest,
+    fire,
+    jump,
+    v_th,
+    p,
+    q,
+    T: tl.constexpr,
+    STATIC: tl.constexpr,
+    HARD: tl.constexpr,
+    DETACH: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     n = tl.cast(n, tl.int64)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     v, membranes = tl.zeros((BLOCK,), tl.float32) + rest, ()
     for t in tl.static_range(T):
         current = tl.load(x + (0 if STATIC else t * n) + i, i < n, 0.0).to(tl.float32)
-        m, k, v = step(current, v, decay, gain, shift, fire, jump, HARD)
-        membranes = membranes + (m,)
+        m, _k, v = step(current, v, decay, gain, shift, fire, jump, HARD)
+        membranes = (*membranes, m)
     w, total = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for s in tl.static_range(T):
         m = membranes[T - 1 - s]
-        e, w = back(tl.load(g + (T - 1 - s) * n + i, i < n, 0.0).to(tl.float32), m, w, rise(m - v_th, p, q, KIND), decay, fire, jump, HARD, not DETACH and s > 0)
+        e, w = back(
+            tl.load(g + (T - 1 - s) * n + i, i < n, 0.0).to(tl.float32),
+            m,
+            w,
+            rise(m - v_th, p, q, KIND),
+            decay,
+            fire,
+            jump,
+            HARD,
+            not DETACH and s > 0,
+        )
         total += gain * e
-        if not STATIC: tl.store(gx + (T - 1 - s) * n + i, (gain * e).to(gx.dtype.element_ty), i < n)
-    if STATIC: tl.store(gx + i, total.to(gx.dtype.element_ty), i < n)
+        if not STATIC:
+            tl.store(gx + (T - 1 - s) * n + i, (gain * e).to(gx.dtype.element_ty), i < n)
+    if STATIC:
+        tl.store(gx + i, total.to(gx.dtype.element_ty), i < n)
 
 # %% ../../nbs/lib/21_kernels.gpu.ipynb #6818af6c
-EXACT = dict(enable_fp_fusion=False)  # spikes as the reference has them
+EXACT = {"enable_fp_fusion": False}  # spikes as the reference has them
 
 
 def block_of(
@@ -114,16 +170,21 @@ def launch(
 ):
     "Run a neuron's kernel over memory, on the GPU that holds it."
     n, size = x.numel() // (1 if static else T), block_of(T)
-    grid, more = (triton.cdiv(n, size),), dict(T=T, STATIC=static, BLOCK=size)
+    grid, more = (triton.cdiv(n, size),), {"T": T, "STATIC": static, "BLOCK": size}
     with torch.cuda.device_of(x):
-        if name == "forward": lif_forward[grid](x, y, n, **some(a, CHARGE), **more, **EXACT)
-        else: lif_backward[grid](x, g, y, n, **some(a, (*CHARGE, *SLOPE)), **more, **EXACT)
+        if name == "forward":
+            lif_forward[grid](x, y, n, **some(a, CHARGE), **more, **EXACT)
+        else:
+            lif_backward[grid](x, g, y, n, **some(a, (*CHARGE, *SLOPE)), **more, **EXACT)
 
 # %% ../../nbs/lib/21_kernels.gpu.ipynb #73a66a51
 @triton.jit
 def tile(C, P: tl.constexpr, W: tl.constexpr, pixels):
     "(offsets, mask, channels, their mask) of a program's tile of P pixels × W channels."
-    p, c = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P), tl.program_id(1) * W + tl.arange(0, W)
+    p, c = (
+        tl.program_id(0).to(tl.int64) * P + tl.arange(0, P),
+        tl.program_id(1) * W + tl.arange(0, W),
+    )
     return p[:, None] * C + c[None, :], (p[:, None] < pixels) & (c[None, :] < C), c, c < C
 
 
@@ -131,11 +192,19 @@ def tile(C, P: tl.constexpr, W: tl.constexpr, pixels):
 def moments(x, near, sums, rows, C, P: tl.constexpr, W: tl.constexpr, LOOP: tl.constexpr):
     "Sums of `x - near` and of its square, a row of sums (2, blocks, C) a program."
     c = tl.program_id(1) * W + tl.arange(0, W)
-    base, s1, s2 = tl.load(near + c, c < C, 0.0), tl.zeros((W,), tl.float32), tl.zeros((W,), tl.float32)
+    base, s1, s2 = (
+        tl.load(near + c, c < C, 0.0),
+        tl.zeros((W,), tl.float32),
+        tl.zeros((W,), tl.float32),
+    )
     for k in range(LOOP):
         p = (tl.program_id(0).to(tl.int64) * LOOP + k) * P + tl.arange(0, P)
         ok = (p[:, None] < rows) & (c[None, :] < C)
-        u = tl.where(ok, tl.load(x + p[:, None] * C + c[None, :], ok, 0.0).to(tl.float32) - base[None, :], 0.0)
+        u = tl.where(
+            ok,
+            tl.load(x + p[:, None] * C + c[None, :], ok, 0.0).to(tl.float32) - base[None, :],
+            0.0,
+        )
         s1 += tl.sum(u, 0)
         s2 += tl.sum(u * u, 0)
     row = sums + tl.program_id(0).to(tl.int64) * C + c
@@ -144,35 +213,95 @@ def moments(x, near, sums, rows, C, P: tl.constexpr, W: tl.constexpr, LOOP: tl.c
 
 # %% ../../nbs/lib/21_kernels.gpu.ipynb #c6fbea37
 @triton.jit
-def norm_forward(x, r, y, scale, offset, pixels, C, decay, gain, shift, rest, fire, jump,
-                 T: tl.constexpr, ADD: tl.constexpr, HARD: tl.constexpr, P: tl.constexpr, W: tl.constexpr):
+def norm_forward(
+    x,
+    r,
+    y,
+    scale,
+    offset,
+    pixels,
+    C,
+    decay,
+    gain,
+    shift,
+    rest,
+    fire,
+    jump,
+    T: tl.constexpr,
+    ADD: tl.constexpr,
+    HARD: tl.constexpr,
+    P: tl.constexpr,
+    W: tl.constexpr,
+):
     i, ok, c, in_c = tile(C, P, W, pixels)
     a, b = tl.load(scale + c, in_c, 0.0)[None, :], tl.load(offset + c, in_c, 0.0)[None, :]
     v, stride = tl.zeros((P, W), tl.float32) + rest, tl.cast(pixels, tl.int64) * C
-    for t in tl.static_range(T):
+    for _t in tl.static_range(T):
         current = tl.load(x + i, ok, 0.0).to(tl.float32) * a + b
-        if ADD: current += tl.load(r + i, ok, 0.0).to(tl.float32)
-        m, k, v = step(current, v, decay, gain, shift, fire, jump, HARD)
+        if ADD:
+            current += tl.load(r + i, ok, 0.0).to(tl.float32)
+        _m, k, v = step(current, v, decay, gain, shift, fire, jump, HARD)
         tl.store(y + i, k.to(y.dtype.element_ty), ok)
         i += stride
 
 # %% ../../nbs/lib/21_kernels.gpu.ipynb #cccee427
 @triton.jit
-def norm_neuron(x, r, g, gy, sums, scale, offset, pixels, C, decay, gain, shift, rest, fire, jump, v_th, p, q,
-                T: tl.constexpr, ADD: tl.constexpr, HARD: tl.constexpr, DETACH: tl.constexpr, KIND: tl.constexpr, P: tl.constexpr, W: tl.constexpr):
+def norm_neuron(
+    x,
+    r,
+    g,
+    gy,
+    sums,
+    scale,
+    offset,
+    pixels,
+    C,
+    decay,
+    gain,
+    shift,
+    rest,
+    fire,
+    jump,
+    v_th,
+    p,
+    q,
+    T: tl.constexpr,
+    ADD: tl.constexpr,
+    HARD: tl.constexpr,
+    DETACH: tl.constexpr,
+    KIND: tl.constexpr,
+    P: tl.constexpr,
+    W: tl.constexpr,
+):
     i, ok, c, in_c = tile(C, P, W, pixels)
     a, b = tl.load(scale + c, in_c, 0.0)[None, :], tl.load(offset + c, in_c, 0.0)[None, :]
-    v, membranes, inputs, stride = tl.zeros((P, W), tl.float32) + rest, (), (), tl.cast(pixels, tl.int64) * C
+    v, membranes, inputs, stride = (
+        tl.zeros((P, W), tl.float32) + rest,
+        (),
+        (),
+        tl.cast(pixels, tl.int64) * C,
+    )
     for t in tl.static_range(T):
         z = tl.load(x + i + t * stride, ok, 0.0).to(tl.float32)
         current = z * a + b
-        if ADD: current += tl.load(r + i + t * stride, ok, 0.0).to(tl.float32)
-        m, k, v = step(current, v, decay, gain, shift, fire, jump, HARD)
-        membranes, inputs = membranes + (m,), inputs + (z,)
+        if ADD:
+            current += tl.load(r + i + t * stride, ok, 0.0).to(tl.float32)
+        m, _k, v = step(current, v, decay, gain, shift, fire, jump, HARD)
+        membranes, inputs = (*membranes, m), (*inputs, z)
     w, s1, s2 = tl.zeros((P, W), tl.float32), tl.zeros((W,), tl.float32), tl.zeros((W,), tl.float32)
     for s in tl.static_range(T):
         m, at = membranes[T - 1 - s], i + (T - 1 - s) * stride
-        e, w = back(tl.load(g + at, ok, 0.0).to(tl.float32), m, w, rise(m - v_th, p, q, KIND), decay, fire, jump, HARD, not DETACH and s > 0)
+        e, w = back(
+            tl.load(g + at, ok, 0.0).to(tl.float32),
+            m,
+            w,
+            rise(m - v_th, p, q, KIND),
+            decay,
+            fire,
+            jump,
+            HARD,
+            not DETACH and s > 0,
+        )
         e = tl.where(ok, gain * e, 0.0)
         s1 += tl.sum(e, 0)
         s2 += tl.sum(tl.where(ok, e * inputs[T - 1 - s], 0.0), 0)
@@ -186,8 +315,14 @@ def norm_neuron(x, r, g, gy, sums, scale, offset, pixels, C, decay, gain, shift,
 def norm_input(x, gy, gx, scale, times, plus, pixels, C, P: tl.constexpr, W: tl.constexpr):
     "`gx = gy · scale + x · times + plus`."
     i, ok, c, in_c = tile(C, P, W, pixels)
-    a, b, d = tl.load(scale + c, in_c, 0.0)[None, :], tl.load(times + c, in_c, 0.0)[None, :], tl.load(plus + c, in_c, 0.0)[None, :]
-    e = tl.load(gy + i, ok, 0.0).to(tl.float32) * a + (tl.load(x + i, ok, 0.0).to(tl.float32) * b + d)
+    a, b, d = (
+        tl.load(scale + c, in_c, 0.0)[None, :],
+        tl.load(times + c, in_c, 0.0)[None, :],
+        tl.load(plus + c, in_c, 0.0)[None, :],
+    )
+    e = tl.load(gy + i, ok, 0.0).to(tl.float32) * a + (
+        tl.load(x + i, ok, 0.0).to(tl.float32) * b + d
+    )
     tl.store(gx + i, e.to(gx.dtype.element_ty), ok)
 
 # %% ../../nbs/lib/21_kernels.gpu.ipynb #7c1d5eb2
@@ -206,7 +341,8 @@ def moments_of(
     C, rows, near = x.shape[1], x.numel() // x.shape[1], x[0, :, 0, 0].float().contiguous()
     (blocks, columns), P, W = tiling(rows, C)
     sums = x.new_empty(2, triton.cdiv(blocks, loop), C, dtype=torch.float32)
-    with torch.cuda.device_of(x): moments[(sums.shape[1], columns)](x, near, sums, rows, C, P=P, W=W, LOOP=loop)
+    with torch.cuda.device_of(x):
+        moments[(sums.shape[1], columns)](x, near, sums, rows, C, P=P, W=W, LOOP=loop)
     s1, s2 = sums.sum(1, dtype=torch.float64) / rows
     return (near + s1).float(), (s2 - s1 * s1).clamp_(min=0).float()
 
@@ -216,7 +352,22 @@ def fire_pass(x, r, scale, offset, T, task):
     y, C = torch.empty_like(x), x.shape[1]
     pixels = x.numel() // (T * C)
     grid, P, W = tiling(pixels, C, block_of(T))
-    with torch.cuda.device_of(x): norm_forward[grid](x, x if r is None else r, y, scale, offset, pixels, C, **some(task, CHARGE), T=T, ADD=r is not None, P=P, W=W, **EXACT)
+    with torch.cuda.device_of(x):
+        norm_forward[grid](
+            x,
+            x if r is None else r,
+            y,
+            scale,
+            offset,
+            pixels,
+            C,
+            **some(task, CHARGE),
+            T=T,
+            ADD=r is not None,
+            P=P,
+            W=W,
+            **EXACT,
+        )
     return y
 
 
@@ -226,7 +377,24 @@ def neuron_pass(x, r, g, scale, offset, T, task):
     pixels = x.numel() // (T * C)
     grid, P, W = tiling(pixels, C, block_of(T, 512))
     sums, numbers = x.new_empty(2, grid[0], C, dtype=torch.float32), some(task, (*CHARGE, *SLOPE))
-    with torch.cuda.device_of(x): norm_neuron[grid](x, x if r is None else r, g, gy, sums, scale, offset, pixels, C, **numbers, T=T, ADD=r is not None, P=P, W=W, **EXACT)
+    with torch.cuda.device_of(x):
+        norm_neuron[grid](
+            x,
+            x if r is None else r,
+            g,
+            gy,
+            sums,
+            scale,
+            offset,
+            pixels,
+            C,
+            **numbers,
+            T=T,
+            ADD=r is not None,
+            P=P,
+            W=W,
+            **EXACT,
+        )
     return gy, *sums.sum(1, dtype=torch.float64)
 
 
@@ -234,4 +402,5 @@ def norm_pass(x, gy, scale, times, plus, gx):
     "Fill gx, which may be gy, with the gradient of BatchNorm's input."
     C = x.shape[1]
     grid, P, W = tiling(x.numel() // C, C)
-    with torch.cuda.device_of(x): norm_input[grid](x, gy, gx, scale, times, plus, x.numel() // C, C, P=P, W=W)
+    with torch.cuda.device_of(x):
+        norm_input[grid](x, gy, gx, scale, times, plus, x.numel() // C, C, P=P, W=W)

@@ -18,7 +18,8 @@ def dense(x, lead):
     "Whether the axes behind the first `lead` are one run of memory each."
     expected = 1
     for stride, n in sorted((s, n) for s, n in zip(x.stride()[lead:], x.shape[lead:]) if n > 1):
-        if stride != expected: return False
+        if stride != expected:
+            return False
         expected *= n
     return True
 
@@ -28,8 +29,12 @@ def rows(
     lead=2,  # axes that are kept
 ):
     "`x` as (…, N) in its own memory order: a view where every image is one run of memory, else a copy."
-    if x.dim() <= lead: raise UserError(f"features of shape {tuple(x.shape)}: give (T, B, …), or (B, …) for one step")
-    if not dense(x, lead): x = x.contiguous()
+    if x.dim() <= lead:
+        raise UserError(
+            f"features of shape {tuple(x.shape)}: give (T, B, …), or (B, …) for one step"
+        )
+    if not dense(x, lead):
+        x = x.contiguous()
     return x.as_strided((*x.shape[:lead], math.prod(x.shape[lead:])), (*x.stride()[:lead], 1))
 
 # %% ../../nbs/lib/26_kernels.gram.ipynb #549418b4
@@ -40,13 +45,19 @@ def times(
 ):
     "The matrix product in its factors' own precision, also under autocast."
     with torch.autocast(a.device.type, enabled=False):
-        if a.is_cuda and a.dtype != dtype: return torch.bmm(a, b, out_dtype=dtype) if a.dim() == 3 else torch.mm(a, b, out_dtype=dtype)
+        if a.is_cuda and a.dtype != dtype:
+            return (
+                torch.bmm(a, b, out_dtype=dtype)
+                if a.dim() == 3
+                else torch.mm(a, b, out_dtype=dtype)
+            )
         slow = a.dtype == torch.float16 or emulates_bf16(a, b)
         return (a.float() @ b.float() if slow else a @ b).to(dtype)
 
 
 class Gram(torch.autograd.Function):
     "A (n, B, N) → A Aᵀ (n, B, B), float32 (float64 stays)."
+
     @staticmethod
     def forward(ctx, x, lead):
         ctx.save_for_backward(x)
@@ -56,9 +67,10 @@ class Gram(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        x, = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         gx = times((g + g.mT).to(x.dtype), rows(x, ctx.lead), x.dtype)
-        if not dense(x, ctx.lead): return gx.view(x.shape), None
+        if not dense(x, ctx.lead):
+            return gx.view(x.shape), None
         return gx.as_strided(x.shape, (*gx.stride()[: ctx.lead], *x.stride()[ctx.lead :])), None
 
 
@@ -68,7 +80,8 @@ def gram(
     exact=False,  # half precision: take the products in single precision, at four times the cost
 ):
     "Inner products of all pairs of images, (T, B, B) or (B, B), float32. Source: SASTC eq. 3."
-    if not x.is_floating_point(): raise UserError(f"features of type {x.dtype}: the Gram matrix needs floating point numbers")
+    if not x.is_floating_point():
+        raise UserError(f"features of type {x.dtype}: the Gram matrix needs floating point numbers")
     return Gram.apply(x.float() if exact and x.dtype.itemsize < 4 else x, 2 if steps else 1)
 
 # %% ../../nbs/lib/26_kernels.gram.ipynb #f6eab211
@@ -80,8 +93,10 @@ def normalised(
     how="row",  # none, row, frobenius or cosine
 ):
     "Gram matrices on a common scale; what is zero stays zero. Raises `UserError` for an unknown name."
-    if how == "none": return G
-    if how not in NORMALISATIONS: raise unknown("normalisation", how, NORMALISATIONS)
+    if how == "none":
+        return G
+    if how not in NORMALISATIONS:
+        raise unknown("normalisation", how, NORMALISATIONS)
     if how == "cosine":
         d = G.diagonal(dim1=-2, dim2=-1)
         d = torch.where(d > 0, d, 1).sqrt()

@@ -8,7 +8,10 @@ __all__ = ['BACKENDS', 'GPU_STEPS', 'Spike', 'lif_reference', 'is_run', 'arrange
            'compiles', 'Plain', 'by_numbers', 'lif_op', 'lif_backward_op', 'keep', 'gradient', 'opaque', 'lif']
 
 # %% ../../nbs/lib/22_kernels.lif.ipynb #6212cde2
-import functools, importlib, os, warnings
+import functools
+import importlib
+import os
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +23,13 @@ from .surrogate import Sigmoid, create_surrogate
 # %% ../../nbs/lib/22_kernels.lif.ipynb #a1503971
 class Spike(torch.autograd.Function):
     "The step function forward, the surrogate's derivative backward; `smooth` puts the primitive in the step's place."
+
     @staticmethod
     def forward(ctx, m, v_th, surrogate, strict, smooth):
         ctx.save_for_backward(m)
         ctx.v_th, ctx.surrogate = v_th, surrogate
-        if smooth: return surrogate.primitive(m - v_th)
+        if smooth:
+            return surrogate.primitive(m - v_th)
         return (m > v_th if strict else m >= v_th).to(m.dtype)
 
     @staticmethod
@@ -45,7 +50,8 @@ def lif_reference(
     smooth=False,  # spikes are the surrogate's primitive, for checks of the gradient
 ):
     "Spikes (T, B, …) of leaky integrate-and-fire neurons that start at rest, one small operation at a time."
-    if not len(x_seq): raise UserError("no time steps: x_seq is (T, B, …) with T >= 1")
+    if not len(x_seq):
+        raise UserError("no time steps: x_seq is (T, B, …) with T >= 1")
     rest, gain = v_reset or 0.0, 1 - decay if decay_input else 1.0
     state = torch.promote_types(x_seq.dtype, torch.float32)
     v, spikes = torch.full_like(x_seq[0], rest, dtype=state), []
@@ -60,17 +66,20 @@ def lif_reference(
 # %% ../../nbs/lib/22_kernels.lif.ipynb #0466977b
 def is_run(x):
     "Whether memory holds `x` without a gap, the first axis outermost."
-    if x.is_contiguous() or x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last): return True
+    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return True
     inner, expected = sorted((st, n) for st, n in zip(x.stride()[1:], x.shape[1:]) if n > 1), 1
     for st, n in [*inner, (x.stride(0), x.shape[0])]:
-        if st != expected and n > 1: return False
+        if st != expected and n > 1:
+            return False
         expected *= n
     return True
 
 
 def arranged(y, like):
     "`y` without gaps, channels last if `like` has them last."
-    if like.dim() < 4 or like.stride(-3) != 1 or like.shape[-3] == 1: return y.contiguous()
+    if like.dim() < 4 or like.stride(-3) != 1 or like.shape[-3] == 1:
+        return y.contiguous()
     return y.flatten(0, -4).contiguous(memory_format=torch.channels_last).unflatten(0, y.shape[:-3])
 
 # %% ../../nbs/lib/22_kernels.lif.ipynb #4e5e39ba
@@ -79,17 +88,28 @@ def kernels(
     name,  # "flat" for a CPU, "gpu"
 ):
     "The module of that name, loaded when first needed; None, with a notice, where what it stands on is missing."
-    try: return importlib.import_module(f"snnkd_nb.kernels.{name}")
-    except ImportError as e: warnings.warn(f"no fused neurons ({e}): the slow reference runs instead" + (f"; pip install {e.name}" if e.name else ""), stacklevel=2)
+    try:
+        return importlib.import_module(f"snnkd_nb.kernels.{name}")
+    except ImportError as e:
+        warnings.warn(
+            f"no fused neurons ({e}): the slow reference runs instead"
+            + (f"; pip install {e.name}" if e.name else ""),
+            stacklevel=2,
+        )
 
 
 @functools.lru_cache(256)
-def remembered(engine, *dynamics): return engine.neuron(*dynamics)
+def remembered(engine, *dynamics):
+    return engine.neuron(*dynamics)
 
 
 def task(engine, *dynamics):
     "The neuron's numbers; those of a slope that is a tensor are read anew, since it may change."
-    return engine.neuron(*dynamics) if torch.is_tensor(dynamics[5].param) else remembered(engine, *dynamics)
+    return (
+        engine.neuron(*dynamics)
+        if torch.is_tensor(dynamics[5].param)
+        else remembered(engine, *dynamics)
+    )
 
 
 def run(x):
@@ -99,27 +119,38 @@ def run(x):
 
 def spikes_for(x, T, static):
     "Memory for the spikes of a run `x`, in its own order."
-    return x.new_empty_strided((T, *x.shape), (x.numel(), *x.stride())) if static else torch.empty_like(x)
+    return (
+        x.new_empty_strided((T, *x.shape), (x.numel(), *x.stride()))
+        if static
+        else torch.empty_like(x)
+    )
 
 # %% ../../nbs/lib/22_kernels.lif.ipynb #2fa6d97d
 class FusedLIF(torch.autograd.Function):
     "x → spikes, by the kernels of a module; a static x (B, …) gives (T, B, …)."
+
     @staticmethod
     def forward(ctx, x, T, static, task, engine):
         x = run(x)
         y = spikes_for(x, T, static)
         ctx.save_for_backward(x)
-        ctx.launch, ctx.spikes = functools.partial(engine.launch, a=task, T=T, static=static), (y.shape, y.stride())
-        if x.numel(): ctx.launch("forward", x=x, g=None, y=y)
+        ctx.launch, ctx.spikes = (
+            functools.partial(engine.launch, a=task, T=T, static=static),
+            (y.shape, y.stride()),
+        )
+        if x.numel():
+            ctx.launch("forward", x=x, g=None, y=y)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        x, = ctx.saved_tensors
-        if g.stride() != ctx.spikes[1]: g = g.new_empty_strided(*ctx.spikes).copy_(g)
+        (x,) = ctx.saved_tensors
+        if g.stride() != ctx.spikes[1]:
+            g = g.new_empty_strided(*ctx.spikes).copy_(g)
         gx = torch.empty_like(x)
-        if x.numel(): ctx.launch("backward", x=x, g=g, y=gx)
+        if x.numel():
+            ctx.launch("backward", x=x, g=g, y=gx)
         return gx, None, None, None, None
 
 # %% ../../nbs/lib/22_kernels.lif.ipynb #47c7202c
@@ -128,16 +159,27 @@ BACKENDS = ("auto", "fused", "triton", "reference")
 
 def check(x, T, static, decay, v_threshold, v_reset, backend):
     "One-line errors for what no neuron can have; returns the number of steps."
-    if not torch.is_tensor(x) or not x.dim(): raise UserError(f"the input is {x!r:.60}: give a tensor (T, B, …)")
-    if T is not None and not isinstance(T, int): raise UserError(f"T={T!r}: give a whole number of time steps")
-    if not 0 < decay <= 1: raise UserError(f"decay={decay}: the leak λ = 1 - 1/τ is in (0, 1], 1 for no leak")
-    if not abs(v_threshold) < 1e30: raise UserError(f"v_threshold={v_threshold}: it must be finite")
-    if v_reset is not None and not abs(v_reset) < 1e30: raise UserError(f"v_reset={v_reset}: a finite number, or None for a soft reset")
-    if backend not in BACKENDS: raise unknown("backend", backend, BACKENDS)
-    if static and T is None: raise UserError("a static input does not show its time steps: give T=")
+    if not torch.is_tensor(x) or not x.dim():
+        raise UserError(f"the input is {x!r:.60}: give a tensor (T, B, …)")
+    if T is not None and not isinstance(T, int):
+        raise UserError(f"T={T!r}: give a whole number of time steps")
+    if not 0 < decay <= 1:
+        raise UserError(f"decay={decay}: the leak λ = 1 - 1/τ is in (0, 1], 1 for no leak")
+    if not abs(v_threshold) < 1e30:
+        raise UserError(f"v_threshold={v_threshold}: it must be finite")
+    if v_reset is not None and not abs(v_reset) < 1e30:
+        raise UserError(f"v_reset={v_reset}: a finite number, or None for a soft reset")
+    if backend not in BACKENDS:
+        raise unknown("backend", backend, BACKENDS)
+    if static and T is None:
+        raise UserError("a static input does not show its time steps: give T=")
     steps = x.shape[0] if T is None else T
-    if steps < 1: raise UserError(f"T={steps}: there must be at least one time step")
-    if not static and x.shape[0] % steps: raise UserError(f"{x.shape[0]} rows do not fold into T={T} steps: x is (T·B, …) with T outermost")
+    if steps < 1:
+        raise UserError(f"T={steps}: there must be at least one time step")
+    if not static and x.shape[0] % steps:
+        raise UserError(
+            f"{x.shape[0]} rows do not fold into T={T} steps: x is (T·B, …) with T outermost"
+        )
     return steps
 
 
@@ -147,9 +189,16 @@ GPU_STEPS = 32  # time is unrolled on a GPU: beyond it a kernel takes minutes to
 def uncovered(device, dtype, kind, backend, T):
     "What no fused kernel covers, in words; empty if there is one. `kind` is the surrogate's formula, None for another."
     gpu = device == "cuda" or backend == "triton"
-    if device not in ("cpu", "cuda") or dtype not in (torch.float32, torch.bfloat16, *[torch.float16] * gpu): return f"{dtype} on {device}"
-    if gpu and device == "cpu" and not os.environ.get("TRITON_INTERPRET"): return "a CPU (Triton's interpreter: set TRITON_INTERPRET=1 before Triton is imported)"
-    if gpu and T > GPU_STEPS: return f"T={T} steps on a GPU (at most {GPU_STEPS})"
+    if device not in ("cpu", "cuda") or dtype not in (
+        torch.float32,
+        torch.bfloat16,
+        *[torch.float16] * gpu,
+    ):
+        return f"{dtype} on {device}"
+    if gpu and device == "cpu" and not os.environ.get("TRITON_INTERPRET"):
+        return "a CPU (Triton's interpreter: set TRITON_INTERPRET=1 before Triton is imported)"
+    if gpu and T > GPU_STEPS:
+        return f"T={T} steps on a GPU (at most {GPU_STEPS})"
     return "" if kind in (0, 1, 2) else "a surrogate of the user's own"
 
 # %% ../../nbs/lib/22_kernels.lif.ipynb #99140eb3
@@ -159,20 +208,26 @@ def where(device, backend):
 
 
 @functools.cache
-def notice(what): warnings.warn(f"no fused neurons for {what}: the slow reference runs instead", stacklevel=5)
+def notice(what):
+    warnings.warn(f"no fused neurons for {what}: the slow reference runs instead", stacklevel=5)
 
 
 def chosen(device, dtype, kind, backend, T):
     "The module whose kernels shall run; None for the reference, which is said once where nobody asked for it."
-    if backend == "reference": return None
+    if backend == "reference":
+        return None
     what = uncovered(device, dtype, kind, backend, T)
-    if not what and (module := kernels(where(device, backend))): return module
+    if not what and (module := kernels(where(device, backend))):
+        return module
     missing = "a Python without " + {"flat": "numba", "gpu": "triton"}[where(device, backend)]
-    if backend in ("fused", "triton"): raise UserError(f"backend={backend!r} does not cover {what or missing}; use backend='auto'")
-    if what and device != "meta": notice(what)
+    if backend in ("fused", "triton"):
+        raise UserError(f"backend={backend!r} does not cover {what or missing}; use backend='auto'")
+    if what and device != "meta":
+        notice(what)
 
 
-def formula(surrogate): return type(surrogate).__dict__.get("kind")
+def formula(surrogate):
+    return type(surrogate).__dict__.get("kind")
 
 
 def engine_for(x, surrogate, backend, T):
@@ -185,51 +240,98 @@ def compiles(*asked):
     return chosen(*asked) is not None
 
 # %% ../../nbs/lib/22_kernels.lif.ipynb #14cded12
-compiles._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result does, which loads the compiler and Triton
+compiles._dynamo_marked_constant = (
+    True  # what torch.compiler.assume_constant_result does, which loads the compiler and Triton
+)
 
 # %% ../../nbs/lib/22_kernels.lif.ipynb #b0d1b9f4
 @dataclass(frozen=True)
 class Plain:
     "A surrogate as the kernels see it."
+
     kind: int  # which formula
     p: float  # its two coefficients
     q: float
     param = 0.0
 
-    def coefficients(self): return self.p, self.q
+    def coefficients(self):
+        return self.p, self.q
 
 
-def by_numbers(x, backend, decay, v_threshold, v_reset, decay_input, detach_reset, kind, p, q, strict):
+def by_numbers(
+    x, backend, decay, v_threshold, v_reset, decay_input, detach_reset, kind, p, q, strict
+):
     "(module, task) for an operation that was given numbers only."
     engine = kernels(where(x.device.type, backend))
-    return engine, task(engine, decay, v_threshold, v_reset, decay_input, detach_reset, Plain(kind, p, q), strict)
+    return engine, task(
+        engine, decay, v_threshold, v_reset, decay_input, detach_reset, Plain(kind, p, q), strict
+    )
 
 
 @torch.library.custom_op("snnkd::lif", mutates_args=())
-def lif_op(x: Tensor, T: int, static: bool, backend: str, decay: float, v_threshold: float, v_reset: float | None, decay_input: bool, detach_reset: bool, kind: int, p: float, q: float, strict: bool) -> Tensor:
-    engine, a = by_numbers(x, backend, decay, v_threshold, v_reset, decay_input, detach_reset, kind, p, q, strict)
+def lif_op(
+    x: Tensor,
+    T: int,
+    static: bool,
+    backend: str,
+    decay: float,
+    v_threshold: float,
+    v_reset: float | None,
+    decay_input: bool,
+    detach_reset: bool,
+    kind: int,
+    p: float,
+    q: float,
+    strict: bool,
+) -> Tensor:
+    engine, a = by_numbers(
+        x, backend, decay, v_threshold, v_reset, decay_input, detach_reset, kind, p, q, strict
+    )
     x = run(x)
     y = spikes_for(x, T, static)
-    if x.numel(): engine.launch("forward", a, T, x, None, y, static)
+    if x.numel():
+        engine.launch("forward", a, T, x, None, y, static)
     return y
 
 # %% ../../nbs/lib/22_kernels.lif.ipynb #8d3cc8fb
 @torch.library.custom_op("snnkd::lif_backward", mutates_args=())
-def lif_backward_op(x: Tensor, g: Tensor, T: int, static: bool, backend: str, decay: float, v_threshold: float, v_reset: float | None, decay_input: bool, detach_reset: bool, kind: int, p: float, q: float, strict: bool) -> Tensor:
-    engine, a = by_numbers(x, backend, decay, v_threshold, v_reset, decay_input, detach_reset, kind, p, q, strict)
+def lif_backward_op(
+    x: Tensor,
+    g: Tensor,
+    T: int,
+    static: bool,
+    backend: str,
+    decay: float,
+    v_threshold: float,
+    v_reset: float | None,
+    decay_input: bool,
+    detach_reset: bool,
+    kind: int,
+    p: float,
+    q: float,
+    strict: bool,
+) -> Tensor:
+    engine, a = by_numbers(
+        x, backend, decay, v_threshold, v_reset, decay_input, detach_reset, kind, p, q, strict
+    )
     x = run(x)
     like = spikes_for(x, T, static)
     gx = torch.empty_like(x)
-    if x.numel(): engine.launch("backward", a, T, x, g if g.stride() == like.stride() else like.copy_(g), gx, static)
+    if x.numel():
+        engine.launch(
+            "backward", a, T, x, g if g.stride() == like.stride() else like.copy_(g), gx, static
+        )
     return gx
 
 
 @lif_op.register_fake
-def _(x, T, static, *numbers): return spikes_for(run(x), T, static)
+def _(x, T, static, *numbers):
+    return spikes_for(run(x), T, static)
 
 
 @lif_backward_op.register_fake
-def _(x, g, T, static, *numbers): return torch.empty_like(run(x))
+def _(x, g, T, static, *numbers):
+    return torch.empty_like(run(x))
 
 
 def keep(ctx, inputs, output):
@@ -237,7 +339,8 @@ def keep(ctx, inputs, output):
     ctx.numbers = inputs[1:]
 
 
-def gradient(ctx, g): return lif_backward_op(ctx.saved_tensors[0], g, *ctx.numbers), *[None] * 12
+def gradient(ctx, g):
+    return lif_backward_op(ctx.saved_tensors[0], g, *ctx.numbers), *[None] * 12
 
 
 lif_op.register_autograd(gradient, setup_context=keep)
@@ -247,7 +350,21 @@ def opaque(x, T, static, dynamics, backend):
     "`lif` as the one operation a compiler sees."
     decay, v_threshold, v_reset, decay_input, detach_reset, g, strict = dynamics
     p, q = g.coefficients()
-    return lif_op(x, T, static, backend, float(decay), float(v_threshold), None if v_reset is None else float(v_reset), decay_input, detach_reset, g.kind, p, q, strict)
+    return lif_op(
+        x,
+        T,
+        static,
+        backend,
+        float(decay),
+        float(v_threshold),
+        None if v_reset is None else float(v_reset),
+        decay_input,
+        detach_reset,
+        g.kind,
+        p,
+        q,
+        strict,
+    )
 
 # %% ../../nbs/lib/22_kernels.lif.ipynb #8efbe140
 def lif(
@@ -265,12 +382,31 @@ def lif(
     backend="auto",  # "fused", "triton", "reference", or "auto": fused where there is a kernel, else the reference
 ):
     "Spikes of leaky integrate-and-fire neurons that start at rest, shaped like the input (static: (T, B, …))."
-    steps, surrogate = check(x_seq, T, static, decay, v_threshold, v_reset, backend), create_surrogate(surrogate)
+    steps, surrogate = (
+        check(x_seq, T, static, decay, v_threshold, v_reset, backend),
+        create_surrogate(surrogate),
+    )
     dynamics = (decay, v_threshold, v_reset, decay_input, detach_reset, surrogate, strict)
     if torch.compiler.is_compiling():
-        if not torch.is_tensor(surrogate.param) and compiles(x_seq.device.type, x_seq.dtype, formula(surrogate), backend, steps): return opaque(x_seq, steps, static, dynamics, backend)
-    elif engine := engine_for(x_seq, surrogate, backend, steps): return FusedLIF.apply(x_seq, steps, static, task(engine, *dynamics), engine)
-    x = x_seq.expand(steps, *x_seq.shape) if static else x_seq.unflatten(0, (steps, x_seq.shape[0] // steps))
-    names = ("decay", "v_threshold", "v_reset", "decay_input", "detach_reset", "surrogate", "strict")
+        if not torch.is_tensor(surrogate.param) and compiles(
+            x_seq.device.type, x_seq.dtype, formula(surrogate), backend, steps
+        ):
+            return opaque(x_seq, steps, static, dynamics, backend)
+    elif engine := engine_for(x_seq, surrogate, backend, steps):
+        return FusedLIF.apply(x_seq, steps, static, task(engine, *dynamics), engine)
+    x = (
+        x_seq.expand(steps, *x_seq.shape)
+        if static
+        else x_seq.unflatten(0, (steps, x_seq.shape[0] // steps))
+    )
+    names = (
+        "decay",
+        "v_threshold",
+        "v_reset",
+        "decay_input",
+        "detach_reset",
+        "surrogate",
+        "strict",
+    )
     y = lif_reference(x if static or T else x_seq, **dict(zip(names, dynamics)))
     return arranged(y.flatten(0, 1) if T and not static else y, x_seq)

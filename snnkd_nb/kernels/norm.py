@@ -17,12 +17,37 @@ import numpy as np
 import torch
 from numba import carray, njit
 
-from .flat import FREE, LOOP, STEPS, TASK, ZERO, advance, ask, bell, dynamics_of, pointer, retreat, retreat_from_last
-from .flat import run, slopes_of, store, team_size, tent, to_c, witch
+from snnkd_nb.kernels.flat import (
+    FREE,
+    LOOP,
+    STEPS,
+    TASK,
+    ZERO,
+    advance,
+    ask,
+    bell,
+    dynamics_of,
+    pointer,
+    retreat,
+    retreat_from_last,
+    run,
+    slopes_of,
+    store,
+    team_size,
+    tent,
+    to_c,
+    witch,
+)
 from .vector import WIDTH, get, put, put_spikes, splat, start
 
 # %% ../../nbs/lib/23_kernels.norm.ipynb #4e82738d
-NORM = np.dtype(TASK.descr + [(name, "i8") for name in ("channels", "lanes", "r", "gr", "scale", "offset", "times", "plus", "sums")])
+NORM = np.dtype(
+    TASK.descr
+    + [
+        (name, "i8")
+        for name in ("channels", "lanes", "r", "gr", "scale", "offset", "times", "plus", "sums")
+    ]
+)
 FLUSH = 32  # blocks between two additions in double precision
 WIDE = 4160  # numbers between two vectors in one array: the most lanes there can be
 
@@ -39,7 +64,8 @@ def lanes_of(
 def spread(address, channels, lanes, out):
     "The vector over channels at an address, as one over lanes into `out`."
     v = carray(pointer(address), (channels,), np.float32)
-    for i in range(0, lanes, channels): out[i : i + channels] = v
+    for i in range(0, lanes, channels):
+        out[i : i + channels] = v
     return out
 
 
@@ -118,7 +144,7 @@ def fire_steps(x, r, s, ab, v, at, j, n, T, dynamics, add, like):
     scale, offset, state = get(ab, j, like), get(ab, WIDE + j, like), get(v, j, like)
     for t in range(T):
         i = at + j + t * n
-        m, fired, state = advance(state, current(x, r, i, scale, offset, add, like), dynamics)
+        _m, fired, state = advance(state, current(x, r, i, scale, offset, add, like), dynamics)
         put_spikes(s, i, fired)
     put(v, j, state)
 
@@ -153,7 +179,7 @@ def charge_steps(x, r, ab, v, m, at, at_m, j, n, dm, T, dynamics, add, like):
     scale, offset, state = get(ab, j, like), get(ab, WIDE + j, like), get(v, j, like)
     for t in range(T):
         y = current(x, r, at + j + t * n, scale, offset, add, like)
-        u, fired, state = advance(state, y, dynamics)
+        u, _fired, state = advance(state, y, dynamics)
         put(m, at_m + j + t * dm, u)
     put(v, j, state)
 
@@ -322,7 +348,8 @@ def side_by_side(a, first, second, third):
     out = np.empty(3 * WIDE, np.float32)
     spread(first, a.channels, a.lanes, out)
     spread(second, a.channels, a.lanes, out[WIDE:])
-    if third: spread(third, a.channels, a.lanes, out[2 * WIDE :])
+    if third:
+        spread(third, a.channels, a.lanes, out[2 * WIDE :])
     return out
 
 # %% ../../nbs/lib/23_kernels.norm.ipynb #fb464c02
@@ -340,34 +367,57 @@ def compiled(name, half):
 
     def forward_task(data):
         a = carray(data, (1,), NORM)[0]
-        (i, lo, hi), shape = portion(a), (a.T, a.n)
-        x, r, y = carray(pointer(a.x), shape, dtype), carray(pointer(a.r), shape, dtype), carray(pointer(a.y), shape, dtype)
+        (_i, lo, hi), shape = portion(a), (a.T, a.n)
+        x, r, y = (
+            carray(pointer(a.x), shape, dtype),
+            carray(pointer(a.r), shape, dtype),
+            carray(pointer(a.y), shape, dtype),
+        )
         forward(x, r, y, side_by_side(a, a.scale, a.offset, 0), a, lo, hi)
 
     def neuron_task(data):
         a = carray(data, (1,), NORM)[0]
         (i, lo, hi), shape, sums = portion(a), (a.T, a.n), np.zeros((2, a.lanes))
-        x, r, g, gy = carray(pointer(a.x), shape, dtype), carray(pointer(a.r), shape, dtype), carray(pointer(a.g), shape, dtype), carray(pointer(a.gr), shape, dtype)
+        x, r, g, gy = (
+            carray(pointer(a.x), shape, dtype),
+            carray(pointer(a.r), shape, dtype),
+            carray(pointer(a.g), shape, dtype),
+            carray(pointer(a.gr), shape, dtype),
+        )
         through_neuron(x, r, g, gy, side_by_side(a, a.scale, a.offset, 0), sums, a, lo, hi)
         gather(sums, own_sums(a, i))
 
     def norm_task(data):
         a = carray(data, (1,), NORM)[0]
-        (i, lo, hi), shape = portion(a), (a.T, a.n)
-        x, gy, gx = carray(pointer(a.x), shape, dtype), carray(pointer(a.gr), shape, dtype), carray(pointer(a.y), shape, dtype)
+        (_i, lo, hi), shape = portion(a), (a.T, a.n)
+        x, gy, gx = (
+            carray(pointer(a.x), shape, dtype),
+            carray(pointer(a.gr), shape, dtype),
+            carray(pointer(a.y), shape, dtype),
+        )
         through_norm(x, gy, gx, side_by_side(a, a.scale, a.times, a.plus), a.lanes, lo, hi)
 
-    return to_c({"moments": moments_task, "forward": forward_task, "neuron": neuron_task, "norm": norm_task}[name])
+    return to_c(
+        {
+            "moments": moments_task,
+            "forward": forward_task,
+            "neuron": neuron_task,
+            "norm": norm_task,
+        }[name]
+    )
 
 # %% ../../nbs/lib/23_kernels.norm.ipynb #66921e3a
-def is_half(x): return x.dtype == torch.bfloat16
+def is_half(x):
+    return x.dtype == torch.bfloat16
 
 
 def record(task, channels, **more):
     "A `NORM` record: a neuron's numbers, the sizes and some addresses."
     a = np.zeros(1, NORM)
-    if task is not None: a.view(np.uint8)[: TASK.itemsize] = task.view(np.uint8)
-    for name, value in dict(more, channels=channels, lanes=lanes_of(channels)).items(): a[name] = value
+    if task is not None:
+        a.view(np.uint8)[: TASK.itemsize] = task.view(np.uint8)
+    for name, value in dict(more, channels=channels, lanes=lanes_of(channels)).items():
+        a[name] = value
     return a
 
 
@@ -377,37 +427,94 @@ def moments_of(
     "Mean and biased variance of every channel, float32 (C,)."
     c, n = x.shape[1], x.numel()
     near, sums = x[0, :, 0, 0].float(), torch.zeros(team_size(n), 2, c, dtype=torch.float64)
-    run(compiled("moments", is_half(x)), record(None, c, offset=near.data_ptr(), sums=sums.data_ptr()), 1, n, x.data_ptr(), 0, 0)
+    run(
+        compiled("moments", is_half(x)),
+        record(None, c, offset=near.data_ptr(), sums=sums.data_ptr()),
+        1,
+        n,
+        x.data_ptr(),
+        0,
+        0,
+    )
     s1, s2 = sums.sum(0) / (n // c)
     return (near + s1).float(), (s2 - s1 * s1).clamp_(min=0).float()
 
 # %% ../../nbs/lib/23_kernels.norm.ipynb #e93df46f
 def fire_pass(x, r, scale, offset, T, task):
     "Spikes of x · scale + offset + r."
-    y, vectors = torch.empty_like(x), dict(scale=scale.data_ptr(), offset=offset.data_ptr(), r=0 if r is None else r.data_ptr())
-    if x.numel(): run(compiled("forward", is_half(x)), record(task, x.shape[1], **vectors), T, x.numel() // T, x.data_ptr(), 0, y.data_ptr())
+    y, vectors = (
+        torch.empty_like(x),
+        {
+            "scale": scale.data_ptr(),
+            "offset": offset.data_ptr(),
+            "r": 0 if r is None else r.data_ptr(),
+        },
+    )
+    if x.numel():
+        run(
+            compiled("forward", is_half(x)),
+            record(task, x.shape[1], **vectors),
+            T,
+            x.numel() // T,
+            x.data_ptr(),
+            0,
+            y.data_ptr(),
+        )
     return y
 
 
 def neuron_pass(x, r, g, scale, offset, T, task):
     "Gradient of the current, and its sums and those of its product with x, float64 (C,)."
-    gy, sums = torch.empty_like(x), torch.zeros(team_size(x.numel()), 2, x.shape[1], dtype=torch.float64)
-    where = dict(scale=scale.data_ptr(), offset=offset.data_ptr(), r=0 if r is None else r.data_ptr(), gr=gy.data_ptr(), sums=sums.data_ptr())
-    run(compiled("neuron", is_half(x)), record(task, x.shape[1], **where), T, x.numel() // T, x.data_ptr(), g.data_ptr(), 0)
+    gy, sums = (
+        torch.empty_like(x),
+        torch.zeros(team_size(x.numel()), 2, x.shape[1], dtype=torch.float64),
+    )
+    where = {
+        "scale": scale.data_ptr(),
+        "offset": offset.data_ptr(),
+        "r": 0 if r is None else r.data_ptr(),
+        "gr": gy.data_ptr(),
+        "sums": sums.data_ptr(),
+    }
+    run(
+        compiled("neuron", is_half(x)),
+        record(task, x.shape[1], **where),
+        T,
+        x.numel() // T,
+        x.data_ptr(),
+        g.data_ptr(),
+        0,
+    )
     return gy, *sums.sum(0)
 
 
 def norm_pass(x, gy, scale, times, plus, gx):
     "Fill gx, which may be gy, with the gradient of BatchNorm's input: gy · scale + x · times + plus."
-    vectors = dict(scale=scale.data_ptr(), times=times.data_ptr(), plus=plus.data_ptr(), gr=gy.data_ptr())
-    run(compiled("norm", is_half(x)), record(None, x.shape[1], **vectors), 1, x.numel(), x.data_ptr(), 0, gx.data_ptr())
+    vectors = {
+        "scale": scale.data_ptr(),
+        "times": times.data_ptr(),
+        "plus": plus.data_ptr(),
+        "gr": gy.data_ptr(),
+    }
+    run(
+        compiled("norm", is_half(x)),
+        record(None, x.shape[1], **vectors),
+        1,
+        x.numel(),
+        x.data_ptr(),
+        0,
+        gx.data_ptr(),
+    )
 
 
-CPU = SimpleNamespace(moments_of=moments_of, fire_pass=fire_pass, neuron_pass=neuron_pass, norm_pass=norm_pass)
+CPU = SimpleNamespace(
+    moments_of=moments_of, fire_pass=fire_pass, neuron_pass=neuron_pass, norm_pass=norm_pass
+)
 
 # %% ../../nbs/lib/23_kernels.norm.ipynb #700e4937
 class NormFire(torch.autograd.Function):
     "x (T·B, C, H, W) and a residual like it → spikes; `batch` says whether mean and variance are those of x itself."
+
     @staticmethod
     def forward(ctx, x, residual, weight, bias, mean, var, eps, T, task, batch, passes):
         invstd = (var + eps).rsqrt()
@@ -421,9 +528,14 @@ class NormFire(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         x, residual, scale, offset, invstd, mean = ctx.saved_tensors
-        if g.stride() != x.stride(): g = torch.empty_like(x).copy_(g)
+        if g.stride() != x.stride():
+            g = torch.empty_like(x).copy_(g)
         gy, g1, g2 = ctx.passes.neuron_pass(x, residual, g, scale, offset, ctx.T, ctx.task)
-        gamma, beta, share = ((g2 - mean * g1) * invstd).float(), g1.float(), -1 / max(1, x.numel() // x.shape[1])
+        gamma, beta, share = (
+            ((g2 - mean * g1) * invstd).float(),
+            g1.float(),
+            -1 / max(1, x.numel() // x.shape[1]),
+        )
         times = gamma * scale * invstd * share if ctx.batch else torch.zeros_like(scale)
         plus = torch.addcmul(beta * scale * share, mean, times, value=-1) if ctx.batch else times
         gx = torch.empty_like(x) if residual is not None and ctx.needs_input_grad[1] else gy
@@ -438,17 +550,21 @@ def statistics(
     passes=CPU,  # whose `moments_of` is asked
 ):
     "(mean, variance, whether they are the batch's own), and the running ones move on in training."
-    if not bn.training and bn.running_mean is not None: return bn.running_mean.clone(), bn.running_var, False
+    if not bn.training and bn.running_mean is not None:
+        return bn.running_mean.clone(), bn.running_var, False
     mean, var = passes.moments_of(x)
     if bn.training and bn.track_running_stats:
         n = x.numel() // x.shape[1]
         bn.num_batches_tracked.add_(1)
         step = 1 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
-        bn.running_mean.lerp_(mean, step), bn.running_var.lerp_(var * (n / (n - 1)), step)
+        bn.running_mean.lerp_(mean, step)
+        bn.running_var.lerp_(var * (n / (n - 1)), step)
     return mean, var, True
 
 
-WORTH = 2**18  # numbers from which one pass is worth its compilation (seconds, once a machine) and its call
+WORTH = (
+    2**18
+)  # numbers from which one pass is worth its compilation (seconds, once a machine) and its call
 
 
 def covers(
@@ -457,11 +573,23 @@ def covers(
     residual=None,  # what is added
 ):
     "Whether the kernels can and shall take the place of `bn`, the sum and a fused neuron."
-    if x.numel() < WORTH: return False
+    if x.numel() < WORTH:
+        return False
     plain = type(bn) is torch.nn.BatchNorm2d and bn.affine and x.dim() == 4 and x.shape[1] < WIDE
-    if not plain or any(v.dtype != torch.float32 or v.device != x.device for v in (*bn.parameters(), *bn.buffers()) if v.is_floating_point()): return False
-    if not x.is_contiguous(memory_format=torch.channels_last): return False
-    return residual is None or residual.device == x.device and residual.dtype == x.dtype and residual.shape == x.shape and residual.is_contiguous(memory_format=torch.channels_last)
+    if not plain or any(
+        v.dtype != torch.float32 or v.device != x.device
+        for v in (*bn.parameters(), *bn.buffers())
+        if v.is_floating_point()
+    ):
+        return False
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return False
+    return residual is None or (
+        residual.device == x.device
+        and residual.dtype == x.dtype
+        and residual.shape == x.shape
+        and residual.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def norm_fire(
@@ -473,5 +601,8 @@ def norm_fire(
     passes=CPU,  # whose passes run: these, or those of the module `kernels.gpu`
 ):
     "Spikes of `neuron(bn(x) + residual)`; `bn`'s running statistics move as if it had been called."
-    with torch.profiler.record_function("norm_fire statistics"): mean, var, batch = statistics(bn, x, passes)
-    return NormFire.apply(x, residual, bn.weight, bn.bias, mean, var, bn.eps, T, task, batch, passes)
+    with torch.profiler.record_function("norm_fire statistics"):
+        mean, var, batch = statistics(bn, x, passes)
+    return NormFire.apply(
+        x, residual, bn.weight, bn.bias, mean, var, bn.eps, T, task, batch, passes
+    )

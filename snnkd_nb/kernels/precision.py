@@ -159,7 +159,9 @@ def emulates_bf16(*operands: Any) -> bool:
     tensors = [x for x in operands if isinstance(x, Tensor)]
     if not tensors or any(x.device.type != "cpu" or x.dtype == torch.float64 for x in tensors):
         return False
-    autocast_on = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    autocast_on = (
+        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    )
     if not autocast_on and not all(x.dtype == torch.bfloat16 for x in tensors):
         return False
     return bf16_route() == "emulated"
@@ -274,7 +276,10 @@ def spread_pixels(
     """Return the gradient of `subsample`'s input `(N, C, H, W)` from that of its result: zero between the pixels."""
     height, width = (size + 2 * border for size, border in zip(shape[2:], padding, strict=True))
     full = torch.empty(
-        (*shape[:2], height, width), dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last
+        (*shape[:2], height, width),
+        dtype=grad.dtype,
+        device=grad.device,
+        memory_format=torch.channels_last,
     )
     full.zero_()
     full[..., :: stride[0], :: stride[1]] = grad
@@ -341,7 +346,9 @@ class SafeProducts(TorchFunctionMode):
             result = emulate(func, *args, **kwargs)
             return result if out is None else out.copy_(result)
         wrappers = [kind for kind in types if not issubclass(kind, Tensor)]
-        if wrappers:  # such as `Rate`, which calls torch functions itself: the mode stays on for them
+        if (
+            wrappers
+        ):  # such as `Rate`, which calls torch functions itself: the mode stays on for them
             with self:
                 return wrappers[0].__torch_function__(func, types, args, kwargs)
         return func(*args, **kwargs)

@@ -14,12 +14,54 @@ from ..core import UserError
 KINDS = {  # the first kind with a part of an operation's name has it
     "optimiser": ("Optimizer", "_foreach", "fused_sgd", "fused_adam"),
     "BatchNorm + neuron": ("NormFire", "norm_fire", "norm_forward", "norm_neuron", "norm_input"),
-    "neuron": ("FusedLIF", "Spike", "snnkd::lif", "lif_forward", "lif_backward", "sj_lif", "surrogate", "piecewise_quadratic", "Surrogate"),
+    "neuron": (
+        "FusedLIF",
+        "Spike",
+        "snnkd::lif",
+        "lif_forward",
+        "lif_backward",
+        "sj_lif",
+        "surrogate",
+        "piecewise_quadratic",
+        "Surrogate",
+    ),
     "BatchNorm": ("batch_norm", "cudnn::bn_", "BatchNorm"),
-    "convolution and products": ("aten::conv", "mkldnn_conv", "Convolution", "cudnn", "xmma", "cutlass", "nvjet", "aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "aten::matmul",
-                                 "aten::linear", "scaled_dot_product", "Addmm", "MmBackward", "BmmBackward"),
-    "copies and conversions": ("aten::copy_", "aten::contiguous", "aten::clone", "reorder", "aten::cat", "aten::stack", "aten::zero_", "aten::fill_", "aten::empty", "aten::resize_",
-                               "aten::_to_copy", "aten::to", "Memcpy", "Memset", "aten::new_empty"),
+    "convolution and products": (
+        "aten::conv",
+        "mkldnn_conv",
+        "Convolution",
+        "cudnn",
+        "xmma",
+        "cutlass",
+        "nvjet",
+        "aten::addmm",
+        "aten::mm",
+        "aten::bmm",
+        "aten::baddbmm",
+        "aten::matmul",
+        "aten::linear",
+        "scaled_dot_product",
+        "Addmm",
+        "MmBackward",
+        "BmmBackward",
+    ),
+    "copies and conversions": (
+        "aten::copy_",
+        "aten::contiguous",
+        "aten::clone",
+        "reorder",
+        "aten::cat",
+        "aten::stack",
+        "aten::zero_",
+        "aten::fill_",
+        "aten::empty",
+        "aten::resize_",
+        "aten::_to_copy",
+        "aten::to",
+        "Memcpy",
+        "Memset",
+        "aten::new_empty",
+    ),
 }
 
 
@@ -27,7 +69,9 @@ def kind_of(
     name,  # an operation's name in the profile
 ):
     "The kind of work an operation is; arithmetic number by number if it is none of the named ones."
-    return next((kind for kind, parts in KINDS.items() if any(p in name for p in parts)), "number by number")
+    return next(
+        (kind for kind, parts in KINDS.items() if any(p in name for p in parts)), "number by number"
+    )
 
 
 def where_time_goes(
@@ -41,17 +85,32 @@ def where_time_goes(
     gpu = torch.cuda.is_available()
     step()
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * gpu]) as p:
-        for _ in range(rounds): step()
+        for _ in range(rounds):
+            step()
     parts = {}
     for e in p.key_averages():
-        us = e.self_device_time_total if gpu and e.device_type != DeviceType.CPU else 0 if gpu else e.self_cpu_time_total
+        us = (
+            e.self_device_time_total
+            if gpu and e.device_type != DeviceType.CPU
+            else 0
+            if gpu
+            else e.self_cpu_time_total
+        )
         parts[kind_of(e.key)] = parts.get(kind_of(e.key), 0) + 1e-3 * us / rounds
-    if not sum(parts.values()): raise UserError("the profiler saw no operation: give a function that does one step")
+    if not sum(parts.values()):
+        raise UserError("the profiler saw no operation: give a function that does one step")
     return dict(sorted(((k, v) for k, v in parts.items() if v), key=lambda kv: -kv[1]))
 
 # %% ../../nbs/lib/28_kernels.profile.ipynb #66c146c7
-COLOURS = {"convolution and products": "#4d4d4d", "BatchNorm": "#56b4e9", "neuron": "#d55e00", "BatchNorm + neuron": "#cc79a7", "number by number": "#e69f00",
-           "copies and conversions": "#f0e442", "optimiser": "#009e73"}
+COLOURS = {
+    "convolution and products": "#4d4d4d",
+    "BatchNorm": "#56b4e9",
+    "neuron": "#d55e00",
+    "BatchNorm + neuron": "#cc79a7",
+    "number by number": "#e69f00",
+    "copies and conversions": "#f0e442",
+    "optimiser": "#009e73",
+}
 
 
 def draw_parts(
@@ -59,7 +118,7 @@ def draw_parts(
     ax,  # matplotlib axes
 ):
     "One bar a name, stacked by kind of work."
-    for i, (name, p) in enumerate(parts.items()):
+    for i, (_name, p) in enumerate(parts.items()):
         start = 0
         for kind, colour in COLOURS.items():
             ax.barh(i, p.get(kind, 0), left=start, color=colour, label=kind if i == 0 else None)

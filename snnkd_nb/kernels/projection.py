@@ -16,7 +16,21 @@ from numba import carray, njit
 from torch import nn
 
 from .flat import FREE, LOOP, ZERO, load, pointer, run, store, team_size, to_c
-from .norm import FLUSH, NORM, WIDE, covers, gather, is_half, own_sums, portion, pour_both, record, side_by_side, statistics, write
+from snnkd_nb.kernels.norm import (
+    FLUSH,
+    NORM,
+    WIDE,
+    covers,
+    gather,
+    is_half,
+    own_sums,
+    portion,
+    pour_both,
+    record,
+    side_by_side,
+    statistics,
+    write,
+)
 from .precision import bf16_route
 from .winograd import Winograd, worth
 
@@ -72,18 +86,33 @@ def compiled(name, half):
 
     def forward_task(data):
         a = carray(data, (1,), NORM)[0]
-        (_, lo, hi), ab, x, y = portion(a), side_by_side(a, a.scale, a.offset, 0), carray(pointer(a.x), (a.n,), dtype), carray(pointer(a.y), (a.n,), dtype)
-        for i in range(lo, hi, a.lanes): rectify(x[i : min(i + a.lanes, hi)], ab, y[i : min(i + a.lanes, hi)])
+        (_, lo, hi), ab, x, y = (
+            portion(a),
+            side_by_side(a, a.scale, a.offset, 0),
+            carray(pointer(a.x), (a.n,), dtype),
+            carray(pointer(a.y), (a.n,), dtype),
+        )
+        for i in range(lo, hi, a.lanes):
+            rectify(x[i : min(i + a.lanes, hi)], ab, y[i : min(i + a.lanes, hi)])
 
     def again_task(data):
         a = carray(data, (1,), NORM)[0]
         (i, lo, hi), ab = portion(a), side_by_side(a, a.scale, a.offset, 0)
-        x, g, y = carray(pointer(a.x), (a.n,), dtype), carray(pointer(a.g), (a.n,), dtype), carray(pointer(a.y), (a.n,), dtype)
+        x, g, y = (
+            carray(pointer(a.x), (a.n,), dtype),
+            carray(pointer(a.g), (a.n,), dtype),
+            carray(pointer(a.y), (a.n,), dtype),
+        )
         gather(again(x, g, y, ab, a.lanes, lo, hi), own_sums(a, i))
 
     def norm_task(data):
         a = carray(data, (1,), NORM)[0]
-        (_, lo, hi), x, g, e = portion(a), carray(pointer(a.x), (a.n,), dtype), carray(pointer(a.g), (a.n,), dtype), np.empty(a.lanes, np.float32)
+        (_, lo, hi), x, g, e = (
+            portion(a),
+            carray(pointer(a.x), (a.n,), dtype),
+            carray(pointer(a.g), (a.n,), dtype),
+            np.empty(a.lanes, np.float32),
+        )
         ab, abc = side_by_side(a, a.scale, a.offset, 0), side_by_side(a, a.scale, a.times, a.plus)
         for i in range(lo, hi, a.lanes):
             j = min(i + a.lanes, hi)
@@ -96,7 +125,15 @@ def compiled(name, half):
 def sweep(name, x, g, y, **vectors):
     "Run a pass over rows (n, C)."
     a = record(None, x.shape[1], **{k: v.data_ptr() for k, v in vectors.items()})
-    run(compiled(name, is_half(x)), a, 1, x.numel(), x.data_ptr(), g.data_ptr() if g is not None else 0, y.data_ptr() if y is not None else 0)
+    run(
+        compiled(name, is_half(x)),
+        a,
+        1,
+        x.numel(),
+        x.data_ptr(),
+        g.data_ptr() if g is not None else 0,
+        y.data_ptr() if y is not None else 0,
+    )
 
 # %% ../../nbs/lib/24_kernels.projection.ipynb #e0406327
 PIECE = 2**21  # numbers that are worked on while they lie in the last-level cache
@@ -109,20 +146,28 @@ def pieces(
 ):
     "`[(part, slice of rows)]`."
     size, step = n // parts, max(1, PIECE // c)
-    return [(p, slice(lo, min(lo + step, (p + 1) * size))) for p in range(parts) for lo in range(p * size, (p + 1) * size, step)]
+    return [
+        (p, slice(lo, min(lo + step, (p + 1) * size)))
+        for p in range(parts)
+        for lo in range(p * size, (p + 1) * size, step)
+    ]
 
 
-def pixels(x): return x.permute(0, 2, 3, 1).flatten(0, 2)
+def pixels(x):
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def maps(rows, like): return rows.view(len(like), *like.shape[2:], -1).permute(0, 3, 1, 2)
+def maps(rows, like):
+    return rows.view(len(like), *like.shape[2:], -1).permute(0, 3, 1, 2)
 
 
-def room_for(x, todo): return x.new_empty(max(s.stop - s.start for _, s in todo), x.shape[1])
+def room_for(x, todo):
+    return x.new_empty(max(s.stop - s.start for _, s in todo), x.shape[1])
 
 # %% ../../nbs/lib/24_kernels.projection.ipynb #7fd411e7
 class NormReluMix(torch.autograd.Function):
     "x (N, C, h, w), channels_last → (N, C', h, w); mean and var are (parts, C), `batch` says whether they are those of x itself."
+
     @staticmethod
     def forward(ctx, x, weight, bias, mix, mean, var, eps, batch):
         invstd, rows, m = (var + eps).rsqrt(), pixels(x), mix.flatten(1).to(x.dtype)
@@ -132,7 +177,14 @@ class NormReluMix(torch.autograd.Function):
         ctx.batch, out, todo = batch, x.new_empty(len(rows), len(m)), pieces(*rows.shape, len(mean))
         room = room_for(rows, todo)
         for p, s in todo:
-            sweep("forward", rows[s], None, a := room[: s.stop - s.start], scale=scale[p], offset=offset[p])
+            sweep(
+                "forward",
+                rows[s],
+                None,
+                a := room[: s.stop - s.start],
+                scale=scale[p],
+                offset=offset[p],
+            )
             torch.mm(a, m.T, out=out[s])
         return maps(out, x)
 
@@ -141,14 +193,37 @@ class NormReluMix(torch.autograd.Function):
     def backward(ctx, g):
         x, m, scale, offset, invstd, mean = ctx.saved_tensors
         rows, g, gx, gm = pixels(x), pixels(g), torch.empty_like(pixels(x)), torch.zeros(m.shape)
-        todo, sums = pieces(*rows.shape, len(mean)), torch.zeros(len(mean), team_size(PIECE), 2, rows.shape[1], dtype=torch.float64)
+        todo, sums = (
+            pieces(*rows.shape, len(mean)),
+            torch.zeros(len(mean), team_size(PIECE), 2, rows.shape[1], dtype=torch.float64),
+        )
         room = room_for(rows, todo)
         for p, s in todo:
             torch.mm(g[s], m, out=gx[s])
-            sweep("again", rows[s], gx[s], a := room[: s.stop - s.start], scale=scale[p], offset=offset[p], sums=sums[p])
+            sweep(
+                "again",
+                rows[s],
+                gx[s],
+                a := room[: s.stop - s.start],
+                scale=scale[p],
+                offset=offset[p],
+                sums=sums[p],
+            )
             gm += g[s].T @ a
-        gamma, beta, times, plus = through_statistics(*sums.sum(1).unbind(1), mean, invstd, scale, len(rows) // len(mean), ctx.batch)
-        for p, s in todo: sweep("norm", rows[s], gx[s], None, scale=scale[p], offset=offset[p], times=times[p], plus=plus[p])
+        gamma, beta, times, plus = through_statistics(
+            *sums.sum(1).unbind(1), mean, invstd, scale, len(rows) // len(mean), ctx.batch
+        )
+        for p, s in todo:
+            sweep(
+                "norm",
+                rows[s],
+                gx[s],
+                None,
+                scale=scale[p],
+                offset=offset[p],
+                times=times[p],
+                plus=plus[p],
+            )
         return maps(gx, x), gamma.sum(0), beta.sum(0), gm[..., None, None], None, None, None, None
 
 # %% ../../nbs/lib/24_kernels.projection.ipynb #a535ecb5
@@ -156,7 +231,12 @@ def through_statistics(g1, g2, mean, invstd, scale, n, batch):
     "Gradients of γ and β by part from both sums, and what a number and one adds to the gradient of BatchNorm's input."
     gamma, beta, share = ((g2 - mean * g1) * invstd).float(), g1.float(), -1 / max(1, n)
     times = gamma * scale * invstd * share if batch else torch.zeros_like(scale)
-    return gamma, beta, times, torch.addcmul(beta * scale * share, mean, times, value=-1) if batch else times
+    return (
+        gamma,
+        beta,
+        times,
+        torch.addcmul(beta * scale * share, mean, times, value=-1) if batch else times,
+    )
 
 
 def norm_relu_mix(
@@ -177,9 +257,14 @@ def whole(
 ):
     "A convolution for each, in the precision of x."
     (h, w), k = x.shape[2:], torch.cat(weights).permute(2, 3, 1, 0)
-    seen = torch.stack([k[1 - y : 1 - y + h, 1 - z : 1 - z + w] for y in range(h) for z in range(w)], 3).to(x.dtype)  # (h, w, C, pixels, C')
+    seen = torch.stack(
+        [k[1 - y : 1 - y + h, 1 - z : 1 - z + w] for y in range(h) for z in range(w)], 3
+    ).to(x.dtype)  # (h, w, C, pixels, C')
     out = x.permute(0, 2, 3, 1).flatten(1) @ seen.flatten(3).flatten(0, 2)
-    return [o.clone(memory_format=torch.contiguous_format).permute(0, 3, 1, 2) for o in out.unflatten(1, (h, w, -1)).split([len(v) for v in weights], 3)]
+    return [
+        o.clone(memory_format=torch.contiguous_format).permute(0, 3, 1, 2)
+        for o in out.unflatten(1, (h, w, -1)).split([len(v) for v in weights], 3)
+    ]
 
 # %% ../../nbs/lib/24_kernels.projection.ipynb #436faa19
 FEW, WORTH = 2, 2**16  # pixels of a side; numbers of the features from which it pays to step in
@@ -190,16 +275,40 @@ def bare(
     kind,  # a class
 ):
     "Whether a module is exactly of a class, and nobody listens to it."
-    return type(module) is kind and not any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+    return type(module) is kind and not any(
+        (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        )
+    )
 
 
 def plain(conv, size):
     "Whether a module is a convolution of stride 1 that keeps the maps' size, without bias."
-    own = bare(conv, nn.Conv2d) and conv.bias is None and conv.kernel_size == (size, size) and conv.padding == (size // 2, size // 2)
-    return own and conv.stride == conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros" and conv.weight.device.type == "cpu"
+    own = (
+        bare(conv, nn.Conv2d)
+        and conv.bias is None
+        and conv.kernel_size == (size, size)
+        and conv.padding == (size // 2, size // 2)
+    )
+    return (
+        own
+        and conv.stride == conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+        and conv.weight.device.type == "cpu"
+    )
 
 
-def in_half(x): return x.device.type == "cpu" and bf16_route() == "native" and (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype) == torch.bfloat16
+def in_half(x):
+    return (
+        x.device.type == "cpu"
+        and bf16_route() == "native"
+        and (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype)
+        == torch.bfloat16
+    )
 
 
 def convolved(
@@ -207,15 +316,32 @@ def convolved(
     x,  # (N, C, h, w)
 ):
     "Their results."
-    ours = x.numel() >= WORTH and in_half(x) and all(plain(c, 3) and (c.weight.dtype == x.dtype or torch.is_autocast_enabled("cpu")) for c in convs)
-    if ours and max(x.shape[2:]) <= FEW: return whole(x.to(torch.bfloat16), [c.weight for c in convs])
-    if ours and worth(x, sum(len(c.weight) for c in convs)): return Winograd.apply(x.to(torch.bfloat16), *(c.weight for c in convs))
+    ours = (
+        x.numel() >= WORTH
+        and in_half(x)
+        and all(
+            plain(c, 3) and (c.weight.dtype == x.dtype or torch.is_autocast_enabled("cpu"))
+            for c in convs
+        )
+    )
+    if ours and max(x.shape[2:]) <= FEW:
+        return whole(x.to(torch.bfloat16), [c.weight for c in convs])
+    if ours and worth(x, sum(len(c.weight) for c in convs)):
+        return Winograd.apply(x.to(torch.bfloat16), *(c.weight for c in convs))
     return [c(x) for c in convs]
 
 
 def finished(z, norm, act, mix, parts):
     "BatchNorm, ReLU and 1×1 convolution of a convolution's output."
-    if is_half(z) and z.device.type == "cpu" and bare(norm, nn.BatchNorm2d) and bare(act, nn.ReLU) and plain(mix, 1) and covers(norm, z): return norm_relu_mix(z, norm, mix, parts)
+    if (
+        is_half(z)
+        and z.device.type == "cpu"
+        and bare(norm, nn.BatchNorm2d)
+        and bare(act, nn.ReLU)
+        and plain(mix, 1)
+        and covers(norm, z)
+    ):
+        return norm_relu_mix(z, norm, mix, parts)
     return mix(act(norm(z) if parts == 1 else torch.cat([norm(p) for p in z.chunk(parts)])))
 
 
@@ -225,5 +351,8 @@ def projected(
     parts=1,  # of the batch, that are normalised by themselves
 ):
     "`[(N, C', h, w)]`, one a module."
-    if parts == 1 and not all(bare(m, nn.Sequential) and len(m) == 4 for m in modules): return [m(x) for m in modules]
-    return [finished(z, *m[1:], parts) for z, m in zip(convolved([m[0] for m in modules], x), modules)]
+    if parts == 1 and not all(bare(m, nn.Sequential) and len(m) == 4 for m in modules):
+        return [m(x) for m in modules]
+    return [
+        finished(z, *m[1:], parts) for z, m in zip(convolved([m[0] for m in modules], x), modules)
+    ]

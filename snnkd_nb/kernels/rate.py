@@ -6,7 +6,8 @@
 __all__ = ['WORTH', 'DYNAMICS', 'rates_reference', 'unpacked', 'packed', 'cpu', 'pass_of', 'lif_rates']
 
 # %% ../../nbs/lib/24_kernels.rate.ipynb #171a3846
-import functools, importlib
+import functools
+import importlib
 
 import torch
 
@@ -18,7 +19,13 @@ from .surrogate import Sigmoid, create_surrogate
 def rates_reference(
     x_seq,  # (T, B, …) input current
     *,
-    decay=0.5, v_threshold=1.0, v_reset=0.0, decay_input=False, detach_reset=False, surrogate=Sigmoid(4.0), strict=False,  # as for `kernels.lif.lif`
+    decay=0.5,
+    v_threshold=1.0,
+    v_reset=0.0,
+    decay_input=False,
+    detach_reset=False,
+    surrogate=Sigmoid(4.0),
+    strict=False,  # as for `kernels.lif.lif`
 ):
     "`(spikes (T, B, …), rate (B, …), eligibility (B, …))` by equations 1 to 4, one small operation at a time."
     rest, gain, hard = v_reset or 0.0, 1 - decay if decay_input else 1.0, v_reset is not None
@@ -27,14 +34,22 @@ def rates_reference(
     rho, total, count = torch.full_like(v, gain), torch.zeros_like(v), torch.zeros_like(v)
     for x in x_seq:
         m = decay * v + (gain * x.to(state) + (1 - decay) * rest)
-        s, d = (m > v_threshold if strict else m >= v_threshold).to(state), surrogate(m - v_threshold)
+        s, d = (
+            (m > v_threshold if strict else m >= v_threshold).to(state),
+            surrogate(m - v_threshold),
+        )
         total, count = total + d * rho, count + s
         keep = 1 - s if hard else torch.ones_like(s)
-        if not detach_reset: keep = keep + (v_reset - m if hard else -v_threshold) * d
+        if not detach_reset:
+            keep = keep + (v_reset - m if hard else -v_threshold) * d
         rho = gain + decay * (rho * keep)
         v = (1 - s) * m + s * v_reset if hard else m - s * v_threshold
         spikes.append(s.to(x.dtype))
-    return torch.stack(spikes), (count / len(x_seq)).to(x_seq.dtype), (total / len(x_seq)).to(x_seq.dtype)
+    return (
+        torch.stack(spikes),
+        (count / len(x_seq)).to(x_seq.dtype),
+        (total / len(x_seq)).to(x_seq.dtype),
+    )
 
 # %% ../../nbs/lib/24_kernels.rate.ipynb #01d5fbd8
 def unpacked(
@@ -45,10 +60,14 @@ def unpacked(
 ):
     "Spikes (T·B, …), or (B, …) of one step, in the memory format of a plane."
     first, steps = (0, T) if step is None else (step, 1)
-    out = torch.empty_strided((steps, *bits.shape[1:]), bits.stride(), dtype=dtype, device=bits.device)
-    if bits.numel() >= WORTH and dtype in (torch.float32, torch.bfloat16): cpu().write_pass(bits, first, out)
+    out = torch.empty_strided(
+        (steps, *bits.shape[1:]), bits.stride(), dtype=dtype, device=bits.device
+    )
+    if bits.numel() >= WORTH and dtype in (torch.float32, torch.bfloat16):
+        cpu().write_pass(bits, first, out)
     else:
-        for t in range(steps): out[t] = bits[first + t >> 3].bitwise_right_shift(first + t & 7).bitwise_and_(1)
+        for t in range(steps):
+            out[t] = bits[first + t >> 3].bitwise_right_shift(first + t & 7).bitwise_and_(1)
     return out.flatten(0, 1) if step is None else out[0]
 
 
@@ -58,8 +77,14 @@ def packed(
 ):
     "The bits (T/8, B, …) of spikes that are numbers."
     seq = steps.unflatten(0, (T, steps.shape[0] // T))
-    bits = torch.empty_strided(((T + 7) // 8, *seq.shape[1:]), (seq[0].numel(), *steps.stride()), dtype=torch.uint8, device=steps.device).zero_()
-    for t in range(T): bits[t >> 3] |= seq[t].to(torch.uint8) << (t & 7)
+    bits = torch.empty_strided(
+        ((T + 7) // 8, *seq.shape[1:]),
+        (seq[0].numel(), *steps.stride()),
+        dtype=torch.uint8,
+        device=steps.device,
+    ).zero_()
+    for t in range(T):
+        bits[t >> 3] |= seq[t].to(torch.uint8) << (t & 7)
     return bits
 
 
@@ -67,7 +92,8 @@ WORTH = 2**12  # bytes from which a kernel is worth its call
 
 
 @functools.cache
-def cpu(): return importlib.import_module("snnkd_nb.kernels.rate_cpu")
+def cpu():
+    return importlib.import_module("snnkd_nb.kernels.rate_cpu")
 
 # %% ../../nbs/lib/24_kernels.rate.ipynb #3a6e32bb
 DYNAMICS = ("decay", "v_threshold", "v_reset", "decay_input", "detach_reset", "surrogate", "strict")
@@ -78,7 +104,11 @@ def pass_of(
     engine,  # `kernels.flat` or `kernels.gpu`, as `kernels.lif.engine_for` says
 ):
     "The fused `rate_pass` that belongs to it."
-    return importlib.import_module("snnkd_nb.kernels.rate_gpu").rate_pass if engine.__name__.endswith("gpu") else cpu().rate_pass
+    return (
+        importlib.import_module("snnkd_nb.kernels.rate_gpu").rate_pass
+        if engine.__name__.endswith("gpu")
+        else cpu().rate_pass
+    )
 
 
 @torch.no_grad()
@@ -86,16 +116,35 @@ def lif_rates(
     x,  # input current, (T·B, …); (B, …) if static
     T,  # time steps
     static=False,  # the same x (B, …) in all T steps
-    decay=0.5, v_threshold=1.0, v_reset=0.0, decay_input=False, detach_reset=False, surrogate=Sigmoid(4.0), strict=False, backend="auto",  # as for `kernels.lif.lif`
+    decay=0.5,
+    v_threshold=1.0,
+    v_reset=0.0,
+    decay_input=False,
+    detach_reset=False,
+    surrogate=Sigmoid(4.0),
+    strict=False,
+    backend="auto",  # as for `kernels.lif.lif`
     packed=False,  # leave the spikes as bits (T/8, B, …) where the kernel makes them so
 ):
     "`(spikes (T·B, …), rate (B, …), eligibility (B, …))` of leaky integrate-and-fire neurons that start at rest; no gradient flows."
-    if not static and x.shape[0] % T: raise UserError(f"{x.shape[0]} rows do not fold into T={T} steps: x is (T·B, …) with T outermost")
-    dynamics = (decay, v_threshold, v_reset, decay_input, detach_reset, create_surrogate(surrogate), strict)
+    if not static and x.shape[0] % T:
+        raise UserError(
+            f"{x.shape[0]} rows do not fold into T={T} steps: x is (T·B, …) with T outermost"
+        )
+    dynamics = (
+        decay,
+        v_threshold,
+        v_reset,
+        decay_input,
+        detach_reset,
+        create_surrogate(surrogate),
+        strict,
+    )
     engine = engine_for(x, dynamics[5], backend, T)
     if engine:
         s, rate, g = pass_of(engine)(run(x), None, None, None, T, task(engine, *dynamics), static)
-        if s.dtype == torch.uint8: return s if packed else unpacked(s, T, x.dtype), rate, g
+        if s.dtype == torch.uint8:
+            return s if packed else unpacked(s, T, x.dtype), rate, g
         return s.flatten(0, 1) if static else s, rate, g
     seq = x.expand(T, *x.shape) if static else x.unflatten(0, (T, x.shape[0] // T))
     s, rate, g = rates_reference(seq, **dict(zip(DYNAMICS, dynamics)))

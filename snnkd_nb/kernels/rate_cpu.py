@@ -13,7 +13,21 @@ import numpy as np
 import torch
 from numba import carray, njit
 
-from .flat import LOOP, ONE, TASK, ZERO, bell, load, pointer, run, share, store, tent, to_c, witch
+from snnkd_nb.kernels.flat import (
+    LOOP,
+    ONE,
+    TASK,
+    ZERO,
+    bell,
+    load,
+    pointer,
+    run,
+    share,
+    store,
+    tent,
+    to_c,
+    witch,
+)
 from .norm import NORM, WIDE, lanes_of, portion, side_by_side
 
 # %% ../../nbs/lib/26_kernels.rate_cpu.ipynb #e990d511
@@ -22,16 +36,26 @@ RATE = np.dtype(NORM.descr + [(name, "i8") for name in ("rbits", "rate", "eligib
 
 def recorder(rise):
     "The loop of one time step; `rise` is the surrogate's derivative. `w` holds v, ρ, Σ g'ρ, Σ s, Σ x and the bits, `WIDE` numbers apart."
+
     @njit(**LOOP)
     def record(x, r, ab, w, bit, decay, gain, shift, fire, hard, detach, jump, v_th, p, q):
         h = ONE if hard else ZERO
         for i in range(x.size):
-            v, rho, total, count, inputs, code, u = w[i], w[WIDE + i], w[2 * WIDE + i], w[3 * WIDE + i], w[4 * WIDE + i], w[5 * WIDE + i], load(x[i])
+            v, rho, total, count, inputs, code, u = (
+                w[i],
+                w[WIDE + i],
+                w[2 * WIDE + i],
+                w[3 * WIDE + i],
+                w[4 * WIDE + i],
+                w[5 * WIDE + i],
+                load(x[i]),
+            )
             y = (u * ab[i] + ab[WIDE + i]) + r[i]
             m = decay * v + (gain * y + shift)
             k = ONE if m >= fire else ZERO
             d, keep = rise(m - v_th, p, q), ONE - h * k
-            if not detach: keep += (jump - m if hard else jump) * d
+            if not detach:
+                keep += (jump - m if hard else jump) * d
             w[i] = m * (ONE - h * k) + k * jump
             w[WIDE + i] = gain + decay * (rho * keep)
             w[2 * WIDE + i] = total + d * rho
@@ -50,7 +74,8 @@ def begin(w, gain, rest, k):
     "The numbers of a block of `k` neurons at rest."
     w[:k] = rest
     w[WIDE : WIDE + k] = gain
-    for c in range(2, 6): w[c * WIDE : c * WIDE + k] = ZERO
+    for c in range(2, 6):
+        w[c * WIDE : c * WIDE + k] = ZERO
 
 
 @njit(**LOOP)
@@ -58,10 +83,12 @@ def lift(r, bits, t, i, j, out):
     "What is added in one step, from memory or from bits, as float32."
     if r.size:
         row = r[t, i:j]
-        for k in range(row.size): out[k] = load(row[k])
+        for k in range(row.size):
+            out[k] = load(row[k])
     if bits.size:
         plane, mask = bits[t >> 3, i:j], np.uint8(1 << (t & 7))
-        for k in range(plane.size): out[k] = ONE if plane[k] & mask else ZERO
+        for k in range(plane.size):
+            out[k] = ONE if plane[k] & mask else ZERO
 
 
 @njit(**LOOP)
@@ -75,7 +102,8 @@ def pack(code, out):
 @njit(**LOOP)
 def means(sums, T, out):
     "Sums over time as means, to memory."
-    for k in range(out.size): store(out, k, sums[k] / T)
+    for k in range(out.size):
+        store(out, k, sums[k] / T)
 
 
 @njit(**LOOP)
@@ -89,13 +117,66 @@ def through(x, r, rbits, s, rate, eligibility, mean, ab, a, lo, hi):
         for t in range(T):
             row, bit = x[0 if a.static else t, i:j], np.float32(1 << (t & 7))
             lift(r, rbits, t, i, j, add)
-            if a.kind == 0: record_bell(row, add, ab, w, bit, a.decay, a.gain, a.shift, a.fire, hard, detach, a.jump, a.v_th, a.p, a.q)
-            elif a.kind == 1: record_tent(row, add, ab, w, bit, a.decay, a.gain, a.shift, a.fire, hard, detach, a.jump, a.v_th, a.p, a.q)
-            else: record_witch(row, add, ab, w, bit, a.decay, a.gain, a.shift, a.fire, hard, detach, a.jump, a.v_th, a.p, a.q)
-            if t & 7 == 7 or t == T - 1: pack(w[5 * WIDE :], s[t >> 3, i:j])
+            if a.kind == 0:
+                record_bell(
+                    row,
+                    add,
+                    ab,
+                    w,
+                    bit,
+                    a.decay,
+                    a.gain,
+                    a.shift,
+                    a.fire,
+                    hard,
+                    detach,
+                    a.jump,
+                    a.v_th,
+                    a.p,
+                    a.q,
+                )
+            elif a.kind == 1:
+                record_tent(
+                    row,
+                    add,
+                    ab,
+                    w,
+                    bit,
+                    a.decay,
+                    a.gain,
+                    a.shift,
+                    a.fire,
+                    hard,
+                    detach,
+                    a.jump,
+                    a.v_th,
+                    a.p,
+                    a.q,
+                )
+            else:
+                record_witch(
+                    row,
+                    add,
+                    ab,
+                    w,
+                    bit,
+                    a.decay,
+                    a.gain,
+                    a.shift,
+                    a.fire,
+                    hard,
+                    detach,
+                    a.jump,
+                    a.v_th,
+                    a.p,
+                    a.q,
+                )
+            if t & 7 == 7 or t == T - 1:
+                pack(w[5 * WIDE :], s[t >> 3, i:j])
         means(w[3 * WIDE :], steps, rate[i:j])
         means(w[2 * WIDE :], steps, eligibility[i:j])
-        if mean.size: means(w[4 * WIDE :], steps, mean[i:j])
+        if mean.size:
+            means(w[4 * WIDE :], steps, mean[i:j])
 
 # %% ../../nbs/lib/26_kernels.rate_cpu.ipynb #a32db187
 @functools.cache
@@ -105,12 +186,33 @@ def compiled(half):
 
     def rate_task(data):
         a = carray(data, (1,), RATE)[0]
-        (i, lo, hi), planes = portion(a), (a.T + 7) >> 3
-        x, r = carray(pointer(a.x), (1 if a.static else a.T, a.n), dtype), carray(pointer(a.r), (a.T if a.r else 0, a.n), dtype)
-        rbits, s = carray(pointer(a.rbits), (planes if a.rbits else 0, a.n), np.uint8), carray(pointer(a.y), (planes, a.n), np.uint8)
-        rate, eligibility = carray(pointer(a.rate), (a.n,), dtype), carray(pointer(a.eligibility), (a.n,), dtype)
+        (_i, lo, hi), planes = portion(a), (a.T + 7) >> 3
+        x, r = (
+            carray(pointer(a.x), (1 if a.static else a.T, a.n), dtype),
+            carray(pointer(a.r), (a.T if a.r else 0, a.n), dtype),
+        )
+        rbits, s = (
+            carray(pointer(a.rbits), (planes if a.rbits else 0, a.n), np.uint8),
+            carray(pointer(a.y), (planes, a.n), np.uint8),
+        )
+        rate, eligibility = (
+            carray(pointer(a.rate), (a.n,), dtype),
+            carray(pointer(a.eligibility), (a.n,), dtype),
+        )
         mean = carray(pointer(a.mean), (a.n if a.mean else 0,), dtype)
-        through(x, r, rbits, s, rate, eligibility, mean, side_by_side(a, a.scale, a.offset, 0), a, lo, hi)
+        through(
+            x,
+            r,
+            rbits,
+            s,
+            rate,
+            eligibility,
+            mean,
+            side_by_side(a, a.scale, a.offset, 0),
+            a,
+            lo,
+            hi,
+        )
 
     return to_c(rate_task)
 
@@ -118,7 +220,8 @@ def compiled(half):
 def rate_pass(
     x,  # memory of T·n numbers, or n if static; with a scale (T·B, C, H, W), channels_last
     r,  # added to the current: like x, or the bits of spikes; or None
-    scale, offset,  # of each channel, float32 (C,); or None
+    scale,
+    offset,  # of each channel, float32 (C,); or None
     T,  # time steps
     task,  # the neuron's numbers, of `kernels.flat.neuron`
     static=False,  # whether all steps have the same input
@@ -126,23 +229,37 @@ def rate_pass(
 ):
     "`(bits of the spikes (T/8, B, …) uint8, rate, eligibility)` of a run of memory."
     n, rows = (k // (1 if static else T) for k in (x.numel(), x.shape[0]))
-    if scale is None: scale, offset = torch.ones(1), torch.zeros(1)
-    bits = torch.empty_strided(((T + 7) // 8, rows, *x.shape[1:]), (n, *x.stride()), dtype=torch.uint8)
+    if scale is None:
+        scale, offset = torch.ones(1), torch.zeros(1)
+    bits = torch.empty_strided(
+        ((T + 7) // 8, rows, *x.shape[1:]), (n, *x.stride()), dtype=torch.uint8
+    )
     rate, eligibility = (x.new_empty_strided((rows, *x.shape[1:]), x.stride()) for _ in range(2))
     packed = r is not None and r.dtype == torch.uint8
-    given = dict(r=None if packed else r, rbits=r if packed else None, scale=scale, offset=offset, rate=rate, eligibility=eligibility, mean=mean)
+    given = {
+        "r": None if packed else r,
+        "rbits": r if packed else None,
+        "scale": scale,
+        "offset": offset,
+        "rate": rate,
+        "eligibility": eligibility,
+        "mean": mean,
+    }
     a = np.zeros(1, RATE)
     a.view(np.uint8)[: TASK.itemsize] = task.view(np.uint8)
-    for name, v in given.items(): a[name] = 0 if v is None else v.data_ptr()
+    for name, v in given.items():
+        a[name] = 0 if v is None else v.data_ptr()
     a["channels"], a["lanes"] = len(scale), lanes_of(len(scale))
-    if n: run(compiled(x.dtype == torch.bfloat16), a, T, n, x.data_ptr(), 0, bits.data_ptr(), static)
+    if n:
+        run(compiled(x.dtype == torch.bfloat16), a, T, n, x.data_ptr(), 0, bits.data_ptr(), static)
     return bits, rate, eligibility
 
 # %% ../../nbs/lib/26_kernels.rate_cpu.ipynb #5f6b0f2a
 @njit(**LOOP)
 def write(plane, mask, one, none, out):
     "One bit of every byte as a number."
-    for k in range(plane.size): out[k] = one if plane[k] & mask else none
+    for k in range(plane.size):
+        out[k] = one if plane[k] & mask else none
 
 
 @functools.cache
@@ -154,8 +271,18 @@ def writer(half):
     def write_task(data):
         a = carray(data, (1,), RATE)[0]
         (lo, hi), first = share(a), a.channels
-        bits, y = carray(pointer(a.x), ((first + a.T + 7) >> 3, a.n), np.uint8), carray(pointer(a.y), (a.T, a.n), dtype)
-        for t in range(a.T): write(bits[(first + t) >> 3, lo:hi], np.uint8(1 << ((first + t) & 7)), one, none, y[t, lo:hi])
+        bits, y = (
+            carray(pointer(a.x), ((first + a.T + 7) >> 3, a.n), np.uint8),
+            carray(pointer(a.y), (a.T, a.n), dtype),
+        )
+        for t in range(a.T):
+            write(
+                bits[(first + t) >> 3, lo:hi],
+                np.uint8(1 << ((first + t) & 7)),
+                one,
+                none,
+                y[t, lo:hi],
+            )
 
     return to_c(write_task)
 
@@ -168,4 +295,13 @@ def write_pass(
     "Fill `out` with spikes, one step after the other."
     a, n = np.zeros(1, RATE), bits.numel() // len(bits)
     a["channels"] = first
-    if n: run(writer(out.dtype == torch.bfloat16), a, out.numel() // n, n, bits.data_ptr(), 0, out.data_ptr())
+    if n:
+        run(
+            writer(out.dtype == torch.bfloat16),
+            a,
+            out.numel() // n,
+            n,
+            bits.data_ptr(),
+            0,
+            out.data_ptr(),
+        )

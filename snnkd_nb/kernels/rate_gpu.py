@@ -16,45 +16,107 @@ from .lif import spikes_for
 
 # %% ../../nbs/lib/26_kernels.rate_gpu.ipynb #2acd972b
 @triton.jit
-def rate_kernel(x, r, y, rate, eligibility, mean, scale, offset, n, C, decay, gain, shift, rest, fire, jump, v_th, p, q,
-                T: tl.constexpr, STATIC: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, MEAN: tl.constexpr,
-                HARD: tl.constexpr, DETACH: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def rate_kernel(
+    x,
+    r,
+    y,
+    rate,
+    eligibility,
+    mean,
+    scale,
+    offset,
+    n,
+    C,
+    decay,
+    gain,
+    shift,
+    rest,
+    fire,
+    jump,
+    v_th,
+    p,
+    q,
+    T: tl.constexpr,
+    STATIC: tl.constexpr,
+    NORM: tl.constexpr,
+    ADD: tl.constexpr,
+    MEAN: tl.constexpr,
+    HARD: tl.constexpr,
+    DETACH: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     n = tl.cast(n, tl.int64)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok, zero = i < n, tl.zeros((BLOCK,), tl.float32)
     v, rho, total, count, inputs = zero + rest, zero + gain, zero, zero, zero
-    if NORM: a, b = tl.load(scale + i % C, ok, 0.0), tl.load(offset + i % C, ok, 0.0)
+    if NORM:
+        a, b = tl.load(scale + i % C, ok, 0.0), tl.load(offset + i % C, ok, 0.0)
     for t in tl.static_range(T):
         u = tl.load(x + (0 if STATIC else t * n) + i, ok, 0.0).to(tl.float32)
         inputs += u
-        if NORM: u = u * a + b
-        if ADD: u += tl.load(r + t * n + i, ok, 0.0).to(tl.float32)
+        if NORM:
+            u = u * a + b
+        if ADD:
+            u += tl.load(r + t * n + i, ok, 0.0).to(tl.float32)
         m, k, v = step(u, v, decay, gain, shift, fire, jump, HARD)
         d, keep = rise(m - v_th, p, q, KIND), (1.0 - k if HARD else zero + 1.0)
         total, count = total + d * rho, count + k
-        if not DETACH: keep += (jump - m if HARD else jump) * d
+        if not DETACH:
+            keep += (jump - m if HARD else jump) * d
         rho = gain + decay * (rho * keep)
         tl.store(y + t * n + i, k.to(y.dtype.element_ty), ok)
     tl.store(rate + i, (count / T).to(rate.dtype.element_ty), ok)
     tl.store(eligibility + i, (total / T).to(rate.dtype.element_ty), ok)
-    if MEAN: tl.store(mean + i, (inputs / T).to(mean.dtype.element_ty), ok)
+    if MEAN:
+        tl.store(mean + i, (inputs / T).to(mean.dtype.element_ty), ok)
 
 
 def rate_pass(
     x,  # memory of T·n numbers, or n if static; with a scale (T·B, C, H, W), channels_last
     r,  # added to the current, like x; or None
-    scale, offset,  # of each channel, float32 (C,); or None
+    scale,
+    offset,  # of each channel, float32 (C,); or None
     T,  # time steps
     task,  # the neuron's numbers, of `kernels.gpu.neuron`
     static=False,  # whether all steps have the same input
     mean=None,  # (B, …) like a step of x, filled with the mean of x over time; None: not wanted
 ):
     "`(spikes, rate, eligibility)` of a run of memory, on the GPU that holds it."
-    if r is not None and r.dtype != x.dtype: raise UserError(f"the shortcut is {r.dtype}, the current {x.dtype}: give both in one precision")
-    y, (n, rows) = spikes_for(x, T, static), (k // (1 if static else T) for k in (x.numel(), x.shape[0]))
+    if r is not None and r.dtype != x.dtype:
+        raise UserError(
+            f"the shortcut is {r.dtype}, the current {x.dtype}: give both in one precision"
+        )
+    y, (n, rows) = (
+        spikes_for(x, T, static),
+        (k // (1 if static else T) for k in (x.numel(), x.shape[0])),
+    )
     rate, eligibility = (x.new_empty_strided((rows, *x.shape[1:]), x.stride()) for _ in range(2))
-    how = dict(T=T, STATIC=static, NORM=scale is not None, ADD=r is not None, MEAN=mean is not None, BLOCK=block_of(T))
-    other = (x if r is None else r, y, rate, eligibility, rate if mean is None else mean, *((rate, rate) if scale is None else (scale, offset)))
+    how = {
+        "T": T,
+        "STATIC": static,
+        "NORM": scale is not None,
+        "ADD": r is not None,
+        "MEAN": mean is not None,
+        "BLOCK": block_of(T),
+    }
+    other = (
+        x if r is None else r,
+        y,
+        rate,
+        eligibility,
+        rate if mean is None else mean,
+        *((rate, rate) if scale is None else (scale, offset)),
+    )
     if n:
-        with torch.cuda.device_of(x): rate_kernel[triton.cdiv(n, how["BLOCK"]),](x, *other, n, 1 if scale is None else len(scale), **some(task, (*CHARGE, *SLOPE)), **how, **EXACT)
+        with torch.cuda.device_of(x):
+            rate_kernel[triton.cdiv(n, how["BLOCK"]),](
+                x,
+                *other,
+                n,
+                1 if scale is None else len(scale),
+                **some(task, (*CHARGE, *SLOPE)),
+                **how,
+                **EXACT,
+            )
     return y, rate, eligibility

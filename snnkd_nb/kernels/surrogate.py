@@ -15,8 +15,10 @@ from ..core import UserError, unknown
 # %% ../../nbs/lib/20_kernels.surrogate.ipynb #c0038649
 class Surrogate:
     "A stand-in for the derivative of the spike; its one field is a positive slope or width."
+
     def __post_init__(self):
-        if not (math.isfinite(float(self.param)) and float(self.param) > 0): raise UserError(f"{self}: the value must be positive and finite")
+        if not (math.isfinite(float(self.param)) and float(self.param) > 0):
+            raise UserError(f"{self}: the value must be positive and finite")
 
     @property
     def param(self):
@@ -27,6 +29,7 @@ class Surrogate:
 @dataclass(frozen=True)
 class Sigmoid(Surrogate):
     "Derivative of `sigmoid(alpha * u)`."
+
     alpha: float = 4.0  # slope; g'(0) = alpha / 4
     kind = 0
 
@@ -34,9 +37,11 @@ class Sigmoid(Surrogate):
         z = self.alpha * u
         return self.alpha * z.sigmoid() * (-z).sigmoid()
 
-    def primitive(self, u): return (self.alpha * u).sigmoid()
+    def primitive(self, u):
+        return (self.alpha * u).sigmoid()
 
-    def coefficients(self): return (float(self.alpha), 0.0)
+    def coefficients(self):
+        return (float(self.alpha), 0.0)
 
 # %% ../../nbs/lib/20_kernels.surrogate.ipynb #edad77ac
 def tent(
@@ -60,43 +65,60 @@ def tent_primitive(
 @dataclass(frozen=True)
 class Triangle(Surrogate):
     "A tent of half width `gamma` and area one."
+
     gamma: float = 1.0  # half width, in units of the membrane potential
     kind = 1
 
-    def __call__(self, u): return tent(u, 1 / self.gamma, 1 / self.gamma**2)
+    def __call__(self, u):
+        return tent(u, 1 / self.gamma, 1 / self.gamma**2)
 
-    def primitive(self, u): return tent_primitive(u, self.gamma)
+    def primitive(self, u):
+        return tent_primitive(u, self.gamma)
 
-    def coefficients(self): return (float(1 / self.gamma), float(1 / self.gamma**2))
+    def coefficients(self):
+        return (float(1 / self.gamma), float(1 / self.gamma**2))
 
 
 @dataclass(frozen=True)
 class PiecewiseQuadratic(Surrogate):
     "A tent of height `alpha` and area one: `Triangle(1 / alpha)`."
+
     alpha: float = 1.0  # height at the threshold
     kind = 1
 
-    def __call__(self, u): return tent(u, self.alpha, self.alpha**2)
+    def __call__(self, u):
+        return tent(u, self.alpha, self.alpha**2)
 
-    def primitive(self, u): return tent_primitive(u, 1 / self.alpha)
+    def primitive(self, u):
+        return tent_primitive(u, 1 / self.alpha)
 
-    def coefficients(self): return (float(self.alpha), float(self.alpha**2))
+    def coefficients(self):
+        return (float(self.alpha), float(self.alpha**2))
 
 # %% ../../nbs/lib/20_kernels.surrogate.ipynb #2bbeaeae
 @dataclass(frozen=True)
 class ATan(Surrogate):
     "Derivative of an arc tangent step; heavy tails."
+
     alpha: float = 2.0  # slope; g'(0) = alpha / 2
     kind = 2
 
-    def __call__(self, u): return (self.alpha / 2) / (1 + (math.pi / 2 * self.alpha * u) ** 2)
+    def __call__(self, u):
+        return (self.alpha / 2) / (1 + (math.pi / 2 * self.alpha * u) ** 2)
 
-    def primitive(self, u): return (math.pi / 2 * self.alpha * u).atan() / math.pi + 0.5
+    def primitive(self, u):
+        return (math.pi / 2 * self.alpha * u).atan() / math.pi + 0.5
 
-    def coefficients(self): return (float(self.alpha) / 2, math.pi / 2 * float(self.alpha))
+    def coefficients(self):
+        return (float(self.alpha) / 2, math.pi / 2 * float(self.alpha))
 
 # %% ../../nbs/lib/20_kernels.surrogate.ipynb #6e3da8a2
-SURROGATES = {"sigmoid": Sigmoid, "triangle": Triangle, "piecewise_quadratic": PiecewiseQuadratic, "atan": ATan}
+SURROGATES = {
+    "sigmoid": Sigmoid,
+    "triangle": Triangle,
+    "piecewise_quadratic": PiecewiseQuadratic,
+    "atan": ATan,
+}
 
 
 def create_surrogate(
@@ -104,6 +126,8 @@ def create_surrogate(
     value=None,  # its slope or width; None: the default
 ):
     "The surrogate of that name."
-    if isinstance(name, Surrogate): return name if value is None else type(name)(value)
-    if name not in SURROGATES: raise unknown("surrogate", name, SURROGATES)
+    if isinstance(name, Surrogate):
+        return name if value is None else type(name)(value)
+    if name not in SURROGATES:
+        raise unknown("surrogate", name, SURROGATES)
     return SURROGATES[name]() if value is None else SURROGATES[name](value)

@@ -8,7 +8,8 @@ __all__ = ['TILES', 'PASSES', 'PIECE', 'LINE', 'SQUARE', 'ENOUGH', 'ROWS', 'plus
            'beside', 'Winograd', 'covers', 'worth']
 
 # %% ../../nbs/lib/23_kernels.winograd.ipynb #48669b70
-import functools, itertools
+import functools
+import itertools
 
 import numpy as np
 import torch
@@ -20,45 +21,66 @@ from .flat import LOOP, TASK, ZERO, ask, load, pointer, run, store, to_c
 # %% ../../nbs/lib/23_kernels.winograd.ipynb #e6a0485b
 @njit(**LOOP)
 def plus(a, b, y):
-    for i in range(y.size): store(y, i, load(a[i]) + load(b[i]))
+    for i in range(y.size):
+        store(y, i, load(a[i]) + load(b[i]))
 
 
 @njit(**LOOP)
 def minus(a, b, y):
-    for i in range(y.size): store(y, i, load(a[i]) - load(b[i]))
+    for i in range(y.size):
+        store(y, i, load(a[i]) - load(b[i]))
 
 
 @njit(**LOOP)
 def sum_of(a, b, c, y):
-    for i in range(y.size): store(y, i, load(a[i]) + load(b[i]) + load(c[i]))
+    for i in range(y.size):
+        store(y, i, load(a[i]) + load(b[i]) + load(c[i]))
 
 
 @njit(**LOOP)
 def rest_of(a, b, c, y):
-    for i in range(y.size): store(y, i, load(a[i]) - load(b[i]) - load(c[i]))
+    for i in range(y.size):
+        store(y, i, load(a[i]) - load(b[i]) - load(c[i]))
 
 
 @njit(**LOOP)
 def add(y, a, sign):
-    for i in range(y.size): y[i] += sign * load(a[i])
+    for i in range(y.size):
+        y[i] += sign * load(a[i])
 
 
 @njit(**LOOP)
-def row_of(x, n, r, none): return x[n, r] if (r >= 0) & (r < x.shape[1]) else none
+def row_of(x, n, r, none):
+    return x[n, r] if (r >= 0) & (r < x.shape[1]) else none
 
 # %% ../../nbs/lib/23_kernels.winograd.ipynb #a53a8439
 @njit(**LOOP)
 def to_tiles(x, tiles, strip, none, n, r, t, c, at):
     "Tiles of image n, row r, from `t` on: x (N, h, w·c) → B d Bᵀ."
-    d0, d1, d2, d3 = row_of(x, n, 2 * r - 1, none), row_of(x, n, 2 * r, none), row_of(x, n, 2 * r + 1, none), row_of(x, n, 2 * r + 2, none)
+    d0, d1, d2, d3 = (
+        row_of(x, n, 2 * r - 1, none),
+        row_of(x, n, 2 * r, none),
+        row_of(x, n, 2 * r + 1, none),
+        row_of(x, n, 2 * r + 2, none),
+    )
     end = c + none.size
-    minus(d0, d2, strip[0, c:end]), plus(d1, d2, strip[1, c:end]), minus(d2, d1, strip[2, c:end]), minus(d1, d3, strip[3, c:end])
+    minus(d0, d2, strip[0, c:end])
+    plus(d1, d2, strip[1, c:end])
+    minus(d2, d1, strip[2, c:end])
+    minus(d1, d3, strip[3, c:end])
     for i in range(4):
         for b in range(strip.shape[1] // (2 * c) - 1):
             o = 2 * b * c
-            e0, e1, e2, e3 = strip[i, o : o + c], strip[i, o + c : o + 2 * c], strip[i, o + 2 * c : o + 3 * c], strip[i, o + 3 * c : o + 4 * c]
-            minus(e0, e2, tiles[4 * i, t + b, at : at + c]), plus(e1, e2, tiles[4 * i + 1, t + b, at : at + c])
-            minus(e2, e1, tiles[4 * i + 2, t + b, at : at + c]), minus(e1, e3, tiles[4 * i + 3, t + b, at : at + c])
+            e0, e1, e2, e3 = (
+                strip[i, o : o + c],
+                strip[i, o + c : o + 2 * c],
+                strip[i, o + 2 * c : o + 3 * c],
+                strip[i, o + 3 * c : o + 4 * c],
+            )
+            minus(e0, e2, tiles[4 * i, t + b, at : at + c])
+            plus(e1, e2, tiles[4 * i + 1, t + b, at : at + c])
+            minus(e2, e1, tiles[4 * i + 2, t + b, at : at + c])
+            minus(e1, e3, tiles[4 * i + 3, t + b, at : at + c])
 
 
 @njit(**LOOP)
@@ -66,43 +88,79 @@ def from_tiles(y, tiles, strip, n, r, t, c, at):
     "Back to pixels: A m Aᵀ → y (N, h, w·c)."
     for i in range(4):
         for b in range(strip.shape[1] // (2 * c) - 1):
-            o, m1, m2 = 2 * b * c, tiles[4 * i + 1, t + b, at : at + c], tiles[4 * i + 2, t + b, at : at + c]
+            o, m1, m2 = (
+                2 * b * c,
+                tiles[4 * i + 1, t + b, at : at + c],
+                tiles[4 * i + 2, t + b, at : at + c],
+            )
             sum_of(tiles[4 * i, t + b, at : at + c], m1, m2, strip[i, o : o + c])
             rest_of(m1, m2, tiles[4 * i + 3, t + b, at : at + c], strip[i, o + c : o + 2 * c])
     w = y.shape[2]
     sum_of(strip[0, :w], strip[1, :w], strip[2, :w], y[n, 2 * r])
-    if 2 * r + 1 < y.shape[1]: rest_of(strip[1, :w], strip[2, :w], strip[3, :w], y[n, 2 * r + 1])
+    if 2 * r + 1 < y.shape[1]:
+        rest_of(strip[1, :w], strip[2, :w], strip[3, :w], y[n, 2 * r + 1])
 
 # %% ../../nbs/lib/23_kernels.winograd.ipynb #54434d00
 @njit(**LOOP)
 def spread(g, tiles, strip, none, n, r, t, c, at):
     "The transpose of `from_tiles`: g (N, h, w·c) → Aᵀ g A."
     g0, g1, w = row_of(g, n, 2 * r, none), row_of(g, n, 2 * r + 1, none), none.size
-    plus(g0, none, strip[0, :w]), plus(g0, g1, strip[1, :w]), minus(g0, g1, strip[2, :w]), minus(none, g1, strip[3, :w])
+    plus(g0, none, strip[0, :w])
+    plus(g0, g1, strip[1, :w])
+    minus(g0, g1, strip[2, :w])
+    minus(none, g1, strip[3, :w])
     for i in range(4):
         for b in range(strip.shape[1] // (2 * c) - 1):
             o = 2 * b * c
             e0, e1, zero = strip[i, o : o + c], strip[i, o + c : o + 2 * c], none[:c]
-            plus(e0, zero, tiles[4 * i, t + b, at : at + c]), plus(e0, e1, tiles[4 * i + 1, t + b, at : at + c])
-            minus(e0, e1, tiles[4 * i + 2, t + b, at : at + c]), minus(zero, e1, tiles[4 * i + 3, t + b, at : at + c])
+            plus(e0, zero, tiles[4 * i, t + b, at : at + c])
+            plus(e0, e1, tiles[4 * i + 1, t + b, at : at + c])
+            minus(e0, e1, tiles[4 * i + 2, t + b, at : at + c])
+            minus(zero, e1, tiles[4 * i + 3, t + b, at : at + c])
 
 
 @njit(**LOOP)
 def collect(x, tiles, strip, image, none, n, r, t, c):
     "The transpose of `to_tiles`: Bᵀ m B, added up in `image` where tiles overlap; the last row writes x (N, h, w·c)."
     p, m = np.float32(1), np.float32(-1)
-    if r == 0: image[:] = ZERO
+    if r == 0:
+        image[:] = ZERO
     for i in range(4):
         strip[i] = ZERO
         for b in range(strip.shape[1] // (2 * c) - 1):
-            o, m0, m1, m2, m3 = 2 * b * c, tiles[4 * i, t + b], tiles[4 * i + 1, t + b], tiles[4 * i + 2, t + b], tiles[4 * i + 3, t + b]
-            e0, e1, e2, e3 = strip[i, o : o + c], strip[i, o + c : o + 2 * c], strip[i, o + 2 * c : o + 3 * c], strip[i, o + 3 * c : o + 4 * c]
-            add(e0, m0, p), add(e1, m1, p), add(e1, m2, m), add(e1, m3, p), add(e2, m1, p), add(e2, m2, p), add(e2, m0, m), add(e3, m3, m)
+            o, m0, m1, m2, m3 = (
+                2 * b * c,
+                tiles[4 * i, t + b],
+                tiles[4 * i + 1, t + b],
+                tiles[4 * i + 2, t + b],
+                tiles[4 * i + 3, t + b],
+            )
+            e0, e1, e2, e3 = (
+                strip[i, o : o + c],
+                strip[i, o + c : o + 2 * c],
+                strip[i, o + 2 * c : o + 3 * c],
+                strip[i, o + 3 * c : o + 4 * c],
+            )
+            add(e0, m0, p)
+            add(e1, m1, p)
+            add(e1, m2, m)
+            add(e1, m3, p)
+            add(e2, m1, p)
+            add(e2, m2, p)
+            add(e2, m0, m)
+            add(e3, m3, m)
     e0, e1, e2, e3 = image[2 * r], image[2 * r + 1], image[2 * r + 2], image[2 * r + 3]
-    add(e0, strip[0], p), add(e1, strip[1], p), add(e1, strip[2], m), add(e1, strip[3], p)
-    add(e2, strip[1], p), add(e2, strip[2], p), add(e2, strip[0], m), add(e3, strip[3], m)
+    add(e0, strip[0], p)
+    add(e1, strip[1], p)
+    add(e1, strip[2], m)
+    add(e1, strip[3], p)
+    add(e2, strip[1], p)
+    add(e2, strip[2], p)
+    add(e2, strip[0], m)
+    add(e3, strip[3], m)
     if 2 * r + 2 >= x.shape[1]:
-        for i in range(x.shape[1]): plus(image[i + 1, c : c + none.size], none, x[n, i])
+        for i in range(x.shape[1]):
+            plus(image[i + 1, c : c + none.size], none, x[n, i])
 
 # %% ../../nbs/lib/23_kernels.winograd.ipynb #4b158927
 TILES = np.dtype(TASK.descr + [(name, "i8") for name in ("images", "h", "w", "c", "wide", "at")])
@@ -114,15 +172,23 @@ def walk(a, x, tiles):
     "The pass `a.kind` over the rows or images of this worker."
     worker, workers = (ask(a.thread), ask(a.threads)) if a.thread else (a.worker, a.workers)
     th, tw, c = (a.h + 1) // 2, (a.w + 1) // 2, a.c
-    strip, image, none = np.zeros((4, (2 * tw + 2) * c), np.float32), np.empty((2 * th + 2 if a.kind == 3 else 0, (2 * tw + 2) * c), np.float32), np.zeros(a.w * c, x.dtype)
+    strip, image, none = (
+        np.zeros((4, (2 * tw + 2) * c), np.float32),
+        np.empty((2 * th + 2 if a.kind == 3 else 0, (2 * tw + 2) * c), np.float32),
+        np.zeros(a.w * c, x.dtype),
+    )
     rows, share = a.images * th, th if a.kind == 3 else 1
     for i in range(rows // share * worker // workers, rows // share * (worker + 1) // workers):
         for k in range(i * share, (i + 1) * share):
             n, r, t = k // th, k % th, k * tw
-            if a.kind == 0: to_tiles(x, tiles, strip, none, n, r, t, c, a.at)
-            elif a.kind == 1: from_tiles(x, tiles, strip, n, r, t, c, a.at)
-            elif a.kind == 2: spread(x, tiles, strip, none, n, r, t, c, a.at)
-            else: collect(x, tiles, strip, image, none, n, r, t, c)
+            if a.kind == 0:
+                to_tiles(x, tiles, strip, none, n, r, t, c, a.at)
+            elif a.kind == 1:
+                from_tiles(x, tiles, strip, n, r, t, c, a.at)
+            elif a.kind == 2:
+                spread(x, tiles, strip, none, n, r, t, c, a.at)
+            else:
+                collect(x, tiles, strip, image, none, n, r, t, c)
 
 
 @functools.cache
@@ -133,7 +199,11 @@ def compiled(half):
     def task(data):
         a = carray(data, (1,), TILES)[0]
         t = a.images * ((a.h + 1) // 2) * ((a.w + 1) // 2)
-        walk(a, carray(pointer(a.x), (a.images, a.h, a.w * a.c), dtype), carray(pointer(a.y), (16, t, a.wide), dtype))
+        walk(
+            a,
+            carray(pointer(a.x), (a.images, a.h, a.w * a.c), dtype),
+            carray(pointer(a.y), (16, t, a.wide), dtype),
+        )
 
     return to_c(task)
 
@@ -147,7 +217,8 @@ def sweep(
     "Run a pass."
     a = np.zeros(1, TILES)
     a["kind"], a["wide"], a["at"] = PASSES.index(name), tiles.shape[2], at
-    for field, value in zip(("images", "h", "w", "c"), x.shape): a[field] = value
+    for field, value in zip(("images", "h", "w", "c"), x.shape):
+        a[field] = value
     run(compiled(x.dtype == torch.bfloat16), a, 1, x.numel(), x.data_ptr(), 0, tiles.data_ptr())
 
 # %% ../../nbs/lib/23_kernels.winograd.ipynb #f723a276
@@ -167,34 +238,57 @@ class Pieces:
         (n, h, w, c), (_, _, filters) = x.shape, u.shape
         self.tiles = tiles_of(h, w)
         self.step = min(n, max(1, max(PIECE // (16 * filters), 2 * c) // self.tiles))
-        self.todo, self.v, self.m = [slice(i, min(i + self.step, n)) for i in range(0, n, self.step)], *(x.new_empty(16 * self.tiles * self.step * k) for k in (c, filters))
+        self.todo, self.v, self.m = (
+            [slice(i, min(i + self.step, n)) for i in range(0, n, self.step)],
+            *(x.new_empty(16 * self.tiles * self.step * k) for k in (c, filters)),
+        )
 
     def __iter__(self):
         "Images, room for the tiles of the features and for those of the results."
-        for s in self.todo: yield s, *(r[: len(r) // self.step * (s.stop - s.start)].view(16, self.tiles * (s.stop - s.start), -1) for r in (self.v, self.m))
+        for s in self.todo:
+            yield (
+                s,
+                *(
+                    r[: len(r) // self.step * (s.stop - s.start)].view(
+                        16, self.tiles * (s.stop - s.start), -1
+                    )
+                    for r in (self.v, self.m)
+                ),
+            )
 
 
-def tiles_of(h, w): return ((h + 1) // 2) * ((w + 1) // 2)
+def tiles_of(h, w):
+    return ((h + 1) // 2) * ((w + 1) // 2)
 
 
-def last(x): return x.permute(0, 2, 3, 1)
+def last(x):
+    return x.permute(0, 2, 3, 1)
 
 # %% ../../nbs/lib/23_kernels.winograd.ipynb #96a3af86
 def beside(name, maps, s, tiles):
     "A pass for every convolution, whose channels lie side by side in the tiles."
-    for y, at in zip(maps, itertools.accumulate((y.shape[1] for y in maps), initial=0)): sweep(name, last(y)[s], tiles, at)
+    for y, at in zip(maps, itertools.accumulate((y.shape[1] for y in maps), initial=0)):
+        sweep(name, last(y)[s], tiles, at)
 
 # %% ../../nbs/lib/23_kernels.winograd.ipynb #2ca4ce31
 class Winograd(torch.autograd.Function):
     "x (N, C, h, w) and weights (C', C, 3, 3), … → a convolution for each, in the precision of x."
+
     @staticmethod
     def forward(ctx, x, *weights):
-        if not covers(x): raise UserError(f"features of {tuple(x.shape)}, {x.dtype}, on {x.device}: tiles are for images in float32 or bfloat16 on a CPU; take torch.nn.functional.conv2d")
+        if not covers(x):
+            raise UserError(
+                f"features of {tuple(x.shape)}, {x.dtype}, on {x.device}: tiles are for images in float32 or bfloat16 on a CPU; take torch.nn.functional.conv2d"
+            )
         x, ctx.filters = last(x).contiguous(), [len(w) for w in weights]
         k = torch.cat([w.detach().float().flatten(2).permute(2, 1, 0) for w in weights], 2)
-        with torch.autocast("cpu", enabled=False): u = (SQUARE @ k.flatten(1)).to(x.dtype).view(16, *k.shape[1:])
+        with torch.autocast("cpu", enabled=False):
+            u = (SQUARE @ k.flatten(1)).to(x.dtype).view(16, *k.shape[1:])
         ctx.save_for_backward(x, u)
-        out = [torch.empty(len(x), n, *x.shape[1:3], dtype=x.dtype, memory_format=torch.channels_last) for n in ctx.filters]
+        out = [
+            torch.empty(len(x), n, *x.shape[1:3], dtype=x.dtype, memory_format=torch.channels_last)
+            for n in ctx.filters
+        ]
         for s, v, m in Pieces(x, u):
             sweep("to_tiles", x[s], v)
             torch.bmm(v, u, out=m)
@@ -204,21 +298,44 @@ class Winograd(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *g):
-        (x, u), g, (maps, *filters) = ctx.saved_tensors, [v.contiguous(memory_format=torch.channels_last) for v in g], ctx.needs_input_grad
-        gx, gu, room = torch.empty_like(x) if maps else None, torch.zeros(u.shape, dtype=torch.float32) if any(filters) else None, torch.empty_like(u) if any(filters) else None
+        (x, u), g, (maps, *filters) = (
+            ctx.saved_tensors,
+            [v.contiguous(memory_format=torch.channels_last) for v in g],
+            ctx.needs_input_grad,
+        )
+        gx, gu, room = (
+            torch.empty_like(x) if maps else None,
+            torch.zeros(u.shape, dtype=torch.float32) if any(filters) else None,
+            torch.empty_like(u) if any(filters) else None,
+        )
         for s, v, m in Pieces(x, u):
             beside("spread", g, s, m)
             if any(filters):
                 sweep("to_tiles", x[s], v)
                 gu += torch.bmm(v.mT, m, out=room)
-            if maps: sweep("collect", gx[s], torch.bmm(m, u.mT, out=v))
-        if maps: gx = gx.permute(0, 3, 1, 2)
-        if not any(filters): return gx, *(None for _ in filters)
-        with torch.autocast("cpu", enabled=False): gk = (SQUARE.T @ gu.flatten(1)).view(9, *u.shape[1:]).permute(2, 1, 0).unflatten(2, (3, 3))
+            if maps:
+                sweep("collect", gx[s], torch.bmm(m, u.mT, out=v))
+        if maps:
+            gx = gx.permute(0, 3, 1, 2)
+        if not any(filters):
+            return gx, *(None for _ in filters)
+        with torch.autocast("cpu", enabled=False):
+            gk = (
+                (SQUARE.T @ gu.flatten(1))
+                .view(9, *u.shape[1:])
+                .permute(2, 1, 0)
+                .unflatten(2, (3, 3))
+            )
         return gx, *gk.split(ctx.filters)
 
 # %% ../../nbs/lib/23_kernels.winograd.ipynb #9222058e
-def covers(x): return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.dim() == 4 and x.numel() > 0
+def covers(x):
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.dim() == 4
+        and x.numel() > 0
+    )
 
 # %% ../../nbs/lib/23_kernels.winograd.ipynb #a340f1eb
 ENOUGH, ROWS = 1 / 45, 192  # from which it pays: channels on both sides, tiles of all images

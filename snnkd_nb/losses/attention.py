@@ -23,6 +23,7 @@ from ..spec import need
 # %% ../../nbs/lib/46_losses.attention.ipynb #8c2ca4fc
 class Twice(Gram):
     "`kernels.gram.Gram` of bfloat16 features (n, B, …) on a CPU, with what its rounding took away."
+
     @staticmethod
     def forward(ctx, x, lead):
         ctx.save_for_backward(x)
@@ -38,7 +39,11 @@ def products(
     f,  # features (T, B, …)
 ):
     "Inner products of all pairs of images, (T, B, B), in single precision also for half precision features."
-    return Twice.apply(f, 2) if f.dtype == torch.bfloat16 and f.device.type == "cpu" else gram(f, exact=True)
+    return (
+        Twice.apply(f, 2)
+        if f.dtype == torch.bfloat16 and f.device.type == "cpu"
+        else gram(f, exact=True)
+    )
 
 
 def similarity(
@@ -47,7 +52,8 @@ def similarity(
 ):
     "Rows of similarities with its mates for every step and image, (T, B, size), float32. Source: SASTC eq. 3."
     B = f.shape[1]
-    if B <= size: return products(f) if B == size else F.pad(products(f), (0, size - B))
+    if size >= B:
+        return products(f) if size == B else F.pad(products(f), (0, size - B))
     return torch.cat([similarity(g, size) for g in f.split(size, 1)], 1)
 
 # %% ../../nbs/lib/46_losses.attention.ipynb #37a6806b
@@ -70,11 +76,18 @@ class Embedding(nn.Module):
         normalise=True,  # queries and keys of length one
     ):
         super().__init__()
-        self.mlps, self.normalise = nn.ModuleList(perceptron(size) for _ in range(1 if shared else layers)), normalise
+        self.mlps, self.normalise = (
+            nn.ModuleList(perceptron(size) for _ in range(1 if shared else layers)),
+            normalise,
+        )
 
     def forward(self, rows):
         "(layers, n, size) → (layers, n, size / 4)."
-        w1, b1, w2, b2 = (torch.stack([getattr(m[k], p) for m in self.mlps]) for k in (0, 2) for p in ("weight", "bias"))
+        w1, b1, w2, b2 = (
+            torch.stack([getattr(m[k], p) for m in self.mlps])
+            for k in (0, 2)
+            for p in ("weight", "bias")
+        )
         out = (rows @ w1.mT + b1[:, None]).relu() @ w2.mT + b2[:, None]
         return F.normalize(out, dim=-1) if self.normalise else out
 
@@ -105,18 +118,25 @@ def common(
 ):
     "The smaller of two sizes; raises `UserError` where neither map fits into the other."
     low = (min(a[0], b[0]), min(a[1], b[1]))
-    need(low in (tuple(a), tuple(b)), f"maps of {a[0]}×{a[1]} and {b[0]}×{b[1]} have no common spatial extent: neither fits into the other; choose other layers")
+    need(
+        low in (tuple(a), tuple(b)),
+        f"maps of {a[0]}×{a[1]} and {b[0]}×{b[1]} have no common spatial extent: neither fits into the other; choose other layers",
+    )
     return low
 
 
 class Resized:
     "Feature maps (N, C, h, w) by number, brought to any smaller size once."
 
-    def __init__(self, maps, pool): self.maps, self.pool, self.at = maps, pool, [{tuple(m.shape[-2:]): m} for m in maps]
+    def __init__(self, maps, pool):
+        self.maps, self.pool, self.at = maps, pool, [{tuple(m.shape[-2:]): m} for m in maps]
 
     def __call__(self, i, size):
         at = self.at[i]
-        if size not in at: at[size] = POOLS[self.pool](self._source(at, size) if self.pool == "avg" else self.maps[i], size)
+        if size not in at:
+            at[size] = POOLS[self.pool](
+                self._source(at, size) if self.pool == "avg" else self.maps[i], size
+            )
         return at[size]
 
     def _source(self, at, size):
@@ -126,7 +146,7 @@ class Resized:
         return at[min(nested, default=(h, w))]
 
 # %% ../../nbs/lib/46_losses.attention.ipynb #f698810b
-PAIR = np.dtype(TASK.descr + [("images", "i8"), ("size", "i8"), ("w", "i8")])
+PAIR = np.dtype([*TASK.descr, ("images", "i8"), ("size", "i8"), ("w", "i8")])
 SUM = dict(LOOP, fastmath={"contract", "reassoc"})
 
 
@@ -143,7 +163,8 @@ def gap(x, f):
 @njit(**FREE)
 def apart(x, f, e, y):
     "`y = e · (x - f)`."
-    for i in range(x.size): store(y, i, e * (load(x[i]) - load(f[i])))
+    for i in range(x.size):
+        store(y, i, e * (load(x[i]) - load(f[i])))
 
 
 @njit(**LOOP)
@@ -160,20 +181,30 @@ def compiled(name, half, half_f):
 
     def forward_task(data):
         a = carray(data, (1,), PAIR)[0]
-        x, f, w = carray(pointer(a.x), (a.T, a.images, a.size), dtype), carray(pointer(a.g), (a.images, a.size), dtype_f), carray(pointer(a.w), (a.T, a.images), np.float32)
+        x, f, w = (
+            carray(pointer(a.x), (a.T, a.images, a.size), dtype),
+            carray(pointer(a.g), (a.images, a.size), dtype_f),
+            carray(pointer(a.w), (a.T, a.images), np.float32),
+        )
         lo, hi = images_of(a)
         for b in range(lo, hi):
             for t in range(a.T):
                 total = 0.0
-                for i in range(0, a.size, 4096): total += gap(x[t, b, i : i + 4096], f[b, i : i + 4096])
+                for i in range(0, a.size, 4096):
+                    total += gap(x[t, b, i : i + 4096], f[b, i : i + 4096])
                 w[t, b] = total / a.size
 
     def backward_task(data):
         a = carray(data, (1,), PAIR)[0]
-        x, f, w = carray(pointer(a.x), (a.T, a.images, a.size), dtype), carray(pointer(a.g), (a.images, a.size), dtype_f), carray(pointer(a.w), (a.T, a.images), np.float32)
+        x, f, w = (
+            carray(pointer(a.x), (a.T, a.images, a.size), dtype),
+            carray(pointer(a.g), (a.images, a.size), dtype_f),
+            carray(pointer(a.w), (a.T, a.images), np.float32),
+        )
         y, (lo, hi) = carray(pointer(a.y), (a.T, a.images, a.size), dtype), images_of(a)
         for b in range(lo, hi):
-            for t in range(a.T): apart(x[t, b], f[b], w[t, b], y[t, b])
+            for t in range(a.T):
+                apart(x[t, b], f[b], w[t, b], y[t, b])
 
     return to_c({"forward": forward_task, "backward": backward_task}[name])
 
@@ -182,11 +213,20 @@ def sweep(name, x, f, w, y):
     "Run a pass."
     a, steps = np.zeros(1, PAIR), len(x) // len(f)
     a["images"], a["size"], a["w"] = len(f), f[0].numel(), w.data_ptr()
-    run(compiled(name, x.dtype == torch.bfloat16, f.dtype == torch.bfloat16), a, steps, x.numel() // steps, x.data_ptr(), f.data_ptr(), y.data_ptr() if y is not None else 0)
+    run(
+        compiled(name, x.dtype == torch.bfloat16, f.dtype == torch.bfloat16),
+        a,
+        steps,
+        x.numel() // steps,
+        x.data_ptr(),
+        f.data_ptr(),
+        y.data_ptr() if y is not None else 0,
+    )
 
 # %% ../../nbs/lib/46_losses.attention.ipynb #c1f218dc
 class Distance(torch.autograd.Function):
     "(T·B, C, h, w) and (B, C, h, w), dense and in the same order → mean squared difference (T, B), float32."
+
     @staticmethod
     def forward(ctx, x, f):
         ctx.save_for_backward(x, f)
@@ -203,7 +243,10 @@ class Distance(torch.autograd.Function):
         return y, None
 
 
-WORTH, KNOWN = 2**16, (torch.float32, torch.bfloat16)  # numbers from which a call of the loops is worth it
+WORTH, KNOWN = (
+    2**16,
+    (torch.float32, torch.bfloat16),
+)  # numbers from which a call of the loops is worth it
 
 
 def distance(
@@ -211,8 +254,18 @@ def distance(
     f,  # teacher (B, C, h, w)
 ):
     "Mean squared difference of every step and image, (T, B), float32 (float64 stays). Source: SASTC eq. 6."
-    if x.device.type == f.device.type == "cpu" and x.dtype in KNOWN and f.dtype in KNOWN and x.numel() >= WORTH and not f.requires_grad:
-        order = dict(memory_format=torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format)
+    if (
+        x.device.type == f.device.type == "cpu"
+        and x.dtype in KNOWN
+        and f.dtype in KNOWN
+        and x.numel() >= WORTH
+        and not f.requires_grad
+    ):
+        order = {
+            "memory_format": torch.channels_last
+            if x.is_contiguous(memory_format=torch.channels_last)
+            else torch.contiguous_format
+        }
         return Distance.apply(x.contiguous(**order), f.contiguous(**order))
     kind = torch.promote_types(x.dtype, torch.float32)
     return (x.unflatten(0, (-1, len(f))).to(kind) - f.to(kind)).square().flatten(2).mean(2)

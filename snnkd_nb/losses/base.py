@@ -31,16 +31,22 @@ def cross_entropy(
     over="mean",  # "mean": of the mean logits; "each": mean of every step's
 ):
     "Cross-entropy of a network with or without a time axis."
-    if over == "mean" or logits.dim() == 2: return F.cross_entropy(mean_logits(logits), y)
+    if over == "mean" or logits.dim() == 2:
+        return F.cross_entropy(mean_logits(logits), y)
     return F.cross_entropy(logits.flatten(0, 1), y.repeat(logits.shape[0]))
 
 # %% ../../nbs/lib/40_losses.base.ipynb #126ab093
-def _paths(model): return [n for n, _ in model.named_modules() if n]
+def _paths(model):
+    return [n for n, _ in model.named_modules() if n]
 
 
 def _unfold(f, logits):
     steps, batch = logits.shape[:2] if logits.dim() == 3 else (1, len(logits))
-    return f.unflatten(0, (steps, batch)) if steps > 1 and isinstance(f, Tensor) and f.dim() == 4 and len(f) == steps * batch else f
+    return (
+        f.unflatten(0, (steps, batch))
+        if steps > 1 and isinstance(f, Tensor) and f.dim() == 4 and len(f) == steps * batch
+        else f
+    )
 
 
 def observe(
@@ -51,7 +57,8 @@ def observe(
     """`(logits, {name: feature})` of one forward pass.
 
     Raises `UserError` naming the nearest stages or module paths where a name does not exist, and for a module that is called more than once."""
-    if not names: return model(x), {}
+    if not names:
+        return model(x), {}
     stages = getattr(model, "stage_names", ())
     if set(names) <= set(stages):
         logits, feats = model(x, features=True)
@@ -59,19 +66,37 @@ def observe(
     feats = {}
 
     def keep(n, f):
-        if n in feats: raise UserError(f"module {n!r} is called more than once in a forward pass, so its feature is not one tensor: fold the time steps into the batch, or wrap the network in Foreign")
+        if n in feats:
+            raise UserError(
+                f"module {n!r} is called more than once in a forward pass, so its feature is not one tensor: fold the time steps into the batch, or wrap the network in Foreign"
+            )
         feats[n] = f
 
     for n in names:
-        try: model.get_submodule(n)
-        except AttributeError: raise unknown("stage or module path", n, [*stages, *_paths(model)]) from None
-    with hooked(model, names, keep): logits = model(x)
-    return logits, {n: model.unfold(f) if isinstance(f, Rate) else _unfold(f, logits) for n, f in feats.items()}
+        try:
+            model.get_submodule(n)
+        except AttributeError:
+            raise unknown("stage or module path", n, [*stages, *_paths(model)]) from None
+    with hooked(model, names, keep):
+        logits = model(x)
+    return logits, {
+        n: model.unfold(f) if isinstance(f, Rate) else _unfold(f, logits) for n, f in feats.items()
+    }
 
 # %% ../../nbs/lib/40_losses.base.ipynb #beb17cbb
 def _no_map(n, f, model, who):
-    out, stages = f"a tensor of shape {tuple(f.shape)}" if isinstance(f, Tensor) else f"a {type(f).__name__}", getattr(model, "stage_names", ())
-    return UserError(f"{n!r} of the {who} puts out no map (B, C, H, W) but {out}: take a " + (f"stage, {', '.join(stages)}, or a module in one" if stages else "module before the pooling"))
+    out, stages = (
+        f"a tensor of shape {tuple(f.shape)}" if isinstance(f, Tensor) else f"a {type(f).__name__}",
+        getattr(model, "stage_names", ()),
+    )
+    return UserError(
+        f"{n!r} of the {who} puts out no map (B, C, H, W) but {out}: take a "
+        + (
+            f"stage, {', '.join(stages)}, or a module in one"
+            if stages
+            else "module before the pooling"
+        )
+    )
 
 
 def feature_shapes(
@@ -84,15 +109,18 @@ def feature_shapes(
     size = getattr(model, "image_size", 32)
     shape = input_shape or (getattr(model, "in_channels", 3), size, size)
     p = next(model.parameters())
-    with eval_mode(model): _, feats = observe(model, torch.zeros(1, *shape, device=p.device, dtype=p.dtype), names)
+    with eval_mode(model):
+        _, feats = observe(model, torch.zeros(1, *shape, device=p.device, dtype=p.dtype), names)
     for n, f in feats.items():
-        if not isinstance(f, Tensor) or f.dim() < 4: raise _no_map(n, f, model, who)
+        if not isinstance(f, Tensor) or f.dim() < 4:
+            raise _no_map(n, f, model, who)
     return {n: tuple(f.shape[-3:]) for n, f in feats.items()}
 
 # %% ../../nbs/lib/40_losses.base.ipynb #463c5506
 @dataclass
 class Batch:
     "One batch as student and teacher saw it."
+
     x: Tensor  # images (B, C, H, W) or frames (T, B, C, H, W)
     y: Tensor  # labels (B,)
     logits_s: Tensor  # student (T, B, K) or (B, K)
@@ -103,6 +131,7 @@ class Batch:
 
 class Method(nn.Module):
     "Base of the methods: says which features it needs and turns a `Batch` into named terms."
+
     needs_teacher = True
     replaces_ce = False  # True: its terms stand in place of the cross-entropy
     looks_at_steps = False  # True: it is about single time steps, which firing rates do not have
@@ -124,17 +153,24 @@ def label_range(
     labels,  # (B,); anything else is not looked at
 ):
     "The lowest and the highest; None where they are not in the CPU's memory, for reading them would wait for another device."
-    if not isinstance(labels, Tensor) or labels.device.type != "cpu" or not len(labels): return None
+    if not isinstance(labels, Tensor) or labels.device.type != "cpu" or not len(labels):
+        return None
     return int(labels.min()), int(labels.max())
 
 
 def _classes(logits_s, logits_t, y, told=None):
     k = logits_s.shape[-1]
     if logits_t is not None and logits_t.shape[-1] != k:
-        raise UserError(f"the teacher has {logits_t.shape[-1]} classes and the student {k}: both need those of the data")
+        raise UserError(
+            f"the teacher has {logits_t.shape[-1]} classes and the student {k}: both need those of the data"
+        )
     low, high = label_range(y) or told or (0, 0)
-    if high >= k: raise UserError(f"a label is {high} and the student has {k} classes: create it with num_classes={high + 1} or more")
-    if low < 0: raise UserError(f"a label is {low}: labels are whole numbers from 0 to {k - 1}")
+    if high >= k:
+        raise UserError(
+            f"a label is {high} and the student has {k} classes: create it with num_classes={high + 1} or more"
+        )
+    if low < 0:
+        raise UserError(f"a label is {low}: labels are whole numbers from 0 to {k - 1}")
 
 # %% ../../nbs/lib/40_losses.base.ipynb #00a58c9e
 class Distiller(nn.Module):
@@ -149,44 +185,73 @@ class Distiller(nn.Module):
         ce_weight=1.0,  # its weight
     ):
         super().__init__()
-        if teacher is student: raise UserError("teacher and student are the same network: give a copy as the teacher, copy.deepcopy(student)")
+        if teacher is student:
+            raise UserError(
+                "teacher and student are the same network: give a copy as the teacher, copy.deepcopy(student)"
+            )
         self.student, self.ce, self.ce_weight = student, ce, ce_weight
         self.labels = None  # `label_range` of the data, told by the training loop
         self.weights, self.methods = [w for w, _ in methods], nn.ModuleList(m for _, m in methods)
         object.__setattr__(self, "teacher", teacher.eval() if teacher is not None else None)
         self.replaced = [type(m).__name__ for m in self.methods if m.replaces_ce]
-        if self.replaced and (ce != "mean" or ce_weight != 1): raise UserError(f"{self.replaced[0]} stands in place of the cross-entropy: leave ce and ce_weight out, and weigh the method itself")
-        names = lambda which: tuple(dict.fromkeys(n for m in self.methods for n in getattr(m, which)))
-        self.student_features, self.teacher_features = names("student_features"), names("teacher_features")
+        if self.replaced and (ce != "mean" or ce_weight != 1):
+            raise UserError(
+                f"{self.replaced[0]} stands in place of the cross-entropy: leave ce and ce_weight out, and weigh the method itself"
+            )
+
+        def names(which):
+            return tuple(dict.fromkeys(n for m in self.methods for n in getattr(m, which)))
+
+        self.student_features, self.teacher_features = (
+            names("student_features"),
+            names("teacher_features"),
+        )
 
     def _apply(self, fn, *args, **kw):
-        if self.teacher is not None: self.teacher._apply(fn, *args, **kw)
+        if self.teacher is not None:
+            self.teacher._apply(fn, *args, **kw)
         return super()._apply(fn, *args, **kw)
 
     def begin_epoch(self, epoch, epochs):
         "Tell every method which epoch begins, from 0, and how many there are."
-        for m in self.methods: m.begin_epoch(epoch, epochs)
+        for m in self.methods:
+            m.begin_epoch(epoch, epochs)
 
     def look(self, x, y):
         "The `Batch`: one forward pass of the student, one of the teacher without graph."
-        if not len(y): raise UserError("a batch without images: give at least one")
+        if not len(y):
+            raise UserError("a batch without images: give at least one")
         logits_t, feats_t = None, {}
         if self.teacher is not None:
             self.teacher.eval()
-            with torch.no_grad(): logits_t, feats_t = observe(self.teacher, x, self.teacher_features)
-        try: logits_s, feats_s = observe(self.student, x, self.student_features)
+            with torch.no_grad():
+                logits_t, feats_t = observe(self.teacher, x, self.teacher_features)
+        try:
+            logits_s, feats_s = observe(self.student, x, self.student_features)
         except ValueError as e:
-            if "more than 1 value per channel" not in str(e): raise
-            raise UserError(f"a batch of {len(y)} image on maps of one pixel: the student's batch norm has a single value and no variance; take two images or more a batch") from None
+            if "more than 1 value per channel" not in str(e):
+                raise
+            raise UserError(
+                f"a batch of {len(y)} image on maps of one pixel: the student's batch norm has a single value and no variance; take two images or more a batch"
+            ) from None
         _classes(logits_s, logits_t, y, self.labels)
-        return Batch(x, y, logits_s, None if logits_t is None else mean_logits(logits_t), feats_s, feats_t)
+        return Batch(
+            x, y, logits_s, None if logits_t is None else mean_logits(logits_t), feats_s, feats_t
+        )
 
     def forward(self, x, y):
         "`(terms, logits)`: the weighted terms, whose sum is the loss, and the student's decision (B, K), detached."
         batch = self.look(x, y)
-        terms = {} if self.replaced else {"ce": self.ce_weight * cross_entropy(batch.logits_s.float(), y, self.ce)}
+        terms = (
+            {}
+            if self.replaced
+            else {"ce": self.ce_weight * cross_entropy(batch.logits_s.float(), y, self.ce)}
+        )
         for w, m in zip(self.weights, self.methods):
             for name, value in m.terms(batch).items():
-                if name in terms: raise UserError(f"two methods give a term {name!r}: leave one of them out of the sum")
+                if name in terms:
+                    raise UserError(
+                        f"two methods give a term {name!r}: leave one of them out of the sum"
+                    )
                 terms[name] = w * value
         return terms, mean_logits(batch.logits_s.detach())

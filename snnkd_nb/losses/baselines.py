@@ -26,11 +26,15 @@ def tet_terms(
     phi=1.0,  # what logits are drawn to
 ):
     "Both terms of TET's loss, by name. Source: Deng et al. 2022."
-    return {"ce": (1 - lam) * cross_entropy(logits, y, "each"), "tet": lam * (logits - phi).square().mean()}
+    return {
+        "ce": (1 - lam) * cross_entropy(logits, y, "each"),
+        "tet": lam * (logits - phi).square().mean(),
+    }
 
 # %% ../../nbs/lib/46_losses.baselines.ipynb #5f02eae7
 class TET(Method):
     "Temporal efficient training, in place of the cross-entropy; no teacher."
+
     needs_teacher, replaces_ce, looks_at_steps = False, True, True
 
     def __init__(
@@ -45,7 +49,8 @@ class TET(Method):
         self.lam, self.phi = weight("lam", lam, "1e-3"), phi
         need(lam <= 1, f"lam = {lam!r}: it is a share, at most 1 (the paper uses 1e-3)")
 
-    def terms(self, batch): return tet_terms(batch.logits_s.float(), batch.y, self.lam, self.phi)
+    def terms(self, batch):
+        return tet_terms(batch.logits_s.float(), batch.y, self.lam, self.phi)
 
 # %% ../../nbs/lib/46_losses.baselines.ipynb #3eb27516
 def rate(
@@ -71,9 +76,18 @@ def last_stages(
 ):
     "`((stage, stage), (channels, channels))` of student and teacher."
     s, t = stage_pair(stage, student)
-    need(t or stages_of(teacher), "the teacher has no named stages: give stage=(stage of the student, module path of the teacher)")
-    t, shape = t or stages_of(teacher)[-1], input_shape or image_shape(student) or image_shape(teacher)
-    return (s, t), tuple(feature_shapes(m, (n,), shape, who)[n][0] for m, n, who in ((student, s, "student"), (teacher, t, "teacher")))
+    need(
+        t or stages_of(teacher),
+        "the teacher has no named stages: give stage=(stage of the student, module path of the teacher)",
+    )
+    t, shape = (
+        t or stages_of(teacher)[-1],
+        input_shape or image_shape(student) or image_shape(teacher),
+    )
+    return (s, t), tuple(
+        feature_shapes(m, (n,), shape, who)[n][0]
+        for m, n, who in ((student, s, "student"), (teacher, t, "teacher"))
+    )
 
 # %% ../../nbs/lib/46_losses.baselines.ipynb #2477e74a
 def kdsnn_loss(
@@ -100,21 +114,31 @@ class KDSNN(Method):
         input_shape=None,  # (C, H, W) of one image, for the dry run that finds the channels
     ):
         super().__init__(student, teacher, variant)
-        self.temp, self.feature_weight = positive("temp", temp, 4), weight("feature_weight", feature_weight, "none is stated; 1")
+        self.temp, self.feature_weight = (
+            positive("temp", temp, 4),
+            weight("feature_weight", feature_weight, "none is stated; 1"),
+        )
         (s, t), channels = last_stages(student, teacher, stage, input_shape)
         self.student_features, self.teacher_features, self.adapt = (s,), (t,), adapter(*channels)
 
     def terms(self, batch):
         (s,), (t,) = self.student_features, self.teacher_features
         feature = kdsnn_loss(batch.feats_s[s], batch.feats_t[t], self.adapt)
-        return {"kd": kd_loss(mean_logits(batch.logits_s).float(), batch.logits_t.float(), self.temp), "feature": self.feature_weight * feature}
+        return {
+            "kd": kd_loss(mean_logits(batch.logits_s).float(), batch.logits_t.float(), self.temp),
+            "feature": self.feature_weight * feature,
+        }
 
 # %% ../../nbs/lib/46_losses.baselines.ipynb #bdf3ea02
 def generator(
     channels,  # of the teacher
 ):
     "The module that restores what was blanked."
-    return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1))
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(channels, channels, 3, padding=1),
+    )
 
 
 def blank_channels(
@@ -135,7 +159,8 @@ def bkd_loss(
 ):
     "α/B times the summed squares. Source: BKDSNN's published code."
     a, b = align(f_s.float(), f_t.float())
-    if clip: b = b * (a.max() / b.max().clamp_min(1e-12))
+    if clip:
+        b = b * (a.max() / b.max().clamp_min(1e-12))
     return alpha * (generate(a * mask).float() - b).square().sum() / len(b)
 
 # %% ../../nbs/lib/46_losses.baselines.ipynb #ac260285
@@ -150,7 +175,12 @@ def wsld_loss(
     with torch.no_grad():
         ce_s, ce_t = (F.cross_entropy(z, y, reduction="none") for z in (logits_s, logits_t))
         w = 1 - torch.exp(-ce_s / ce_t.clamp_min(1e-12))
-    kl = F.kl_div(F.log_softmax(logits_s / temp, -1), F.log_softmax(logits_t / temp, -1), reduction="none", log_target=True).sum(-1)
+    kl = F.kl_div(
+        F.log_softmax(logits_s / temp, -1),
+        F.log_softmax(logits_t / temp, -1),
+        reduction="none",
+        log_target=True,
+    ).sum(-1)
     return temp**2 * (w * kl).mean()
 
 # %% ../../nbs/lib/46_losses.baselines.ipynb #541d46a1
@@ -171,8 +201,15 @@ class BKD(Method):
         input_shape=None,  # (C, H, W) of one image, for the dry run that finds the channels
     ):
         super().__init__(student, teacher, variant)
-        self.alpha, self.ratio, self.clip = weight("alpha", alpha, 7e-5), weight("ratio", ratio, 0.15), clip
-        need(ratio < 1, f"ratio = {ratio!r}: a share of channels below 1 (the published code has 0.15)")
+        self.alpha, self.ratio, self.clip = (
+            weight("alpha", alpha, 7e-5),
+            weight("ratio", ratio, 0.15),
+            clip,
+        )
+        need(
+            ratio < 1,
+            f"ratio = {ratio!r}: a share of channels below 1 (the published code has 0.15)",
+        )
         self.logits, self.temp = weight("logits", logits, "1"), positive("temp", temp, 2)
         (s, t), channels = last_stages(student, teacher, stage, input_shape)
         self.student_features, self.teacher_features = (s,), (t,)
@@ -181,8 +218,20 @@ class BKD(Method):
     def terms(self, batch):
         (s,), (t,) = self.student_features, self.teacher_features
         f = self.adapt(rate(batch.feats_s[s]))
-        out = {"bkd": bkd_loss(f, batch.feats_t[t], self.generate, blank_channels(f, self.ratio), self.alpha, self.clip)}
-        if self.logits: out["wsld"] = self.logits * wsld_loss(mean_logits(batch.logits_s).float(), batch.logits_t.float(), batch.y, self.temp)
+        out = {
+            "bkd": bkd_loss(
+                f,
+                batch.feats_t[t],
+                self.generate,
+                blank_channels(f, self.ratio),
+                self.alpha,
+                self.clip,
+            )
+        }
+        if self.logits:
+            out["wsld"] = self.logits * wsld_loss(
+                mean_logits(batch.logits_s).float(), batch.logits_t.float(), batch.y, self.temp
+            )
         return out
 
 # %% ../../nbs/lib/46_losses.baselines.ipynb #7bc25855
@@ -208,15 +257,25 @@ class E2KD(Method):
         input_shape=None,  # (C, H, W) of one image where neither network knows it
     ):
         super().__init__(student, teacher, variant)
-        self.classes, (s, t) = one_of("choice of classes", classes, CLASSES), stage_pair(stage, student)
-        need(s in stages_of(student), f"{s} is no stage of the student: its class map needs the rest of the network, wrap it in Foreign or take one of create_model")
+        self.classes, (s, t) = (
+            one_of("choice of classes", classes, CLASSES),
+            stage_pair(stage, student),
+        )
+        need(
+            s in stages_of(student),
+            f"{s} is no stage of the student: its class map needs the rest of the network, wrap it in Foreign or take one of create_model",
+        )
         shape = input_shape or image_shape(student)
-        self.mine, self.theirs = ClassMap(student, s, shape, "the student"), ClassMap(teacher, t, image_shape(teacher) or shape)
+        self.mine, self.theirs = (
+            ClassMap(student, s, shape, "the student"),
+            ClassMap(teacher, t, image_shape(teacher) or shape),
+        )
         self.student_features, self.teacher_features = (s,), (self.theirs.stage,)
 
     def terms(self, batch):
         c = choose(self.classes, batch.y, batch.logits_t)
-        with torch.no_grad(): theirs = self.theirs(batch.feats_t[self.theirs.stage], c)
+        with torch.no_grad():
+            theirs = self.theirs(batch.feats_t[self.theirs.stage], c)
         return {"e2kd": e2kd_loss(self.mine(batch.feats_s[self.mine.stage], c), theirs)}
 
 # %% ../../nbs/lib/46_losses.baselines.ipynb #1ea19e6f
@@ -227,7 +286,8 @@ def class_maps(
 ):
     "The class activation maps of all classes, pooled, (B, K, h, w); signed."
     pooled = F.adaptive_avg_pool2d(rate(f), tuple(min(size, n) for n in f.shape[-2:]))
-    with torch.autocast(f.device.type, enabled=False): return (pooled.permute(0, 2, 3, 1) @ matrix.float().T).permute(0, 3, 1, 2)
+    with torch.autocast(f.device.type, enabled=False):
+        return (pooled.permute(0, 2, 3, 1) @ matrix.float().T).permute(0, 3, 1, 2)
 
 
 def catkd_loss(
@@ -250,15 +310,35 @@ class CATKD(Method):
         input_shape=None,  # (C, H, W) of one image where neither network knows it
     ):
         super().__init__(student, teacher, variant)
-        need(type(size) is int and size > 1, f"size = {size!r}: maps of at least 2 positions an edge (the original has 2)")
-        need(stages_of(student) and stages_of(teacher), "CAT-KD needs networks with named stages: wrap the other in Foreign")
+        need(
+            type(size) is int and size > 1,
+            f"size = {size!r}: maps of at least 2 positions an edge (the original has 2)",
+        )
+        need(
+            stages_of(student) and stages_of(teacher),
+            "CAT-KD needs networks with named stages: wrap the other in Foreign",
+        )
         shape = input_shape or image_shape(student)
-        self.mine, self.theirs = ClassMap(student, None, shape, "the student"), ClassMap(teacher, None, image_shape(teacher) or shape)
+        self.mine, self.theirs = (
+            ClassMap(student, None, shape, "the student"),
+            ClassMap(teacher, None, image_shape(teacher) or shape),
+        )
         for who, m in (("student", self.mine), ("teacher", self.theirs)):
-            need(m.linears, f"the {who}'s head is more than an average and linear layers, so {m.stage} has no class maps: CAT-KD cannot be used with it, e2kd can")
+            need(
+                m.linears,
+                f"the {who}'s head is more than an average and linear layers, so {m.stage} has no class maps: CAT-KD cannot be used with it, e2kd can",
+            )
         self.size = min(size, *self.mine.size, *self.theirs.size)
         self.student_features, self.teacher_features = (self.mine.stage,), (self.theirs.stage,)
 
     def terms(self, batch):
-        with torch.no_grad(): theirs = class_maps(batch.feats_t[self.theirs.stage], product(self.theirs.linears), self.size)
-        return {"catkd": catkd_loss(class_maps(batch.feats_s[self.mine.stage], product(self.mine.linears), self.size), theirs)}
+        with torch.no_grad():
+            theirs = class_maps(
+                batch.feats_t[self.theirs.stage], product(self.theirs.linears), self.size
+            )
+        return {
+            "catkd": catkd_loss(
+                class_maps(batch.feats_s[self.mine.stage], product(self.mine.linears), self.size),
+                theirs,
+            )
+        }

@@ -15,7 +15,20 @@ from ..core import unknown
 from .base import Method, mean_logits
 from .feature import image_shape, stages_of
 from .kd import kd_loss, positive, weight
-from .maps import CLASSES, RESCALES, SCALINGS, ClassMap, choose, glance, isi_sam, rescale, sam, same_size, scale, spatial
+from snnkd_nb.losses.maps import (
+    CLASSES,
+    RESCALES,
+    SCALINGS,
+    ClassMap,
+    choose,
+    glance,
+    isi_sam,
+    rescale,
+    sam,
+    same_size,
+    scale,
+    spatial,
+)
 from ..spec import need
 
 # %% ../../nbs/lib/45_losses.ckdsnn.ipynb #6fc61065
@@ -27,12 +40,18 @@ def samd_loss(
     squared=True,  # whether the divergence is multiplied by temp²
 ):
     "Distance of two saliency maps, mean over the batch. Source: CKDSNN eq. 4; without temp² its published code."
-    need(map_s.dim() == map_t.dim() == 3 and len(map_s) == len(map_t), f"maps of shapes {tuple(map_s.shape)} and {tuple(map_t.shape)}: give (B, h, w) of as many images")
+    need(
+        map_s.dim() == map_t.dim() == 3 and len(map_s) == len(map_t),
+        f"maps of shapes {tuple(map_s.shape)} and {tuple(map_t.shape)}: give (B, h, w) of as many images",
+    )
     a, b = same_size(map_s, map_t)
     positive("temp", temp, 2)
-    if scaling != "softmax": return F.mse_loss(scale(a, scaling), scale(b, scaling))
+    if scaling != "softmax":
+        return F.mse_loss(scale(a, scaling), scale(b, scaling))
     log_s, log_t = (F.log_softmax(m.flatten(1).float() / temp, 1) for m in (a, b))
-    return (temp**2 if squared else 1) * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
+    return (temp**2 if squared else 1) * F.kl_div(
+        log_s, log_t, reduction="batchmean", log_target=True
+    )
 
 # %% ../../nbs/lib/45_losses.ckdsnn.ipynb #7eb4a682
 NOISES, MIXES = ("adaptive", "fixed", "none"), ("logits", "probabilities")
@@ -47,7 +66,8 @@ def nld_noise(
 ):
     "The noise ε, (B, K). Source: CKDSNN eq. 5; its published code."
     xi = torch.randn_like(logits) if draw is None else draw
-    if noise == "fixed": return sigma * xi
+    if noise == "fixed":
+        return sigma * xi
     z = logits.detach() if mix == "logits" else logits
     std = z.std(-1, keepdim=True)
     return z.mean(-1, keepdim=True) + xi * (std if mix == "logits" else std**2)
@@ -64,19 +84,35 @@ def nld_loss(
     draw=None,  # standard normal numbers (B, K); None: drawn now, from torch's generator
 ):
     "τ² KL(teacher ‖ smoothed student), mean over the batch. Source: CKDSNN eqs. 5–7; its published code."
-    if noise not in NOISES: raise unknown("noise", noise, NOISES)
-    if mix not in MIXES: raise unknown("mix", mix, MIXES)
-    need(weight("lam", lam, 0.1) <= 1 or mix == "logits", f"lam = {lam!r}: a share of probabilities is at most 1 (the published code has 0.1)")
-    if noise == "none" or lam == 0: return kd_loss(logits_s, logits_t, temp)
-    need(logits_s.dim() == 2 and logits_s.shape == logits_t.shape and logits_s.shape[1] > 1, f"logits of shapes {tuple(logits_s.shape)} and {tuple(logits_t.shape)}: give (B, K) of both, averaged over time, of two classes or more")
+    if noise not in NOISES:
+        raise unknown("noise", noise, NOISES)
+    if mix not in MIXES:
+        raise unknown("mix", mix, MIXES)
+    need(
+        weight("lam", lam, 0.1) <= 1 or mix == "logits",
+        f"lam = {lam!r}: a share of probabilities is at most 1 (the published code has 0.1)",
+    )
+    if noise == "none" or lam == 0:
+        return kd_loss(logits_s, logits_t, temp)
+    need(
+        logits_s.dim() == 2 and logits_s.shape == logits_t.shape and logits_s.shape[1] > 1,
+        f"logits of shapes {tuple(logits_s.shape)} and {tuple(logits_t.shape)}: give (B, K) of both, averaged over time, of two classes or more",
+    )
     eps = nld_noise(logits_s, noise, sigma, mix, draw)
-    if mix == "logits": return kd_loss(logits_s + lam * eps, logits_t, temp)
+    if mix == "logits":
+        return kd_loss(logits_s + lam * eps, logits_t, temp)
     p = (1 - lam) * F.softmax(logits_s / temp, -1) + lam * F.softmax(eps / temp, -1)
-    return temp**2 * F.kl_div(p.clamp_min(torch.finfo(p.dtype).tiny).log(), F.log_softmax(logits_t / temp, -1), reduction="batchmean", log_target=True)
+    return temp**2 * F.kl_div(
+        p.clamp_min(torch.finfo(p.dtype).tiny).log(),
+        F.log_softmax(logits_t / temp, -1),
+        reduction="batchmean",
+        log_target=True,
+    )
 
 # %% ../../nbs/lib/45_losses.ckdsnn.ipynb #f352d665
 def one_of(what, value, valid):
-    if value not in valid: raise unknown(what, value, valid)
+    if value not in valid:
+        raise unknown(what, value, valid)
     return value
 
 
@@ -85,15 +121,25 @@ def stage_pair(
     student,  # a network
 ):
     "The student's stage and the teacher's (None: to be found)."
-    need(stage is None or isinstance(stage, str) or (isinstance(stage, (list, tuple)) and len(stage) == 2), f"stage = {stage!r}: give one name, or (student's, teacher's)")
+    need(
+        stage is None
+        or isinstance(stage, str)
+        or (isinstance(stage, (list, tuple)) and len(stage) == 2),
+        f"stage = {stage!r}: give one name, or (student's, teacher's)",
+    )
     s, t = (stage, stage) if stage is None or isinstance(stage, str) else stage
-    need(s or stages_of(student), "the student has no named stages: give stage=(module path of the student, stage of the teacher)")
+    need(
+        s or stages_of(student),
+        "the student has no named stages: give stage=(module path of the student, stage of the teacher)",
+    )
     return s or stages_of(student)[-1], t
 
 # %% ../../nbs/lib/45_losses.ckdsnn.ipynb #32132fbf
 STUDENT_MAPS = ("sam", "isi", "cam")
-READINGS = {"paper": dict(classes="true", rescale="sample", squared=True, mix="logits"),
-            "code": dict(classes="predicted", rescale="batch", squared=False, mix="probabilities")}
+READINGS = {
+    "paper": {"classes": "true", "rescale": "sample", "squared": True, "mix": "logits"},
+    "code": {"classes": "predicted", "rescale": "batch", "squared": False, "mix": "probabilities"},
+}
 
 # %% ../../nbs/lib/45_losses.ckdsnn.ipynb #5d24b677
 class SAMD(Method):
@@ -116,19 +162,42 @@ class SAMD(Method):
     ):
         super().__init__(student, teacher, variant)
         own = READINGS[variant] | ({} if scaling == "softmax" else {"rescale": "none"})
-        self.temp, self.scaling, self.student_map, self.decay = positive("temp", temp, 2), one_of("saliency scaling", scaling, SCALINGS), one_of("student map", student_map, STUDENT_MAPS), positive("decay", decay, "0.5 in other methods' code")
+        self.temp, self.scaling, self.student_map, self.decay = (
+            positive("temp", temp, 2),
+            one_of("saliency scaling", scaling, SCALINGS),
+            one_of("student map", student_map, STUDENT_MAPS),
+            positive("decay", decay, "0.5 in other methods' code"),
+        )
         self.classes = one_of("choice of classes", classes or own["classes"], CLASSES)
-        self.rescale, self.squared = one_of("rescaling", rescale or own["rescale"], RESCALES), own["squared"] if squared is None else squared
+        self.rescale, self.squared = (
+            one_of("rescaling", rescale or own["rescale"], RESCALES),
+            own["squared"] if squared is None else squared,
+        )
         need(isinstance(self.squared, bool), f"squared = {squared!r}: write True or False")
-        need(getattr(teacher, "T", None) is None, "the teacher is a spiking network: a class activation map needs an ordinary one")
-        (s, t), shape = stage_pair(stage, student), input_shape or image_shape(student) or image_shape(teacher)
+        need(
+            getattr(teacher, "T", None) is None,
+            "the teacher is a spiking network: a class activation map needs an ordinary one",
+        )
+        (s, t), shape = (
+            stage_pair(stage, student),
+            input_shape or image_shape(student) or image_shape(teacher),
+        )
         f = glance(student, s, shape)
-        need(f.dim() > 3, f"the student's {s} puts out {tuple(f.shape)}: a spike activation map needs (T, B, C, H, W)")
+        need(
+            f.dim() > 3,
+            f"the student's {s} puts out {tuple(f.shape)}: a spike activation map needs (T, B, C, H, W)",
+        )
         spatial("the student", s, f.shape)
         self.look = ClassMap(teacher, t, input_shape or image_shape(teacher) or shape)
         self.own = ClassMap(student, s, shape, "the student") if student_map == "cam" else None
-        need(student_map != "cam" or self.own.linears, "student_map='cam': the student's head must be an average and linear layers, as in resnet19_ckd")
-        need(student_map != "isi" or (getattr(student, "T", 2) or 1) > 1, "student_map='isi': there is no interval between spikes in one step; take T=2 or more, or student_map='sam'")
+        need(
+            student_map != "cam" or self.own.linears,
+            "student_map='cam': the student's head must be an average and linear layers, as in resnet19_ckd",
+        )
+        need(
+            student_map != "isi" or (getattr(student, "T", 2) or 1) > 1,
+            "student_map='isi': there is no interval between spikes in one step; take T=2 or more, or student_map='sam'",
+        )
         self.student_features, self.teacher_features = (s,), (self.look.stage,)
         self.looks_at_steps, self._steps = student_map == "isi", getattr(student, "T", None) or 1
 
@@ -136,13 +205,25 @@ class SAMD(Method):
         "`(student's, teacher's)` maps of a batch, as they are before any scaling."
         (s,), (t,) = self.student_features, self.teacher_features
         f = batch.feats_s[s]
-        with torch.no_grad(): theirs = self.look(batch.feats_t[t], choose(self.classes, batch.y, batch.logits_t))
-        whole = lambda look: look.size[0] * look.size[1] if self.rescale == "batch" else 1  # the published code takes CAM, which is Grad-CAM times H·W
+        with torch.no_grad():
+            theirs = self.look(batch.feats_t[t], choose(self.classes, batch.y, batch.logits_t))
+
+        def whole(look):
+            return (
+                look.size[0] * look.size[1] if self.rescale == "batch" else 1
+            )  # the published code takes CAM, which is Grad-CAM times H·W
+
         theirs = theirs * whole(self.look)
-        if self.student_map == "cam": return self.own(f, choose(self.classes, batch.y, mean_logits(batch.logits_s))) * whole(self.own), theirs
-        if self.student_map == "isi": return isi_sam(f, self.decay).sum(0), theirs
+        if self.student_map == "cam":
+            return self.own(f, choose(self.classes, batch.y, mean_logits(batch.logits_s))) * whole(
+                self.own
+            ), theirs
+        if self.student_map == "isi":
+            return isi_sam(f, self.decay).sum(0), theirs
         mine = sam(f)
-        return mine * (self._steps / len(f)) if f.dim() == 5 and len(f) != self._steps else mine, theirs  # rates are means over the steps, the map is their sum
+        return mine * (self._steps / len(f)) if f.dim() == 5 and len(
+            f
+        ) != self._steps else mine, theirs  # rates are means over the steps, the map is their sum
 
     def terms(self, batch):
         a, b = (rescale(m, self.rescale) for m in same_size(*self.maps(batch)))
@@ -164,9 +245,19 @@ class NLD(Method):
         mix=None,  # noise is added to "logits" or mixed in as "probabilities"
     ):
         super().__init__(student, teacher, variant)
-        self.tau, self.lam, self.sigma = positive("tau", tau, 2), weight("lam", lam, 0.1), weight("sigma", sigma, "the logits' own")
-        self.noise, self.mix = one_of("noise", noise, NOISES), one_of("mix", mix or READINGS[variant]["mix"], MIXES)
-        need(self.mix == "logits" or lam <= 1, f"lam = {lam!r}: a share of probabilities is at most 1 (the published code has 0.1)")
+        self.tau, self.lam, self.sigma = (
+            positive("tau", tau, 2),
+            weight("lam", lam, 0.1),
+            weight("sigma", sigma, "the logits' own"),
+        )
+        self.noise, self.mix = (
+            one_of("noise", noise, NOISES),
+            one_of("mix", mix or READINGS[variant]["mix"], MIXES),
+        )
+        need(
+            self.mix == "logits" or lam <= 1,
+            f"lam = {lam!r}: a share of probabilities is at most 1 (the published code has 0.1)",
+        )
 
     def terms(self, batch):
         s, t = mean_logits(batch.logits_s).float(), batch.logits_t.float()
@@ -183,15 +274,51 @@ class CKDSNN(Method):
         variant="paper",  # "paper" or "code": decides what is None below, see *Deviations*
         beta=1.0,  # weight of SAMD, ≥ 0
         gamma=1.0,  # weight of NLD, ≥ 0
-        temp=2.0, scaling="softmax", stage=None, classes=None, rescale=None, squared=None, student_map="sam", decay=0.5, input_shape=None,  # as for `SAMD`
-        tau=2.0, lam=0.1, noise="adaptive", sigma=1.0, mix=None,  # as for `NLD`
+        temp=2.0,
+        scaling="softmax",
+        stage=None,
+        classes=None,
+        rescale=None,
+        squared=None,
+        student_map="sam",
+        decay=0.5,
+        input_shape=None,  # as for `SAMD`
+        tau=2.0,
+        lam=0.1,
+        noise="adaptive",
+        sigma=1.0,
+        mix=None,  # as for `NLD`
     ):
         super().__init__(student, teacher, variant)
         self.beta, self.gamma = weight("beta", beta, 1), weight("gamma", gamma, 1)
-        self.parts = nn.ModuleList([SAMD(student, teacher, variant, temp, scaling, stage, classes, rescale, squared, student_map, decay, input_shape),
-                                    NLD(student, teacher, variant, tau, lam, noise, sigma, mix)])
-        self.student_features, self.teacher_features, self.looks_at_steps = self.parts[0].student_features, self.parts[0].teacher_features, self.parts[0].looks_at_steps
+        self.parts = nn.ModuleList(
+            [
+                SAMD(
+                    student,
+                    teacher,
+                    variant,
+                    temp,
+                    scaling,
+                    stage,
+                    classes,
+                    rescale,
+                    squared,
+                    student_map,
+                    decay,
+                    input_shape,
+                ),
+                NLD(student, teacher, variant, tau, lam, noise, sigma, mix),
+            ]
+        )
+        self.student_features, self.teacher_features, self.looks_at_steps = (
+            self.parts[0].student_features,
+            self.parts[0].teacher_features,
+            self.parts[0].looks_at_steps,
+        )
 
     def terms(self, batch):
         samd, nld = self.parts
-        return {"samd": self.beta * samd.terms(batch)["samd"], "nld": self.gamma * nld.terms(batch)["nld"]}
+        return {
+            "samd": self.beta * samd.terms(batch)["samd"],
+            "nld": self.gamma * nld.terms(batch)["nld"],
+        }

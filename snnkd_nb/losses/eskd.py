@@ -7,6 +7,8 @@ __all__ = ['COURSES', 'RULES', 'hybrid_loss', 'is_number', 'check_alpha', 'alpha
            'in_words', 'branches_for', 'hybrids_for', 'HybridNet', 'ESKD']
 
 # %% ../../nbs/lib/48_losses.eskd.ipynb #f9f33e77
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,7 +17,15 @@ from ..core import unknown
 from .base import Method, feature_shapes, mean_logits, observe
 from .feature import check_pairs, default_pairs, image_shape, stages_of
 from .kd import kd_loss
-from ..models.hybrid import Hybrids, asked_for, check_tail, in_order, listed, plain, stage_pairs
+from snnkd_nb.models.hybrid import (
+    Hybrids,
+    asked_for,
+    check_tail,
+    in_order,
+    listed,
+    plain,
+    stage_pairs,
+)
 from ..spec import need
 
 # %% ../../nbs/lib/48_losses.eskd.ipynb #91e8c708
@@ -33,7 +43,13 @@ def hybrid_loss(
 COURSES = {"increase": lambda p: p, "decrease": lambda p: 1 - p}
 
 
-def is_number(v, high=float("inf")): return isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v < float("inf") and v <= high
+def is_number(v, high=float("inf")):
+    return (
+        isinstance(v, (int, float))
+        and not isinstance(v, bool)
+        and 0 <= v < float("inf")
+        and v <= high
+    )
 
 
 def check_alpha(
@@ -41,8 +57,12 @@ def check_alpha(
 ):
     "The same; `UserError` for anything else."
     alpha = plain(alpha)
-    if isinstance(alpha, str) and alpha not in COURSES: raise unknown("course of alpha", alpha, COURSES)
-    need(isinstance(alpha, str) or is_number(alpha, 1), f"alpha = {alpha!r}: give a number from 0 to 1 (the paper uses 0.5), 'increase' or 'decrease'")
+    if isinstance(alpha, str) and alpha not in COURSES:
+        raise unknown("course of alpha", alpha, COURSES)
+    need(
+        isinstance(alpha, str) or is_number(alpha, 1),
+        f"alpha = {alpha!r}: give a number from 0 to 1 (the paper uses 0.5), 'increase' or 'decrease'",
+    )
     return alpha
 
 
@@ -52,8 +72,12 @@ def alpha_at(
     epochs=None,  # how many
 ):
     "alpha in an epoch. Source: ESKD Table 4."
-    if alpha not in COURSES: return alpha
-    need(epochs is not None, f"alpha = {alpha!r} goes by epochs: call distiller.begin_epoch(epoch, epochs) before each, or give a number")
+    if alpha not in COURSES:
+        return alpha
+    need(
+        epochs is not None,
+        f"alpha = {alpha!r} goes by epochs: call distiller.begin_epoch(epoch, epochs) before each, or give a number",
+    )
     return COURSES[alpha](epoch / max(epochs - 1, 1))
 
 # %% ../../nbs/lib/48_losses.eskd.ipynb #b40c91e8
@@ -67,10 +91,15 @@ def betas(
 ):
     "The weights beta_k, in the order of the hybrid models. Source: ESKD Table 4."
     beta = plain(beta)
-    if isinstance(beta, str) and beta not in RULES: raise unknown("rule for beta", beta, RULES)
-    if isinstance(beta, str): return [RULES[beta](k, n) for k in range(n)]
+    if isinstance(beta, str) and beta not in RULES:
+        raise unknown("rule for beta", beta, RULES)
+    if isinstance(beta, str):
+        return [RULES[beta](k, n) for k in range(n)]
     found = listed(beta) if isinstance(beta, (list, tuple)) else [beta] * n
-    need(len(found) == n and all(map(is_number, found)), f"beta = {beta!r}: give 'uniform', 'decay', a finite number that is not negative, or a list of {n} such")
+    need(
+        len(found) == n and all(map(is_number, found)),
+        f"beta = {beta!r}: give 'uniform', 'decay', a finite number that is not negative, or a list of {n} such",
+    )
     return [found[i] for i in places or range(n)]
 
 # %% ../../nbs/lib/48_losses.eskd.ipynb #2936f2d8
@@ -93,43 +122,72 @@ def shapes_for(
     input_shape=None,  # (C, H, W) of one image
 ):
     "`({student stage: (C, h, w)}, {teacher stage: (C, h, w)})`; `UserError` for names that do not exist."
-    if not pairs: default_pairs(student, teacher)  # for its errors
+    if not pairs:
+        default_pairs(student, teacher)  # for its errors
     for _, name in check_pairs(pairs or []):
-        if name not in teacher.stage_names: raise unknown("stage of the teacher", name, teacher.stage_names)
+        if name not in teacher.stage_names:
+            raise unknown("stage of the teacher", name, teacher.stage_names)
     shape = input_shape or image_shape(student) or image_shape(teacher)
     mine = tuple(dict.fromkeys(s for s, _ in pairs)) if pairs else student.stage_names
-    return feature_shapes(student, mine, shape, "student"), feature_shapes(teacher, teacher.stage_names, shape, "teacher")
+    return feature_shapes(student, mine, shape, "student"), feature_shapes(
+        teacher, teacher.stage_names, shape, "teacher"
+    )
 
 
-def in_words(shapes): return ", ".join(f"{n} {s[-2]}×{s[-1]}" for n, s in shapes.items())
+def in_words(shapes):
+    return ", ".join(f"{n} {s[-2]}×{s[-1]}" for n, s in shapes.items())
 
 # %% ../../nbs/lib/48_losses.eskd.ipynb #86a6703e
 def branches_for(
-    student, teacher, positions=None, pairs=None, input_shape=None,  # as for `ESKD`
+    student,
+    teacher,
+    positions=None,
+    pairs=None,
+    input_shape=None,  # as for `ESKD`
 ):
     "`(Branches in the order asked for, shapes of the student, of the teacher)`; `UserError` where their stages do not pair."
     check_tail(teacher)
-    if listed(positions) == []: return [], {}, {}
+    if listed(positions) == []:
+        return [], {}, {}
     mine, theirs = shapes_for(student, teacher, pairs, input_shape)
     found = check_pairs(pairs) if pairs else stage_pairs(mine, theirs)
-    need(found, f"no stages pair by resolution: the student has {in_words(mine)}, the teacher {in_words(theirs)}; give pairs=[(student stage, teacher stage), …]")
-    asked = asked_for(found, stages_of(student), list(teacher.stage_names), "all" if pairs and positions is None else positions)
-    need(asked, f"the stages that pair, {found}, leave no hybrid model between stem and classifier: give positions='all', or pairs=[(student stage, teacher stage), …]")
+    need(
+        found,
+        f"no stages pair by resolution: the student has {in_words(mine)}, the teacher {in_words(theirs)}; give pairs=[(student stage, teacher stage), …]",
+    )
+    asked = asked_for(
+        found,
+        stages_of(student),
+        list(teacher.stage_names),
+        "all" if pairs and positions is None else positions,
+    )
+    need(
+        asked,
+        f"the stages that pair, {found}, leave no hybrid model between stem and classifier: give positions='all', or pairs=[(student stage, teacher stage), …]",
+    )
     return asked, mine, theirs
 
 
 def hybrids_for(
     student,  # staged network, or any with `pairs`
     teacher,  # with `forward_from`
-    positions=None, pairs=None, adapter="1x1-1x1", relu=False, prefix="learned", input_shape=None,  # as for `ESKD`
+    positions=None,
+    pairs=None,
+    adapter="1x1-1x1",
+    relu=False,
+    prefix="learned",
+    input_shape=None,  # as for `ESKD`
 ):
     "The `Hybrids` of two networks, in the order of the student's stages."
     asked, mine, theirs = branches_for(student, teacher, positions, pairs, input_shape)
-    return Hybrids(in_order(asked, stages_of(student)), mine, teacher, theirs, adapter, relu, prefix)
+    return Hybrids(
+        in_order(asked, stages_of(student)), mine, teacher, theirs, adapter, relu, prefix
+    )
 
 # %% ../../nbs/lib/48_losses.eskd.ipynb #4c1033fc
 class HybridNet(nn.Module):
     "M_k as a network: images (B, C, H, W), or frames, to logits (B, K)."
+
     T = None
 
     def __init__(
@@ -150,6 +208,7 @@ class HybridNet(nn.Module):
 # %% ../../nbs/lib/48_losses.eskd.ipynb #dcd491b9
 class ESKD(Method):
     "Block-wise replacement: the loss of the student and of its hybrid models. Source: ESKD eq. 2 to 4 and 7."
+
     replaces_ce = True
 
     def __init__(
@@ -169,7 +228,10 @@ class ESKD(Method):
     ):
         super().__init__(student, teacher, variant)
         self.alpha, self.temp, self._epoch = check_alpha(alpha), plain(temp), ()
-        need(is_number(self.temp) and self.temp > 0, f"temp = {temp!r}: the temperature must be a finite number above 0 (the paper has none: 1)")
+        need(
+            is_number(self.temp) and self.temp > 0,
+            f"temp = {temp!r}: the temperature must be a finite number above 0 (the paper has none: 1)",
+        )
         asked, mine, theirs = branches_for(student, teacher, positions, pairs, input_shape)
         branches = in_order(asked, stages_of(student))
         self.hybrids = Hybrids(branches, mine, teacher, theirs, adapter, relu, prefix)
@@ -177,7 +239,8 @@ class ESKD(Method):
         self.student_features = tuple(dict.fromkeys(b.student for b in self.hybrids.branches))
         object.__setattr__(self, "student", student)
 
-    def begin_epoch(self, epoch, epochs): self._epoch = epoch, epochs
+    def begin_epoch(self, epoch, epochs):
+        self._epoch = epoch, epochs
 
     def logits(self, batch):
         "`{name: (B, K)}` of the hybrid models."
@@ -186,6 +249,9 @@ class ESKD(Method):
 
     def terms(self, batch):
         alpha = alpha_at(self.alpha, *self._epoch)
-        loss = lambda z: hybrid_loss(full(z), full(batch.logits_t), batch.y, alpha, self.temp)
+
+        def loss(z):
+            return hybrid_loss(full(z), full(batch.logits_t), batch.y, alpha, self.temp)
+
         blocks = {n: b * sum(loss(z)) for (n, z), b in zip(self.logits(batch).items(), self.betas)}
         return dict(zip(("ce", "kd"), loss(mean_logits(batch.logits_s)))) | blocks

@@ -21,8 +21,10 @@ def align(
     f_t,  # teacher feature (B, C', h', w')
 ):
     "Both features at the smaller of the two sizes. Source: SASTC's published code."
-    if f_s.shape[-2:] == f_t.shape[-2:]: return f_s, f_t
-    if f_s.shape[-1] > f_t.shape[-1]: return F.adaptive_max_pool2d(f_s, f_t.shape[-2:]), f_t
+    if f_s.shape[-2:] == f_t.shape[-2:]:
+        return f_s, f_t
+    if f_s.shape[-1] > f_t.shape[-1]:
+        return F.adaptive_max_pool2d(f_s, f_t.shape[-2:]), f_t
     return f_s, F.adaptive_avg_pool2d(f_t, f_s.shape[-2:])
 
 # %% ../../nbs/lib/42_losses.feature.ipynb #485dfa4b
@@ -31,8 +33,12 @@ def projection(
     c_t,  # channels of the teacher's
 ):
     "The module that maps student features to the teacher's channels. Source: SASTC eq. 2 and its published code."
-    return nn.Sequential(nn.Conv2d(c_s, 2 * c_t, 3, padding=1, bias=False), nn.BatchNorm2d(2 * c_t), nn.ReLU(inplace=True),
-                         nn.Conv2d(2 * c_t, c_t, 1, bias=False))
+    return nn.Sequential(
+        nn.Conv2d(c_s, 2 * c_t, 3, padding=1, bias=False),
+        nn.BatchNorm2d(2 * c_t),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(2 * c_t, c_t, 1, bias=False),
+    )
 
 # %% ../../nbs/lib/42_losses.feature.ipynb #791fe89d
 def feature_loss(
@@ -43,12 +49,20 @@ def feature_loss(
     "Mean squared error between the projected student and the teacher, in fp32; mean over steps, images and elements."
     steps = f_s.shape[0] if f_s.dim() == 5 else 1
     folded, target = align(f_s.flatten(0, 1) if f_s.dim() == 5 else f_s, f_t)
-    guess, = projected([project], folded)
+    (guess,) = projected([project], folded)
     return (guess.float().unflatten(0, (steps, -1)) - target.float()).square().mean()
 
 # %% ../../nbs/lib/42_losses.feature.ipynb #3124214a
-def stages_of(model): return [n for n in getattr(model, "stage_names", ())]
-def image_shape(model): return (model.in_channels, model.image_size, model.image_size) if hasattr(model, "image_size") else None
+def stages_of(model):
+    return list(getattr(model, "stage_names", ()))
+
+
+def image_shape(model):
+    return (
+        (model.in_channels, model.image_size, model.image_size)
+        if hasattr(model, "image_size")
+        else None
+    )
 
 
 def default_pairs(
@@ -58,8 +72,11 @@ def default_pairs(
     "Stages paired from the output backwards; raises `UserError` where a network has no named stages."
     s, t = stages_of(student), stages_of(teacher)
     for net, names in ((student, s), (teacher, t)):
-        need(names, f"{type(getattr(net, 'net', net)).__name__} has no named stages: give it some, Foreign(net, stages=[…]) or stages=[…] of its options, "
-                    f"or pairs=[(student module path, teacher module path), …]; its module paths: {paths_in_words(getattr(net, 'net', net))}")
+        need(
+            names,
+            f"{type(getattr(net, 'net', net)).__name__} has no named stages: give it some, Foreign(net, stages=[…]) or stages=[…] of its options, "
+            f"or pairs=[(student module path, teacher module path), …]; its module paths: {paths_in_words(getattr(net, 'net', net))}",
+        )
     n = min(len(s), len(t))
     return list(zip(s[-n:], t[-n:]))
 
@@ -68,8 +85,14 @@ def check_pairs(
     pairs,  # what was given as [(student stage or module path, teacher stage or module path), …]
 ):
     "The pairs as tuples; `UserError` for anything else."
-    two = lambda p: isinstance(p, (list, tuple)) and len(p) == 2 and all(isinstance(n, str) for n in p)
-    need(isinstance(pairs, (list, tuple)) and all(map(two, pairs)), f"pairs = {pairs!r}: give (student stage or module path, teacher stage or module path) for each, in a list")
+
+    def two(p):
+        return isinstance(p, (list, tuple)) and len(p) == 2 and all(isinstance(n, str) for n in p)
+
+    need(
+        isinstance(pairs, (list, tuple)) and all(map(two, pairs)),
+        f"pairs = {pairs!r}: give (student stage or module path, teacher stage or module path) for each, in a list",
+    )
     return [tuple(p) for p in pairs]
 
 # %% ../../nbs/lib/42_losses.feature.ipynb #6ff57055
@@ -91,9 +114,15 @@ class Feature(Method):
         self.student_features = tuple(dict.fromkeys(s for s, _ in self.pairs))
         self.teacher_features = tuple(dict.fromkeys(t for _, t in self.pairs))
         shape = input_shape or image_shape(student) or image_shape(teacher)
-        c_s, c_t = feature_shapes(student, self.student_features, shape, "student"), feature_shapes(teacher, self.teacher_features, shape, "teacher")
+        c_s, c_t = (
+            feature_shapes(student, self.student_features, shape, "student"),
+            feature_shapes(teacher, self.teacher_features, shape, "teacher"),
+        )
         self.projections = nn.ModuleList(projection(c_s[s][0], c_t[t][0]) for s, t in self.pairs)
 
     def terms(self, batch):
-        losses = [feature_loss(batch.feats_s[s], batch.feats_t[t], p) for (s, t), p in zip(self.pairs, self.projections)]
+        losses = [
+            feature_loss(batch.feats_s[s], batch.feats_t[t], p)
+            for (s, t), p in zip(self.pairs, self.projections)
+        ]
         return {"feature": self.weight * sum(losses) / len(losses)}

@@ -12,18 +12,25 @@ from .base import Method, mean_logits
 from ..spec import need
 
 # %% ../../nbs/lib/41_losses.kd.ipynb #68d774bb
-def _number(value): return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def positive(what, value, paper):
     "The value, a number above 0; raises `UserError` otherwise."
-    need(_number(value) and 0 < value < float("inf"), f"{what} = {value!r}: it must be a number above 0 (the paper uses {paper})")
+    need(
+        _number(value) and 0 < value < float("inf"),
+        f"{what} = {value!r}: it must be a number above 0 (the paper uses {paper})",
+    )
     return value
 
 
 def weight(what, value, paper):
     "The value, a number that is not negative; raises `UserError` otherwise."
-    need(_number(value) and 0 <= value < float("inf"), f"{what} = {value!r}: give a number that is not negative (the paper uses {paper})")
+    need(
+        _number(value) and 0 <= value < float("inf"),
+        f"{what} = {value!r}: give a number that is not negative (the paper uses {paper})",
+    )
     return value
 
 
@@ -34,7 +41,10 @@ def kd_loss(
 ):
     "alpha² KL(teacher ‖ student) of the softened distributions, mean over the batch. Source: SASTC eq. 8, second term."
     positive("temp", temp, 4)
-    need(logits_s.shape == logits_t.shape, f"logits of shapes {tuple(logits_s.shape)} and {tuple(logits_t.shape)}: give (B, K) of both, averaged over time")
+    need(
+        logits_s.shape == logits_t.shape,
+        f"logits of shapes {tuple(logits_s.shape)} and {tuple(logits_t.shape)}: give (B, K) of both, averaged over time",
+    )
     log_s, log_t = F.log_softmax(logits_s / temp, -1), F.log_softmax(logits_t / temp, -1)
     return temp**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
 
@@ -50,7 +60,13 @@ class KD(Method):
         temp=4.0,  # temperature, > 0 (paper: 4)
     ):
         super().__init__(student, teacher, variant)
-        need(isinstance(temp, (int, float)) and temp > 0, f"temp = {temp!r}: the temperature must be above 0 (the paper uses 4)")
+        need(
+            isinstance(temp, (int, float)) and temp > 0,
+            f"temp = {temp!r}: the temperature must be above 0 (the paper uses 4)",
+        )
         self.temp = temp
 
-    def terms(self, batch): return {"kd": kd_loss(mean_logits(batch.logits_s).float(), batch.logits_t.float(), self.temp)}
+    def terms(self, batch):
+        return {
+            "kd": kd_loss(mean_logits(batch.logits_s).float(), batch.logits_t.float(), self.temp)
+        }

@@ -21,4 +21,8 @@ def logits_mse_loss(
 # %% ../../nbs/lib/43_losses.logits.ipynb #9ec7c9c6
 class LogitsMSE(Method):
     "Squared distance between the student's mean logits and the teacher's."
-    def terms(self, batch): return {"logits": logits_mse_loss(mean_logits(batch.logits_s).float(), batch.logits_t.float())}
+
+    def terms(self, batch):
+        return {
+            "logits": logits_mse_loss(mean_logits(batch.logits_s).float(), batch.logits_t.float())
+        }

@@ -17,9 +17,9 @@ from torch import nn
 from ..core import UserError, unknown
 from .base import mean_logits, observe
 from .feature import image_shape, stages_of
+from .kd import positive
 from ..models.blocks import eval_mode
 from ..models.taps import Tap, classifier, prefix_count, run_from, to_map
-from .kd import positive
 from ..spec import need
 
 # %% ../../nbs/lib/44_losses.maps.ipynb #df542658
@@ -39,7 +39,10 @@ def in_range(
 ):
     "`classes`, where each of them exists; else `UserError`. Only on the CPU, where looking waits for nothing."
     bad = classes[(classes < 0) | (classes >= k)] if classes.device.type == "cpu" else ()
-    if len(bad): raise UserError(f"class index {int(bad[0])} is out of range: the network has {k} classes, 0 to {k - 1}")
+    if len(bad):
+        raise UserError(
+            f"class index {int(bad[0])} is out of range: the network has {k} classes, 0 to {k - 1}"
+        )
     return classes
 
 
@@ -50,7 +53,8 @@ def cam(
 ):
     "Class activation map, (B, H, W), not negative. Source: Zhou et al. 2016; CKDSNN's published code."
     rows = weight[in_range(classes, len(weight))].float().unsqueeze(-1)
-    with torch.autocast(features.device.type, enabled=False): maps = features.float().permute(0, 2, 3, 1).flatten(1, 2) @ rows
+    with torch.autocast(features.device.type, enabled=False):
+        maps = features.float().permute(0, 2, 3, 1).flatten(1, 2) @ rows
     return F.relu(maps.squeeze(-1).unflatten(1, features.shape[-2:]))
 
 # %% ../../nbs/lib/44_losses.maps.ipynb #dca2f19c
@@ -63,7 +67,8 @@ def choose(
     logits,  # (B, K)
 ):
     "The class whose map is taken, for every image."
-    if which not in CLASSES: raise unknown("choice of classes", which, CLASSES)
+    if which not in CLASSES:
+        raise unknown("choice of classes", which, CLASSES)
     return y if which == "true" else logits.argmax(-1)
 
 # %% ../../nbs/lib/44_losses.maps.ipynb #c7d03e73
@@ -74,10 +79,12 @@ def evaluating(
     "Evaluation mode, gradients as they are; every module's own mode is restored at the end."
     training = [m for m in model.modules() if m.training]
     try:
-        for m in training: m.training = False
+        for m in training:
+            m.training = False
         yield model
     finally:
-        for m in training: m.training = True
+        for m in training:
+            m.training = True
 
 # %% ../../nbs/lib/44_losses.maps.ipynb #f340a50e
 def tail(
@@ -87,7 +94,8 @@ def tail(
     shape,  # (C, H, W) of one image
 ):
     "Logits of what follows the stage; gradients flow into `feature`."
-    if stage not in stages_of(model): return run_from(model, stage, feature.clone(), shape)
+    if stage not in stages_of(model):
+        return run_from(model, stage, feature.clone(), shape)
     return model.forward_from(stage, feature)
 
 
@@ -96,7 +104,8 @@ def beside(
     feature,  # the feature itself
 ):
     "`values`, with the class tokens that the feature carries."
-    if hasattr(feature, "prefix"): values.prefix = feature.prefix
+    if hasattr(feature, "prefix"):
+        values.prefix = feature.prefix
     return values
 
 
@@ -121,13 +130,15 @@ def product(
     "The one matrix (K, C) they amount to."
     w = linears[0].weight
     with torch.autocast(w.device.type, enabled=False):
-        for m in linears[1:]: w = m.weight @ w
+        for m in linears[1:]:
+            w = m.weight @ w
     return w
 
 # %% ../../nbs/lib/44_losses.maps.ipynb #993317c1
 def _linears(model, k, shape):
     head = getattr(model, "head", None)
-    if stages_of(model) and isinstance(head, nn.Sequential): return [m for m in head if isinstance(m, nn.Linear)]
+    if stages_of(model) and isinstance(head, nn.Sequential):
+        return [m for m in head if isinstance(m, nn.Linear)]
     net = getattr(model, "net", model)
     return [net.get_submodule(path)] if (path := classifier(net, k, shape)) else []
 
@@ -139,15 +150,31 @@ def pooled_linears(
     shape,  # (C, H, W) of one image
 ):
     "The linear layers of a head that is an average over the positions and these; None if there is more to it."
-    if feature.dim() < 4: return None
-    probe = torch.randn(feature.shape, generator=torch.Generator().manual_seed(0)).to(next(model.parameters(), feature)).to(feature.device)
+    if feature.dim() < 4:
+        return None
+    probe = (
+        torch.randn(feature.shape, generator=torch.Generator().manual_seed(0))
+        .to(next(model.parameters(), feature))
+        .to(feature.device)
+    )
     with torch.no_grad(), evaluating(model), torch.autocast(feature.device.type, enabled=False):
         z, zero = (tail(model, stage, beside(f, feature), shape) for f in (probe, 0 * probe))
         linears = _linears(model, z.shape[-1], shape)
-        if not linears or linears[0].in_features != feature.shape[-3]: return None
+        if not linears or linears[0].in_features != feature.shape[-3]:
+            return None
         guess = probe.mean((-2, -1)) @ product(linears).T
     eps = torch.finfo(z.dtype).eps
-    return linears if guess.shape == z.shape and torch.allclose(z - zero, guess, rtol=max(1e-3, 4 * eps), atol=max(1e-4, 4 * eps) * float(guess.abs().max())) else None
+    return (
+        linears
+        if guess.shape == z.shape
+        and torch.allclose(
+            z - zero,
+            guess,
+            rtol=max(1e-3, 4 * eps),
+            atol=max(1e-4, 4 * eps) * float(guess.abs().max()),
+        )
+        else None
+    )
 
 # %% ../../nbs/lib/44_losses.maps.ipynb #75b63049
 def tap_of(
@@ -157,8 +184,10 @@ def tap_of(
 ):
     "How the feature becomes a map: a `Tap`, or None where it is one."
     tap = getattr(model, "taps", {}).get(stage)
-    if tap: return tap._replace(raw=False) if tap.raw else None
-    if feature.dim() == 3: return Tap(stage, 3, prefix_count(model, feature.shape[1]))
+    if tap:
+        return tap._replace(raw=False) if tap.raw else None
+    if feature.dim() == 3:
+        return Tap(stage, 3, prefix_count(model, feature.shape[1]))
     return Tap(stage, 2) if feature.dim() == 2 else None
 
 
@@ -175,12 +204,16 @@ def glance(model, stage, shape):
     need(shape is not None, "the size of the images is not known: give input_shape=(C, H, W)")
     p = next(model.parameters())
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(p)
-    with eval_mode(model): return observe(model, x, (stage,))[1][stage]
+    with eval_mode(model):
+        return observe(model, x, (stage,))[1][stage]
 
 
 def spatial(who, stage, shape):
     "Raise `UserError` for a map of one pixel."
-    need(shape[-1] * shape[-2] > 1, f"{who}'s {stage} is a map of 1×1: it has no spatial extent to compare; take an earlier stage, as in stage='stage1', or larger images")
+    need(
+        shape[-1] * shape[-2] > 1,
+        f"{who}'s {stage} is a map of 1×1: it has no spatial extent to compare; take an earlier stage, as in stage='stage1', or larger images",
+    )
 
 # %% ../../nbs/lib/44_losses.maps.ipynb #ea911c13
 class ClassMap:
@@ -193,7 +226,10 @@ class ClassMap:
         input_shape=None,  # (C, H, W) of one image; None: what the model says of itself
         who="the teacher",  # its name in messages
     ):
-        need(stage or stages_of(model), f"{who} has no named stages: give stage=(stage of the student, module path of the teacher)")
+        need(
+            stage or stages_of(model),
+            f"{who} has no named stages: give stage=(stage of the student, module path of the teacher)",
+        )
         self.model, self.shape = model, input_shape or image_shape(model) or (3, 32, 32)
         names = [stage] if stage else list(reversed(stages_of(model)))
         for self.stage in names:
@@ -203,11 +239,16 @@ class ClassMap:
             spatial(who, self.stage, self.size)
             self.linears = pooled_linears(model, self.stage, feature, self.shape)
             tokens = hasattr(feature, "prefix") or (self.tap is not None and self.tap.dims == 3)
-            if self.linears or not tokens or self.reaches(feature): return
-        raise UserError(f"{who}'s logits do not depend on the map of {self.stage} (a class token alone is classified there): take an earlier stage")
+            if self.linears or not tokens or self.reaches(feature):
+                return
+        raise UserError(
+            f"{who}'s logits do not depend on the map of {self.stage} (a class token alone is classified there): take an earlier stage"
+        )
 
     def reaches(self, feature):
-        grads = sum(self.grads(feature, torch.full((2,), c, device=feature.device)).abs() for c in (0, 1))
+        grads = sum(
+            self.grads(feature, torch.full((2,), c, device=feature.device)).abs() for c in (0, 1)
+        )
         return bool(as_map(grads, self.tap).any())
 
     def grads(self, feature, classes):
@@ -216,7 +257,8 @@ class ClassMap:
 
     def __call__(self, feature, classes):
         maps = as_map(feature, self.tap)
-        if not self.linears: return grad_cam(maps, as_map(self.grads(feature, classes), self.tap))
+        if not self.linears:
+            return grad_cam(maps, as_map(self.grads(feature, classes), self.tap))
         still = maps.mean(0) if maps.dim() == 5 else maps
         return cam(still, product(self.linears), classes) / (maps.shape[-1] * maps.shape[-2])
 
@@ -234,7 +276,10 @@ def isi_sam(
     gamma=0.5,  # decay a step, > 0
 ):
     "Inter-spike-interval map of every step, (T, B, H, W). Source: Kim & Panda 2021."
-    need(features.dim() == 5, f"feature of shape {tuple(features.shape)}: intervals between spikes need time steps (T, B, C, H, W)")
+    need(
+        features.dim() == 5,
+        f"feature of shape {tuple(features.shape)}: intervals between spikes need time steps (T, B, C, H, W)",
+    )
     positive("gamma", gamma, "none is stated; 0.5")
     keep, trace, maps = torch.tensor(-gamma).exp().item(), torch.zeros_like(features[0]), []
     for s in features:
@@ -261,12 +306,16 @@ def scale(
     temp=2.0,  # temperature of the softmax
 ):
     "Scaled maps, flat, (B, H·W): each image's by itself. Source: CKDSNN, text before eq. 4 and Table 3."
-    if scaling not in SCALINGS: raise unknown("saliency scaling", scaling, SCALINGS)
+    if scaling not in SCALINGS:
+        raise unknown("saliency scaling", scaling, SCALINGS)
     m = maps.flatten(1).float()
     positive("temp", temp, 2)
-    if scaling == "softmax": return F.softmax(m / temp, 1)
-    if scaling == "l2": return F.normalize(m, dim=1)
-    if scaling == "zscore": return F.layer_norm(m, m.shape[1:], eps=1e-8)
+    if scaling == "softmax":
+        return F.softmax(m / temp, 1)
+    if scaling == "l2":
+        return F.normalize(m, dim=1)
+    if scaling == "zscore":
+        return F.layer_norm(m, m.shape[1:], eps=1e-8)
     return m
 
 # %% ../../nbs/lib/44_losses.maps.ipynb #13f38cce
@@ -278,9 +327,12 @@ def rescale(
     over="sample",  # whose extremes: "sample", "batch", or "none" to leave the maps as they are
 ):
     "Maps between 0 and 1; a constant one is 0 everywhere."
-    if over not in RESCALES: raise unknown("rescaling", over, RESCALES)
-    if over == "none": return maps
-    if over == "batch": return (maps - maps.amin()) / (maps.amax() - maps.amin() + 1e-3)
+    if over not in RESCALES:
+        raise unknown("rescaling", over, RESCALES)
+    if over == "none":
+        return maps
+    if over == "batch":
+        return (maps - maps.amin()) / (maps.amax() - maps.amin() + 1e-3)
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     span = high - low
     return (maps - low) / torch.where(span > 0, span, 1)

@@ -7,13 +7,22 @@ __all__ = ['REDUCTIONS', 'NORMS', 'ROUTES', 'READINGS', 'sastc_loss', 'Calibrati
            'mean_attention']
 
 # %% ../../nbs/lib/47_losses.sastc.ipynb #370fee8e
-import math, warnings
+import math
+import warnings
 
 import torch
 from torch import nn
 
 from ..kernels.projection import projected
-from .attention import POOLS, Embedding, Resized, attend, common, distance, similarity
+from snnkd_nb.losses.attention import (
+    POOLS,
+    Embedding,
+    Resized,
+    attend,
+    common,
+    distance,
+    similarity,
+)
 from .base import Method, observe
 from .ckdsnn import one_of, weight
 from .feature import image_shape, projection, stages_of
@@ -46,30 +55,65 @@ class Calibration(nn.Module):
         channels_s,  # of the student's layers
         channels_t,  # of the teacher's
         size=128,  # mates of an image in the Gram matrices
-        shared=False, normalise=True, norm="all", pool="max", route="all", reduction="mean",  # as for `SASTC`
+        shared=False,
+        normalise=True,
+        norm="all",
+        pool="max",
+        route="all",
+        reduction="mean",  # as for `SASTC`
     ):
         super().__init__()
-        self.size, self.norm, self.pool, self.route, self.reduction, self._warned = size, norm, pool, route, reduction, False
-        self.query, self.key = (Embedding(len(c), size, shared, normalise) for c in (channels_s, channels_t))
-        self.projections = nn.ModuleList(nn.ModuleList(projection(s, t) for t in channels_t) for s in channels_s)
-        if route == "none": self.query.requires_grad_(False), self.key.requires_grad_(False)
+        self.size, self.norm, self.pool, self.route, self.reduction, self._warned = (
+            size,
+            norm,
+            pool,
+            route,
+            reduction,
+            False,
+        )
+        self.query, self.key = (
+            Embedding(len(c), size, shared, normalise) for c in (channels_s, channels_t)
+        )
+        self.projections = nn.ModuleList(
+            nn.ModuleList(projection(s, t) for t in channels_t) for s in channels_s
+        )
+        if route == "none":
+            self.query.requires_grad_(False)
+            self.key.requires_grad_(False)
 
     def attention(self, students, teachers):
         "(T, S, B, L) from features (T, B, C, h, w) and (B, C, h, w), in single precision whatever autocast says."
-        with torch.autocast(students[0].device.type, enabled=False), torch.set_grad_enabled(torch.is_grad_enabled() and self.route != "none"):
-            a_s = torch.stack([similarity(f if self.route == "all" else f.detach(), self.size).flatten(0, 1) for f in students])
+        with (
+            torch.autocast(students[0].device.type, enabled=False),
+            torch.set_grad_enabled(torch.is_grad_enabled() and self.route != "none"),
+        ):
+            a_s = torch.stack(
+                [
+                    similarity(f if self.route == "all" else f.detach(), self.size).flatten(0, 1)
+                    for f in students
+                ]
+            )
             a_t = torch.stack([similarity(f[None], self.size)[0] for f in teachers])
             return attend(self.query(a_s.to(self.dtype)), self.key(a_t.to(self.dtype)))
 
     @property
-    def dtype(self): return self.key.mlps[0][0].weight.dtype
+    def dtype(self):
+        return self.key.mlps[0][0].weight.dtype
 
     def distances(self, students, teachers):
         "(T, S, B, L), every feature brought to a size once."
-        if self.training: self._enough(students, teachers), self._warn(students[0].shape[1])
-        mine, theirs, steps = Resized([f.flatten(0, 1) for f in students], self.pool), Resized(teachers, "avg"), len(students[0]) if self.norm == "step" else 1
+        if self.training:
+            self._enough(students, teachers)
+            self._warn(students[0].shape[1])
+        mine, theirs, steps = (
+            Resized([f.flatten(0, 1) for f in students], self.pool),
+            Resized(teachers, "avg"),
+            len(students[0]) if self.norm == "step" else 1,
+        )
         sizes = [[common(s.shape[-2:], t.shape[-2:]) for t in teachers] for s in students]
-        return torch.stack([self._of_layer(i, own, mine, theirs, steps) for i, own in enumerate(sizes)], 1)
+        return torch.stack(
+            [self._of_layer(i, own, mine, theirs, steps) for i, own in enumerate(sizes)], 1
+        )
 
     def _of_layer(self, i, sizes, mine, theirs, steps):
         "(T, B, L) of a student layer: all projections to maps of one size at once."
@@ -81,18 +125,37 @@ class Calibration(nn.Module):
         return torch.stack([out[j] for j in range(len(sizes))], -1)
 
     def _enough(self, students, teachers):
-        (T, B), least = students[0].shape[:2], min(math.prod(common(s.shape[-2:], t.shape[-2:])) for s in students for t in teachers)
-        need((T if self.norm == "all" else 1) * B * least > 1, f"a batch of {B} image on maps of one pixel: batch norm of SASTC's projections has a single value and no variance; take two images or more a batch")
+        (T, B), least = (
+            students[0].shape[:2],
+            min(math.prod(common(s.shape[-2:], t.shape[-2:])) for s in students for t in teachers),
+        )
+        need(
+            (T if self.norm == "all" else 1) * B * least > 1,
+            f"a batch of {B} image on maps of one pixel: batch norm of SASTC's projections has a single value and no variance; take two images or more a batch",
+        )
 
     def _warn(self, B):
-        self._warned, said = True, self._warned or 0.9 * self.size <= B <= self.size  # a full batch before: this one is the last, and short
-        if said: return
-        what = f"{1 - B / self.size:.0%} of every row are zeros" if B < self.size else "the mates beyond are left out"
-        warnings.warn(f"SASTC was made for batch_size={self.size} and is trained on batches of {B}: {what}; give batch_size={B} (images of one process, rounded up)", stacklevel=2)
+        self._warned, said = (
+            True,
+            self._warned or 0.9 * self.size <= B <= self.size,
+        )  # a full batch before: this one is the last, and short
+        if said:
+            return
+        what = (
+            f"{1 - B / self.size:.0%} of every row are zeros"
+            if self.size > B
+            else "the mates beyond are left out"
+        )
+        warnings.warn(
+            f"SASTC was made for batch_size={self.size} and is trained on batches of {B}: {what}; give batch_size={B} (images of one process, rounded up)",
+            stacklevel=2,
+        )
 
     def forward(self, students, teachers):
         "The loss."
-        return sastc_loss(self.attention(students, teachers), self.distances(students, teachers), self.reduction)
+        return sastc_loss(
+            self.attention(students, teachers), self.distances(students, teachers), self.reduction
+        )
 
 # %% ../../nbs/lib/47_losses.sastc.ipynb #9aa22165
 def betas_of(
@@ -104,7 +167,7 @@ def betas_of(
     return tuple(weight("beta", b, 1300) for b in parts)
 
 
-READINGS = {"paper": dict(stem=True, norm="all"), "code": dict(stem=False, norm="step")}
+READINGS = {"paper": {"stem": True, "norm": "all"}, "code": {"stem": False, "norm": "step"}}
 
 
 def layers_of(
@@ -114,9 +177,15 @@ def layers_of(
     stem,  # whether the stem's output is one of them
 ):
     "The names of the layers to compare; raises `UserError` where a network has no named stages."
-    need(layers is None or (isinstance(layers, (list, tuple)) and layers), f"{who}_layers = {layers!r}: give a list of stages or module paths")
+    need(
+        layers is None or (isinstance(layers, (list, tuple)) and layers),
+        f"{who}_layers = {layers!r}: give a list of stages or module paths",
+    )
     names = tuple(layers or [n for n in stages_of(net) if stem or n != "stem"])
-    need(names, f"the {who} has no named stages: give {who}_layers=[module path, …]; its module paths: {paths_in_words(getattr(net, 'net', net))}")
+    need(
+        names,
+        f"the {who} has no named stages: give {who}_layers=[module path, …]; its module paths: {paths_in_words(getattr(net, 'net', net))}",
+    )
     return tuple(dict.fromkeys(names))
 
 
@@ -128,16 +197,21 @@ def maps_of(
 ):
     "Shapes (C, h, w) of named maps, by a dry run that leaves no trace; raises `UserError` for what is no map."
     p, T = next(net.parameters()), getattr(net, "T", None) or 1
-    with eval_mode(net): _, feats = observe(net, torch.zeros(2, *shape, device=p.device, dtype=p.dtype), names)
+    with eval_mode(net):
+        _, feats = observe(net, torch.zeros(2, *shape, device=p.device, dtype=p.dtype), names)
     for n, f in feats.items():
         good = f.shape[:-3] == (T, 2) or (T == 1 and f.shape[:-3] == (2,))
-        need(good, f"the {who}'s {n} puts out {tuple(f.shape)}: SASTC compares maps, (T, B, C, h, w) of a student and (B, C, h, w) of a teacher; "
-                   "choose other layers, or wrap a transformer in Foreign(net, tokens='map')")
+        need(
+            good,
+            f"the {who}'s {n} puts out {tuple(f.shape)}: SASTC compares maps, (T, B, C, h, w) of a student and (B, C, h, w) of a teacher; "
+            "choose other layers, or wrap a transformer in Foreign(net, tokens='map')",
+        )
     return [tuple(feats[n].shape[-3:]) for n in names]
 
 # %% ../../nbs/lib/47_losses.sastc.ipynb #54332fb6
 class SASTC(Method):
-    "Self-attentive spatio-temporal calibration; on rates (gradient=\"rate\") a student has one step, its rates, and attention no time."
+    'Self-attentive spatio-temporal calibration; on rates (gradient="rate") a student has one step, its rates, and attention no time.'
+
     wants_batch_size = True  # `batch_size` is to be the number of images a process sees at once
 
     def __init__(
@@ -161,18 +235,48 @@ class SASTC(Method):
         one_of("variant", variant, tuple(READINGS))
         need(teacher is not None, "SASTC calibrates towards a teacher: give one")
         own, shape = READINGS[variant], input_shape or image_shape(student) or image_shape(teacher)
-        need(type(batch_size) is int and batch_size > 0, f"batch_size = {batch_size!r}: give the whole number of images in a batch (the paper has 128)")
+        need(
+            type(batch_size) is int and batch_size > 0,
+            f"batch_size = {batch_size!r}: give the whole number of images in a batch (the paper has 128)",
+        )
         need(shape is not None, "the size of the images is not known: give input_shape=(C, H, W)")
-        need(getattr(teacher, "T", None) is None, "the teacher is a spiking network: SASTC calibrates towards an ordinary one")
+        need(
+            getattr(teacher, "T", None) is None,
+            "the teacher is a spiking network: SASTC calibrates towards an ordinary one",
+        )
         self.betas = betas_of(beta)
         self.beta = self.betas[0]
-        for what, value in (("normalise", normalise), ("shared", shared)): need(type(value) is bool, f"{what} = {value!r}: give True or False")
+        for what, value in (("normalise", normalise), ("shared", shared)):
+            need(type(value) is bool, f"{what} = {value!r}: give True or False")
         norm = own["norm"] if norm is None else norm
-        for what, value, valid in (("reduction", reduction, REDUCTIONS), ("norm", norm, NORMS), ("pool", pool, tuple(POOLS)), ("route", route, ROUTES)): one_of(what, value, valid)
-        self.student_features, self.teacher_features = layers_of(student, "student", student_layers, own["stem"]), layers_of(teacher, "teacher", teacher_layers, own["stem"])
-        maps_s, maps_t = maps_of(student, "student", self.student_features, shape), maps_of(teacher, "teacher", self.teacher_features, image_shape(teacher) or shape)
-        for s in maps_s: [common(s[1:], t[1:]) for t in maps_t]
-        self.calibration = Calibration([s[0] for s in maps_s], [t[0] for t in maps_t], batch_size, shared, normalise, norm, pool, route, reduction)
+        for what, value, valid in (
+            ("reduction", reduction, REDUCTIONS),
+            ("norm", norm, NORMS),
+            ("pool", pool, tuple(POOLS)),
+            ("route", route, ROUTES),
+        ):
+            one_of(what, value, valid)
+        self.student_features, self.teacher_features = (
+            layers_of(student, "student", student_layers, own["stem"]),
+            layers_of(teacher, "teacher", teacher_layers, own["stem"]),
+        )
+        maps_s, maps_t = (
+            maps_of(student, "student", self.student_features, shape),
+            maps_of(teacher, "teacher", self.teacher_features, image_shape(teacher) or shape),
+        )
+        for s in maps_s:
+            [common(s[1:], t[1:]) for t in maps_t]
+        self.calibration = Calibration(
+            [s[0] for s in maps_s],
+            [t[0] for t in maps_t],
+            batch_size,
+            shared,
+            normalise,
+            norm,
+            pool,
+            route,
+            reduction,
+        )
 
     def begin_epoch(self, epoch, epochs):
         "The weight of this part of the epochs."
@@ -180,18 +284,28 @@ class SASTC(Method):
 
     def _maps(self, batch):
         mine = [batch.feats_s[n] for n in self.student_features]
-        return [f if f.dim() == 5 else f[None] for f in mine], [batch.feats_t[n] for n in self.teacher_features]
+        return [f if f.dim() == 5 else f[None] for f in mine], [
+            batch.feats_t[n] for n in self.teacher_features
+        ]
 
     def attention(self, batch):
         "Attention (T, S, B, L) over teacher layers of a `Batch`, without gradient; its mean over images, `.mean(2)`, is a picture."
-        with torch.no_grad(): return self.calibration.attention(*self._maps(batch))
+        with torch.no_grad():
+            return self.calibration.attention(*self._maps(batch))
 
     def count(self):
         "Parameters that are trained beside the student and leave with the teacher."
-        numbers = lambda *modules: sum(p.numel() for m in modules for p in m.parameters() if p.requires_grad)
-        return {"embeddings": numbers(self.calibration.query, self.calibration.key), "projections": numbers(self.calibration.projections)}
 
-    def terms(self, batch): return {"sastc": self.beta * self.calibration(*self._maps(batch))}
+        def numbers(*modules):
+            return sum(p.numel() for m in modules for p in m.parameters() if p.requires_grad)
+
+        return {
+            "embeddings": numbers(self.calibration.query, self.calibration.key),
+            "projections": numbers(self.calibration.projections),
+        }
+
+    def terms(self, batch):
+        return {"sastc": self.beta * self.calibration(*self._maps(batch))}
 
 # %% ../../nbs/lib/47_losses.sastc.ipynb #08238a99
 def mean_attention(
@@ -201,8 +315,18 @@ def mean_attention(
 ):
     "`{(student layer, step): {teacher layer: mean attention}}` of images, in evaluation mode; leaves no trace."
     method = next((m for m in distiller.methods if isinstance(m, SASTC)), None)
-    need(method is not None, f"no SASTC among {[type(m).__name__ for m in distiller.methods]}: attention needs method 'sastc'")
+    need(
+        method is not None,
+        f"no SASTC among {[type(m).__name__ for m in distiller.methods]}: attention needs method 'sastc'",
+    )
     need(isinstance(x, torch.Tensor), f"images of {type(x).__name__}: give a tensor")
     n = x.shape[1] if x.dim() == 5 else len(x)
-    with eval_mode(distiller): eta = method.attention(distiller.look(x, torch.zeros(n, dtype=torch.long, device=x.device) if y is None else y)).mean(2)
-    return {(s, t): dict(zip(method.teacher_features, eta[t, i].tolist())) for i, s in enumerate(method.student_features) for t in range(len(eta))}
+    with eval_mode(distiller):
+        eta = method.attention(
+            distiller.look(x, torch.zeros(n, dtype=torch.long, device=x.device) if y is None else y)
+        ).mean(2)
+    return {
+        (s, t): dict(zip(method.teacher_features, eta[t, i].tolist()))
+        for i, s in enumerate(method.student_features)
+        for t in range(len(eta))
+    }

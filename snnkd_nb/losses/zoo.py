@@ -20,8 +20,21 @@ from .sastc import SASTC
 from ..spec import need
 
 # %% ../../nbs/lib/49_losses.zoo.ipynb #c228f576
-_methods = {"kd": KD, "feature": Feature, "logits-mse": LogitsMSE, "samd": SAMD, "nld": NLD, "ckdsnn": CKDSNN,
-            "kdsnn": KDSNN, "bkd": BKD, "tet": TET, "e2kd": E2KD, "catkd": CATKD, "sastc": SASTC, "eskd": ESKD}
+_methods = {
+    "kd": KD,
+    "feature": Feature,
+    "logits-mse": LogitsMSE,
+    "samd": SAMD,
+    "nld": NLD,
+    "ckdsnn": CKDSNN,
+    "kdsnn": KDSNN,
+    "bkd": BKD,
+    "tet": TET,
+    "e2kd": E2KD,
+    "catkd": CATKD,
+    "sastc": SASTC,
+    "eskd": ESKD,
+}
 
 
 def register_method(
@@ -45,12 +58,21 @@ def parse_methods(
     out = []
     for part in text.replace(" ", "").split("+"):
         weight, _, name = part.rpartition("*")
-        if name not in _methods: raise unknown("method", name, list_distillers())
-        try: value = float(weight) if "*" in part else 1.0
-        except ValueError: value = -1.0
-        need(0 <= value < float("inf"), f"weight {weight!r} in {text!r}: write a number that is not negative, as in '0.5*{name}'")
+        if name not in _methods:
+            raise unknown("method", name, list_distillers())
+        try:
+            value = float(weight) if "*" in part else 1.0
+        except ValueError:
+            value = -1.0
+        need(
+            0 <= value < float("inf"),
+            f"weight {weight!r} in {text!r}: write a number that is not negative, as in '0.5*{name}'",
+        )
         out.append((value, name))
-    need(len({n for _, n in out}) == len(out), f"{text!r} names a method twice: give each once, with its weight")
+    need(
+        len({n for _, n in out}) == len(out),
+        f"{text!r} names a method twice: give each once, with its weight",
+    )
     return out
 
 # %% ../../nbs/lib/49_losses.zoo.ipynb #4851ec12
@@ -58,13 +80,18 @@ def wants_batch_size(
     text,  # a sum of methods, or "none"
 ):
     "Whether one of the methods is made for a number of images, its option `batch_size`."
-    return text != "none" and any(getattr(_methods[n], "wants_batch_size", False) for _, n in parse_methods(text))
+    return text != "none" and any(
+        getattr(_methods[n], "wants_batch_size", False) for _, n in parse_methods(text)
+    )
 
 # %% ../../nbs/lib/49_losses.zoo.ipynb #d15b9fca
 _COMMON = ("ce", "ce_weight")
 
 
-def _takes(cls): return [p for p in inspect.signature(cls).parameters if p not in ("student", "teacher", "variant")]
+def _takes(cls):
+    return [
+        p for p in inspect.signature(cls).parameters if p not in ("student", "teacher", "variant")
+    ]
 
 
 def _options(name, names, kw):
@@ -73,9 +100,14 @@ def _options(name, names, kw):
 
 
 def _check(names, kw):
-    valid = [*_COMMON, *(k for n in names for k in _takes(_methods[n])), *(f"{n}.{k}" for n in names for k in _takes(_methods[n]))]
+    valid = [
+        *_COMMON,
+        *(k for n in names for k in _takes(_methods[n])),
+        *(f"{n}.{k}" for n in names for k in _takes(_methods[n])),
+    ]
     for k in kw:
-        if k not in valid: raise unknown(f"option of {'+'.join(names) or 'none'}", k, valid)
+        if k not in valid:
+            raise unknown(f"option of {'+'.join(names) or 'none'}", k, valid)
 
 # %% ../../nbs/lib/49_losses.zoo.ipynb #ad4d9e68
 def create_distiller(
@@ -89,7 +121,15 @@ def create_distiller(
     pairs = [] if name == "none" else parse_methods(name)
     names = [n for _, n in pairs]
     need(variant in ("paper", "code"), f"variant = {variant!r}: 'paper' or 'code'")
-    need(teacher is not None or not any(_methods[n].needs_teacher for n in names), f"method {name!r} needs a teacher")
+    need(
+        teacher is not None or not any(_methods[n].needs_teacher for n in names),
+        f"method {name!r} needs a teacher",
+    )
     _check(names, kw)
     made = [(w, _methods[n](student, teacher, variant, **_options(n, names, kw))) for w, n in pairs]
-    return Distiller(student, teacher if any(_methods[n].needs_teacher for n in names) else None, made, **{k: kw[k] for k in _COMMON if k in kw})
+    return Distiller(
+        student,
+        teacher if any(_methods[n].needs_teacher for n in names) else None,
+        made,
+        **{k: kw[k] for k in _COMMON if k in kw},
+    )

@@ -7,7 +7,8 @@ __all__ = ['COUNTED', 'CONVENTIONS', 'forget', 'hooked', 'is_neuron', 'binary', 
            'is_counted', 'work', 'driver', 'operations', 'count_macs', 'sops', 'energy']
 
 # %% ../../nbs/lib/60_metrics.activity.ipynb #9359a97c
-import contextlib, math
+import contextlib
+import math
 
 import torch
 from torch import nn
@@ -21,7 +22,8 @@ def forget(
 ):
     "Reset what keeps a state from one forward pass to the next, SpikingJelly's neurons for one; ours keep none."
     for m in model.modules():
-        if callable(getattr(m, "reset", None)): m.reset()
+        if callable(getattr(m, "reset", None)):
+            m.reset()
 
 
 @contextlib.contextmanager
@@ -35,10 +37,15 @@ def hooked(
     forget(model)
     try:
         for name, m in model.named_modules():
-            if wanted(m): handles.append(m.register_forward_hook(lambda m, i, o, name=name: see(name, m, i, o)))
-        with eval_mode(model): yield model
+            if wanted(m):
+                handles.append(
+                    m.register_forward_hook(lambda m, i, o, name=name: see(name, m, i, o))
+                )
+        with eval_mode(model):
+            yield model
     finally:
-        for h in handles: h.remove()
+        for h in handles:
+            h.remove()
         forget(model)
 
 # %% ../../nbs/lib/60_metrics.activity.ipynb #8fa1f8d6
@@ -61,7 +68,9 @@ def frames(
     x,  # images (B, …) or frames (T, B, C, H, W)
 ):
     "(T, B): time steps and images of one forward."
-    return (x.shape[0], x.shape[1]) if x.dim() == 5 else (getattr(model, "T", None) or 1, x.shape[0])
+    return (
+        (x.shape[0], x.shape[1]) if x.dim() == 5 else (getattr(model, "T", None) or 1, x.shape[0])
+    )
 
 # %% ../../nbs/lib/60_metrics.activity.ipynb #9ee33722
 def firing_rates(
@@ -72,10 +81,18 @@ def firing_rates(
     (T, B), rows = frames(model, x), []
 
     def see(name, m, i, o):
-        rows.append({"layer": name, "rate": o.mean(dtype=torch.float32).item(), "nonzero": o.count_nonzero().item() / o.numel(),
-                     "binary": binary(o), "neurons": o.numel() // (T * B)})
+        rows.append(
+            {
+                "layer": name,
+                "rate": o.mean(dtype=torch.float32).item(),
+                "nonzero": o.count_nonzero().item() / o.numel(),
+                "binary": binary(o),
+                "neurons": o.numel() // (T * B),
+            }
+        )
 
-    with hooked(model, see, is_neuron): model(x)
+    with hooked(model, see, is_neuron):
+        model(x)
     return rows
 
 
@@ -120,8 +137,12 @@ def operations(
     out,  # what it returned
 ):
     "`(layer, kind, values that drive it, multiply-accumulates)`, one a layer, or one a product."
-    if isinstance(m, COUNTED): return [(name, type(m).__name__, inputs[0], work(m, out))]
-    return [(f"{name}.{how}", "product", driver(a, b), a.numel() * b.shape[-1]) for how, a, b in m.products(*inputs)]
+    if isinstance(m, COUNTED):
+        return [(name, type(m).__name__, inputs[0], work(m, out))]
+    return [
+        (f"{name}.{how}", "product", driver(a, b), a.numel() * b.shape[-1])
+        for how, a, b in m.products(*inputs)
+    ]
 
 # %% ../../nbs/lib/60_metrics.activity.ipynb #123fd509
 def _steps(out, T, B):
@@ -138,16 +159,23 @@ def count_macs(
 
     def see(name, m, i, o):
         steps = _steps(o, T, B)
-        rows.extend({"layer": layer, "kind": kind, "macs": macs // (B * steps), "steps": steps} for layer, kind, _, macs in operations(name, m, i, o))
+        rows.extend(
+            {"layer": layer, "kind": kind, "macs": macs // (B * steps), "steps": steps}
+            for layer, kind, _, macs in operations(name, m, i, o)
+        )
 
-    with hooked(model, see, is_counted): model(x)
+    with hooked(model, see, is_counted):
+        model(x)
     return rows
 
 # %% ../../nbs/lib/60_metrics.activity.ipynb #d0e2ba05
 def _source(v, image, spiking):
-    if image and not binary(v): return "image"
-    if binary(v): return "spikes"
-    if spiking and v.min() >= 0: return "averaged" if v.max() <= 1 else "sums" if v.equal(v.round()) else "analogue"
+    if image and not binary(v):
+        return "image"
+    if binary(v):
+        return "spikes"
+    if spiking and v.min() >= 0:
+        return "averaged" if v.max() <= 1 else "sums" if v.equal(v.round()) else "analogue"
     return "analogue"
 
 
@@ -159,25 +187,44 @@ def sops(
     (T, B), rows, spiking = frames(model, x), [], [False]
 
     def see(name, m, i, o):
-        if not is_counted(m): spiking[0] = is_neuron(m)
+        if not is_counted(m):
+            spiking[0] = is_neuron(m)
         else:
-            for part in operations(name, m, i, o): rows.append(_row(*part, _steps(o, T, B), B, not rows, spiking[0]))
+            for part in operations(name, m, i, o):
+                rows.append(_row(*part, _steps(o, T, B), B, not rows, spiking[0]))
 
-    def wanted(m): return is_counted(m) or is_neuron(m) or type(m).__module__ == "torch.nn.modules.activation"
-    with hooked(model, see, wanted): model(x)
+    def wanted(m):
+        return is_counted(m) or is_neuron(m) or type(m).__module__ == "torch.nn.modules.activation"
+
+    with hooked(model, see, wanted):
+        model(x)
     return rows
 
 
 def _row(layer, name, v, macs, steps, B, image, spiking):
-    kind, rate, macs = _source(v, image, spiking), v.mean(dtype=torch.float32).item(), macs // (B * steps)
+    kind, rate, macs = (
+        _source(v, image, spiking),
+        v.mean(dtype=torch.float32).item(),
+        macs // (B * steps),
+    )
     spike = kind in ("spikes", "averaged", "sums")
-    return {"layer": layer, "kind": name, "macs": macs, "steps": steps, "input": kind, "rate_in": rate,
-            "sops": rate * macs * steps if spike else 0.0, "mac_ops": 0 if spike else macs * steps}
+    return {
+        "layer": layer,
+        "kind": name,
+        "macs": macs,
+        "steps": steps,
+        "input": kind,
+        "rate_in": rate,
+        "sops": rate * macs * steps if spike else 0.0,
+        "mac_ops": 0 if spike else macs * steps,
+    }
 
 # %% ../../nbs/lib/60_metrics.activity.ipynb #e87aec8a
-CONVENTIONS = {"45nm": {"sop": 0.9, "mac": 4.6, "every_step": False},
-               "45nm-first-xT": {"sop": 0.9, "mac": 4.6, "every_step": True},
-               "77fJ": {"sop": 0.077, "mac": 4.6, "every_step": False}}  # pJ
+CONVENTIONS = {
+    "45nm": {"sop": 0.9, "mac": 4.6, "every_step": False},
+    "45nm-first-xT": {"sop": 0.9, "mac": 4.6, "every_step": True},
+    "77fJ": {"sop": 0.077, "mac": 4.6, "every_step": False},
+}  # pJ
 
 
 def energy(
@@ -185,8 +232,16 @@ def energy(
     convention="45nm",  # one of CONVENTIONS
 ):
     "Energy of one image under a named convention: {convention, sops, macs, microjoule}."
-    if convention not in CONVENTIONS: raise unknown("energy convention", convention, CONVENTIONS)
+    if convention not in CONVENTIONS:
+        raise unknown("energy convention", convention, CONVENTIONS)
     c, T = CONVENTIONS[convention], max((r["steps"] for r in table), default=1)
-    again = [r["macs"] * (T - r["steps"]) for r in table if r["input"] == "image" and c["every_step"]]
+    again = [
+        r["macs"] * (T - r["steps"]) for r in table if r["input"] == "image" and c["every_step"]
+    ]
     ops, macs = sum(r["sops"] for r in table), sum(r["mac_ops"] for r in table) + sum(again)
-    return {"convention": convention, "sops": ops, "macs": macs, "microjoule": (ops * c["sop"] + macs * c["mac"]) * 1e-6}
+    return {
+        "convention": convention,
+        "sops": ops,
+        "macs": macs,
+        "microjoule": (ops * c["sop"] + macs * c["mac"]) * 1e-6,
+    }

@@ -12,7 +12,17 @@ import torch
 from torch import nn
 
 from ..core import UserError
-from .activity import CONVENTIONS, COUNTED, binary, driver, energy, forget, hooked, is_counted, sops
+from snnkd_nb.metrics.activity import (
+    CONVENTIONS,
+    COUNTED,
+    binary,
+    driver,
+    energy,
+    forget,
+    hooked,
+    is_counted,
+    sops,
+)
 
 # %% ../../nbs/lib/61_metrics.energy.ipynb #ea369bee
 def additions(
@@ -20,9 +30,12 @@ def additions(
     x,  # its input, zeros and ones
 ):
     "Weights that the ones of `x` meet: what a machine that skips zeros adds up."
-    if isinstance(m, nn.Linear): return int(x.count_nonzero()) * m.out_features
+    if isinstance(m, nn.Linear):
+        return int(x.count_nonzero()) * m.out_features
     ones, x = torch.ones_like(m.weight[: m.groups]), x.flatten(0, x.dim() - m.weight.dim())
-    return int(m._conv_forward(x.to(ones.dtype), ones, None).sum(dtype=torch.float64)) * (m.out_channels // m.groups)
+    return int(m._conv_forward(x.to(ones.dtype), ones, None).sum(dtype=torch.float64)) * (
+        m.out_channels // m.groups
+    )
 
 # %% ../../nbs/lib/61_metrics.energy.ipynb #28a4079d
 def coincidences(
@@ -30,13 +43,21 @@ def coincidences(
     b,  # right factor (…, k, m)
 ):
     "Additions of the product `a @ b`; 0 where neither is binary."
-    if binary(a) and binary(b): return int((a @ b).sum(dtype=torch.float64))
-    return int(a.count_nonzero()) * b.shape[-1] if binary(a) else int(b.count_nonzero()) * a.shape[-2] if binary(b) else 0
+    if binary(a) and binary(b):
+        return int((a @ b).sum(dtype=torch.float64))
+    return (
+        int(a.count_nonzero()) * b.shape[-1]
+        if binary(a)
+        else int(b.count_nonzero()) * a.shape[-2]
+        if binary(b)
+        else 0
+    )
 
 # %% ../../nbs/lib/61_metrics.energy.ipynb #cbce8aeb
 def _adds(m, inputs):
     "`(values that drive it, additions)`, one a layer, or one a product."
-    if not isinstance(m, COUNTED): return [(driver(a, b), coincidences(a, b)) for _, a, b in m.products(*inputs)]
+    if not isinstance(m, COUNTED):
+        return [(driver(a, b), coincidences(a, b)) for _, a, b in m.products(*inputs)]
     return [(inputs[0], additions(m, inputs[0]) if binary(inputs[0]) else 0)]
 
 
@@ -44,9 +65,13 @@ def _inputs(model, x):
     rows = []
 
     def see(name, m, i, o):
-        for v, n in _adds(m, i): rows.append({"binary": binary(v), "nonzero": v.count_nonzero().item() / v.numel(), "all_acs": n})
+        for v, n in _adds(m, i):
+            rows.append(
+                {"binary": binary(v), "nonzero": v.count_nonzero().item() / v.numel(), "all_acs": n}
+            )
 
-    with hooked(model, see, is_counted): model(x)
+    with hooked(model, see, is_counted):
+        model(x)
     return rows
 
 
@@ -59,7 +84,13 @@ def uncounted(
     for name, m in model.named_modules():
         own = any(p.dim() > 1 for p in m.parameters(recurse=False))
         leaf = isinstance(m, nn.MultiheadAttention) or not any(m.children())
-        if own and leaf and name not in ran and not isinstance(m, (nn.Embedding, nn.modules.batchnorm._NormBase, nn.LayerNorm)): out.append(name)
+        if (
+            own
+            and leaf
+            and name not in ran
+            and not isinstance(m, (nn.Embedding, nn.modules.batchnorm._NormBase, nn.LayerNorm))
+        ):
+            out.append(name)
     return out
 
 
@@ -72,26 +103,68 @@ def layer_table(
 
     B = x.shape[1] if x.dim() == 5 else len(x)
     both = [{**a, **b} for a, b in zip(sops(model, x), _inputs(model, x), strict=True)]
-    if not both: raise UserError(f"{type(model).__name__} has no convolution or linear layer to count")
-    if left := uncounted(model, [r["layer"] for r in both]): warnings.warn(f"not in the table, for nobody counts their work: {', '.join(left)}", stacklevel=2)
-    frame = pd.DataFrame(both).rename(columns={"rate_in": "rate"}).assign(acs=lambda f: f.pop("all_acs") / B)
-    return frame[["layer", "kind", "macs", "steps", "input", "binary", "rate", "nonzero", "sops", "acs", "mac_ops"]]
+    if not both:
+        raise UserError(f"{type(model).__name__} has no convolution or linear layer to count")
+    if left := uncounted(model, [r["layer"] for r in both]):
+        warnings.warn(
+            f"not in the table, for nobody counts their work: {', '.join(left)}", stacklevel=2
+        )
+    frame = (
+        pd.DataFrame(both)
+        .rename(columns={"rate_in": "rate"})
+        .assign(acs=lambda f: f.pop("all_acs") / B)
+    )
+    return frame[
+        [
+            "layer",
+            "kind",
+            "macs",
+            "steps",
+            "input",
+            "binary",
+            "rate",
+            "nonzero",
+            "sops",
+            "acs",
+            "mac_ops",
+        ]
+    ]
 
 # %% ../../nbs/lib/61_metrics.energy.ipynb #46d2fff6
-_OWN = {"spikingjelly": ("acs", 0.9, 4.6), "all-mac": ("none", 0.0, 4.6)}  # what is added, pJ an addition, pJ a multiplication
+_OWN = {
+    "spikingjelly": ("acs", 0.9, 4.6),
+    "all-mac": ("none", 0.0, 4.6),
+}  # what is added, pJ an addition, pJ a multiplication
 NAMES = (*CONVENTIONS, *_OWN)
 
 
 def _ours(table, convention):
     adds, pj_add, pj_mac = _OWN[convention]
     multiplied = table if adds == "none" else table[~table.binary]
-    n, macs = 0.0 if adds == "none" else float(table[adds].sum()), float((multiplied.macs * multiplied.steps).sum())
-    return {"convention": convention, "additions": n, "macs": macs, "pJ an addition": pj_add, "pJ a MAC": pj_mac, "microjoule": (n * pj_add + macs * pj_mac) * 1e-6}
+    n, macs = (
+        0.0 if adds == "none" else float(table[adds].sum()),
+        float((multiplied.macs * multiplied.steps).sum()),
+    )
+    return {
+        "convention": convention,
+        "additions": n,
+        "macs": macs,
+        "pJ an addition": pj_add,
+        "pJ a MAC": pj_mac,
+        "microjoule": (n * pj_add + macs * pj_mac) * 1e-6,
+    }
 
 
 def _papers(table, convention):
     e, c = energy(table.to_dict("records"), convention), CONVENTIONS[convention]
-    return {"convention": convention, "additions": e["sops"], "macs": float(e["macs"]), "pJ an addition": c["sop"], "pJ a MAC": c["mac"], "microjoule": e["microjoule"]}
+    return {
+        "convention": convention,
+        "additions": e["sops"],
+        "macs": float(e["macs"]),
+        "pJ an addition": c["sop"],
+        "pJ a MAC": c["mac"],
+        "microjoule": e["microjoule"],
+    }
 
 
 def energies(
@@ -108,13 +181,21 @@ def spikingjelly_counts(
     x,  # a batch it takes
 ):
     "What SpikingJelly's counters see for one image: {synops, macs}; BatchNorm is left out."
-    from spikingjelly.activation_based.op_counter import DispatchCounterMode, MACCounter, SynOpCounter
+    from spikingjelly.activation_based.op_counter import (
+        DispatchCounterMode,
+        MACCounter,
+        SynOpCounter,
+    )
 
     from snnkd_nb.models.blocks import eval_mode
 
-    norms, B = [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d], x.shape[1] if x.dim() == 5 else len(x)
+    norms, B = (
+        [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d],
+        x.shape[1] if x.dim() == 5 else len(x),
+    )
     synops, macs = SynOpCounter(extra_ignore_modules=norms), MACCounter(extra_ignore_modules=norms)
     forget(model)
-    with eval_mode(model), DispatchCounterMode([synops, macs]): model(x)
+    with eval_mode(model), DispatchCounterMode([synops, macs]):
+        model(x)
     forget(model)
     return {"synops": synops.get_total() / B, "macs": macs.get_total() / B}

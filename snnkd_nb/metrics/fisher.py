@@ -7,7 +7,8 @@ __all__ = ['LABELS', 'AT_ONCE', 'WAYS', 'so_far', 'targets', 'trained', 'squared
            'AnyFormat', 'squared_norms', 'temporal_fisher', 'fisher']
 
 # %% ../../nbs/lib/64_metrics.fisher.ipynb #36814adf
-import copy, warnings
+import copy
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,8 @@ def so_far(
     logits,  # (T, B, K) of a spiking network, or (B, K)
 ):
     "The decision after each step, (T, B, K): the mean of the logits up to it; (1, B, K) of an ordinary network."
-    if logits.dim() == 2: return logits[None]
+    if logits.dim() == 2:
+        return logits[None]
     return logits.cumsum(0) / torch.arange(1, len(logits) + 1, device=logits.device).view(-1, 1, 1)
 
 
@@ -42,13 +44,26 @@ def targets(
     seed=0,  # of the samples
 ):
     "Whose probability is taken, one-hot by step and image: (T, B, K)."
-    if labels not in LABELS: raise unknown("kind of labels", labels, LABELS)
-    with eval_mode(model): z = so_far(model(x))
+    if labels not in LABELS:
+        raise unknown("kind of labels", labels, LABELS)
+    with eval_mode(model):
+        z = so_far(model(x))
     if labels == "true":
-        need(len(y) == z.shape[1] and 0 <= int(y.min()) <= int(y.max()) < z.shape[-1], f"{len(y)} labels from {int(y.min())} to {int(y.max())} for {z.shape[1]} images of {z.shape[-1]} classes: give one an image, from 0")
+        need(
+            len(y) == z.shape[1] and 0 <= int(y.min()) <= int(y.max()) < z.shape[-1],
+            f"{len(y)} labels from {int(y.min())} to {int(y.max())} for {z.shape[1]} images of {z.shape[-1]} classes: give one an image, from 0",
+        )
         y = y.expand(len(z), -1)
-    elif labels == "predicted": y = z.argmax(-1)
-    else: y = torch.multinomial(z.softmax(-1).flatten(0, 1).cpu(), 1, generator=torch.Generator().manual_seed(seed)).view(z.shape[:2]).to(z.device)
+    elif labels == "predicted":
+        y = z.argmax(-1)
+    else:
+        y = (
+            torch.multinomial(
+                z.softmax(-1).flatten(0, 1).cpu(), 1, generator=torch.Generator().manual_seed(seed)
+            )
+            .view(z.shape[:2])
+            .to(z.device)
+        )
     return F.one_hot(y, z.shape[-1]).to(z.dtype)
 
 # %% ../../nbs/lib/64_metrics.fisher.ipynb #f2f2be38
@@ -57,11 +72,15 @@ def trained(
 ):
     "Its parameters that are trained; raises `UserError` where there are none."
     found = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    need(found, "the network has no parameter that is trained: Fisher information is about weights, so leave requires_grad on")
+    need(
+        found,
+        "the network has no parameter that is trained: Fisher information is about weights, so leave requires_grad on",
+    )
     return found
 
 
-def _one(x, i): return x[i : i + 1] if x.dim() == 4 else x[:, i : i + 1]
+def _one(x, i):
+    return x[i : i + 1] if x.dim() == 4 else x[:, i : i + 1]
 
 
 def squared_norms_loop(
@@ -74,15 +93,29 @@ def squared_norms_loop(
     with eval_mode(model), torch.enable_grad():
         for i in range(hot.shape[1]):
             log_p = (so_far(model(_one(x, i)))[:, 0].log_softmax(-1) * hot[:, i]).sum(-1)
-            grads = [torch.autograd.grad(v, weights, retain_graph=True, allow_unused=True) for v in log_p]
-            rows.append(torch.stack([sum(g.detach().square().sum() for g in step if g is not None) for step in grads]))
+            grads = [
+                torch.autograd.grad(v, weights, retain_graph=True, allow_unused=True) for v in log_p
+            ]
+            rows.append(
+                torch.stack(
+                    [
+                        sum(g.detach().square().sum() for g in step if g is not None)
+                        for step in grads
+                    ]
+                )
+            )
     return torch.stack(rows)
 
 # %% ../../nbs/lib/64_metrics.fisher.ipynb #ab8a9ee0
 class Composable(LIF):
     "A `LIF` of plain operations, for `torch.func`: same spikes, same gradient, slower."
+
     def forward(self, x, static=False):
-        y = torch.stack(list(self.spikes(x.expand(self.T, *x.shape) if static else x.unflatten(0, (self.T, -1)))))
+        y = torch.stack(
+            list(
+                self.spikes(x.expand(self.T, *x.shape) if static else x.unflatten(0, (self.T, -1)))
+            )
+        )
         return y.flatten(0, 1)
 
     def spikes(self, x_seq):
@@ -105,12 +138,14 @@ def composable(
     "A copy in evaluation mode whose own neurons `torch.func` can map."
     net = copy.deepcopy(model).eval()
     for m in net.modules():
-        if is_plain(m): m.__class__ = Composable
+        if is_plain(m):
+            m.__class__ = Composable
     return net
 
 # %% ../../nbs/lib/64_metrics.fisher.ipynb #54810cf5
 class AnyFormat(TorchFunctionMode):
     "While it lasts, `x.contiguous(memory_format=…)` is `x.contiguous()`."
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return func(args[0]) if func is torch.Tensor.contiguous else func(*args, **(kwargs or {}))
 
@@ -130,11 +165,25 @@ def squared_norms(
     rest = {n: v for n, v in (*net.named_parameters(), *net.named_buffers()) if n not in weights}
 
     def norms(image, h):
-        log_p, pull = vjp(lambda w: (so_far(functional_call(net, (w, rest), (image.unsqueeze(batch),)))[:, 0].log_softmax(-1) * h).sum(-1), weights)
-        return torch.stack([sum(g.square().sum() for g in pull(e)[0].values()) for e in torch.eye(len(h), device=h.device)])
+        _log_p, pull = vjp(
+            lambda w: (
+                so_far(functional_call(net, (w, rest), (image.unsqueeze(batch),)))[
+                    :, 0
+                ].log_softmax(-1)
+                * h
+            ).sum(-1),
+            weights,
+        )
+        return torch.stack(
+            [
+                sum(g.square().sum() for g in pull(e)[0].values())
+                for e in torch.eye(len(h), device=h.device)
+            ]
+        )
 
     chunk = chunk or max(1, AT_ONCE // sum(w.numel() for w in weights.values()))
-    with AnyFormat(): return vmap(norms, (batch, 1), chunk_size=chunk)(x, hot)
+    with AnyFormat():
+        return vmap(norms, (batch, 1), chunk_size=chunk)(x, hot)
 
 # %% ../../nbs/lib/64_metrics.fisher.ipynb #a20ea422
 WAYS = ("auto", "func", "loop")
@@ -150,19 +199,35 @@ def temporal_fisher(
     seed=0,  # of sampled labels
 ):
     "Trace of the Fisher information of the first t steps, (T,), or (1,) of an ANN. Source: SASTC Appendix 1, eq. 1."
-    if how not in WAYS: raise unknown("way of taking gradients", how, WAYS)
-    need(isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) and len(y), "images and labels: give tensors with at least one image")
+    if how not in WAYS:
+        raise unknown("way of taking gradients", how, WAYS)
+    need(
+        isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) and len(y),
+        "images and labels: give tensors with at least one image",
+    )
     with torch.autocast(x.device.type, enabled=False):
         hot = targets(model, x, y, labels, seed)
-        if how == "loop": return squared_norms_loop(model, x, hot).mean(0)
-        try: return squared_norms(model, x, hot, chunk).mean(0)
+        if how == "loop":
+            return squared_norms_loop(model, x, hot).mean(0)
+        try:
+            return squared_norms(model, x, hot, chunk).mean(0)
         except RuntimeError as e:
-            if how == "func" or isinstance(e, torch.OutOfMemoryError): raise
-            warnings.warn(f"gradients are taken image by image, since torch.func cannot map this network: {first_line(e)}", stacklevel=2)
+            if how == "func" or isinstance(e, torch.OutOfMemoryError):
+                raise
+            warnings.warn(
+                f"gradients are taken image by image, since torch.func cannot map this network: {first_line(e)}",
+                stacklevel=2,
+            )
         return squared_norms_loop(model, x, hot).mean(0)
 
 # %% ../../nbs/lib/64_metrics.fisher.ipynb #1984116c
-@register_probe("Fisher information of the first t steps: trace of the empirical matrix, SASTC Appendix 1")
-def fisher(student, reference, data, distiller, images=32, split="train", labels="true", how="auto"):
+@register_probe(
+    "Fisher information of the first t steps: trace of the empirical matrix, SASTC Appendix 1"
+)
+def fisher(
+    student, reference, data, distiller, images=32, split="train", labels="true", how="auto"
+):
     x, y = fixed_batch(data, images, split, device=next(student.parameters()).device)
-    return lambda: {str(t + 1): v for t, v in enumerate(temporal_fisher(student, x, y, labels, how).tolist())}
+    return lambda: {
+        str(t + 1): v for t, v in enumerate(temporal_fisher(student, x, y, labels, how).tolist())
+    }

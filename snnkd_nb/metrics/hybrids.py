@@ -24,7 +24,10 @@ def method_of(
     "The `ESKD` among its methods; `UserError` if there is none."
     found = next((m for m in getattr(distiller, "methods", ()) if isinstance(m, ESKD)), None)
     need(found is not None, f"{who} looks at ESKD's hybrid models: take a method with eskd in it")
-    need(found.hybrids.names, f"{who} looks at ESKD's hybrid models: there are none with positions=[]")
+    need(
+        found.hybrids.names,
+        f"{who} looks at ESKD's hybrid models: there are none with positions=[]",
+    )
     return found
 
 
@@ -44,11 +47,20 @@ def accuracies(
     untrained=False,  # whether hybrid models may answer before their adapters saw a batch
 ):
     "Top-1 accuracy in percent of the student, `S`, and of every hybrid model, `M0`, …; modes and statistics stay as they are."
-    method, device, right, seen = method_of(distiller, "this"), next(distiller.parameters()).device, {}, 0
+    method, device, right, seen = (
+        method_of(distiller, "this"),
+        next(distiller.parameters()).device,
+        {},
+        0,
+    )
     with eval_mode(distiller):
         for x, y in data.loader(split, batch_size, shuffle=False, device=device):
             logits, feats = observe(distiller.student, x, method.student_features)
-            for name, z in {"S": mean_logits(logits), **method.hybrids(rates_of(feats), untrained=untrained)}.items(): right[name] = right.get(name, 0) + (z.argmax(-1) == y).sum()
+            for name, z in {
+                "S": mean_logits(logits),
+                **method.hybrids(rates_of(feats), untrained=untrained),
+            }.items():
+                right[name] = right.get(name, 0) + (z.argmax(-1) == y).sum()
             seen += len(y)
     return {name: 100 * float(n) / max(seen, 1) for name, n in right.items()}
 
@@ -70,11 +82,18 @@ def cosines(
         rates = rates_of(observe(distiller.student, x, [b.student for b in made.branches])[1])
         theirs = observe(made.teacher, x, [b.teacher for b in made.branches])[1]
         ours = made.adapted(rates, untrained=untrained)
-    return {b.name: F.cosine_similarity(ours[b.name].flatten(1), theirs[b.teacher].flatten(1)).mean().item() for b in made.branches}
+    return {
+        b.name: F.cosine_similarity(ours[b.name].flatten(1), theirs[b.teacher].flatten(1))
+        .mean()
+        .item()
+        for b in made.branches
+    }
 
 
 @register_probe("cosine similarity of ESKD's adapted student features and the teacher's")
 def cosine(student, reference, data, distiller, images=256, split=None):
     method_of(distiller, "probe 'cosine'")
-    x, _ = fixed_batch(data, images, held_out(data, split), device=next(student.parameters()).device)
+    x, _ = fixed_batch(
+        data, images, held_out(data, split), device=next(student.parameters()).device
+    )
     return lambda: cosines(distiller, x)

@@ -18,8 +18,14 @@ def stacks(
     b,  # maps (B, H, W)
 ):
     "Both as (B, H·W) doubles; raises `UserError` where their shapes differ."
-    need(a.dim() == 3 and a.shape == b.shape, f"maps of shapes {tuple(a.shape)} and {tuple(b.shape)}: give two stacks (B, H, W) of one size, see losses.maps.same_size")
-    need(bool(a.isfinite().all() and b.isfinite().all()), "a map is not finite (NaN or infinite): its likeness is no number")
+    need(
+        a.dim() == 3 and a.shape == b.shape,
+        f"maps of shapes {tuple(a.shape)} and {tuple(b.shape)}: give two stacks (B, H, W) of one size, see losses.maps.same_size",
+    )
+    need(
+        bool(a.isfinite().all() and b.isfinite().all()),
+        "a map is not finite (NaN or infinite): its likeness is no number",
+    )
     return a.detach().flatten(1).double(), b.detach().flatten(1).double()
 
 # %% ../../nbs/lib/62_metrics.likeness.ipynb #b64293f7
@@ -67,4 +73,6 @@ def likeness(
     share=0.2,  # of the positions that count as bright
 ):
     "`[{pearson, iou}, …]`, one dict an image."
-    return [{"pearson": r, "iou": o} for r, o in zip(pearson(a, b).tolist(), iou(a, b, share).tolist())]
+    return [
+        {"pearson": r, "iou": o} for r, o in zip(pearson(a, b).tolist(), iou(a, b, share).tolist())
+    ]

@@ -29,7 +29,13 @@ def fixed_batch(
     device="cpu",  # where the batch is wanted
 ):
     "`(x, y)`: the same random images of a split at every call."
-    return next(iter(data.loader(split, min(images, len(data.split(split))), seed=seed, shuffle=True, device=device)))
+    return next(
+        iter(
+            data.loader(
+                split, min(images, len(data.split(split))), seed=seed, shuffle=True, device=device
+            )
+        )
+    )
 
 # %% ../../nbs/lib/63_metrics.mismatch.ipynb #4ba8bdc5
 NORMALISE = {"raw": "none", **{n: n for n in NORMALISATIONS if n != "none"}}
@@ -42,7 +48,10 @@ def layers_of(
 ):
     "The layers that are compared; raises `UserError` where none are named and the network names none."
     found = tuple(names or getattr(model, "stage_names", ()))
-    need(found, f"{whose} ({type(model).__name__}) has no named stages: give the module paths of its layers")
+    need(
+        found,
+        f"{whose} ({type(model).__name__}) has no named stages: give the module paths of its layers",
+    )
     return found
 
 
@@ -53,12 +62,20 @@ def relations(
     normalise="raw",  # raw, row, frobenius or cosine
 ):
     "`{layer: (T, B, B)}`, one matrix for an ANN. Source: SASTC eq. 3."
-    if normalise not in NORMALISE: raise unknown("normalisation", normalise, NORMALISE)
-    with eval_mode(model): logits, feats = observe(model, x, layers)
+    if normalise not in NORMALISE:
+        raise unknown("normalisation", normalise, NORMALISE)
+    with eval_mode(model):
+        logits, feats = observe(model, x, layers)
     steps, B = logits.dim() == 3, logits.shape[-2]
     for n, f in feats.items():
-        need(f.shape[1 if steps else 0] == B, f"{n} puts out {tuple(f.shape)} for {B} images: features with time are (T, B, …), and so are the logits of their network, (T, B, K)")
-    return {n: normalised(gram(f if steps else f[None], exact=True), NORMALISE[normalise]) for n, f in feats.items()}
+        need(
+            f.shape[1 if steps else 0] == B,
+            f"{n} puts out {tuple(f.shape)} for {B} images: features with time are (T, B, …), and so are the logits of their network, (T, B, K)",
+        )
+    return {
+        n: normalised(gram(f if steps else f[None], exact=True), NORMALISE[normalise])
+        for n, f in feats.items()
+    }
 
 # %% ../../nbs/lib/63_metrics.mismatch.ipynb #8ae19c27
 def layer_pairs(
@@ -67,17 +84,27 @@ def layer_pairs(
     pairs="all",  # "all", "equal" or a list of (student layer, teacher layer)
 ):
     "The pairs that are compared, `[(student layer, teacher layer), …]`."
-    need(isinstance(pairs, str) or pairs, "pairs = []: give at least one (student layer, teacher layer), or 'all' or 'equal'")
-    if not isinstance(pairs, str): return [_known(p, student, teacher) for p in pairs]
-    if pairs == "all": return [(s, a) for s in student for a in teacher]
-    if pairs == "equal": return list(zip(student[::-1], teacher[::-1]))[::-1]
+    need(
+        isinstance(pairs, str) or pairs,
+        "pairs = []: give at least one (student layer, teacher layer), or 'all' or 'equal'",
+    )
+    if not isinstance(pairs, str):
+        return [_known(p, student, teacher) for p in pairs]
+    if pairs == "all":
+        return [(s, a) for s in student for a in teacher]
+    if pairs == "equal":
+        return list(zip(student[::-1], teacher[::-1]))[::-1]
     raise unknown("choice of pairs", pairs, ("all", "equal"))
 
 
 def _known(pair, student, teacher):
-    need(not isinstance(pair, str) and len(pair) == 2, f"pair {pair!r}: give two layers, (student layer, teacher layer)")
+    need(
+        not isinstance(pair, str) and len(pair) == 2,
+        f"pair {pair!r}: give two layers, (student layer, teacher layer)",
+    )
     for name, valid in zip(pair, (student, teacher)):
-        if name not in valid: raise unknown("layer", name, valid)
+        if name not in valid:
+            raise unknown("layer", name, valid)
     return tuple(pair)
 
 # %% ../../nbs/lib/63_metrics.mismatch.ipynb #6e181068
@@ -91,9 +118,16 @@ def mismatches(
 ):
     "Mean squared difference of the matrices by step and pair: rows {t, student, teacher, mse}, t from 1. Source: SASTC eq. 1."
     steps = {len(a) for a in (*ours.values(), *theirs.values())} - {1}
-    need(len(steps) < 2, f"networks of {' and '.join(map(str, sorted(steps)))} time steps: a spiking teacher is compared step by step and needs as many as the student")
+    need(
+        len(steps) < 2,
+        f"networks of {' and '.join(map(str, sorted(steps)))} time steps: a spiking teacher is compared step by step and needs as many as the student",
+    )
     found = [(s, a, gram_distance(ours[s], theirs[a]).tolist()) for s, a in pairs]
-    return [{"t": t + 1, "student": s, "teacher": a, "mse": v} for s, a, by_step in found for t, v in enumerate(by_step)]
+    return [
+        {"t": t + 1, "student": s, "teacher": a, "mse": v}
+        for s, a, by_step in found
+        for t, v in enumerate(by_step)
+    ]
 
 
 def in_log(
@@ -101,7 +135,8 @@ def in_log(
     log="ln",  # ln, log10 or none
 ):
     "The value on a named scale; the logarithm of 0 is minus infinity."
-    if log not in LOGS: raise unknown("scale", log, LOGS)
+    if log not in LOGS:
+        raise unknown("scale", log, LOGS)
     return LOGS[log](value) if value > 0 or log == "none" else -math.inf
 
 
@@ -117,20 +152,52 @@ def stm_score(
 ):
     "`(score, table)`: the STM score, and a row for each step, student layer and teacher layer; over all pairs a network's score with itself is not the least, only over equal ones it is. Source: SASTC eq. 1."
     need(isinstance(x, torch.Tensor) and x.numel(), "images: give a tensor with at least one image")
-    names = layers_of(student, student_layers, "the student"), layers_of(teacher, teacher_layers, "the teacher")
+    names = (
+        layers_of(student, student_layers, "the student"),
+        layers_of(teacher, teacher_layers, "the teacher"),
+    )
     pairs = layer_pairs(*names, pairs)
-    table = mismatches(relations(student, x, names[0], normalise), relations(teacher, x, names[1], normalise), pairs)
+    table = mismatches(
+        relations(student, x, names[0], normalise),
+        relations(teacher, x, names[1], normalise),
+        pairs,
+    )
     return in_log(mean(r["mse"] for r in table), log), table
 
 # %% ../../nbs/lib/63_metrics.mismatch.ipynb #a8f26e8d
-@register_probe("STM score: mismatch with the reference network, logarithm of SASTC eq. 1", needs_reference=True)
-def stm(student, reference, data, distiller, images=128, split="test", normalise="raw", log="ln", pairs="all", student_layers=None, teacher_layers=None):
+@register_probe(
+    "STM score: mismatch with the reference network, logarithm of SASTC eq. 1", needs_reference=True
+)
+def stm(
+    student,
+    reference,
+    data,
+    distiller,
+    images=128,
+    split="test",
+    normalise="raw",
+    log="ln",
+    pairs="all",
+    student_layers=None,
+    teacher_layers=None,
+):
     in_log(1, log)
     device = next(student.parameters()).device
     x, _ = fixed_batch(data, images, split, device=device)
-    names = layers_of(student, student_layers, "the student"), layers_of(reference, teacher_layers, "the reference")
-    pairs, theirs = layer_pairs(*names, pairs), relations(reference.to(device), x, names[1], normalise)
-    return lambda: in_log(mean(r["mse"] for r in mismatches(relations(student, x, names[0], normalise), theirs, pairs)), log)
+    names = (
+        layers_of(student, student_layers, "the student"),
+        layers_of(reference, teacher_layers, "the reference"),
+    )
+    pairs, theirs = (
+        layer_pairs(*names, pairs),
+        relations(reference.to(device), x, names[1], normalise),
+    )
+    return lambda: in_log(
+        mean(
+            r["mse"] for r in mismatches(relations(student, x, names[0], normalise), theirs, pairs)
+        ),
+        log,
+    )
 
 
 def last_mean(
@@ -139,16 +206,35 @@ def last_mean(
     n=10,  # how many epochs at the end; those of them that are kept, where the history was thinned
 ):
     "Mean of a column over the last epochs (the paper: 10); nan where no value is finite. Raises `UserError` for an unknown column."
-    if column not in history: raise unknown("column of the history", column, history)
+    if column not in history:
+        raise unknown("column of the history", column, history)
     need(n > 0, f"n = {n}: average at least one epoch")
     epochs = history.get("epoch", range(1, len(history[column]) + 1))
-    values = [v for e, v in zip(epochs, history[column]) if e > max(epochs) - n and v is not None and math.isfinite(v)]
+    values = [
+        v
+        for e, v in zip(epochs, history[column])
+        if e > max(epochs) - n and v is not None and math.isfinite(v)
+    ]
     return mean(values) if values else math.nan
 
 # %% ../../nbs/lib/63_metrics.mismatch.ipynb #78f896e7
-@register_probe("attention of SASTC's calibration by student layer, step and teacher layer: mean over a fixed batch")
+@register_probe(
+    "attention of SASTC's calibration by student layer, step and teacher layer: mean over a fixed batch"
+)
 def attention(student, reference, data, distiller, images=None, split="test"):
-    size = next((m.calibration.size for m in getattr(distiller, "methods", ()) if isinstance(m, SASTC)), None)
-    need(size is not None, "probe 'attention' looks at SASTC's calibration: take a method with sastc in it")
-    x, y = fixed_batch(data, size if images is None else images, split, device=next(student.parameters()).device)
-    return lambda: {f"{s}_{t + 1}_{a}": w for (s, t), row in mean_attention(distiller, x, y).items() for a, w in row.items()}
+    size = next(
+        (m.calibration.size for m in getattr(distiller, "methods", ()) if isinstance(m, SASTC)),
+        None,
+    )
+    need(
+        size is not None,
+        "probe 'attention' looks at SASTC's calibration: take a method with sastc in it",
+    )
+    x, y = fixed_batch(
+        data, size if images is None else images, split, device=next(student.parameters()).device
+    )
+    return lambda: {
+        f"{s}_{t + 1}_{a}": w
+        for (s, t), row in mean_attention(distiller, x, y).items()
+        for a, w in row.items()
+    }

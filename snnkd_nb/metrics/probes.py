@@ -21,14 +21,17 @@ def register_probe(
     needs_reference=False,  # whether it compares with a teacher
 ):
     "Decorator: enter a factory `(student, reference, data, distiller, **options) -> function` under its own name."
+
     def enter(make):
         _PROBES[make.__name__] = (make, measures, needs_reference)
         return make
+
     return enter
 
 
 def _load():
-    for name in ("mismatch", "fisher", "hybrids"): importlib.import_module(f"snnkd_nb.metrics.{name}")
+    for name in ("mismatch", "fisher", "hybrids"):
+        importlib.import_module(f"snnkd_nb.metrics.{name}")
 
 
 def list_probes():
@@ -43,13 +46,23 @@ def check_probes(
 ):
     "Raise `UserError` for an unknown probe or option, or a probe that has nothing to compare with."
     for name, options in probes.items():
-        if name not in _PROBES: _load()
-        if name not in _PROBES: raise unknown("probe", name, _PROBES)
+        if name not in _PROBES:
+            _load()
+        if name not in _PROBES:
+            raise unknown("probe", name, _PROBES)
         make, _, needs = _PROBES[name]
         valid = list(inspect.signature(make).parameters)[4:]
         for k in options:
-            if k not in valid: raise unknown(f"option of probe {name!r}", k, valid) if valid else UserError(f"probe {name!r} has no options: give {{}}")
-        need(compared or not needs, f"probe {name!r} compares with another network: give reference=RunSpec(…) or a teacher")
+            if k not in valid:
+                raise (
+                    unknown(f"option of probe {name!r}", k, valid)
+                    if valid
+                    else UserError(f"probe {name!r} has no options: give {{}}")
+                )
+        need(
+            compared or not needs,
+            f"probe {name!r} compares with another network: give reference=RunSpec(…) or a teacher",
+        )
 
 
 def create_probes(
@@ -61,4 +74,7 @@ def create_probes(
 ):
     "`{name: function}` as `fit` takes them."
     check_probes(probes, reference is not None)
-    return {k: _PROBES[k][0](student, reference, data, distiller, **options) for k, options in probes.items()}
+    return {
+        k: _PROBES[k][0](student, reference, data, distiller, **options)
+        for k, options in probes.items()
+    }

@@ -18,18 +18,26 @@ def pairs(
 
 
 def kendall(
-    a, b,  # (…, n, n) of `pairs`
+    a,
+    b,  # (…, n, n) of `pairs`
 ):
     "Kendall's τ-b; nan where one of them does not vary."
-    dot = lambda p, q: (p * q).sum((-2, -1), dtype=float)
-    with np.errstate(invalid="ignore", divide="ignore"): return dot(a, b) / np.sqrt(dot(a, a) * dot(b, b))
+
+    def dot(p, q):
+        return (p * q).sum((-2, -1), dtype=float)
+
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return dot(a, b) / np.sqrt(dot(a, a) * dot(b, b))
 
 
 def partial(
-    xy, xz, yz,  # τ of each two
+    xy,
+    xz,
+    yz,  # τ of each two
 ):
     "Kendall's partial τ of x and y, z given; nan where z says all of one of them."
-    with np.errstate(invalid="ignore", divide="ignore"): return (xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2))
 
 # %% ../../nbs/lib/64_metrics.ranks.ipynb #5bac1fac
 def resamples(
@@ -55,4 +63,8 @@ def interval(
 ):
     "`(low, high)`; nan where nothing was found."
     found = found[np.isfinite(found)]
-    return tuple(np.percentile(found, [50 - level / 2, 50 + level / 2])) if len(found) else (np.nan, np.nan)
+    return (
+        tuple(np.percentile(found, [50 - level / 2, 50 + level / 2]))
+        if len(found)
+        else (np.nan, np.nan)
+    )

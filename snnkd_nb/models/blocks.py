@@ -8,7 +8,9 @@ __all__ = ['MODELS', 'activation', 'norm_act', 'Chain', 'channels_last', 'repeat
            'last_norm', 'Net', 'fold', 'register_model']
 
 # %% ../../nbs/lib/30_models.blocks.ipynb #0e02e063
-import contextlib, functools, inspect
+import contextlib
+import functools
+import inspect
 from collections import OrderedDict
 from itertools import pairwise
 
@@ -30,7 +32,8 @@ def activation(
     neuron_args=None,  # dict of options for the neuron, e.g. {"v_threshold": 0.5}
 ):
     "A function without arguments that makes a fresh activation: ReLU for an ANN, a neuron of `T` steps for an SNN."
-    if T is None: return nn.ReLU
+    if T is None:
+        return nn.ReLU
     make = neuron if callable(neuron) else functools.partial(create_neuron, neuron)
     return functools.partial(make, T, **(neuron_args or {}))
 
@@ -42,19 +45,27 @@ def norm_act(
     residual=None,  # added before the activation
 ):
     "`act(norm(x) + residual)`, in one pass over memory where there is one."
-    if is_plain(act) and isinstance(x, torch.Tensor): return act.after(norm, x, residual)
-    if is_plain(act) and isinstance(x, Rate): return fire_after(norm, act, x, residual)
+    if is_plain(act) and isinstance(x, torch.Tensor):
+        return act.after(norm, x, residual)
+    if is_plain(act) and isinstance(x, Rate):
+        return fire_after(norm, act, x, residual)
     y = norm(x)
     return act(y if residual is None else y + residual)
 
 
 class Chain(nn.Sequential):
     "A sequence in which every BatchNorm that stands before an activation is taken together with it."
+
     def forward(self, x, then=None):
         "`then`: an activation that follows."
         parts, skip = [*self, *([] if then is None else [then])], False
         for m, after in zip(parts, [*parts[1:], None]):
-            if not skip: x = norm_act(m, after, x) if (pair := isinstance(m, nn.BatchNorm2d) and is_plain(after)) else m(x)
+            if not skip:
+                x = (
+                    norm_act(m, after, x)
+                    if (pair := isinstance(m, nn.BatchNorm2d) and is_plain(after))
+                    else m(x)
+                )
             skip = not skip and pair
         return x
 
@@ -64,7 +75,11 @@ def channels_last(
 ):
     "`x` in channels_last memory, also where it has a single channel."
     n, c, h, w = x.shape
-    return x.reshape(n, h, w, 1).permute(0, 3, 1, 2) if c == 1 else x.contiguous(memory_format=torch.channels_last)
+    return (
+        x.reshape(n, h, w, 1).permute(0, 3, 1, 2)
+        if c == 1
+        else x.contiguous(memory_format=torch.channels_last)
+    )
 
 # %% ../../nbs/lib/30_models.blocks.ipynb #5c62b9aa
 def repeat_time(
@@ -72,7 +87,8 @@ def repeat_time(
     T,  # time steps
 ):
     "`y` repeated `T` times along the batch: `(T·B, C, H, W)`, channels_last."
-    if isinstance(y, Rate): return y.spread()
+    if isinstance(y, Rate):
+        return y.spread()
     b, c, h, w = y.shape
     return y.permute(0, 2, 3, 1).expand(T, b, h, w, c).reshape(T * b, h, w, c).permute(0, 3, 1, 2)
 
@@ -83,7 +99,11 @@ def fire_static(
     T,  # time steps
 ):
     "`act(repeat_time(y, T))`."
-    return act(y, static=True) if is_plain(act) and act.T == T and not watched(act) else act(repeat_time(y, T))
+    return (
+        act(y, static=True)
+        if is_plain(act) and act.T == T and not watched(act)
+        else act(repeat_time(y, T))
+    )
 
 # %% ../../nbs/lib/30_models.blocks.ipynb #79d18939
 class Conv2d(nn.Conv2d):
@@ -112,6 +132,7 @@ def scaled(
 
 class Stem(nn.Module):
     "conv3×3 – BatchNorm – activation; a static image goes through the first two once."
+
     def __init__(self, c_in, c_out, act, bias=False):
         super().__init__()
         self.conv = Conv2d(c_in, c_out, 3, padding=1, bias=bias)
@@ -119,7 +140,8 @@ class Stem(nn.Module):
         self.act = act()
 
     def forward(self, x, repeat=None):
-        if repeat is None: return norm_act(self.bn, self.act, self.conv(x))
+        if repeat is None:
+            return norm_act(self.bn, self.act, self.conv(x))
         return fire_static(self.act, self.bn(self.conv(x)), repeat)
 
 # %% ../../nbs/lib/30_models.blocks.ipynb #7a080549
@@ -130,7 +152,8 @@ def shortcut(
     kind="conv",  # "conv": strided 1×1; "pool": average pooling before the 1×1
 ):
     "The second arm of a residual block: identity where nothing changes, else 1×1 convolution and BatchNorm."
-    if stride == 1 and c_in == c_out: return nn.Identity()
+    if stride == 1 and c_in == c_out:
+        return nn.Identity()
     pool = kind == "pool" and stride > 1
     parts = {"pool": nn.AvgPool2d(stride, ceil_mode=True)} if pool else {}
     parts |= {"conv": Pointwise(c_in, c_out, 1 if pool else stride), "bn": nn.BatchNorm2d(c_out)}
@@ -139,11 +162,16 @@ def shortcut(
 # %% ../../nbs/lib/30_models.blocks.ipynb #b1de95d1
 class BasicBlock(nn.Module):
     "Two 3×3 convolutions and a shortcut; `last` makes the activation after the sum (default: like the first)."
+
     expansion = 1
 
     def __init__(self, c_in, c, stride, act, kind="conv", last=None):
         super().__init__()
-        self.conv1, self.bn1, self.act1 = Conv2d(c_in, c, 3, stride, 1, bias=False), nn.BatchNorm2d(c), act()
+        self.conv1, self.bn1, self.act1 = (
+            Conv2d(c_in, c, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(c),
+            act(),
+        )
         self.conv2, self.bn2 = Conv2d(c, c, 3, 1, 1, bias=False), nn.BatchNorm2d(c)
         self.shortcut = shortcut(c_in, c, stride, kind)
         self.act2 = (last or act)()
@@ -155,12 +183,17 @@ class BasicBlock(nn.Module):
 # %% ../../nbs/lib/30_models.blocks.ipynb #ffa617db
 class Bottleneck(nn.Module):
     "1×1, 3×3 (strided) and 1×1 convolutions with four times the channels at the end, and a shortcut."
+
     expansion = 4
 
     def __init__(self, c_in, c, stride, act, kind="conv", last=None):
         super().__init__()
         self.conv1, self.bn1, self.act1 = Conv2d(c_in, c, 1, bias=False), nn.BatchNorm2d(c), act()
-        self.conv2, self.bn2, self.act2 = Conv2d(c, c, 3, stride, 1, bias=False), nn.BatchNorm2d(c), act()
+        self.conv2, self.bn2, self.act2 = (
+            Conv2d(c, c, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(c),
+            act(),
+        )
         self.conv3, self.bn3 = Conv2d(c, 4 * c, 1, bias=False), nn.BatchNorm2d(4 * c)
         self.shortcut = shortcut(c_in, 4 * c, stride, kind)
         self.act3 = (last or act)()
@@ -179,7 +212,8 @@ def linears(
     parts, n = OrderedDict(), len(sizes) - 1
     for i, (a, b) in enumerate(pairwise(sizes), 1):
         parts["out" if i == n else f"hidden{i}"] = nn.Linear(a, b)
-        if act and i < n: parts[f"act{i}"] = act()
+        if act and i < n:
+            parts[f"act{i}"] = act()
     return nn.Sequential(parts)
 
 # %% ../../nbs/lib/30_models.blocks.ipynb #6dfeb329
@@ -190,8 +224,10 @@ def initialise(
     for m in model.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-            if m.bias is not None: nn.init.zeros_(m.bias)
-        elif isinstance(m, nn.BatchNorm2d): m.reset_parameters()
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        elif isinstance(m, nn.BatchNorm2d):
+            m.reset_parameters()
     return model
 
 # %% ../../nbs/lib/30_models.blocks.ipynb #b90d04ba
@@ -202,9 +238,11 @@ def eval_mode(
     "Evaluation mode without gradients; every module's own mode is restored at the end."
     before = [(m, m.training) for m in model.modules()]
     try:
-        with torch.no_grad(): yield model.eval()
+        with torch.no_grad():
+            yield model.eval()
     finally:
-        for m, mode in before: m.training = mode
+        for m, mode in before:
+            m.training = mode
 
 # %% ../../nbs/lib/30_models.blocks.ipynb #7b8029dd
 def gap():
@@ -217,50 +255,70 @@ def last_norm(
     act,  # makes an activation
 ):
     "What ends a network whose blocks end in a sum: BatchNorm, activation, global average."
-    return Chain(OrderedDict(bn=nn.BatchNorm2d(channels), act=act(), mean=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten()))
+    return Chain(
+        OrderedDict(
+            bn=nn.BatchNorm2d(channels), act=act(), mean=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten()
+        )
+    )
 
 # %% ../../nbs/lib/30_models.blocks.ipynb #0309bce5
 class Net(nn.Module):
     "A classifier made of a stem, named stages, a pooling and a head: an ANN, or an SNN of `T` steps."
+
     def __init__(self, stem, stages, head, pool=None, T=None, image_size=32):
         super().__init__()
         self.T, self.image_size, self.in_channels = T, image_size, stem.conv.in_channels
         self.stage_names = ("stem", *(f"stage{i}" for i in range(1, len(stages) + 1)))
-        for name, stage in zip(self.stage_names, (stem, *stages)): self.add_module(name, stage)
+        for name, stage in zip(self.stage_names, (stem, *stages)):
+            self.add_module(name, stage)
         self.pool, self.head, self.num_features = pool or gap(), head, head[0].in_features
         initialise(self)
 
     @property
     def gradient(self):
-        "How gradients are found in training: through time (\"bptt\") or firing rates (\"rate\", \"rate-code\"), see `neurons.rate`."
+        'How gradients are found in training: through time ("bptt") or firing rates ("rate", "rate-code"), see `neurons.rate`.'
         return self.__dict__.get("_gradient", "bptt")
 
     @gradient.setter
-    def gradient(self, value): check_rates(self, value), self.__dict__.update(_gradient=value)
+    def gradient(self, value):
+        check_rates(self, value)
+        self.__dict__.update(_gradient=value)
 
     def forward(self, x, features=False):
         h, static = fold(x, self.T, self.in_channels), x.dim() == 4
-        if not self.training or self.gradient == "bptt": return self.through(h, static, features)
-        with explained(): return self.through(begin(h, self.T, static), static, features)
+        if not self.training or self.gradient == "bptt":
+            return self.through(h, static, features)
+        with explained():
+            return self.through(begin(h, self.T, static), static, features)
 
     def through(self, h, static, features):
         "Logits, with `features` and those, of folded images or rates; `static`: h is the same in every step."
         h, feats = self.stem(h, self.T if static else None), {}
         for name in self.stage_names:
-            if name != "stem": h = getattr(self, name)(h)
-            if features: feats[name] = self.unfold(h)
+            if name != "stem":
+                h = getattr(self, name)(h)
+            if features:
+                feats[name] = self.unfold(h)
         y = self.classify(h)
         return (y, feats) if features else y
 
     def forward_from(self, stage, x):
         "Logits from the feature `x` that `stage` put out, in the form `features=True` gives it; gradients flow into `x`."
-        if stage not in self.stage_names: raise unknown("stage", stage, self.stage_names)
-        need(x.dim() == 4 + (self.T is not None), f"feature of shape {tuple(x.shape)}: {stage} of this network puts out {'(B, C, H, W)' if self.T is None else '(T, B, C, H, W)'}")
-        need(self.T is None or len(x) == self.T, f"the feature has {len(x)} time steps, the model runs T={self.T}: give (T, B, C, H, W) as features=True does")
+        if stage not in self.stage_names:
+            raise unknown("stage", stage, self.stage_names)
+        need(
+            x.dim() == 4 + (self.T is not None),
+            f"feature of shape {tuple(x.shape)}: {stage} of this network puts out {'(B, C, H, W)' if self.T is None else '(T, B, C, H, W)'}",
+        )
+        need(
+            self.T is None or len(x) == self.T,
+            f"the feature has {len(x)} time steps, the model runs T={self.T}: give (T, B, C, H, W) as features=True does",
+        )
         c = self.widths[stage]
         need(x.shape[-3] == c, f"the feature has {x.shape[-3]} channels, {stage} puts out {c}")
         h = channels_last(x if self.T is None else x.flatten(0, 1))
-        for name in self.stage_names[self.stage_names.index(stage) + 1 :]: h = getattr(self, name)(h)
+        for name in self.stage_names[self.stage_names.index(stage) + 1 :]:
+            h = getattr(self, name)(h)
         return self.classify(h)
 
     def classify(self, h):
@@ -269,7 +327,8 @@ class Net(nn.Module):
 
     def unfold(self, h):
         "`(T·B, …)` seen as `(T, B, …)`; an ANN's tensors stay as they are, a rate becomes `(1, B, …)`."
-        if isinstance(h, Rate): return h.out(self.T if self.gradient == "rate-code" else 1)
+        if isinstance(h, Rate):
+            return h.out(self.T if self.gradient == "rate-code" else 1)
         return h if self.T is None else h.unflatten(0, (self.T, -1))
 
     def feature_shapes(self, image_size=None):
@@ -277,7 +336,8 @@ class Net(nn.Module):
         size = image_size or self.image_size
         weight = self.stem.conv.weight
         x = torch.zeros(1, self.in_channels, size, size, device=weight.device, dtype=weight.dtype)
-        with eval_mode(self): feats = self(x, features=True)[1]
+        with eval_mode(self):
+            feats = self(x, features=True)[1]
         return {name: tuple(f.shape[-3:]) for name, f in feats.items()}
 
     def feature_channels(self):
@@ -296,12 +356,23 @@ def fold(
     channels,  # image channels the network was built for
 ):
     "The images as the first convolution wants them: 4-D, time folded into the batch, channels_last."
-    need(x.dim() in (4, 5), f"input of shape {tuple(x.shape)}: give images (B, C, H, W) or frames (T, B, C, H, W)")
+    need(
+        x.dim() in (4, 5),
+        f"input of shape {tuple(x.shape)}: give images (B, C, H, W) or frames (T, B, C, H, W)",
+    )
     need(x.is_floating_point(), f"input of type {x.dtype}: give floating point numbers, x.float()")
-    need(x.shape[-3] == channels, f"input has {x.shape[-3]} channels, the model was built for {channels}: create_model(..., in_channels={x.shape[-3]})")
-    if x.dim() == 4: return channels_last(x)
-    if T is None: return channels_last(x.mean(0))
-    need(x.shape[0] == T, f"input has {x.shape[0]} frames, the model runs T={T} steps: create_model(..., T={x.shape[0]}), or give {T} frames")
+    need(
+        x.shape[-3] == channels,
+        f"input has {x.shape[-3]} channels, the model was built for {channels}: create_model(..., in_channels={x.shape[-3]})",
+    )
+    if x.dim() == 4:
+        return channels_last(x)
+    if T is None:
+        return channels_last(x.mean(0))
+    need(
+        x.shape[0] == T,
+        f"input has {x.shape[0]} frames, the model runs T={T} steps: create_model(..., T={x.shape[0]}), or give {T} frames",
+    )
     return channels_last(x.flatten(0, 1))
 
 # %% ../../nbs/lib/30_models.blocks.ipynb #6820a6a3
@@ -315,8 +386,22 @@ def register_model(
     **native,  # the input it was made for where that is not 3×32×32, e.g. image_size=224
 ):
     "Decorator that enters a function returning a `Net` into the registry under its own name."
+
     def enter(fn):
-        own = {k: p.default for k, p in inspect.signature(fn).parameters.items() if p.kind != p.VAR_KEYWORD}
-        MODELS[fn.__name__] = {"make": fn, "summary": inspect.getdoc(fn), "paper": paper, "defined": defined, "options": own, "spiking": spiking, "native": native}
+        own = {
+            k: p.default
+            for k, p in inspect.signature(fn).parameters.items()
+            if p.kind != p.VAR_KEYWORD
+        }
+        MODELS[fn.__name__] = {
+            "make": fn,
+            "summary": inspect.getdoc(fn),
+            "paper": paper,
+            "defined": defined,
+            "options": own,
+            "spiking": spiking,
+            "native": native,
+        }
         return fn
+
     return enter

@@ -23,9 +23,18 @@ def with_channels(
 ):
     "The network with a first convolution for another number of channels, which is fresh then."
     name, conv = next((n, m) for n, m in net.named_modules() if isinstance(m, nn.Conv2d))
-    if conv.in_channels == channels: return net
+    if conv.in_channels == channels:
+        return net
     parent, _, last = name.rpartition(".")
-    new = nn.Conv2d(channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, bias=conv.bias is not None)
+    new = nn.Conv2d(
+        channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        bias=conv.bias is not None,
+    )
     setattr(net.get_submodule(parent), last, new)
     return net
 
@@ -33,35 +42,80 @@ def with_channels(
 def timm():
     "The package timm; `UserError` where it is not installed."
     torchvision()
-    try: import timm
-    except ImportError as e: raise UserError(f"timm cannot be imported ({first_line(e)}): pip install timm") from e
+    try:
+        import timm
+    except ImportError as e:
+        raise UserError(f"timm cannot be imported ({first_line(e)}): pip install timm") from e
     return timm
 
 
 def _called(what, make, *args, pretrained=False, **kw):
-    cure = "get the weights once with a connection, or give pretrained=False, weights=FILE" if pretrained else "see its options in that library"
-    try: return make(*args, **kw)
-    except Exception as e: raise UserError(f"{what}: {first_line(e)[:120]}; {cure}") from e
+    cure = (
+        "get the weights once with a connection, or give pretrained=False, weights=FILE"
+        if pretrained
+        else "see its options in that library"
+    )
+    try:
+        return make(*args, **kw)
+    except Exception as e:
+        raise UserError(f"{what}: {first_line(e)[:120]}; {cure}") from e
 
 
 def timm_net(name, classes, channels, size, pretrained, options):
     "A timm network with fresh or its pretrained weights."
     lib = timm()
     fixed = {"img_size": size} if lib.get_pretrained_cfg(name).fixed_input_size else {}
-    return _called(f"timm:{name}", lib.create_model, name, pretrained, num_classes=classes, in_chans=channels, pretrained=pretrained, **fixed | options)
+    return _called(
+        f"timm:{name}",
+        lib.create_model,
+        name,
+        pretrained,
+        num_classes=classes,
+        in_chans=channels,
+        pretrained=pretrained,
+        **fixed | options,
+    )
 
 # %% ../../nbs/lib/38_models.foreign.ipynb #f7605641
 def torchvision_net(name, classes, channels, size, pretrained, options):
     "A torchvision network with fresh or its pretrained weights; the classifier is fresh unless K is theirs."
     models = torchvision("models")
     fixed = {"image_size": size} if name.startswith("vit_") else {}
-    net = with_channels(_called(f"torchvision:{name}", models.get_model, name, weights=None, num_classes=classes, **fixed | options), channels)
-    if not pretrained: return net
-    weights, head, own = models.get_model_weights(name).DEFAULT, classifier(net, classes, (channels, size, size)), net.state_dict()
-    state = _called(f"torchvision:{name}", weights.get_state_dict, progress=False, check_hash=True, pretrained=True)
-    state = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape or not k.startswith(head + ".")}
+    net = with_channels(
+        _called(
+            f"torchvision:{name}",
+            models.get_model,
+            name,
+            weights=None,
+            num_classes=classes,
+            **fixed | options,
+        ),
+        channels,
+    )
+    if not pretrained:
+        return net
+    weights, head, own = (
+        models.get_model_weights(name).DEFAULT,
+        classifier(net, classes, (channels, size, size)),
+        net.state_dict(),
+    )
+    state = _called(
+        f"torchvision:{name}",
+        weights.get_state_dict,
+        progress=False,
+        check_hash=True,
+        pretrained=True,
+    )
+    state = {
+        k: v
+        for k, v in state.items()
+        if (k in own and own[k].shape == v.shape) or not k.startswith(head + ".")
+    }
     wrong = misfit(own | state, own)
-    need(not wrong, f"torchvision:{name}: its pretrained weights do not fit: {wrong}; use the standard options, in_channels=3 and input_size=224")
+    need(
+        not wrong,
+        f"torchvision:{name}: its pretrained weights do not fit: {wrong}; use the standard options, in_channels=3 and input_size=224",
+    )
     net.load_state_dict(state, strict=False)
     return net
 
@@ -73,7 +127,11 @@ def names_in(
     kind,  # "timm" or "torchvision"
 ):
     "The names of a library's classifiers."
-    return timm().list_models() if kind == "timm" else (models := torchvision("models")).list_models(module=models)
+    return (
+        timm().list_models()
+        if kind == "timm"
+        else (models := torchvision("models")).list_models(module=models)
+    )
 
 
 def check_foreign(
@@ -83,10 +141,18 @@ def check_foreign(
     width=1.0,  # must be 1
 ):
     "`UserError` for an unknown library or name, for time steps, or a width."
-    if kind not in LIBRARIES: raise unknown("library of networks", kind, LIBRARIES)
-    if not (timm().is_model(arg) if kind == "timm" else arg in names_in(kind)): raise unknown(f"{kind} model", arg, names_in(kind))
-    need(T is None, f"T = {T!r}: {kind}:{arg} is an ANN and has no time steps; leave T=None, and let it teach a spiking network of list_models()")
-    need(width == 1 and width is not True, f"width = {width!r}: {kind}:{arg} has no width factor; leave it at 1, choose another of its networks or the library's own options")
+    if kind not in LIBRARIES:
+        raise unknown("library of networks", kind, LIBRARIES)
+    if not (timm().is_model(arg) if kind == "timm" else arg in names_in(kind)):
+        raise unknown(f"{kind} model", arg, names_in(kind))
+    need(
+        T is None,
+        f"T = {T!r}: {kind}:{arg} is an ANN and has no time steps; leave T=None, and let it teach a spiking network of list_models()",
+    )
+    need(
+        width == 1 and width is not True,
+        f"width = {width!r}: {kind}:{arg} has no width factor; leave it at 1, choose another of its networks or the library's own options",
+    )
 
 # %% ../../nbs/lib/38_models.foreign.ipynb #4356d34f
 def create_foreign(
@@ -98,19 +164,29 @@ def create_foreign(
     image_size=32,  # pixels an edge of the images
     width=1.0,  # must be 1
     *,
-    stages=None, tokens="map", prefix=None, input_size=None,  # as for `Foreign`
+    stages=None,
+    tokens="map",
+    prefix=None,
+    input_size=None,  # as for `Foreign`
     pretrained=False,  # True: the library's own weights, downloaded if they are not there
-    weights=None, sha256=None,  # a file of weights and its hash, as for `load_weights`
+    weights=None,
+    sha256=None,  # a file of weights and its hash, as for `load_weights`
     head=True,  # False: the file's classifier is not loaded; or its module path, where it is not found
     **options,  # of the library for this network
 ):
     "A `Foreign` network of a library; `UserError` for an unknown library, name or option."
     check_foreign(kind, arg, T, width)
     need(isinstance(pretrained, bool), f"pretrained = {pretrained!r}: give True or False")
-    need(not (pretrained and weights), "pretrained=True and weights=FILE exclude each other: leave one out")
+    need(
+        not (pretrained and weights),
+        "pretrained=True and weights=FILE exclude each other: leave one out",
+    )
     size = input_size or image_size
     net = LIBRARIES[kind](arg, num_classes, in_channels, size, pretrained, options)
-    if weights: load_weights(net, weights, sha256, head_path(net, head, num_classes, (in_channels, size, size)))
+    if weights:
+        load_weights(
+            net, weights, sha256, head_path(net, head, num_classes, (in_channels, size, size))
+        )
     return Foreign(net, stages, image_size, in_channels, tokens, prefix, input_size)
 
 
@@ -121,10 +197,14 @@ def head_path(
     shape,  # (C, H, W) of one image
 ):
     "Module path of the classifier that a file's is not loaded into; None where everything is loaded."
-    if head is True: return None
+    if head is True:
+        return None
     path = classifier(net, classes, shape) if head is False else head
-    need(path in dict(net.named_modules()) and path, f"head = {head!r}: {type(net).__name__} has no {'linear layer with ' + str(classes) + ' outputs' if head is False else 'such module'}; "
-         f"give the module path of its classifier, e.g. head={next(reversed(dict(net.named_children())), '')!r}")
+    need(
+        path in dict(net.named_modules()) and path,
+        f"head = {head!r}: {type(net).__name__} has no {'linear layer with ' + str(classes) + ' outputs' if head is False else 'such module'}; "
+        f"give the module path of its classifier, e.g. head={next(reversed(dict(net.named_children())), '')!r}",
+    )
     return path
 
 # %% ../../nbs/lib/38_models.foreign.ipynb #52e57fcc
@@ -135,15 +215,55 @@ def patch_for(
     return max(p for p in range(1, 17) if image_size % p == 0 and (p == 1 or 14 * p <= image_size))
 
 
-@register_model("ESKD, CKDSNN (teacher)", "Dosovitskiy et al. 2021, Steiner et al. 2022, timm", spiking=False, image_size=224)
-def vit_small(blocks=12, patch=None, stages=None, tokens="map", prefix=None, input_size=None, pretrained=False, weights=None, sha256=None, head=True, **common):
+@register_model(
+    "ESKD, CKDSNN (teacher)",
+    "Dosovitskiy et al. 2021, Steiner et al. 2022, timm",
+    spiking=False,
+    image_size=224,
+)
+def vit_small(
+    blocks=12,
+    patch=None,
+    stages=None,
+    tokens="map",
+    prefix=None,
+    input_size=None,
+    pretrained=False,
+    weights=None,
+    sha256=None,
+    head=True,
+    **common,
+):
     "ViT-S/16 by timm, an ANN only: 12 blocks, 6 heads of 64·width features; every block is a stage."
     size, width = input_size or common.get("image_size", 32), common.get("width", 1.0)
     patch = patch or patch_for(size)
-    need(type(patch) is int and 0 < patch <= size and size % patch == 0, f"patch = {patch!r}: give a whole number of pixels that divides {size}, e.g. {patch_for(size)}")
+    need(
+        type(patch) is int and 0 < patch <= size and size % patch == 0,
+        f"patch = {patch!r}: give a whole number of pixels that divides {size}, e.g. {patch_for(size)}",
+    )
     need(type(blocks) is int and blocks > 0, f"blocks = {blocks!r}: give a whole number of blocks")
-    need(not pretrained or (width == 1 and blocks == 12), "pretrained=True: the weights are those of width=1.0 and blocks=12")
-    own = dict(embed_dim=6 * max(1, round(64 * width)), num_heads=6, depth=blocks, patch_size=patch)
+    need(
+        not pretrained or (width == 1 and blocks == 12),
+        "pretrained=True: the weights are those of width=1.0 and blocks=12",
+    )
+    own = {
+        "embed_dim": 6 * max(1, round(64 * width)),
+        "num_heads": 6,
+        "depth": blocks,
+        "patch_size": patch,
+    }
     args = {k: common[k] for k in ("num_classes", "T", "in_channels", "image_size") if k in common}
-    return create_foreign("timm", "vit_small_patch16_224", **args, stages=stages, tokens=tokens, prefix=prefix, input_size=input_size,
-                          pretrained=pretrained, weights=weights, sha256=sha256, head=head, **own)
+    return create_foreign(
+        "timm",
+        "vit_small_patch16_224",
+        **args,
+        stages=stages,
+        tokens=tokens,
+        prefix=prefix,
+        input_size=input_size,
+        pretrained=pretrained,
+        weights=weights,
+        sha256=sha256,
+        head=head,
+        **own,
+    )

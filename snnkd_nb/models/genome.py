@@ -13,7 +13,18 @@ from typing import NamedTuple
 
 from ..core import unknown
 from ..kernels.surrogate import Sigmoid
-from .blocks import BasicBlock, Net, Stem, activation, fire_static, linears, norm_act, register_model, repeat_time, scaled
+from snnkd_nb.models.blocks import (
+    BasicBlock,
+    Net,
+    Stem,
+    activation,
+    fire_static,
+    linears,
+    norm_act,
+    register_model,
+    repeat_time,
+    scaled,
+)
 from ..spec import need
 
 # %% ../../nbs/lib/37_models.genome.ipynb #0365e378
@@ -22,12 +33,16 @@ KINDS = {"n": "normal", "d": "downsample"}
 
 class Gene(NamedTuple):
     "One block: its kind and the channels it puts out."
+
     kind: str  # "n": normal; "d": downsample
     channels: int  # at least one
 
     @property
-    def stride(self): return 2 if self.kind == "d" else 1
-    def __str__(self): return f"{self.kind}{self.channels}"
+    def stride(self):
+        return 2 if self.kind == "d" else 1
+
+    def __str__(self):
+        return f"{self.kind}{self.channels}"
 
 
 def _gene(word):
@@ -35,8 +50,12 @@ def _gene(word):
     pair = (found[1], int(found[2])) if found else word
     good = isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str)
     need(good, f"block {word!r} of a genome: write a kind and its channels, e.g. n64 or ['n', 64]")
-    if pair[0] not in KINDS: raise unknown("kind of block", pair[0], KINDS)
-    need(type(pair[1]) is int and pair[1] > 0, f"block {word!r} of a genome: its channels must be a whole number above 0")
+    if pair[0] not in KINDS:
+        raise unknown("kind of block", pair[0], KINDS)
+    need(
+        type(pair[1]) is int and pair[1] > 0,
+        f"block {word!r} of a genome: its channels must be a whole number above 0",
+    )
     return Gene(*pair)
 
 
@@ -44,7 +63,10 @@ def parse_genome(
     genome,  # text such as "n64 d128", or a list of words or of pairs [kind, channels]
 ):
     "The blocks as a tuple of `Gene`; raises `UserError` for an unknown kind, impossible channels or no block at all."
-    need(isinstance(genome, (str, list, tuple)), f'genome = {genome!r}: give text or a list, e.g. "n64 d128"')
+    need(
+        isinstance(genome, (str, list, tuple)),
+        f'genome = {genome!r}: give text or a list, e.g. "n64 d128"',
+    )
     genes = tuple(map(_gene, genome.split() if isinstance(genome, str) else genome))
     need(genes, 'the genome has no blocks: give at least one, e.g. "n64"')
     return genes
@@ -71,7 +93,10 @@ def check_genome(
     "The blocks, of which no downsample block meets a single pixel; raises `UserError` otherwise."
     genes, most = parse_genome(genome), halvings(image_size)
     downs = sum(g.kind == "d" for g in genes)
-    need(downs <= most, f"the genome has {downs} downsample blocks, {image_size}×{image_size} pixels allow {most}: make some of them normal, or take fit_genome(genome, {image_size})")
+    need(
+        downs <= most,
+        f"the genome has {downs} downsample blocks, {image_size}×{image_size} pixels allow {most}: make some of them normal, or take fit_genome(genome, {image_size})",
+    )
     return genes
 
 
@@ -87,12 +112,18 @@ def fit_genome(
 # %% ../../nbs/lib/37_models.genome.ipynb #298fdabc
 class FirstBlock(BasicBlock):
     "A basic block that takes the image; a static one goes through the first convolution and the shortcut once."
+
     @property
-    def conv(self): return self.conv1
+    def conv(self):
+        return self.conv1
 
     def forward(self, x, repeat=None):
-        if repeat is None: return super().forward(x)
-        first, second = fire_static(self.act1, self.bn1(self.conv1(x)), repeat), repeat_time(self.shortcut(x), repeat)
+        if repeat is None:
+            return super().forward(x)
+        first, second = (
+            fire_static(self.act1, self.bn1(self.conv1(x)), repeat),
+            repeat_time(self.shortcut(x), repeat),
+        )
         return norm_act(self.bn2, self.act2, self.conv2(first), second)
 
 # %% ../../nbs/lib/37_models.genome.ipynb #ee0284e2
@@ -102,9 +133,27 @@ def set_slopes(
 ):
     "Give the neurons of every part of the depth their slope; returns the network."
     neurons = [m for m in net.modules() if hasattr(m, "surrogate") and hasattr(m, "v_threshold")]
-    need(isinstance(alphas, (list, tuple)) and alphas and all(type(a) in (int, float) and a > 0 for a in alphas), f"slopes = {alphas!r}: give numbers above 0, one for each part of the depth, e.g. [2.0, 2.5, 3.0]")
-    need(neurons, f"slopes = {alphas!r}: {type(net).__name__} has no spiking neurons to give them to")
-    for i, m in enumerate(neurons): m.surrogate = Sigmoid(float(alphas[next(k for k in range(len(alphas)) if i < round((k + 1) * len(neurons) / len(alphas)))]))
+    need(
+        isinstance(alphas, (list, tuple))
+        and alphas
+        and all(type(a) in (int, float) and a > 0 for a in alphas),
+        f"slopes = {alphas!r}: give numbers above 0, one for each part of the depth, e.g. [2.0, 2.5, 3.0]",
+    )
+    need(
+        neurons, f"slopes = {alphas!r}: {type(net).__name__} has no spiking neurons to give them to"
+    )
+    for i, m in enumerate(neurons):
+        m.surrogate = Sigmoid(
+            float(
+                alphas[
+                    next(
+                        k
+                        for k in range(len(alphas))
+                        if i < round((k + 1) * len(neurons) / len(alphas))
+                    )
+                ]
+            )
+        )
     return net
 
 # %% ../../nbs/lib/37_models.genome.ipynb #43562d80
@@ -146,19 +195,40 @@ def searched(
     neuron_args=None,  # options of the neuron
 ):
     "The network of a genome: one stage a block, then average and linear layer; raises `UserError` where it cannot be."
-    genes = fit_genome(EXAMPLES["CIFAR-10"], image_size) if genome is None else check_genome(genome, image_size)
-    need(stem is None or (type(stem) is int and stem > 0), f"stem = {stem!r}: give its channels, or None to let the first block take the image")
-    need(slopes is None or T is not None, f"slopes = {slopes!r}: an ordinary network has no surrogates, leave slopes=None")
-    act, enter = activation(T, neuron, neuron_args), in_channels if stem is None else scaled(stem, width)
+    genes = (
+        fit_genome(EXAMPLES["CIFAR-10"], image_size)
+        if genome is None
+        else check_genome(genome, image_size)
+    )
+    need(
+        stem is None or (type(stem) is int and stem > 0),
+        f"stem = {stem!r}: give its channels, or None to let the first block take the image",
+    )
+    need(
+        slopes is None or T is not None,
+        f"slopes = {slopes!r}: an ordinary network has no surrogates, leave slopes=None",
+    )
+    act, enter = (
+        activation(T, neuron, neuron_args),
+        in_channels if stem is None else scaled(stem, width),
+    )
     widths = [enter, *(scaled(g.channels, width) for g in genes)]
     blocks = [(c, o, g.stride, act) for g, (c, o) in zip(genes, pairwise(widths))]
-    if stem is None: first, blocks = FirstBlock(*blocks[0]), blocks[1:]
-    else: first = Stem(in_channels, enter, act)
-    net = Net(first, [BasicBlock(*b) for b in blocks], linears((widths[-1], num_classes)), T=T, image_size=image_size)
+    if stem is None:
+        first, blocks = FirstBlock(*blocks[0]), blocks[1:]
+    else:
+        first = Stem(in_channels, enter, act)
+    net = Net(
+        first,
+        [BasicBlock(*b) for b in blocks],
+        linears((widths[-1], num_classes)),
+        T=T,
+        image_size=image_size,
+    )
     return net if slopes is None else set_slopes(net, slopes)
 
 
 @register_model("DSAS (student)", "Song et al. 2025 (EMO-SNAS), published code")
 def dsas(genome=None, stem=None, slopes=None, **common):
-    "A network that DSAS searches among, given by its genome, e.g. genome=\"n64 d128\"."
+    'A network that DSAS searches among, given by its genome, e.g. genome="n64 d128".'
     return searched(genome, stem, slopes, **common)

@@ -25,7 +25,10 @@ def by_depth(
 ):
     "Pairs at equal relative depth, as many as the shorter list has names; the last goes with the last."
     n = min(len(s), len(t))
-    pick = lambda names: [names[-(-i * len(names) // n) - 1] for i in range(1, n + 1)]
+
+    def pick(names):
+        return [names[-(-i * len(names) // n) - 1] for i in range(1, n + 1)]
+
     return list(zip(pick(s), pick(t)))
 
 
@@ -42,14 +45,25 @@ def stage_pairs(
 ):
     "`[(student stage, teacher stage), …]` by resolution. Source: ESKD 3.2."
     s, t = sizes_of(student), sizes_of(teacher)
-    stem = [("stem", "stem")] if "stem" in student and "stem" in teacher and student["stem"][-2:] == teacher["stem"][-2:] else []
-    if len(set(s.values())) == len(set(t.values())) == 1: return stem + by_depth(list(s), list(t))
-    at = lambda sizes, size: [n for n, v in sizes.items() if v == size]
-    return stem + [p for size in dict.fromkeys(s.values()) for p in by_depth(at(s, size), at(t, size))]
+    stem = (
+        [("stem", "stem")]
+        if "stem" in student and "stem" in teacher and student["stem"][-2:] == teacher["stem"][-2:]
+        else []
+    )
+    if len(set(s.values())) == len(set(t.values())) == 1:
+        return stem + by_depth(list(s), list(t))
+
+    def at(sizes, size):
+        return [n for n, v in sizes.items() if v == size]
+
+    return stem + [
+        p for size in dict.fromkeys(s.values()) for p in by_depth(at(s, size), at(t, size))
+    ]
 
 # %% ../../nbs/lib/38_models.hybrid.ipynb #a601db84
 class Branch(NamedTuple):
     "A hybrid model: its name and where it changes over."
+
     name: str  # "M0", "M1", …, "MH", "Mfc"
     student: str  # last stage, or module path, of the student
     teacher: str  # stage of the teacher whose feature is replaced
@@ -62,11 +76,15 @@ def name_of(
 ):
     "`k` as the paper writes it, or the path of a module that is no stage."
     stages = [n for n in student if n != "stem"]
-    if pair[1] == last: return "fc"
-    return "H" if pair[0] == "stem" else str(stages.index(pair[0])) if pair[0] in stages else pair[0]
+    if pair[1] == last:
+        return "fc"
+    return (
+        "H" if pair[0] == "stem" else str(stages.index(pair[0])) if pair[0] in stages else pair[0]
+    )
 
 # %% ../../nbs/lib/38_models.hybrid.ipynb #5d0c7e13
-def plain(v): return v.tolist() if hasattr(v, "tolist") else v  # NumPy's numbers and lists as Python's
+def plain(v):
+    return v.tolist() if hasattr(v, "tolist") else v  # NumPy's numbers and lists as Python's
 
 
 def listed(
@@ -84,12 +102,28 @@ def asked_for(
     positions=None,  # some of them: k, "H" or "fc", or names of the student's stages; "all"; None: all but H and fc
 ):
     "The `Branch`es at these positions, in the order of the positions, else of the pairs; `UserError` for a k out of range."
-    every = {name_of(p, student, teacher[-1]): Branch("M" + name_of(p, student, teacher[-1]), *p) for p in pairs}
-    need(len(every) == len(pairs), f"pairs = {list(pairs)}: two of them make the same hybrid model; give every stage once")
-    if positions is None: return [b for k, b in every.items() if k not in ("H", "fc")]
-    if (wanted := listed(positions)) == ["all"]: return list(every.values())
-    known = {b.student: k for k, b in every.items()} | {b.name: k for k, b in every.items()} | {k: k for k in every}
-    for p in wanted: need(str(p) in known, f"position {p!r}: the hybrid models of these networks are {', '.join(b.name for b in every.values())}; give {', '.join(every)}, or pairs")
+    every = {
+        name_of(p, student, teacher[-1]): Branch("M" + name_of(p, student, teacher[-1]), *p)
+        for p in pairs
+    }
+    need(
+        len(every) == len(pairs),
+        f"pairs = {list(pairs)}: two of them make the same hybrid model; give every stage once",
+    )
+    if positions is None:
+        return [b for k, b in every.items() if k not in ("H", "fc")]
+    if (wanted := listed(positions)) == ["all"]:
+        return list(every.values())
+    known = (
+        {b.student: k for k, b in every.items()}
+        | {b.name: k for k, b in every.items()}
+        | {k: k for k in every}
+    )
+    for p in wanted:
+        need(
+            str(p) in known,
+            f"position {p!r}: the hybrid models of these networks are {', '.join(b.name for b in every.values())}; give {', '.join(every)}, or pairs",
+        )
     return [every[k] for k in dict.fromkeys(known[str(p)] for p in wanted)]
 
 
@@ -98,24 +132,39 @@ def in_order(
     student,  # the student's stages, in order
 ):
     "By the student's stages; a module of a stage comes before the stage, several of them as they are given, and modules of none at the end."
-    def at(name): return student.index(head) if (head := name.partition(".")[0]) in student else len(student), name in student
+
+    def at(name):
+        return student.index(head) if (head := name.partition(".")[0]) in student else len(
+            student
+        ), name in student
+
     return sorted(branches, key=lambda b: at(b.student))
 
 
 def branches_of(
-    pairs, student, teacher, positions=None,  # as for `asked_for`
+    pairs,
+    student,
+    teacher,
+    positions=None,  # as for `asked_for`
 ):
     "The same in the order of the student's stages: that of the hybrid models."
     return in_order(asked_for(pairs, student, teacher, positions), student)
 
 # %% ../../nbs/lib/38_models.hybrid.ipynb #dd214ad5
-def conv_norm(c_in, c_out, kernel=1): return [nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(c_out)]
-def separable(c_in, c_out): return [nn.Conv2d(c_in, c_in, 3, padding=1, groups=c_in, bias=False), *conv_norm(c_in, c_out)]
+def conv_norm(c_in, c_out, kernel=1):
+    return [nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(c_out)]
+
+
+def separable(c_in, c_out):
+    return [nn.Conv2d(c_in, c_in, 3, padding=1, groups=c_in, bias=False), *conv_norm(c_in, c_out)]
 
 
 def same(c_in, c_out):
     "Nothing; `UserError` where the channels differ."
-    need(c_in == c_out, f"adapter = 'identity': the student's stage has {c_in} channels and the teacher's {c_out}; take '1x1' or '1x1-1x1'")
+    need(
+        c_in == c_out,
+        f"adapter = 'identity': the student's stage has {c_in} channels and the teacher's {c_out}; take '1x1' or '1x1-1x1'",
+    )
     return []
 
 
@@ -146,16 +195,31 @@ class Adapter(nn.Module):
     ):
         super().__init__()
         for what, name, valid in (("adapter", kind, ADAPTERS), ("prefix", prefix, PREFIXES)):
-            if not isinstance(name, str) or name not in valid: raise unknown(what, name, valid)
-        need(isinstance(relu, bool), f"relu = {relu!r}: give True, for a ReLU at the end of the adapter, or False")
-        self.size, self.tokens = None if student[-2:] == teacher[-2:] else tuple(teacher[-2:]), tokens
+            if not isinstance(name, str) or name not in valid:
+                raise unknown(what, name, valid)
+        need(
+            isinstance(relu, bool),
+            f"relu = {relu!r}: give True, for a ReLU at the end of the adapter, or False",
+        )
+        self.size, self.tokens = (
+            None if student[-2:] == teacher[-2:] else tuple(teacher[-2:]),
+            tokens,
+        )
         self.body = nn.Sequential(*ADAPTERS[kind](student[0], teacher[0]), *[nn.ReLU()] * relu)
-        self.first = nn.Linear(student[0], tokens * teacher[0]) if tokens and prefix == "learned" else None
+        self.first = (
+            nn.Linear(student[0], tokens * teacher[0]) if tokens and prefix == "learned" else None
+        )
 
     def forward(self, x):
-        if self.size: x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
+        if self.size:
+            x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
         y = self.body(x)
-        if self.tokens: y.prefix = self.first(x.mean((2, 3))).unflatten(1, (self.tokens, -1)) if self.first else y.mean((2, 3))[:, None].expand(-1, self.tokens, -1)
+        if self.tokens:
+            y.prefix = (
+                self.first(x.mean((2, 3))).unflatten(1, (self.tokens, -1))
+                if self.first
+                else y.mean((2, 3))[:, None].expand(-1, self.tokens, -1)
+            )
         return y
 
 # %% ../../nbs/lib/38_models.hybrid.ipynb #2a303741
@@ -164,13 +228,19 @@ def frozen(
     net,  # any module
 ):
     "Evaluation mode, and parameters that collect no gradient while gradients pass; everything is as it was at the end."
-    modes, params = [m for m in net.modules() if m.training], [p for p in net.parameters() if p.requires_grad]
+    modes, params = (
+        [m for m in net.modules() if m.training],
+        [p for p in net.parameters() if p.requires_grad],
+    )
     try:
-        for p in params: p.requires_grad_(False)
+        for p in params:
+            p.requires_grad_(False)
         yield net.eval()
     finally:
-        for p in params: p.requires_grad_(True)
-        for m in modes: m.training = True
+        for p in params:
+            p.requires_grad_(True)
+        for m in modes:
+            m.training = True
 
 # %% ../../nbs/lib/38_models.hybrid.ipynb #5d0c7e14
 def check_tail(
@@ -178,9 +248,18 @@ def check_tail(
 ):
     "`UserError` for a network that cannot be a tail: one without `forward_from`, a spiking one, or raw tokens."
     kind = type(getattr(teacher, "net", teacher)).__name__
-    need(hasattr(teacher, "forward_from"), f"{kind} has no forward_from: wrap it, Foreign(net, image_size=…), or take a network of list_models()")
-    need(getattr(teacher, "T", None) is None, f"the teacher runs T={getattr(teacher, 'T', None)} steps: a hybrid model ends in an ordinary network, T=None")
-    need(not any(t.raw for t in getattr(teacher, "taps", {}).values()), f"{kind} gives raw tokens: build the teacher with tokens='map'")
+    need(
+        hasattr(teacher, "forward_from"),
+        f"{kind} has no forward_from: wrap it, Foreign(net, image_size=…), or take a network of list_models()",
+    )
+    need(
+        getattr(teacher, "T", None) is None,
+        f"the teacher runs T={getattr(teacher, 'T', None)} steps: a hybrid model ends in an ordinary network, T=None",
+    )
+    need(
+        not any(t.raw for t in getattr(teacher, "taps", {}).values()),
+        f"{kind} gives raw tokens: build the teacher with tokens='map'",
+    )
 
 
 def check_fitted(
@@ -188,8 +267,17 @@ def check_fitted(
     name,  # of its hybrid model
 ):
     "`UserError` for an adapter in evaluation mode whose BatchNorms have seen no batch."
-    new = any(isinstance(m, nn.BatchNorm2d) and not m.training and m.track_running_stats and not int(m.num_batches_tracked) for m in adapter.modules())
-    need(not new, f"{name}'s adapter saw no batch yet: its running statistics are still 0 and 1, and its answers say nothing; train first, or give untrained=True")
+    new = any(
+        isinstance(m, nn.BatchNorm2d)
+        and not m.training
+        and m.track_running_stats
+        and not int(m.num_batches_tracked)
+        for m in adapter.modules()
+    )
+    need(
+        not new,
+        f"{name}'s adapter saw no batch yet: its running statistics are still 0 and 1, and its answers say nothing; train first, or give untrained=True",
+    )
 
 # %% ../../nbs/lib/38_models.hybrid.ipynb #8acfc0e8
 class Hybrids(nn.Module):
@@ -201,17 +289,23 @@ class Hybrids(nn.Module):
         student,  # {stage: (C, h, w)}
         teacher,  # the network that ends them
         shapes,  # {stage: (C, h, w)} of it
-        adapter="1x1-1x1", relu=False, prefix="learned",  # as for `Adapter`
+        adapter="1x1-1x1",
+        relu=False,
+        prefix="learned",  # as for `Adapter`
     ):
         super().__init__()
         check_tail(teacher)
         self.branches, taps = tuple(branches), getattr(teacher, "taps", {})
         object.__setattr__(self, "teacher", teacher)
         tokens = [getattr(taps.get(b.teacher), "prefix", 0) for b in self.branches]
-        self.adapters = nn.ModuleList(Adapter(student[b.student], shapes[b.teacher], adapter, relu, n, prefix) for b, n in zip(self.branches, tokens))
+        self.adapters = nn.ModuleList(
+            Adapter(student[b.student], shapes[b.teacher], adapter, relu, n, prefix)
+            for b, n in zip(self.branches, tokens)
+        )
 
     @property
-    def names(self): return tuple(b.name for b in self.branches)
+    def names(self):
+        return tuple(b.name for b in self.branches)
 
     def _apply(self, fn, *args, **kw):
         self.teacher._apply(fn, *args, **kw)
@@ -219,7 +313,8 @@ class Hybrids(nn.Module):
 
     def at(self, name):
         "The `Branch` and the adapter of a hybrid model."
-        if name not in self.names: raise unknown("hybrid model", name, self.names)
+        if name not in self.names:
+            raise unknown("hybrid model", name, self.names)
         return self.branches[self.names.index(name)], self.adapters[self.names.index(name)]
 
     def adapted(
@@ -233,25 +328,35 @@ class Hybrids(nn.Module):
         found = {n: self.at(n) for n in (self.names if only is None else only)}
         wanted = ", ".join(dict.fromkeys(b.student for b, _ in found.values()))
         for n, (b, c) in found.items():
-            need(b.student in rates, f"{n} begins with the student's {b.student!r}, and rates are given of {', '.join(rates) or 'nothing'}: give those of {wanted}")
-            if not untrained: check_fitted(c, n)
+            need(
+                b.student in rates,
+                f"{n} begins with the student's {b.student!r}, and rates are given of {', '.join(rates) or 'nothing'}: give those of {wanted}",
+            )
+            if not untrained:
+                check_fitted(c, n)
         return {n: adapt(c, rates[b.student], divide) for n, (b, c) in found.items()}
 
     def tail(self, name, feature):
         "Logits (B, K) of a hybrid model from its adapted feature."
-        with frozen(self.teacher): return self.teacher.forward_from(self.at(name)[0].teacher, feature)
+        with frozen(self.teacher):
+            return self.teacher.forward_from(self.at(name)[0].teacher, feature)
 
     def logits(self, name, rates, untrained=False):
         "Logits (B, K) of one hybrid model from the rates."
         return self.tail(name, self.adapted(rates, untrained=untrained, only=[name])[name])
 
-    def forward(self, rates, divide=1, untrained=False): return {name: self.tail(name, f) for name, f in self.adapted(rates, divide, untrained).items()}
+    def forward(self, rates, divide=1, untrained=False):
+        return {
+            name: self.tail(name, f) for name, f in self.adapted(rates, divide, untrained).items()
+        }
 
 # %% ../../nbs/lib/38_models.hybrid.ipynb #cccdd12a
 def adapt(adapter, x, divide):
     "An adapter's output; the gradient of its parameters divided, and that of `x` as it would be anyway."
-    if divide == 1: return adapter(x)
+    if divide == 1:
+        return adapter(x)
     y = adapter(Passed.apply(x, x, divide))
     out = Passed.apply(y, y, 1 / divide)
-    if hasattr(y, "prefix"): out.prefix = Passed.apply(y.prefix, y.prefix, 1 / divide)
+    if hasattr(y, "prefix"):
+        out.prefix = Passed.apply(y.prefix, y.prefix, 1 / divide)
     return out

@@ -15,7 +15,19 @@ import torch
 from torch import nn
 
 from ..core import UserError, data_dir, unknown
-from .blocks import Conv2d, BasicBlock, Bottleneck, Net, activation, fire_static, linears, norm_act, register_model, repeat_time, scaled
+from snnkd_nb.models.blocks import (
+    BasicBlock,
+    Bottleneck,
+    Conv2d,
+    Net,
+    activation,
+    fire_static,
+    linears,
+    norm_act,
+    register_model,
+    repeat_time,
+    scaled,
+)
 from .resnet import WIDE, stage
 from .weights import find_file, hash_in, load_state, read_state
 from ..spec import need
@@ -25,10 +37,12 @@ STEMS = {"imagenet": (7, 2), "small": (3, 1)}
 
 
 class ImageStem(nn.Module):
-    "Convolution – BatchNorm – activation (or none) – max pooling; `kind` is one of `STEMS`, \"small\" does not pool."
+    'Convolution – BatchNorm – activation (or none) – max pooling; `kind` is one of `STEMS`, "small" does not pool.'
+
     def __init__(self, c_in, c_out, act=None, kind="imagenet"):
         super().__init__()
-        if kind not in STEMS: raise unknown("stem", kind, STEMS)
+        if kind not in STEMS:
+            raise unknown("stem", kind, STEMS)
         size, stride = STEMS[kind]
         self.conv = Conv2d(c_in, c_out, size, stride, size // 2, bias=False)
         self.bn = nn.BatchNorm2d(c_out)
@@ -40,16 +54,22 @@ class ImageStem(nn.Module):
         if self.act is None:
             y = self.pool(self.bn(y))
             return y if repeat is None else repeat_time(y, repeat)
-        return self.pool(norm_act(self.bn, self.act, y) if repeat is None else fire_static(self.act, self.bn(y), repeat))
+        return self.pool(
+            norm_act(self.bn, self.act, y)
+            if repeat is None
+            else fire_static(self.act, self.bn(y), repeat)
+        )
 
 # %% ../../nbs/lib/35_models.imagenet.ipynb #e23f0f73
 def spiking_shortcut(block, act):
     "Ends a block's shortcut with an activation where it is more than the identity."
-    if not isinstance(block.shortcut, nn.Identity): block.shortcut.add_module("act", act())
+    if not isinstance(block.shortcut, nn.Identity):
+        block.shortcut.add_module("act", act())
 
 # %% ../../nbs/lib/35_models.imagenet.ipynb #0258f850
 class SEWBlock(BasicBlock):
     "Basic block whose arms both end in a neuron and are added as spikes."
+
     def __init__(self, c_in, c, stride, act, *rest):
         super().__init__(c_in, c, stride, act, *rest)
         spiking_shortcut(self, act)
@@ -61,6 +81,7 @@ class SEWBlock(BasicBlock):
 
 class SEWBottleneck(Bottleneck):
     "Bottleneck whose arms both end in a neuron and are added as spikes."
+
     def __init__(self, c_in, c, stride, act, *rest):
         super().__init__(c_in, c, stride, act, *rest)
         spiking_shortcut(self, act)
@@ -73,6 +94,7 @@ class SEWBottleneck(Bottleneck):
 # %% ../../nbs/lib/35_models.imagenet.ipynb #4b125605
 class PreActBlock(BasicBlock):
     "Basic block with its activations before the convolutions; input and output are analogue."
+
     def forward(self, x):
         y = self.bn1(self.conv1(self.act1(x)))
         return self.bn2(self.conv2(self.act2(y))) + self.shortcut(x)
@@ -83,7 +105,8 @@ def biased(
 ):
     "The network with a bias, zero, at every convolution."
     for m in net.modules():
-        if isinstance(m, nn.Conv2d) and m.bias is None: m.bias = nn.Parameter(torch.zeros(m.out_channels))
+        if isinstance(m, nn.Conv2d) and m.bias is None:
+            m.bias = nn.Parameter(torch.zeros(m.out_channels))
     return net
 
 # %% ../../nbs/lib/35_models.imagenet.ipynb #b520461b
@@ -117,7 +140,9 @@ def resnet18_imagenet(stem="imagenet", depth=1.0, **common):
     return imagenet_resnet(BasicBlock, (2, 2, 2, 2), stem=stem, depth=depth, **common)
 
 
-@register_model("ESKD, CKDSNN, SASTC (teacher), SASTC (student)", "He et al. 2016, torchvision", image_size=224)
+@register_model(
+    "ESKD, CKDSNN, SASTC (teacher), SASTC (student)", "He et al. 2016, torchvision", image_size=224
+)
 def resnet34_imagenet(stem="imagenet", depth=1.0, **common):
     "ResNet-34 for large images: 7×7 stem with max pooling, stages of 3, 4, 6, 3 basic blocks."
     return imagenet_resnet(BasicBlock, (3, 4, 6, 3), stem=stem, depth=depth, **common)
@@ -140,13 +165,27 @@ def our_name(
     name,  # of a tensor there, e.g. "layer1.0.downsample.0.weight"
 ):
     "Its name in the networks of this page."
-    for old, new in (("downsample.0", "shortcut.conv"), ("downsample.1", "shortcut.bn"), ("layer", "stage"), ("fc.", "head.out.")): name = name.replace(old, new)
+    for old, new in (
+        ("downsample.0", "shortcut.conv"),
+        ("downsample.1", "shortcut.bn"),
+        ("layer", "stage"),
+        ("fc.", "head.out."),
+    ):
+        name = name.replace(old, new)
     return name if name.startswith(("stage", "head")) else "stem." + name.replace("1.", ".", 1)
 
 # %% ../../nbs/lib/35_models.imagenet.ipynb #6f31fa2c
 URL = "https://download.pytorch.org/models/"
-WEIGHTS = {"resnet18": ("resnet18-f37072fd.pth",), "resnet34": ("resnet34-b627a593.pth",), "resnet50": ("resnet50-0676ba61.pth", "resnet50-11ad3fa6.pth")}
-PLAIN = {"resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet34": (BasicBlock, (3, 4, 6, 3)), "resnet50": (Bottleneck, (3, 4, 6, 3))}
+WEIGHTS = {
+    "resnet18": ("resnet18-f37072fd.pth",),
+    "resnet34": ("resnet34-b627a593.pth",),
+    "resnet50": ("resnet50-0676ba61.pth", "resnet50-11ad3fa6.pth"),
+}
+PLAIN = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+}
 
 
 def architecture(
@@ -154,26 +193,37 @@ def architecture(
 ):
     "The name of torchvision's ResNet with the same parameters up to the head; `UserError` if there is none."
     before = any(isinstance(m, PreActBlock) for m in model.modules())
-    need(not before, "torchvision's weights are of networks with activations behind the convolutions, this one has them before: build a resnet*_imagenet or sew_resnet*")
+    need(
+        not before,
+        "torchvision's weights are of networks with activations behind the convolutions, this one has them before: build a resnet*_imagenet or sew_resnet*",
+    )
     for name, (block, depths) in PLAIN.items():
-        with torch.device("meta"): plain = imagenet_resnet(block, depths)
-        if _body(plain) == _body(model): return name
-    raise UserError("torchvision has no weights for this network: build resnet18_imagenet, resnet34_imagenet or resnet50_imagenet (or a SEW one) with "
-                    "stem='imagenet', width=1.0, depth=1.0, in_channels=3, bias=False")
+        with torch.device("meta"):
+            plain = imagenet_resnet(block, depths)
+        if _body(plain) == _body(model):
+            return name
+    raise UserError(
+        "torchvision has no weights for this network: build resnet18_imagenet, resnet34_imagenet or resnet50_imagenet (or a SEW one) with "
+        "stem='imagenet', width=1.0, depth=1.0, in_channels=3, bias=False"
+    )
 
 
-def _body(model): return {k: v.shape for k, v in model.state_dict().items() if not k.startswith("head.")}
+def _body(model):
+    return {k: v.shape for k, v in model.state_dict().items() if not k.startswith("head.")}
 
 # %% ../../nbs/lib/35_models.imagenet.ipynb #eb3bae9e
 def find_official(
     name,  # "resnet18", "resnet34" or "resnet50"
 ):
-    "The official file, in `data_dir()/\"weights\"` or torch.hub's folder; `UserError` saying where to get it and put it."
+    'The official file, in `data_dir()/"weights"` or torch.hub\'s folder; `UserError` saying where to get it and put it.'
     folders = (data_dir() / "weights", Path(torch.hub.get_dir()) / "checkpoints")
     for path in (d / f for f in WEIGHTS[name] for d in folders):
-        if path.is_file(): return path
+        if path.is_file():
+            return path
     file = WEIGHTS[name][0]
-    raise UserError(f"no torchvision weights for {name}: download {URL}{file} into {folders[0]} (or {folders[1]}), or give the path of {file}")
+    raise UserError(
+        f"no torchvision weights for {name}: download {URL}{file} into {folders[0]} (or {folders[1]}), or give the path of {file}"
+    )
 
 # %% ../../nbs/lib/35_models.imagenet.ipynb #91757e24
 def load_torchvision(
@@ -185,7 +235,10 @@ def load_torchvision(
     "The model with torchvision's ImageNet weights; `UserError`, and the model untouched, if anything does not fit."
     name = architecture(model)
     path = find_file(path) if path else find_official(name)
-    need(sha256 is not None or hash_in(path.name), f"{path.name}: no hash in the name; keep torchvision's own, e.g. {WEIGHTS[name][0]}, or give sha256=")
+    need(
+        sha256 is not None or hash_in(path.name),
+        f"{path.name}: no hash in the name; keep torchvision's own, e.g. {WEIGHTS[name][0]}, or give sha256=",
+    )
     return load_state(model, renamed(read_state(path, sha256)), path.name, None if head else "head")
 
 # %% ../../nbs/lib/35_models.imagenet.ipynb #0a774888
@@ -195,7 +248,9 @@ def sew_resnet18(stem="imagenet", bias=False, depth=1.0, **common):
     return imagenet_resnet(SEWBlock, (2, 2, 2, 2), stem=stem, bias=bias, depth=depth, **common)
 
 
-@register_model("CKDSNN, ESKD (student)", "Fang et al. 2021, ADD; bias=True: Yu et al. 2024", image_size=224)
+@register_model(
+    "CKDSNN, ESKD (student)", "Fang et al. 2021, ADD; bias=True: Yu et al. 2024", image_size=224
+)
 def sew_resnet34(stem="imagenet", bias=False, depth=1.0, **common):
     "SEW-ResNet-34: stages of 3, 4, 6, 3 basic blocks that add spikes."
     return imagenet_resnet(SEWBlock, (3, 4, 6, 3), stem=stem, bias=bias, depth=depth, **common)

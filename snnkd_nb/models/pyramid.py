@@ -11,7 +11,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core import unknown
-from .blocks import Conv2d, Net, activation, last_norm, linears, norm_act, register_model, scaled
+from snnkd_nb.models.blocks import (
+    Conv2d,
+    Net,
+    activation,
+    last_norm,
+    linears,
+    norm_act,
+    register_model,
+    scaled,
+)
 from .imagenet import STEMS, ImageStem
 from ..spec import need
 
@@ -27,15 +36,18 @@ def widths(
 # %% ../../nbs/lib/36_models.pyramid.ipynb #217f0344
 class PadShortcut(nn.Module):
     "Average pooling where the stride is 2, then zeros for the channels that are new."
+
     def __init__(self, new, stride):
         super().__init__()
         self.new, self.pool = new, nn.AvgPool2d(2, ceil_mode=True) if stride == 2 else nn.Identity()
 
-    def forward(self, x): return F.pad(self.pool(x), (0, 0, 0, 0, 0, self.new))
+    def forward(self, x):
+        return F.pad(self.pool(x), (0, 0, 0, 0, 0, self.new))
 
 # %% ../../nbs/lib/36_models.pyramid.ipynb #16cf1938
 class PyramidBlock(nn.Module):
     "BN – conv3×3 – BN – activation – conv3×3 – BN, and a shortcut padded with zeros."
+
     expansion = 1
 
     def __init__(self, c_in, c, stride, act):
@@ -51,12 +63,17 @@ class PyramidBlock(nn.Module):
 
 class PyramidBottleneck(nn.Module):
     "BN – conv1×1 – BN – activation – conv3×3 – BN – activation – conv1×1 – BN, and a shortcut padded with zeros."
+
     expansion = 4
 
     def __init__(self, c_in, c, stride, act):
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(c_in), Conv2d(c_in, c, 1, bias=False)
-        self.bn2, self.act1, self.conv2 = nn.BatchNorm2d(c), act(), Conv2d(c, c, 3, stride, 1, bias=False)
+        self.bn2, self.act1, self.conv2 = (
+            nn.BatchNorm2d(c),
+            act(),
+            Conv2d(c, c, 3, stride, 1, bias=False),
+        )
         self.bn3, self.act2, self.conv3 = nn.BatchNorm2d(c), act(), Conv2d(c, 4 * c, 1, bias=False)
         self.bn4, self.shortcut = nn.BatchNorm2d(4 * c), PadShortcut(4 * c - c_in, stride)
 
@@ -110,12 +127,17 @@ def pyramid(
     depth=1.0,  # factor on the blocks of each stage, at least one stays
 ):
     "A PyramidNet; `UserError` for a negative alpha."
-    need(isinstance(alpha, (int, float)) and 0 <= alpha < float("inf"), f"alpha = {alpha!r}: give the number of channels to add, 0 or more")
+    need(
+        isinstance(alpha, (int, float)) and 0 <= alpha < float("inf"),
+        f"alpha = {alpha!r}: give the number of channels to add, 0 or more",
+    )
     act, depths = activation(T, neuron, neuron_args), [scaled(n, depth) for n in depths]
     c = scaled(base, width)
     stages, c_out = chain(block, c, widths(c, alpha * width, sum(depths)), depths, act)
     pool = last_norm(c_out, act)
-    return Net(stem(in_channels, c, act), stages, linears((c_out, num_classes)), pool, T, image_size)
+    return Net(
+        stem(in_channels, c, act), stages, linears((c_out, num_classes)), pool, T, image_size
+    )
 
 # %% ../../nbs/lib/36_models.pyramid.ipynb #c06c3202
 @register_model("DSAS (cited, teacher of KDSNN)", "Han et al. 2017; alpha unknown")
@@ -144,6 +166,15 @@ def pyramidnet200(alpha=240, depth=1.0, **common):
 # %% ../../nbs/lib/36_models.pyramid.ipynb #19ed2022
 @register_model("DSAS (teacher, ImageNet)", "Han et al. 2017; alpha deduced", image_size=224)
 def pyramidnet101(alpha=360, depth=1.0, stem="imagenet", **common):
-    "PyramidNet-101 for ImageNet: 3, 4, 23, 3 bottlenecks, 4 · (64 + alpha) channels; stem \"imagenet\" (7×7, pooling) or \"small\"."
-    if stem not in STEMS: raise unknown("stem", stem, STEMS)
-    return pyramid(PyramidBottleneck, (3, 4, 23, 3), alpha, 64, ImageStem if stem == "imagenet" else small_stem, depth=depth, **common)
+    'PyramidNet-101 for ImageNet: 3, 4, 23, 3 bottlenecks, 4 · (64 + alpha) channels; stem "imagenet" (7×7, pooling) or "small".'
+    if stem not in STEMS:
+        raise unknown("stem", stem, STEMS)
+    return pyramid(
+        PyramidBottleneck,
+        (3, 4, 23, 3),
+        alpha,
+        64,
+        ImageStem if stem == "imagenet" else small_stem,
+        depth=depth,
+        **common,
+    )

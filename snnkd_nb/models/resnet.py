@@ -8,7 +8,16 @@ __all__ = ['WIDE', 'stage', 'resnet', 'resnet18', 'resnet34', 'resnet50', 'resne
 # %% ../../nbs/lib/31_models.resnet.ipynb #186aa16b
 from torch import nn
 
-from .blocks import BasicBlock, Bottleneck, Net, Stem, activation, linears, register_model, scaled
+from snnkd_nb.models.blocks import (
+    BasicBlock,
+    Bottleneck,
+    Net,
+    Stem,
+    activation,
+    linears,
+    register_model,
+    scaled,
+)
 
 # %% ../../nbs/lib/31_models.resnet.ipynb #969121a3
 def stage(
@@ -24,7 +33,9 @@ def stage(
     "A sequence of residual blocks."
     blocks = []
     for i in range(depth):
-        blocks.append(block(c_in, c, stride if i == 0 else 1, act, kind, last if i == depth - 1 else None))
+        blocks.append(
+            block(c_in, c, stride if i == 0 else 1, act, kind, last if i == depth - 1 else None)
+        )
         c_in = c * block.expansion
     return nn.Sequential(*blocks)
 
@@ -53,9 +64,13 @@ def resnet(
     first, stages = Stem(in_channels, c, act), []
     for i, (w, blocks) in enumerate(zip(widths, depths)):
         end = last if i == len(widths) - 1 else None
-        stages.append(stage(block, c, scaled(w, width), scaled(blocks, depth), 2 if i else 1, act, kind, end))
+        stages.append(
+            stage(block, c, scaled(w, width), scaled(blocks, depth), 2 if i else 1, act, kind, end)
+        )
         c = scaled(w, width) * block.expansion
-    head = linears((c, *(scaled(h, width) for h in hidden), num_classes), act if hidden_act else None)
+    head = linears(
+        (c, *(scaled(h, width) for h in hidden), num_classes), act if hidden_act else None
+    )
     return Net(first, stages, head, T=T, image_size=image_size)
 
 # %% ../../nbs/lib/31_models.resnet.ipynb #e3865ca6

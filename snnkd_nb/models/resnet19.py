@@ -19,13 +19,17 @@ WIDTHS, DEPTHS = (128, 256, 512), (3, 3, 2)
 @register_model('TET; SASTC (student, called "ResNet-18" there)', "Deng et al. 2022")
 def resnet19_tet(depth=1.0, **common):
     "ResNet-19 of TET: stem 64, head 512 → 256 – neuron – K."
-    return resnet(BasicBlock, 64, WIDTHS, DEPTHS, hidden=(256,), hidden_act=True, depth=depth, **common)
+    return resnet(
+        BasicBlock, 64, WIDTHS, DEPTHS, hidden=(256,), hidden_act=True, depth=depth, **common
+    )
 
 
 @register_model("rate-based backpropagation, ESKD (student)", "Yu et al. 2024")
 def resnet19_rate(depth=1.0, **common):
     "ResNet-19 of rate-based backpropagation: stem 128, head 512 → 256 – neuron – K."
-    return resnet(BasicBlock, 128, WIDTHS, DEPTHS, hidden=(256,), hidden_act=True, depth=depth, **common)
+    return resnet(
+        BasicBlock, 128, WIDTHS, DEPTHS, hidden=(256,), hidden_act=True, depth=depth, **common
+    )
 
 
 @register_model("SASTC (teacher)", "SASTC, published code")
@@ -36,9 +40,12 @@ def resnet19_sastc(depth=1.0, **common):
 # %% ../../nbs/lib/32_models.resnet19.ipynb #da7f21f7
 def _ckd(stem, widths, depths, last, T=None, **common):
     ends = {"lif": None, "relu": nn.ReLU}
-    if last not in ends: raise unknown("last activation", last, ends)
+    if last not in ends:
+        raise unknown("last activation", last, ends)
     hidden = (256,) if T else ()
-    return resnet(BasicBlock, stem, widths, depths, T=T, kind="pool", hidden=hidden, last=ends[last], **common)
+    return resnet(
+        BasicBlock, stem, widths, depths, T=T, kind="pool", hidden=hidden, last=ends[last], **common
+    )
 
 
 @register_model("CKDSNN (student and teacher)", "CKDSNN, published code")
@@ -47,7 +54,10 @@ def resnet19_ckd(last="lif", depth=1.0, **common):
     return _ckd(128, WIDTHS, DEPTHS, last, depth=depth, **common)
 
 
-@register_model("CKDSNN (student and teacher)", "CKDSNN, published code at width_mult 1; the paper's width is not given")
+@register_model(
+    "CKDSNN (student and teacher)",
+    "CKDSNN, published code at width_mult 1; the paper's width is not given",
+)
 def resnet20_ckd(last="lif", depth=1.0, **common):
     "ResNet-20 of CKDSNN: stages 16-32-64, shortcuts pool first; SNN head 64 → 256 → K, ANN head 64 → K."
     return _ckd(16, (16, 32, 64), (3, 3, 3), last, depth=depth, **common)

@@ -8,12 +8,22 @@ __all__ = ['SCALE', 'features_first', 'attend', 'Products', 'heads_of', 'map_of'
            'spikformer', 'spikingformer']
 
 # %% ../../nbs/lib/36_models.spikformer.ipynb #60c5ce8c
+import itertools
 import math
 from collections import OrderedDict
 
 from torch import nn
 
-from .blocks import Conv2d, Chain, Net, Stem, activation, linears, norm_act, register_model
+from snnkd_nb.models.blocks import (
+    Chain,
+    Conv2d,
+    Net,
+    Stem,
+    activation,
+    linears,
+    norm_act,
+    register_model,
+)
 from ..spec import need
 
 # %% ../../nbs/lib/36_models.spikformer.ipynb #20977b5c
@@ -39,12 +49,15 @@ def attend(
 # %% ../../nbs/lib/36_models.spikformer.ipynb #d2e28a5f
 class Products(nn.Module):
     "`attend`, and what is multiplied in it."
-    def forward(self, q, k, v): return attend(q, k, v)
+
+    def forward(self, q, k, v):
+        return attend(q, k, v)
 
     def products(self, q, k, v):
         "`(name, left, right)` of both matrix products, in the order they are taken."
         kt = k.transpose(-2, -1)
-        if features_first(q): return [("kᵀv", kt, v), ("q(kᵀv)", q, kt @ v)]
+        if features_first(q):
+            return [("kᵀv", kt, v), ("q(kᵀv)", q, kt @ v)]
         return [("qkᵀ", q, kt), ("(qkᵀ)v", q @ kt, v)]
 
 # %% ../../nbs/lib/36_models.spikformer.ipynb #fe1bd9d9
@@ -67,28 +80,44 @@ def map_of(
 # %% ../../nbs/lib/36_models.spikformer.ipynb #b217e81a
 class Attention(nn.Module):
     "Spiking self-attention over the tokens of a map; ends with the BatchNorm of its projection."
+
     def __init__(self, dim, heads, act, act_attn, bias):
         super().__init__()
         self.heads, self.ssa = heads, Products()
-        self.qkv, self.qkv_bn, self.qkv_act = Conv2d(dim, 3 * dim, 1, bias=bias), nn.BatchNorm2d(3 * dim), act()
+        self.qkv, self.qkv_bn, self.qkv_act = (
+            Conv2d(dim, 3 * dim, 1, bias=bias),
+            nn.BatchNorm2d(3 * dim),
+            act(),
+        )
         self.attn_act = act_attn()
         self.proj, self.proj_bn = Conv2d(dim, dim, 1), nn.BatchNorm2d(dim)
 
     def forward(self, x, then=None):
         "`then`: an activation that follows."
-        q, k, v = (heads_of(part, self.heads) for part in norm_act(self.qkv_bn, self.qkv_act, self.qkv(x)).chunk(3, 1))
+        q, k, v = (
+            heads_of(part, self.heads)
+            for part in norm_act(self.qkv_bn, self.qkv_act, self.qkv(x)).chunk(3, 1)
+        )
         y = self.proj(self.attn_act(map_of(self.ssa(q, k, v), x.shape)))
         return self.proj_bn(y) if then is None else norm_act(self.proj_bn, then, y)
 
 # %% ../../nbs/lib/36_models.spikformer.ipynb #38266e9b
 class Block(nn.Module):
     "Attention and MLP with residual sums; `pre`: a neuron begins each arm (Spikingformer) instead of ending it (Spikformer)."
+
     def __init__(self, dim, heads, act, act_attn, pre):
         super().__init__()
         self.pre, self.act1, self.act2 = pre, act(), act()
         self.attn = Attention(dim, heads, act, act_attn, bias=not pre)
-        self.mlp = Chain(OrderedDict(conv1=Conv2d(dim, 4 * dim, 1), bn1=nn.BatchNorm2d(4 * dim), act=act(),
-                                     conv2=Conv2d(4 * dim, dim, 1), bn2=nn.BatchNorm2d(dim)))
+        self.mlp = Chain(
+            OrderedDict(
+                conv1=Conv2d(dim, 4 * dim, 1),
+                bn1=nn.BatchNorm2d(4 * dim),
+                act=act(),
+                conv2=Conv2d(4 * dim, dim, 1),
+                bn2=nn.BatchNorm2d(dim),
+            )
+        )
 
     def forward(self, x):
         if self.pre:
@@ -98,21 +127,28 @@ class Block(nn.Module):
         return y + self.mlp(y, then=self.act2)
 
 # %% ../../nbs/lib/36_models.spikformer.ipynb #f698f1c4
-def pooling(): return nn.MaxPool2d(3, 2, 1)
+def pooling():
+    return nn.MaxPool2d(3, 2, 1)
 
 
 def patch(c_in, c_out, act, pool=False):
     "conv3×3 – BatchNorm – activation, and max pooling at the end or not."
-    parts = OrderedDict(conv=Conv2d(c_in, c_out, 3, padding=1, bias=False), bn=nn.BatchNorm2d(c_out), act=act())
-    if pool: parts["pool"] = pooling()
+    parts = OrderedDict(
+        conv=Conv2d(c_in, c_out, 3, padding=1, bias=False), bn=nn.BatchNorm2d(c_out), act=act()
+    )
+    if pool:
+        parts["pool"] = pooling()
     return Chain(parts)
 
 # %% ../../nbs/lib/36_models.spikformer.ipynb #63ee8cac
 class SpikformerStem(Stem):
     "Four stages to a quarter of the resolution, and the relative position: sums of two spikes, `dim` channels."
+
     def __init__(self, c_in, dim, act):
         super().__init__(c_in, dim // 8, act)
-        self.patch2, self.patch3, self.patch4 = (patch(dim // n, 2 * dim // n, act, n < 8) for n in (8, 4, 2))
+        self.patch2, self.patch3, self.patch4 = (
+            patch(dim // n, 2 * dim // n, act, n < 8) for n in (8, 4, 2)
+        )
         self.position = patch(dim, dim, act)
 
     def forward(self, x, repeat=None):
@@ -122,17 +158,24 @@ class SpikformerStem(Stem):
 # %% ../../nbs/lib/36_models.spikformer.ipynb #256f1cbd
 class SpikingformerStem(Stem):
     "Five convolutions to a quarter of the resolution, the neurons between them: analogue, `dim` channels."
+
     def __init__(self, c_in, dim, act):
         super().__init__(c_in, dim // 8, act)
         widths = (dim // 8, dim // 4, dim // 2, dim, dim)
         parts = OrderedDict()
-        for i, (a, b) in enumerate(zip(widths, widths[1:]), 1):
-            if i > 1: parts[f"act{i}"] = act()
-            if i > 2: parts[f"pool{i}"] = pooling()
-            parts[f"conv{i}"], parts[f"bn{i}"] = Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b)
+        for i, (a, b) in enumerate(itertools.pairwise(widths), 1):
+            if i > 1:
+                parts[f"act{i}"] = act()
+            if i > 2:
+                parts[f"pool{i}"] = pooling()
+            parts[f"conv{i}"], parts[f"bn{i}"] = (
+                Conv2d(a, b, 3, padding=1, bias=False),
+                nn.BatchNorm2d(b),
+            )
         self.patches = Chain(parts)
 
-    def forward(self, x, repeat=None): return self.patches(super().forward(x, repeat))
+    def forward(self, x, repeat=None):
+        return self.patches(super().forward(x, repeat))
 
 # %% ../../nbs/lib/36_models.spikformer.ipynb #11c40e3e
 def token_width(
@@ -142,14 +185,21 @@ def token_width(
 ):
     "Channels of a token, a multiple of `heads` and of 8; `UserError` if `dim` itself is none."
     step = math.lcm(heads, 8)
-    need(dim % step == 0, f"dim={dim}, heads={heads}: dim must be a multiple of heads and of 8, e.g. dim={max(step, round(dim / step) * step)}")
+    need(
+        dim % step == 0,
+        f"dim={dim}, heads={heads}: dim must be a multiple of heads and of 8, e.g. dim={max(step, round(dim / step) * step)}",
+    )
     return max(step, round(dim * width / step) * step)
 
 # %% ../../nbs/lib/36_models.spikformer.ipynb #44a70bd6
 def attention_activation(T, neuron, neuron_args):
     "Makes the activation behind the attention's products: a named neuron of half the threshold."
     args = neuron_args or {}
-    return activation(T, neuron, args if callable(neuron) else args | {"v_threshold": args.get("v_threshold", 1.0) / 2})
+    return activation(
+        T,
+        neuron,
+        args if callable(neuron) else args | {"v_threshold": args.get("v_threshold", 1.0) / 2},
+    )
 
 
 def soft_start(
@@ -157,9 +207,10 @@ def soft_start(
 ):
     "Linear layers (1×1 convolutions too) drawn from a normal of 0.02 cut at ±2, with biases at zero, as transformers are."
     for m in net.modules():
-        if isinstance(m, nn.Linear) or isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1):
+        if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)):
             nn.init.trunc_normal_(m.weight, std=0.02)
-            if m.bias is not None: nn.init.zeros_(m.bias)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
     return net
 
 # %% ../../nbs/lib/36_models.spikformer.ipynb #9a0ae0eb
@@ -177,20 +228,27 @@ def transformer(
     neuron_args=None,  # options of the neuron
 ):
     "A tokenizer, blocks as stages, the mean over the tokens and a linear layer."
-    for name, n in {"blocks": blocks, "dim": dim, "heads": heads}.items(): need(isinstance(n, int) and n > 0, f"{name}={n!r}: give a whole number of at least 1")
+    for name, n in {"blocks": blocks, "dim": dim, "heads": heads}.items():
+        need(isinstance(n, int) and n > 0, f"{name}={n!r}: give a whole number of at least 1")
     act, act_attn = activation(T, neuron, neuron_args), attention_activation(T, neuron, neuron_args)
     d = token_width(dim, heads, width)
     stages = [Block(d, heads, act, act_attn, pre=stem is SpikingformerStem) for _ in range(blocks)]
-    return soft_start(Net(stem(in_channels, d, act), stages, linears((d, num_classes)), T=T, image_size=image_size))
+    return soft_start(
+        Net(
+            stem(in_channels, d, act), stages, linears((d, num_classes)), T=T, image_size=image_size
+        )
+    )
 
 # %% ../../nbs/lib/36_models.spikformer.ipynb #7bf93f66
 @register_model("CKDSNN (student)", "Zhou et al. 2023, form for CIFAR")
 def spikformer(blocks=4, dim=384, heads=12, **common):
-    "Spikformer-4-384: four blocks of spiking self-attention whose arms end in neurons; published with neuron=\"spikformer\"."
+    'Spikformer-4-384: four blocks of spiking self-attention whose arms end in neurons; published with neuron="spikformer".'
     return transformer(SpikformerStem, blocks, dim, heads, **common)
 
 
-@register_model("ESKD supplement (student)", "Zhou et al. 2023b; heads not said, 32 channels each taken")
+@register_model(
+    "ESKD supplement (student)", "Zhou et al. 2023b; heads not said, 32 channels each taken"
+)
 def spikingformer(blocks=4, dim=256, heads=8, **common):
-    "Spikingformer-4-256: four blocks of spiking self-attention whose arms begin with neurons; published with neuron=\"spikformer\"."
+    'Spikingformer-4-256: four blocks of spiking self-attention whose arms begin with neurons; published with neuron="spikformer".'
     return transformer(SpikingformerStem, blocks, dim, heads, **common)

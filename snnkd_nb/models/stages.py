@@ -19,6 +19,7 @@ from ..spec import need
 # %% ../../nbs/lib/36_models.stages.ipynb #1c1dcee8
 class Candidates(NamedTuple):
     "Where the stages of a network may be."
+
     paths: list  # of modules
     thin: bool = False  # whether only the last at each resolution counts
 
@@ -28,13 +29,18 @@ def candidates(
 ):
     "The `Candidates` of a network, see the table."
     paths, info = [n for n, _ in net.named_modules()], getattr(net, "feature_info", None)
-    if isinstance(info, (list, tuple)) and info: return Candidates([i["module"] for i in info])
+    if isinstance(info, (list, tuple)) and info:
+        return Candidates([i["module"] for i in info])
     layers = [p for p in paths if re.fullmatch(r"(layer|stage)\d+", p)]
-    if layers: return Candidates([p for p in paths if p in ("relu", "act1") or p in layers])
+    if layers:
+        return Candidates([p for p in paths if p in ("relu", "act1") or p in layers])
     blocks = [p for p in paths if re.fullmatch(r"(blocks|encoder\.layers)\.\w+", p)]
     top = "features" if isinstance(getattr(net, "features", None), nn.Sequential) else ""
-    if blocks or not isinstance(net.get_submodule(top), nn.Sequential): return Candidates(blocks)
-    return Candidates([f"{top}.{n}".strip(".") for n, _ in net.get_submodule(top).named_children()], True)
+    if blocks or not isinstance(net.get_submodule(top), nn.Sequential):
+        return Candidates(blocks)
+    return Candidates(
+        [f"{top}.{n}".strip(".") for n, _ in net.get_submodule(top).named_children()], True
+    )
 
 # %% ../../nbs/lib/36_models.stages.ipynb #dcbc3b82
 GLOBAL = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
@@ -45,8 +51,17 @@ def settle(
     seen,  # {path: outputs of one pass} of its candidates
 ):
     "`{our name: path}` of the candidates that turned out to be stages: stem, stage1, stage2, …"
-    found = {p: o[0] for p, o in seen.items() if len(o) == 1 and isinstance(o[0], torch.Tensor) and o[0].dim() > 2 and not isinstance(net.get_submodule(p), GLOBAL)}
-    paths = list({o.shape[-2]: p for p, o in found.items()}.values() if candidates(net).thin else found)
+    found = {
+        p: o[0]
+        for p, o in seen.items()
+        if len(o) == 1
+        and isinstance(o[0], torch.Tensor)
+        and o[0].dim() > 2
+        and not isinstance(net.get_submodule(p), GLOBAL)
+    }
+    paths = list(
+        {o.shape[-2]: p for p, o in found.items()}.values() if candidates(net).thin else found
+    )
     stem = [bool(re.match("stem|conv|bn|norm|relu|act", p.split(".")[-1])) for p in paths[:2]]
     first = stem == [True, False]
     return {"stem" if first and not i else f"stage{i + 1 - first}": p for i, p in enumerate(paths)}
@@ -57,12 +72,17 @@ def stage_paths(
     stages,  # list of module paths, {name: path}, or None: the candidates
 ):
     "`{name: path}`; `UserError` with the nearest paths for one that does not exist."
-    if stages is None: stages = candidates(net).paths
-    need(isinstance(stages, (list, tuple, Mapping)), f"stages = {stages!r}: give a list of module paths, or a dict of names and paths")
+    if stages is None:
+        stages = candidates(net).paths
+    need(
+        isinstance(stages, (list, tuple, Mapping)),
+        f"stages = {stages!r}: give a list of module paths, or a dict of names and paths",
+    )
     named = dict(stages) if isinstance(stages, Mapping) else {p: p for p in stages}
     paths = [n for n, _ in net.named_modules() if n]
     for p in named.values():
-        if p not in paths: raise unknown("module path", p, paths)
+        if p not in paths:
+            raise unknown("module path", p, paths)
     return named
 
 # %% ../../nbs/lib/36_models.stages.ipynb #2f31ef9d
@@ -71,7 +91,11 @@ def paths_in_words(
     most=12,  # paths that are named
 ):
     "The module paths that could be stages, for messages."
-    paths = [n for n, m in net.named_modules() if 0 < len(n.split(".")) < 3 and n and not isinstance(m, (nn.Identity, nn.Dropout))]
+    paths = [
+        n
+        for n, m in net.named_modules()
+        if 0 < len(n.split(".")) < 3 and n and not isinstance(m, (nn.Identity, nn.Dropout))
+    ]
     top = [p for p in paths if "." not in p]
     shown = (paths if len(top) < 3 else top)[:most]
     return ", ".join(shown) + (", …" if len(shown) < len(paths) else "")

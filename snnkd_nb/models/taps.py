@@ -7,7 +7,9 @@ __all__ = ['hooked', 'answer', 'single', 'Tap', 'side', 'to_map', 'from_map', 'p
            'version', 'Survey', 'survey', 'Shapes', 'run_from', 'heads', 'classifier', 'Foreign']
 
 # %% ../../nbs/lib/37_models.taps.ipynb #87435ab5
-import contextlib, threading, warnings
+import contextlib
+import threading
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -32,12 +34,17 @@ def hooked(
 ):
     "While it lasts, `fn` sees what the modules put out in this thread; no hook stays behind."
     me, hooks = threading.get_ident(), []
-    def hook(path): return lambda module, args, out: fn(path, out) if threading.get_ident() == me else None
+
+    def hook(path):
+        return lambda module, args, out: fn(path, out) if threading.get_ident() == me else None
+
     try:
-        for path in dict.fromkeys(paths): hooks.append(net.get_submodule(path).register_forward_hook(hook(path)))
+        for path in dict.fromkeys(paths):
+            hooks.append(net.get_submodule(path).register_forward_hook(hook(path)))
         yield
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
 
 # %% ../../nbs/lib/37_models.taps.ipynb #0eb622a8
 def answer(
@@ -45,11 +52,19 @@ def answer(
 ):
     "Its logits, (B, K)."
     y = getattr(y, "logits", y)
-    need(isinstance(y, torch.Tensor) and y.dim() == 2, f"the network returned {_what(y)}: a teacher must map images (B, C, H, W) to logits (B, K)")
+    need(
+        isinstance(y, torch.Tensor) and y.dim() == 2,
+        f"the network returned {_what(y)}: a teacher must map images (B, C, H, W) to logits (B, K)",
+    )
     return y
 
 
-def _what(y): return f"a tensor of shape {tuple(y.shape)}" if isinstance(y, torch.Tensor) else f"a {type(y).__name__}"
+def _what(y):
+    return (
+        f"a tensor of shape {tuple(y.shape)}"
+        if isinstance(y, torch.Tensor)
+        else f"a {type(y).__name__}"
+    )
 
 
 def single(
@@ -57,21 +72,33 @@ def single(
     outputs,  # all it put out in one forward pass
 ):
     "The one tensor of two to four dimensions that a module put out."
-    need(outputs, f"module {path} is never called in a forward pass: it can be no stage, take one that is")
-    need(len(outputs) == 1, f"module {path} is called {len(outputs)} times in a forward pass: a stage must be called once, take the module around it")
+    need(
+        outputs,
+        f"module {path} is never called in a forward pass: it can be no stage, take one that is",
+    )
+    need(
+        len(outputs) == 1,
+        f"module {path} is called {len(outputs)} times in a forward pass: a stage must be called once, take the module around it",
+    )
     out = outputs[0]
-    need(isinstance(out, torch.Tensor) and 2 <= out.dim() <= 4, f"module {path} puts out {_what(out)}: a stage must put out one tensor, (B, C, H, W), (B, N, C) or (B, C)")
+    need(
+        isinstance(out, torch.Tensor) and 2 <= out.dim() <= 4,
+        f"module {path} puts out {_what(out)}: a stage must put out one tensor, (B, C, H, W), (B, N, C) or (B, C)",
+    )
     return out
 
 # %% ../../nbs/lib/37_models.taps.ipynb #9cf3cbbe
 class Tap(NamedTuple):
     "What a dry run found out about a stage."
+
     path: str  # of its module
     dims: int  # of what it puts out
     prefix: int = 0  # class and register tokens in front
     nhwc: bool = False  # a map with channels last
     copy: bool = False  # whether what follows overwrites it in place
-    raw: bool = False  # whether its feature is what it puts out, whatever that is, rather than a map
+    raw: bool = (
+        False  # whether its feature is what it puts out, whatever that is, rather than a map
+    )
 
     def channels(self, shape):
         "Channels of a feature from its shape without batch."
@@ -92,9 +119,12 @@ def to_map(
     ratio=1.0,  # height over width of the images
 ):
     "The feature: the map (B, C, h, w), with the first tokens as its attribute `prefix`, or `out` as it is."
-    if tap.raw: return out
-    if tap.dims == 2: return out[:, :, None, None]
-    if tap.dims == 4: return out.permute(0, 3, 1, 2) if tap.nhwc else out
+    if tap.raw:
+        return out
+    if tap.dims == 2:
+        return out[:, :, None, None]
+    if tap.dims == 4:
+        return out.permute(0, 3, 1, 2) if tap.nhwc else out
     patches = out[:, tap.prefix :]
     feature = patches.transpose(1, 2).unflatten(2, (side(patches.shape[1], ratio), -1))
     feature.prefix = out[:, : tap.prefix]
@@ -107,9 +137,12 @@ def from_map(
     prefix=None,  # (B, P, C), the first tokens
 ):
     "The inverse of `to_map`."
-    if tap.raw: return feature
-    if tap.dims == 2: return feature.flatten(1)
-    if tap.dims == 4: return feature.permute(0, 2, 3, 1) if tap.nhwc else feature
+    if tap.raw:
+        return feature
+    if tap.dims == 2:
+        return feature.flatten(1)
+    if tap.dims == 4:
+        return feature.permute(0, 2, 3, 1) if tap.nhwc else feature
     patches = feature.flatten(2).transpose(1, 2)
     return torch.cat([prefix, patches], 1) if tap.prefix else patches
 
@@ -130,11 +163,22 @@ def prefix_for(
     otherwise=None,  # "mean": what stands in for them where it carries none
 ):
     "The first tokens that go with a map, (B, P, C); `UserError` if there are none."
-    if not tap.prefix or tap.raw: return None
-    found, shape = getattr(feature, "prefix", otherwise) if prefix is None else prefix, (len(feature), tap.prefix, feature.shape[1])
-    if isinstance(found, str) and found == "mean": return feature.flatten(2).mean(2)[:, None].expand(-1, tap.prefix, -1)
-    need(found is not None, f"a map without its {tap.prefix} class or register token(s): give prefix=tensor {shape}, e.g. the teacher's feature.prefix, or prefix='mean', or use tokens='raw'")
-    need(isinstance(found, torch.Tensor) and tuple(found.shape) == shape, f"prefix is {_what(found)}: this map needs a tensor of shape {shape}, or 'mean'")
+    if not tap.prefix or tap.raw:
+        return None
+    found, shape = (
+        getattr(feature, "prefix", otherwise) if prefix is None else prefix,
+        (len(feature), tap.prefix, feature.shape[1]),
+    )
+    if isinstance(found, str) and found == "mean":
+        return feature.flatten(2).mean(2)[:, None].expand(-1, tap.prefix, -1)
+    need(
+        found is not None,
+        f"a map without its {tap.prefix} class or register token(s): give prefix=tensor {shape}, e.g. the teacher's feature.prefix, or prefix='mean', or use tokens='raw'",
+    )
+    need(
+        isinstance(found, torch.Tensor) and tuple(found.shape) == shape,
+        f"prefix is {_what(found)}: this map needs a tensor of shape {shape}, or 'mean'",
+    )
     return found
 
 # %% ../../nbs/lib/37_models.taps.ipynb #761785c6
@@ -146,7 +190,8 @@ def blank(net, shape, device=None):
 
 def _cure(net, shape):
     takes = next((m.in_channels for m in net.modules() if isinstance(m, nn.Conv2d)), shape[0])
-    if takes != shape[0]: return f"give images with {takes} channels, or a network whose first convolution takes {shape[0]}"
+    if takes != shape[0]:
+        return f"give images with {takes} channels, or a network whose first convolution takes {shape[0]}"
     return "give images of another size (--size, size= of the data), or input_size= to have them resized inside; vit_small fits its patches to small images"
 
 
@@ -158,8 +203,12 @@ def dry_run(
 ):
     "Logits of one blank image; `UserError` where the network does not take it."
     with torch.inference_mode(False), eval_mode(net), hooked(net, paths, fn):
-        try: return answer(net(blank(net, (1, *shape))))
-        except (RuntimeError, AssertionError, TypeError, IndexError) as e: raise UserError(f"{type(net).__name__} does not take images of shape {shape}: {first_line(e)[:160]}; {_cure(net, shape)}") from e
+        try:
+            return answer(net(blank(net, (1, *shape))))
+        except (RuntimeError, AssertionError, TypeError, IndexError) as e:
+            raise UserError(
+                f"{type(net).__name__} does not take images of shape {shape}: {first_line(e)[:160]}; {_cure(net, shape)}"
+            ) from e
 
 
 def version(
@@ -171,6 +220,7 @@ def version(
 # %% ../../nbs/lib/37_models.taps.ipynb #72562701
 class Survey(NamedTuple):
     "What a dry run saw."
+
     logits: torch.Tensor
     taps: dict  # stage -> `Tap`, in order of execution
     outputs: dict  # stage -> what it put out
@@ -184,21 +234,43 @@ def survey(
 ):
     "The `Survey` of a dry run that changes nothing."
     paths, seen, was = stage_paths(net, stages), {}, {}
+
     def keep(path, out):
         seen.setdefault(path, []).append(out)
         was[path] = version(out)
+
     logits = dry_run(net, shape, paths.values(), keep)
-    found = {n: (p, single(p, seen.get(p, ()))) for n, p in (settle(net, seen) if stages is None else paths).items()}
+    found = {
+        n: (p, single(p, seen.get(p, ())))
+        for n, p in (settle(net, seen) if stages is None else paths).items()
+    }
     found = dict(sorted(found.items(), key=lambda item: list(seen).index(item[1][0])))
-    return Survey(logits, {n: _tap(net, p, out, version(out) != was[p], raw) for n, (p, out) in found.items()}, {n: out for n, (_, out) in found.items()})
+    return Survey(
+        logits,
+        {n: _tap(net, p, out, version(out) != was[p], raw) for n, (p, out) in found.items()},
+        {n: out for n, (_, out) in found.items()},
+    )
 
 
-def _nhwc(net): return getattr(net, "output_fmt", None) == "NHWC" or type(net).__module__.endswith("swin_transformer")
-def _tap(net, path, out, *flags): return Tap(path, out.dim(), prefix_count(net, out.shape[1]) if out.dim() == 3 else 0, out.dim() == 4 and _nhwc(net), *flags)
+def _nhwc(net):
+    return getattr(net, "output_fmt", None) == "NHWC" or type(net).__module__.endswith(
+        "swin_transformer"
+    )
+
+
+def _tap(net, path, out, *flags):
+    return Tap(
+        path,
+        out.dim(),
+        prefix_count(net, out.shape[1]) if out.dim() == 3 else 0,
+        out.dim() == 4 and _nhwc(net),
+        *flags,
+    )
 
 # %% ../../nbs/lib/37_models.taps.ipynb #150299a2
 class Shapes(TorchDispatchMode):
     "While it lasts, operations in this thread work out shapes only; tensors they would write to stay as they are."
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs or {}))
         return func(*args, **kwargs)
@@ -212,17 +284,25 @@ def run_from(
 ):
     "Logits (B, K) of what follows the stage."
     front = contextlib.ExitStack()
-    def cut(path, _): return (front.close(), out)[1]
+
+    def cut(path, _):
+        return (front.close(), out)[1]
+
     try:
         with hooked(net, [path], cut), front:
             device = "cpu" if out.is_meta else out.device.type
-            for off in (torch.no_grad(), torch.autocast(device, enabled=False), Shapes()): front.enter_context(off)
+            for off in (torch.no_grad(), torch.autocast(device, enabled=False), Shapes()):
+                front.enter_context(off)
             y = answer(net(blank(net, (len(out), *shape), "meta")))
             leak = y.is_meta and not out.is_meta
     except (RuntimeError, NotImplementedError) as e:
-        if "meta" not in str(e).lower(): raise
+        if "meta" not in str(e).lower():
+            raise
         leak = first_line(e)
-    need(not leak, f"the network cannot be cut behind {path}: something after it also reads what comes before; take another stage")
+    need(
+        not leak,
+        f"the network cannot be cut behind {path}: something after it also reads what comes before; take another stage",
+    )
     return y
 
 # %% ../../nbs/lib/37_models.taps.ipynb #df3141c1
@@ -231,8 +311,14 @@ def heads(
     classes,  # K
 ):
     "Module paths of its linear layers with K outputs; where it has none, of 1×1 convolutions (SqueezeNet)."
-    linear = [n for n, m in net.named_modules() if isinstance(m, nn.Linear) and m.out_features == classes]
-    return linear or [n for n, m in net.named_modules() if isinstance(m, nn.Conv2d) and m.out_channels == classes and m.kernel_size == (1, 1)]
+    linear = [
+        n for n, m in net.named_modules() if isinstance(m, nn.Linear) and m.out_features == classes
+    ]
+    return linear or [
+        n
+        for n, m in net.named_modules()
+        if isinstance(m, nn.Conv2d) and m.out_channels == classes and m.kernel_size == (1, 1)
+    ]
 
 
 def classifier(
@@ -242,15 +328,25 @@ def classifier(
 ):
     "Module path of the layer that makes the logits, or else the last of `heads` that is called; empty if there is none."
     paths, seen = heads(net, classes), {}
-    if len(paths) < 2: return "".join(paths)
-    def keep(path, out): seen[path] = (seen.pop(path, None), out)[1]
+    if len(paths) < 2:
+        return "".join(paths)
+
+    def keep(path, out):
+        seen[path] = (seen.pop(path, None), out)[1]
+
     logits = dry_run(net, shape, paths, keep)
-    made = [p for p, out in seen.items() if out is logits or not logits.is_meta and isinstance(out, torch.Tensor) and out.equal(logits)]
+    made = [
+        p
+        for p, out in seen.items()
+        if out is logits
+        or (not logits.is_meta and isinstance(out, torch.Tensor) and out.equal(logits))
+    ]
     return (made or ["", *seen])[-1]
 
 # %% ../../nbs/lib/37_models.taps.ipynb #043cf0a8
 class Foreign(nn.Module):
     "Any classifier as a staged ANN: `model(x, features=True)`, `forward_from`, `feature_shapes`."
+
     T = None
 
     def __init__(
@@ -265,52 +361,100 @@ class Foreign(nn.Module):
     ):
         super().__init__()
         need(isinstance(model, nn.Module), f"model = {model!r}: give an nn.Module")
-        if tokens not in ("map", "raw"): raise unknown("form of tokens", tokens, ("map", "raw"))
+        if tokens not in ("map", "raw"):
+            raise unknown("form of tokens", tokens, ("map", "raw"))
         need(prefix in (None, "mean"), f"prefix = {prefix!r}: None or 'mean'")
-        for n, v in {"image_size": image_size, "in_channels": in_channels or 1, "input_size": input_size or 1}.items(): need(type(v) is int and v > 0, f"{n} = {v!r}: give a whole number of at least 1")
-        self.net, self.image_size, self.input_size, self.prefix = model, image_size, input_size, prefix
-        self.in_channels = in_channels or next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+        for n, v in {
+            "image_size": image_size,
+            "in_channels": in_channels or 1,
+            "input_size": input_size or 1,
+        }.items():
+            need(type(v) is int and v > 0, f"{n} = {v!r}: give a whole number of at least 1")
+        self.net, self.image_size, self.input_size, self.prefix = (
+            model,
+            image_size,
+            input_size,
+            prefix,
+        )
+        self.in_channels = in_channels or next(
+            (m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3
+        )
         logits, self.taps, outs = survey(model, self.shape(image_size), stages, tokens == "raw")
-        self.stage_names, self.num_classes, self.found = tuple(self.taps), logits.shape[-1], self.shapes_of(outs)
+        self.stage_names, self.num_classes, self.found = (
+            tuple(self.taps),
+            logits.shape[-1],
+            self.shapes_of(outs),
+        )
         head = classifier(model, self.num_classes, self.shape(image_size))
         self.num_features = model.get_submodule(head).weight.shape[1] if head else None
-        if not self.taps: warnings.warn(f"{type(model).__name__} has no stages that are known: it can teach by its logits, for features give stages=[…] of its module paths: {paths_in_words(model)}", stacklevel=2)
+        if not self.taps:
+            warnings.warn(
+                f"{type(model).__name__} has no stages that are known: it can teach by its logits, for features give stages=[…] of its module paths: {paths_in_words(model)}",
+                stacklevel=2,
+            )
 
     def get_submodule(self, target):
         "The module at a path, given as in this network or as in the wrapped one."
-        try: return super().get_submodule(target)
-        except AttributeError: return self.net.get_submodule(target)
+        try:
+            return super().get_submodule(target)
+        except AttributeError:
+            return self.net.get_submodule(target)
 
-    def shape(self, size): return (self.in_channels, *(self.input_size or size,) * 2)
-    def shapes_of(self, outs): return {n: tuple(to_map(out, self.taps[n]).shape[1:]) for n, out in outs.items()}
+    def shape(self, size):
+        return (self.in_channels, *(self.input_size or size,) * 2)
+
+    def shapes_of(self, outs):
+        return {n: tuple(to_map(out, self.taps[n]).shape[1:]) for n, out in outs.items()}
 
     def images(self, x):
         x = fold(x, None, self.in_channels)
-        return F.interpolate(x, (self.input_size,) * 2, mode="bilinear", antialias=True) if self.input_size else x
+        return (
+            F.interpolate(x, (self.input_size,) * 2, mode="bilinear", antialias=True)
+            if self.input_size
+            else x
+        )
 
     def forward(self, x, features=False):
         x, seen, taps = self.images(x), {}, {t.path: t for t in self.taps.values()}
         if not features:
             with protected():
                 return answer(self.net(x))
-        def keep(path, out): seen.setdefault(path, []).append(out.clone() if taps[path].copy else out)
-        with protected(), hooked(self.net, taps, keep): logits = answer(self.net(x))
-        return logits, {n: to_map(single(t.path, seen.get(t.path, ())), t, x.shape[2] / x.shape[3]) for n, t in self.taps.items()}
+
+        def keep(path, out):
+            seen.setdefault(path, []).append(out.clone() if taps[path].copy else out)
+
+        with protected(), hooked(self.net, taps, keep):
+            logits = answer(self.net(x))
+        return logits, {
+            n: to_map(single(t.path, seen.get(t.path, ())), t, x.shape[2] / x.shape[3])
+            for n, t in self.taps.items()
+        }
 
     def forward_from(self, stage, x, prefix=None):
         "Logits from the feature `x` that `stage` put out; `prefix` is as for `prefix_for`. Gradients flow into `x`."
-        if stage not in self.taps: raise unknown("stage", stage, self.stage_names)
+        if stage not in self.taps:
+            raise unknown("stage", stage, self.stage_names)
         tap, own = self.taps[stage], self.found[stage]
         fits = x.dim() == len(own) + 1 and tap.channels(x.shape[1:]) == tap.channels(own)
-        need(fits, f"feature of shape {tuple(x.shape)}: {stage} of this network puts out (B, {', '.join(map(str, own))})")
+        need(
+            fits,
+            f"feature of shape {tuple(x.shape)}: {stage} of this network puts out (B, {', '.join(map(str, own))})",
+        )
         out = from_map(x, tap, prefix_for(x, tap, prefix, self.prefix))
         with protected():
-            return run_from(self.net, tap.path, out.clone() if tap.copy else out, self.shape(self.image_size))
+            return run_from(
+                self.net, tap.path, out.clone() if tap.copy else out, self.shape(self.image_size)
+            )
 
     def feature_shapes(self, image_size=None):
         "{stage: (C, H, W)} for one image; of raw tokens (N, C). Another size than at first takes another dry run."
-        if image_size in (None, self.image_size): return dict(self.found)
-        return self.shapes_of(survey(self.net, self.shape(image_size), {n: t.path for n, t in self.taps.items()}).outputs)
+        if image_size in (None, self.image_size):
+            return dict(self.found)
+        return self.shapes_of(
+            survey(
+                self.net, self.shape(image_size), {n: t.path for n, t in self.taps.items()}
+            ).outputs
+        )
 
     def feature_channels(self):
         "{stage: C}."

@@ -11,7 +11,16 @@ from collections import OrderedDict
 
 from torch import nn
 
-from .blocks import Conv2d, Chain, Net, Stem, activation, linears, register_model, scaled
+from snnkd_nb.models.blocks import (
+    Chain,
+    Conv2d,
+    Net,
+    Stem,
+    activation,
+    linears,
+    register_model,
+    scaled,
+)
 
 # %% ../../nbs/lib/33_models.vgg.ipynb #50402544
 POOLS = {"A": nn.AvgPool2d, "M": nn.MaxPool2d}
@@ -26,7 +35,8 @@ def stage(
     "The stage a line of text describes, and the channels it puts out."
     parts = OrderedDict()
     for i, word in enumerate(text.split(), 1):
-        if word in POOLS: parts[f"pool{i}"] = POOLS[word](2, ceil_mode=True)
+        if word in POOLS:
+            parts[f"pool{i}"] = POOLS[word](2, ceil_mode=True)
         else:
             n, _, stride = word.partition("/")
             c_in, c = c, scaled(int(n), width)
@@ -70,10 +80,18 @@ def vgg(
     for text in stages:
         part, c = stage(text, c, width, act)
         parts.append(part)
-    if hidden is None: return Net(first, parts, linears((c, num_classes)), T=T, image_size=image_size)
+    if hidden is None:
+        return Net(first, parts, linears((c, num_classes)), T=T, image_size=image_size)
     pixels = halved(image_size, halvings([*stages, last])) ** 2
     head = linears((c * pixels, *(scaled(h, width) for h in hidden), num_classes))
-    return Net(first, parts, head, nn.Sequential(*stage(last, c, width, act)[0], nn.Flatten()), T, image_size)
+    return Net(
+        first,
+        parts,
+        head,
+        nn.Sequential(*stage(last, c, width, act)[0], nn.Flatten()),
+        T,
+        image_size,
+    )
 
 # %% ../../nbs/lib/33_models.vgg.ipynb #bd2ca8b6
 @register_model("SASTC (student)", "SASTC, published code")
@@ -100,10 +118,17 @@ def vgg11_rate(head_std=0.5, **common):
 @register_model("rate-based backpropagation", "Yu et al. 2024")
 def vgg13_rate(head_std=0.5, **common):
     "VGG-13 of rate-based backpropagation: ten convolutions, average pooling, one linear layer drawn from N(0, 0.5²)."
-    return wide_head(vgg(64, ["64", "A 128 128", "A 256 256", "A 512 512 512", "A 512"], **common), head_std)
+    return wide_head(
+        vgg(64, ["64", "A 128 128", "A 256 256", "A 512 512 512", "A 512"], **common), head_std
+    )
 
 # %% ../../nbs/lib/33_models.vgg.ipynb #6325d679
-@register_model("TET, SASTC, rate-based backpropagation (event data)", "Deng et al. 2022", in_channels=2, image_size=48)
+@register_model(
+    "TET, SASTC, rate-based backpropagation (event data)",
+    "Deng et al. 2022",
+    in_channels=2,
+    image_size=48,
+)
 def vggsnn(**common):
     "VGGSNN for event frames of 48×48 pixels in 2 channels: eight convolutions, average pooling, one linear layer on the flattened map."
     return vgg(64, ["128", "A 256 256", "A 512 512", "A 512 512"], hidden=(), last="A", **common)
@@ -113,4 +138,6 @@ def vggsnn(**common):
 def vgg13(image_size=32, **common):
     "VGG-13 with BatchNorm: ten convolutions, max pooling, one linear layer."
     last = "M 512 512" if image_size > 32 else "512 512"
-    return vgg(64, ["64", "M 128 128", "M 256 256", "M 512 512", last], image_size=image_size, **common)
+    return vgg(
+        64, ["64", "M 128 128", "M 256 256", "M 512 512", last], image_size=image_size, **common
+    )

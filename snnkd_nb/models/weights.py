@@ -21,9 +21,12 @@ def find_file(
     "The file of weights; `UserError` saying where it was looked for."
     places = (Path(name).expanduser(), data_dir() / "weights" / name)
     for p in places:
-        if p.is_file(): return p
+        if p.is_file():
+            return p
     where = " nor ".join(dict.fromkeys(str(p.absolute()) for p in places))
-    raise UserError(f"no weights {name}: {'neither ' if ' nor ' in where else 'no '}{where} exists; put the file there or give its path")
+    raise UserError(
+        f"no weights {name}: {'neither ' if ' nor ' in where else 'no '}{where} exists; put the file there or give its path"
+    )
 
 # %% ../../nbs/lib/34_models.weights.ipynb #1b563721
 def hash_in(
@@ -40,17 +43,28 @@ def check_hash(
     sha256=None,  # the first eight digits of its SHA-256, or more; None: those in its name, if any; False: anything will do
 ):
     "`UserError` if the file's SHA-256 does not begin like that."
-    if sha256 is False: return
-    good = sha256 is None or isinstance(sha256, str) and re.fullmatch(r"[0-9a-fA-F]{8,64}", sha256)
-    need(good, f"sha256 = {sha256!r}: give the first eight hexadecimal digits or more, or False to take the file as it is")
-    if not (digits := (sha256 or hash_in(path.name)).lower()): return
+    if sha256 is False:
+        return
+    good = sha256 is None or (
+        isinstance(sha256, str) and re.fullmatch(r"[0-9a-fA-F]{8,64}", sha256)
+    )
+    need(
+        good,
+        f"sha256 = {sha256!r}: give the first eight hexadecimal digits or more, or False to take the file as it is",
+    )
+    if not (digits := (sha256 or hash_in(path.name)).lower()):
+        return
     found = sha256_of(path)
     why = "" if sha256 else " as its name says (sha256=False if that is no hash)"
-    need(found.startswith(digits), f"{path}: SHA-256 begins with {found[: len(digits)]}, not {digits}{why}; the file is another or damaged, get it again")
+    need(
+        found.startswith(digits),
+        f"{path}: SHA-256 begins with {found[: len(digits)]}, not {digits}{why}; the file is another or damaged, get it again",
+    )
 
 # %% ../../nbs/lib/34_models.weights.ipynb #ba3ebf3a
 def _read(path):
-    if path.suffix != ".safetensors": return torch.load(path, map_location="cpu", weights_only=True)
+    if path.suffix != ".safetensors":
+        return torch.load(path, map_location="cpu", weights_only=True)
     from safetensors.torch import load_file
 
     return load_file(path)
@@ -70,10 +84,20 @@ def read_state(
     "The state dict in a file; `UserError` if it is changed or holds none. Wrappers (`state_dict`, `model`, `module.`) are taken off."
     path = find_file(name)
     check_hash(path, sha256)
-    try: state = _read(path)
-    except Exception as e: raise UserError(f"{path}: cannot be read as a state dict ({first_line(e)[:80]}); save model.state_dict() as .safetensors, or with torch.save") from e
-    for key in ("state_dict", "model"): state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-    need(isinstance(state, dict) and state and all(map(torch.is_tensor, state.values())), f"{path}: holds no state dict of tensors; save model.state_dict()")
+    try:
+        state = _read(path)
+    except Exception as e:
+        raise UserError(
+            f"{path}: cannot be read as a state dict ({first_line(e)[:80]}); save model.state_dict() as .safetensors, or with torch.save"
+        ) from e
+    for key in ("state_dict", "model"):
+        state = (
+            state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+        )
+    need(
+        isinstance(state, dict) and state and all(map(torch.is_tensor, state.values())),
+        f"{path}: holds no state dict of tensors; save model.state_dict()",
+    )
     return {k.removeprefix("module."): v for k, v in state.items()}
 
 # %% ../../nbs/lib/34_models.weights.ipynb #b312009e
@@ -83,8 +107,10 @@ def misfit(
 ):
     "The first thing that does not fit, in words; None if all does. Old files lack `num_batches_tracked`."
     for k, v in own.items():
-        if k not in state and not k.endswith("num_batches_tracked"): return f"{k} is missing"
-        if k in state and state[k].shape != v.shape: return f"{k} is {tuple(state[k].shape)}, the network has {tuple(v.shape)}"
+        if k not in state and not k.endswith("num_batches_tracked"):
+            return f"{k} is missing"
+        if k in state and state[k].shape != v.shape:
+            return f"{k} is {tuple(state[k].shape)}, the network has {tuple(v.shape)}"
     return next((f"{k} is unexpected" for k in state if k not in own), None)
 
 
@@ -95,10 +121,16 @@ def load_state(
     head=None,  # module path of a classifier to leave as it is; None: everything is loaded
 ):
     "The network with these weights; `UserError`, and the network untouched, if anything does not fit."
-    def body(s): return {k: v for k, v in s.items() if not head or not k.startswith(head + ".")}
+
+    def body(s):
+        return {k: v for k, v in s.items() if not head or not k.startswith(head + ".")}
+
     state = body(state)
     wrong = misfit(state, body(net.state_dict()))
-    need(not wrong, f"{what} does not fit {type(net).__name__}: {wrong}; give weights of this network, or head=False where only the classifier differs")
+    need(
+        not wrong,
+        f"{what} does not fit {type(net).__name__}: {wrong}; give weights of this network, or head=False where only the classifier differs",
+    )
     net.load_state_dict(state, strict=False)
     return net
 

@@ -8,16 +8,38 @@ __all__ = ['WideBlock', 'bare_stem', 'wrn', 'wrn16_2', 'wrn28_4', 'wrn40_2', 'Wi
 # %% ../../nbs/lib/34_models.wide.ipynb #91952fc3
 from torch import nn
 
-from .blocks import Conv2d, Bottleneck, Net, Pointwise, Stem, activation, last_norm, linears, norm_act, register_model, scaled, shortcut
+from snnkd_nb.models.blocks import (
+    Bottleneck,
+    Conv2d,
+    Net,
+    Pointwise,
+    Stem,
+    activation,
+    last_norm,
+    linears,
+    norm_act,
+    register_model,
+    scaled,
+    shortcut,
+)
 from .resnet import resnet
 
 # %% ../../nbs/lib/34_models.wide.ipynb #35f7efa0
 class WideBlock(nn.Module):
     "BN – activation – conv3×3 – BN – activation – conv3×3, and a shortcut without BatchNorm."
+
     def __init__(self, c_in, c, stride, act):
         super().__init__()
-        self.bn1, self.act1, self.conv1 = nn.BatchNorm2d(c_in), act(), Conv2d(c_in, c, 3, stride, 1, bias=False)
-        self.bn2, self.act2, self.conv2 = nn.BatchNorm2d(c), act(), Conv2d(c, c, 3, 1, 1, bias=False)
+        self.bn1, self.act1, self.conv1 = (
+            nn.BatchNorm2d(c_in),
+            act(),
+            Conv2d(c_in, c, 3, stride, 1, bias=False),
+        )
+        self.bn2, self.act2, self.conv2 = (
+            nn.BatchNorm2d(c),
+            act(),
+            Conv2d(c, c, 3, 1, 1, bias=False),
+        )
         self.shortcut = None if stride == 1 and c_in == c else Pointwise(c_in, c, stride)
 
     def forward(self, x):
@@ -54,7 +76,10 @@ def wrn(
     stem, groups = bare_stem(in_channels, c), []
     for i in range(3):
         c_in, c = c, scaled(16 * 2**i * k, width)
-        blocks = [WideBlock(c if b else c_in, c, 2 if i and not b else 1, act) for b in range(scaled(n, depth))]
+        blocks = [
+            WideBlock(c if b else c_in, c, 2 if i and not b else 1, act)
+            for b in range(scaled(n, depth))
+        ]
         groups.append(nn.Sequential(*blocks))
     pool = last_norm(c, act)
     return Net(stem, groups, linears((c, num_classes)), pool, T, image_size)
@@ -80,6 +105,7 @@ def wrn40_2(depth=1.0, **common):
 # %% ../../nbs/lib/34_models.wide.ipynb #8edef1a0
 class WideBottleneck(Bottleneck):
     "1×1, 3×3 (strided) and 1×1 convolutions with twice the channels at the end, and a shortcut."
+
     expansion = 2
 
     def __init__(self, c_in, c, stride, act, kind="conv", last=None):
@@ -88,10 +114,16 @@ class WideBottleneck(Bottleneck):
         self.shortcut = shortcut(c_in, 2 * c, stride, kind)
 
 # %% ../../nbs/lib/34_models.wide.ipynb #22d315f5
-def _bottleneck(stem, hidden, **common): return resnet(WideBottleneck, stem, (256, 512, 1024), (2, 1, 1), hidden=hidden, hidden_act=True, **common)
+def _bottleneck(stem, hidden, **common):
+    return resnet(
+        WideBottleneck, stem, (256, 512, 1024), (2, 1, 1), hidden=hidden, hidden_act=True, **common
+    )
 
 
-@register_model('SASTC (student, called "WRN-16-2" there)', "SASTC, published code; stem and head inferred from the count")
+@register_model(
+    'SASTC (student, called "WRN-16-2" there)',
+    "SASTC, published code; stem and head inferred from the count",
+)
 def bottleneck_sastc(depth=1.0, **common):
     "Stem 64, stages 512-1024-2048 of 2, 1, 1 bottlenecks twice as wide inside, head 2048 → 256 – neuron – K."
     return _bottleneck(64, (256,), depth=depth, **common)

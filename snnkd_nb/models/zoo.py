@@ -7,13 +7,25 @@ __all__ = ['BARS', 'list_models', 'is_foreign', 'no_model', 'check_model', 'entr
            'macs', 'sparkline', 'catalogue', 'in_words']
 
 # %% ../../nbs/lib/39_models.zoo.ipynb #aaf57589
-import fnmatch, itertools, re
+import fnmatch
+import itertools
+import re
 
 import torch
 
 from ..core import UserError, unknown
 from ..data.images import import_plugins
-from . import foreign, genome, imagenet, pyramid, resnet, resnet19, spikformer, vgg, wide
+from snnkd_nb.models import (  # noqa: F401 (each registers its networks)
+    foreign,
+    genome,
+    imagenet,
+    pyramid,
+    resnet,
+    resnet19,
+    spikformer,
+    vgg,
+    wide,
+)
 from .blocks import MODELS, eval_mode
 from .foreign import check_foreign, create_foreign
 from ..spec import need
@@ -33,16 +45,27 @@ def is_foreign(
     return isinstance(name, str) and ":" in name
 
 
-def _plain(name): return re.sub(r"^wideresnet", "wrn", re.sub(r"[^a-z0-9]", "", str(name).lower()))
+def _plain(name):
+    return re.sub(r"^wideresnet", "wrn", re.sub(r"[^a-z0-9]", "", str(name).lower()))
 
 
 def no_model(
     name,  # that does not exist
 ):
     "The `UserError` for it; a paper's spelling, e.g. WRN-16-2 or Spikformer-4-384, leads to ours."
-    same = [m for m in MODELS if _plain(m) == _plain(name)] or [m for m in MODELS if m.endswith("former") and _plain(name).startswith(m)]
-    hint = ", its blocks and features are options, see model_info" if same and same[0].endswith("former") else ""
-    return UserError(f"unknown model {name!r}: did you mean {same[0]!r}?{hint}") if same else unknown("model", name, MODELS)
+    same = [m for m in MODELS if _plain(m) == _plain(name)] or [
+        m for m in MODELS if m.endswith("former") and _plain(name).startswith(m)
+    ]
+    hint = (
+        ", its blocks and features are options, see model_info"
+        if same and same[0].endswith("former")
+        else ""
+    )
+    return (
+        UserError(f"unknown model {name!r}: did you mean {same[0]!r}?{hint}")
+        if same
+        else unknown("model", name, MODELS)
+    )
 
 # %% ../../nbs/lib/39_models.zoo.ipynb #4c24d05a
 def check_model(
@@ -51,10 +74,16 @@ def check_model(
     width=1.0,  # factor on its channels
 ):
     "Raise `UserError` for a name that does not exist, an ANN-only network that shall spike, or a width it cannot have."
-    if is_foreign(name): return check_foreign(*name.split(":", 1), T, width)
-    if name not in MODELS: import_plugins()
-    if name not in MODELS: raise no_model(name)
-    need(T is None or MODELS[name]["spiking"], f"T = {T!r}: {name} is an ordinary network without a spiking form; leave T=None, and let it teach another")
+    if is_foreign(name):
+        return check_foreign(*name.split(":", 1), T, width)
+    if name not in MODELS:
+        import_plugins()
+    if name not in MODELS:
+        raise no_model(name)
+    need(
+        T is None or MODELS[name]["spiking"],
+        f"T = {T!r}: {name} is an ordinary network without a spiking form; leave T=None, and let it teach another",
+    )
 
 
 def entry_of(
@@ -63,9 +92,17 @@ def entry_of(
 ):
     "What the registry knows of a network; of a library's what can be said of all of them."
     check_model(name, T)
-    if not is_foreign(name): return MODELS[name]
+    if not is_foreign(name):
+        return MODELS[name]
     library, own = name.split(":", 1)
-    return {"summary": f"{own} of {library}, an ANN only.", "paper": "", "defined": library, "options": {}, "spiking": False, "native": {"image_size": 224}}
+    return {
+        "summary": f"{own} of {library}, an ANN only.",
+        "paper": "",
+        "defined": library,
+        "options": {},
+        "spiking": False,
+        "native": {"image_size": 224},
+    }
 
 # %% ../../nbs/lib/39_models.zoo.ipynb #92094025
 def _count(name, value, low=1):
@@ -85,15 +122,33 @@ def create_model(
     **options,  # what this model alone knows, see `model_info(name)["options"]`
 ):
     "A network with fresh weights in channels_last memory; `UserError` for an unknown name, option or an impossible size."
-    entry, common = entry_of(name, T), dict(zip(_COMMON, (num_classes, T, neuron, width, in_channels, image_size, neuron_args)))
+    entry, common = (
+        entry_of(name, T),
+        dict(zip(_COMMON, (num_classes, T, neuron, width, in_channels, image_size, neuron_args))),
+    )
     for key in options:
-        if not is_foreign(name) and key not in entry["options"]: raise unknown(f"option of model {name!r}", key, [*entry["options"], *_COMMON])
-    if T is not None: _count("T (None makes an ANN)", T)
-    for key in ("num_classes", "in_channels", "image_size"): _count(key, common[key])
-    need(isinstance(width, (int, float)) and not isinstance(width, bool) and 0 < width < float("inf"), f"width = {width!r}: give a number above 0")
-    if is_foreign(name): net = create_foreign(*name.split(":", 1), num_classes, T, in_channels, image_size, width, **options)
-    else: net = entry["make"](**common, **options)
-    need(hasattr(net, "stage_names") and hasattr(net, "T"), f"model {name!r}: its function returned a {type(net).__name__}; let it return a Net of models.blocks, or Foreign(net, image_size=image_size) of models.taps")
+        if not is_foreign(name) and key not in entry["options"]:
+            raise unknown(f"option of model {name!r}", key, [*entry["options"], *_COMMON])
+    if T is not None:
+        _count("T (None makes an ANN)", T)
+    for key in ("num_classes", "in_channels", "image_size"):
+        _count(key, common[key])
+    need(
+        isinstance(width, (int, float))
+        and not isinstance(width, bool)
+        and 0 < width < float("inf"),
+        f"width = {width!r}: give a number above 0",
+    )
+    if is_foreign(name):
+        net = create_foreign(
+            *name.split(":", 1), num_classes, T, in_channels, image_size, width, **options
+        )
+    else:
+        net = entry["make"](**common, **options)
+    need(
+        hasattr(net, "stage_names") and hasattr(net, "T"),
+        f"model {name!r}: its function returned a {type(net).__name__}; let it return a Net of models.blocks, or Foreign(net, image_size=image_size) of models.taps",
+    )
     return net.to(memory_format=torch.channels_last)
 
 
@@ -110,7 +165,11 @@ def parameters(
 def _both(name, num_classes, **kw):
     entry = entry_of(name)
     kinds = {"ann": None, "snn": 1} if entry["spiking"] else {"ann": None}
-    with torch.device("meta"): return {k: create_model(name, num_classes, T=T, **{**entry["native"], **kw}) for k, T in kinds.items()}
+    with torch.device("meta"):
+        return {
+            k: create_model(name, num_classes, T=T, **{**entry["native"], **kw})
+            for k, T in kinds.items()
+        }
 
 
 def model_info(
@@ -121,7 +180,12 @@ def model_info(
     "What is known of a network: summary, paper, where it is defined, own options, stages, parameters as ANN and as SNN."
     entry, nets = entry_of(name), _both(name, num_classes, **kw)
     facts = {k: entry[k] for k in ("summary", "paper", "defined", "options", "spiking", "native")}
-    return {"name": name, **facts, "stages": nets["ann"].stage_names, "params": {k: parameters(n) for k, n in nets.items()}}
+    return {
+        "name": name,
+        **facts,
+        "stages": nets["ann"].stage_names,
+        "params": {k: parameters(n) for k, n in nets.items()},
+    }
 
 # %% ../../nbs/lib/39_models.zoo.ipynb #064cbb68
 def macs(
@@ -132,7 +196,8 @@ def macs(
     from torch.utils.flop_counter import FlopCounterMode
 
     device = next(model.parameters()).device
-    with eval_mode(model), FlopCounterMode(display=False) as counter: model(torch.zeros(1, *shape, device=device))
+    with eval_mode(model), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, *shape, device=device))
     return counter.get_total_flops() // 2
 
 
@@ -155,10 +220,22 @@ def catalogue(
     found = []
     for name in list_models(pattern):
         nets = _both(name, num_classes, **kw)
-        net, shapes, n = nets["ann"], list(nets["ann"].feature_shapes().values()), sum(s != "stem" for s in nets["ann"].stage_names)
-        found.append({"name": name, **{f"{k} params": parameters(n) / 1e6 for k, n in nets.items()},
-                      "macs": macs(net, (net.in_channels, net.image_size, net.image_size)) / 1e6, "input": f"{net.in_channels}×{net.image_size}²",
-                      "stages": n, "widths": sparkline([s[0] for s in shapes]), "stem and stages": in_words(shapes)})
+        net, shapes, n = (
+            nets["ann"],
+            list(nets["ann"].feature_shapes().values()),
+            sum(s != "stem" for s in nets["ann"].stage_names),
+        )
+        found.append(
+            {
+                "name": name,
+                **{f"{k} params": parameters(n) / 1e6 for k, n in nets.items()},
+                "macs": macs(net, (net.in_channels, net.image_size, net.image_size)) / 1e6,
+                "input": f"{net.in_channels}×{net.image_size}²",
+                "stages": n,
+                "widths": sparkline([s[0] for s in shapes]),
+                "stem and stages": in_words(shapes),
+            }
+        )
     return found
 
 

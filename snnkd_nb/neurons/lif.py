@@ -7,7 +7,9 @@ __all__ = ['GLOBAL_HOOKS', 'OPTIONS', 'NEURONS', 'leak', 'LIF', 'is_plain', 'one
            'with_overrides', 'create_neuron', 'FromSpikingJelly', 'ToSpikingJelly']
 
 # %% ../../nbs/lib/25_neurons.lif.ipynb #4155547e
-import functools, importlib, inspect
+import functools
+import importlib
+import inspect
 
 import torch
 from torch import nn
@@ -19,14 +21,20 @@ from ..kernels.surrogate import ATan, Sigmoid, Triangle, create_surrogate
 # %% ../../nbs/lib/25_neurons.lif.ipynb #0326242f
 def leak(tau, decay):
     "The leak λ from whichever of the two is given: λ = 1 - 1/τ."
-    if tau is None: return 0.5 if decay is None else decay
-    if decay is not None: raise UserError("give tau or decay, not both: decay = 1 - 1/tau")
-    if not tau > 1: raise UserError(f"tau={tau}: the membrane time constant is above 1 step; for no leak use decay=1 or IF")
+    if tau is None:
+        return 0.5 if decay is None else decay
+    if decay is not None:
+        raise UserError("give tau or decay, not both: decay = 1 - 1/tau")
+    if not tau > 1:
+        raise UserError(
+            f"tau={tau}: the membrane time constant is above 1 step; for no leak use decay=1 or IF"
+        )
     return 1 - 1 / tau
 
 # %% ../../nbs/lib/25_neurons.lif.ipynb #92245c38
 class LIF(nn.Module):
     "Leaky integrate-and-fire neurons over `T` folded time steps: (T·B, …) → spikes (T·B, …)."
+
     def __init__(
         self,
         T,  # time steps in the folded batch
@@ -36,18 +44,30 @@ class LIF(nn.Module):
         v_reset=0.0,  # membrane potential after a spike; None: soft reset, minus the threshold
         decay_input=False,  # whether the input is divided by τ as well
         detach_reset=False,  # whether the gradient ignores the reset's dependence on the spike
-        surrogate=Sigmoid(4.0),  # derivative of the spike, an object or a name of `kernels.surrogate`
+        surrogate=Sigmoid(
+            4.0
+        ),  # derivative of the spike, an object or a name of `kernels.surrogate`
         strict=False,  # fire at `>` instead of `>=`
         backend="auto",  # "fused", "triton", "reference" or "auto"
     ):
         super().__init__()
-        if not isinstance(T, int) or T < 1: raise UserError(f"T={T}: a spiking neuron needs a whole number of time steps, at least 1")
-        self.T, self.decay, self.v_threshold, self.v_reset = T, leak(tau, decay), v_threshold, v_reset
+        if not isinstance(T, int) or T < 1:
+            raise UserError(
+                f"T={T}: a spiking neuron needs a whole number of time steps, at least 1"
+            )
+        self.T, self.decay, self.v_threshold, self.v_reset = (
+            T,
+            leak(tau, decay),
+            v_threshold,
+            v_reset,
+        )
         self.decay_input, self.detach_reset, self.strict = decay_input, detach_reset, strict
         self.surrogate, self.backend = create_surrogate(surrogate), backend
-        if backend not in BACKENDS: raise unknown("backend", backend, BACKENDS)
+        if backend not in BACKENDS:
+            raise unknown("backend", backend, BACKENDS)
         for name, value in (("v_threshold", v_threshold), ("v_reset", v_reset or 0)):
-            if isinstance(value, (str, bytes)): raise UserError(f"{name}={value!r}: give a number")
+            if isinstance(value, (str, bytes)):
+                raise UserError(f"{name}={value!r}: give a number")
 
     def options(self):
         "The neuron's part of the arguments of `kernels.lif.lif`."
@@ -55,21 +75,37 @@ class LIF(nn.Module):
 
     def forward(self, x, static=False):
         "`static`: x is (B, …), the same in every step, and is not repeated in memory."
-        if not isinstance(x, torch.Tensor) and hasattr(x, "fire"): return x.fire(self)  # a `Rate` of `neurons.rate`
+        if not isinstance(x, torch.Tensor) and hasattr(x, "fire"):
+            return x.fire(self)  # a `Rate` of `neurons.rate`
         y = lif(x, T=self.T, static=static, **self.options())
         return y.flatten(0, 1) if static else y
 
     def after(self, norm, x, residual=None):
         "Spikes of `norm(x) + residual`: in one pass over memory (`kernels.norm`) where nobody watches and a kernel covers it."
-        plain = torch.compiler.is_compiling() or not is_plain(self) or watched(self, norm) or x.shape[0] % self.T
+        plain = (
+            torch.compiler.is_compiling()
+            or not is_plain(self)
+            or watched(self, norm)
+            or x.shape[0] % self.T
+        )
         engine = None if plain else engine_for(x, self.surrogate, self.backend, self.T)
         if not engine or not one_pass().covers(norm, x, residual):
             y = norm(x)
             return self(y if residual is None else y + residual)
         numbers = task(engine, *(getattr(self, k) for k in OPTIONS[:-1]))
-        return one_pass().norm_fire(x, norm, self.T, numbers, residual, engine if x.is_cuda or self.backend == "triton" else one_pass().CPU)
+        return one_pass().norm_fire(
+            x,
+            norm,
+            self.T,
+            numbers,
+            residual,
+            engine if x.is_cuda or self.backend == "triton" else one_pass().CPU,
+        )
 
-    def extra_repr(self): return f"T={self.T}, " + ", ".join(f"{k}={v}" for k, v in self.options().items() if k != "backend")
+    def extra_repr(self):
+        return f"T={self.T}, " + ", ".join(
+            f"{k}={v}" for k, v in self.options().items() if k != "backend"
+        )
 
 # %% ../../nbs/lib/25_neurons.lif.ipynb #b46386c4
 def is_plain(
@@ -86,7 +122,11 @@ def one_pass():
 
 
 # PyTorch keeps the hooks of all modules in these dicts; not every version has a function that looks into them
-GLOBAL_HOOKS = tuple(name for name in vars(torch.nn.modules.module) if name.startswith(("_global_forward", "_global_backward")) and name.endswith("hooks"))
+GLOBAL_HOOKS = tuple(
+    name
+    for name in vars(torch.nn.modules.module)
+    if name.startswith(("_global_forward", "_global_backward")) and name.endswith("hooks")
+)
 
 
 def watched(
@@ -99,11 +139,21 @@ def watched(
     return any(getattr(torch.nn.modules.module, name) for name in GLOBAL_HOOKS)
 
 
-OPTIONS = ("decay", "v_threshold", "v_reset", "decay_input", "detach_reset", "surrogate", "strict", "backend")
+OPTIONS = (
+    "decay",
+    "v_threshold",
+    "v_reset",
+    "decay_input",
+    "detach_reset",
+    "surrogate",
+    "strict",
+    "backend",
+)
 
 # %% ../../nbs/lib/25_neurons.lif.ipynb #2476524f
 class IF(LIF):
     "Integrate-and-fire neurons: no leak."
+
     def __init__(
         self,
         T,  # time steps in the folded batch
@@ -113,13 +163,18 @@ class IF(LIF):
 
 # %% ../../nbs/lib/25_neurons.lif.ipynb #66df18c4
 NEURONS = {
-    "tet": dict(decay=0.5, strict=True, surrogate=Triangle(1.0)),
-    "rate": dict(decay=0.2, v_reset=None, detach_reset=True, surrogate=Sigmoid(4.0)),
-    "sew": dict(decay=1.0, detach_reset=True, surrogate=ATan(2.0)),
-    "spikformer": dict(tau=2.0, decay_input=True, detach_reset=True, surrogate=Sigmoid(4.0)),
-    "dsas": dict(tau=2.0, decay_input=True, surrogate=Sigmoid(4.0)),
+    "tet": {"decay": 0.5, "strict": True, "surrogate": Triangle(1.0)},
+    "rate": {"decay": 0.2, "v_reset": None, "detach_reset": True, "surrogate": Sigmoid(4.0)},
+    "sew": {"decay": 1.0, "detach_reset": True, "surrogate": ATan(2.0)},
+    "spikformer": {
+        "tau": 2.0,
+        "decay_input": True,
+        "detach_reset": True,
+        "surrogate": Sigmoid(4.0),
+    },
+    "dsas": {"tau": 2.0, "decay_input": True, "surrogate": Sigmoid(4.0)},
     "lif": {},
-    "if": dict(decay=1.0),
+    "if": {"decay": 1.0},
 }
 
 
@@ -130,15 +185,22 @@ def list_neurons():
 # %% ../../nbs/lib/25_neurons.lif.ipynb #ef71ffab
 def with_overrides(preset, overrides):
     "Options of a preset after overrides; `alpha` or `gamma` sets the value of the surrogate, `tau` displaces `decay`."
-    valid = [k for k in inspect.signature(LIF.__init__).parameters if k not in ("self", "T")] + ["alpha", "gamma"]
+    valid = [k for k in inspect.signature(LIF.__init__).parameters if k not in ("self", "T")] + [
+        "alpha",
+        "gamma",
+    ]
     for k in overrides:
-        if k not in valid: raise unknown("neuron option", k, valid)
+        if k not in valid:
+            raise unknown("neuron option", k, valid)
     gone = {"tau": "decay", "decay": "tau"}
     kw = {k: v for k, v in preset.items() if gone.get(k) not in overrides} | overrides
     for k in ("alpha", "gamma"):
         if k in kw:
             g = create_surrogate(kw.get("surrogate", Sigmoid(4.0)))
-            if k not in vars(g): raise UserError(f"{k}={kw[k]}: {type(g).__name__} has {next(iter(vars(g)))!r}; or name another surrogate")
+            if k not in vars(g):
+                raise UserError(
+                    f"{k}={kw[k]}: {type(g).__name__} has {next(iter(vars(g)))!r}; or name another surrogate"
+                )
             kw["surrogate"] = create_surrogate(g, kw.pop(k))
     return kw
 
@@ -149,25 +211,30 @@ def create_neuron(
     **overrides,  # options of `LIF`, and `alpha` or `gamma` for its surrogate
 ):
     "A neuron layer of `T` folded steps."
-    if callable(name): return name(T, **overrides)
-    if name not in NEURONS: raise unknown("neuron", name, NEURONS)
+    if callable(name):
+        return name(T, **overrides)
+    if name not in NEURONS:
+        raise unknown("neuron", name, NEURONS)
     return LIF(T, **with_overrides(NEURONS[name], overrides))
 
 # %% ../../nbs/lib/25_neurons.lif.ipynb #f9403a6d
 class FromSpikingJelly(nn.Module):
     "A SpikingJelly neuron for folded tensors (T·B, …), without memory between batches."
+
     def __init__(
         self,
         node,  # a SpikingJelly neuron; it is set to multi-step mode
         T,  # time steps in the folded batch
     ):
         super().__init__()
-        if T < 1: raise UserError(f"T={T}: a spiking neuron needs at least one time step")
+        if T < 1:
+            raise UserError(f"T={T}: a spiking neuron needs at least one time step")
         self.node, self.T = node, T
         node.step_mode = "m"
 
     def forward(self, x):
-        if x.shape[0] % self.T: raise UserError(f"{x.shape[0]} rows do not fold into T={self.T} steps")
+        if x.shape[0] % self.T:
+            raise UserError(f"{x.shape[0]} rows do not fold into T={self.T} steps")
         self.node.reset()
         y = self.node(x.unflatten(0, (self.T, x.shape[0] // self.T))).flatten(0, 1)
         self.node.reset()
@@ -177,6 +244,7 @@ class FromSpikingJelly(nn.Module):
 # %% ../../nbs/lib/25_neurons.lif.ipynb #d57fa3f4
 class ToSpikingJelly(nn.Module):
     "One of our neurons for SpikingJelly's multi-step models, (T, B, …) in and out."
+
     def __init__(
         self,
         neuron="lif",  # a name of `list_neurons()`
@@ -184,10 +252,12 @@ class ToSpikingJelly(nn.Module):
         **overrides,  # options of `LIF`; and `step_mode`
     ):
         super().__init__()
-        if surrogate_function is not None: overrides["surrogate"] = surrogate_function
+        if surrogate_function is not None:
+            overrides["surrogate"] = surrogate_function
         self.step_mode = overrides.pop("step_mode", "m")
         self.neuron = create_neuron(neuron, 1, **overrides)
 
     def forward(self, x_seq):
-        if self.step_mode != "m": raise UserError("our neurons run all steps at once: functional.set_step_mode(net, 'm')")
+        if self.step_mode != "m":
+            raise UserError("our neurons run all steps at once: functional.set_step_mode(net, 'm')")
         return lif(x_seq, **self.neuron.options())

@@ -9,7 +9,11 @@ __all__ = ['RULES', 'FACTS', 'SHAPED', 'LIGHT', 'Passed', 'mean_of', 'Operators'
            'unflattened', 'reshaped', 'summed', 'of_images', 'product', 'elementwise']
 
 # %% ../../nbs/lib/27_neurons.rate.ipynb #399487f6
-import contextlib, functools, re, sys, traceback
+import contextlib
+import functools
+import re
+import sys
+import traceback
 
 import torch
 from torch import nn
@@ -21,10 +25,13 @@ from .stream import Later, in_parts, portions, room
 # %% ../../nbs/lib/27_neurons.rate.ipynb #8cfa6e7b
 class Passed(torch.autograd.Function):
     "The value given, whatever x is; the gradient of x is that of the value times `slope` (None: one)."
+
     @staticmethod
     def forward(ctx, x, value, slope):
         ctx.tensor, ctx.slope = torch.is_tensor(slope), slope
-        if ctx.tensor: ctx.save_for_backward(slope), delattr(ctx, "slope")
+        if ctx.tensor:
+            ctx.save_for_backward(slope)
+            delattr(ctx, "slope")
         return value.clone() if value is x else value
 
     @staticmethod
@@ -43,53 +50,136 @@ def mean_of(
 
 # %% ../../nbs/lib/27_neurons.rate.ipynb #5e0a7430
 RULES = {}
-FACTS = ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad", "grad_fn", "dim", "size", "numel", "is_floating_point", "is_contiguous", "stride")
+FACTS = (
+    "shape",
+    "dtype",
+    "device",
+    "ndim",
+    "layout",
+    "is_cuda",
+    "requires_grad",
+    "grad_fn",
+    "dim",
+    "size",
+    "numel",
+    "is_floating_point",
+    "is_contiguous",
+    "stride",
+)
 
 # %% ../../nbs/lib/27_neurons.rate.ipynb #dadcde25
 class Operators:
     "Python's operators as functions of PyTorch."
-    def __getitem__(self, i): return by_rule(torch.Tensor.__getitem__, self, i)
-    def __add__(self, other): return by_rule(torch.add, self, other)
-    def __radd__(self, other): return by_rule(torch.add, other, self)
-    def __sub__(self, other): return by_rule(torch.sub, self, other)
-    def __rsub__(self, other): return by_rule(torch.rsub, self, other)
-    def __neg__(self): return by_rule(torch.neg, self)
-    def __pos__(self): return by_rule(torch.positive, self)
-    def __abs__(self): return by_rule(torch.abs, self)
-    def __invert__(self): return by_rule(torch.bitwise_not, self)
-    def __eq__(self, other): return by_rule(torch.eq, self, other)
-    def __ne__(self, other): return by_rule(torch.ne, self, other)
-    def __gt__(self, other): return by_rule(torch.gt, self, other)
-    def __ge__(self, other): return by_rule(torch.ge, self, other)
-    def __lt__(self, other): return by_rule(torch.lt, self, other)
-    def __le__(self, other): return by_rule(torch.le, self, other)
-    def __mul__(self, other): return by_rule(torch.mul, self, other)
-    def __rmul__(self, other): return by_rule(torch.mul, other, self)
-    def __truediv__(self, other): return by_rule(torch.div, self, other)
-    def __rtruediv__(self, other): return by_rule(torch.div, other, self)
-    def __matmul__(self, other): return by_rule(torch.matmul, self, other)
-    def __pow__(self, other): return by_rule(torch.pow, self, other)
-    def __rpow__(self, other): return by_rule(torch.pow, other, self)
-    def __floordiv__(self, other): return by_rule(torch.floor_divide, self, other)
-    def __rfloordiv__(self, other): return by_rule(torch.floor_divide, other, self)
-    def __mod__(self, other): return by_rule(torch.remainder, self, other)
-    def __rmod__(self, other): return by_rule(torch.remainder, other, self)
-    def __and__(self, other): return by_rule(torch.bitwise_and, self, other)
-    def __or__(self, other): return by_rule(torch.bitwise_or, self, other)
-    def __xor__(self, other): return by_rule(torch.bitwise_xor, self, other)
+
+    def __getitem__(self, i):
+        return by_rule(torch.Tensor.__getitem__, self, i)
+
+    def __add__(self, other):
+        return by_rule(torch.add, self, other)
+
+    def __radd__(self, other):
+        return by_rule(torch.add, other, self)
+
+    def __sub__(self, other):
+        return by_rule(torch.sub, self, other)
+
+    def __rsub__(self, other):
+        return by_rule(torch.rsub, self, other)
+
+    def __neg__(self):
+        return by_rule(torch.neg, self)
+
+    def __pos__(self):
+        return by_rule(torch.positive, self)
+
+    def __abs__(self):
+        return by_rule(torch.abs, self)
+
+    def __invert__(self):
+        return by_rule(torch.bitwise_not, self)
+
+    def __eq__(self, other):
+        return by_rule(torch.eq, self, other)
+
+    def __ne__(self, other):
+        return by_rule(torch.ne, self, other)
+
+    def __gt__(self, other):
+        return by_rule(torch.gt, self, other)
+
+    def __ge__(self, other):
+        return by_rule(torch.ge, self, other)
+
+    def __lt__(self, other):
+        return by_rule(torch.lt, self, other)
+
+    def __le__(self, other):
+        return by_rule(torch.le, self, other)
+
+    def __mul__(self, other):
+        return by_rule(torch.mul, self, other)
+
+    def __rmul__(self, other):
+        return by_rule(torch.mul, other, self)
+
+    def __truediv__(self, other):
+        return by_rule(torch.div, self, other)
+
+    def __rtruediv__(self, other):
+        return by_rule(torch.div, other, self)
+
+    def __matmul__(self, other):
+        return by_rule(torch.matmul, self, other)
+
+    def __pow__(self, other):
+        return by_rule(torch.pow, self, other)
+
+    def __rpow__(self, other):
+        return by_rule(torch.pow, other, self)
+
+    def __floordiv__(self, other):
+        return by_rule(torch.floor_divide, self, other)
+
+    def __rfloordiv__(self, other):
+        return by_rule(torch.floor_divide, other, self)
+
+    def __mod__(self, other):
+        return by_rule(torch.remainder, self, other)
+
+    def __rmod__(self, other):
+        return by_rule(torch.remainder, other, self)
+
+    def __and__(self, other):
+        return by_rule(torch.bitwise_and, self, other)
+
+    def __or__(self, other):
+        return by_rule(torch.bitwise_or, self, other)
+
+    def __xor__(self, other):
+        return by_rule(torch.bitwise_xor, self, other)
+
     __rand__, __ror__, __rxor__ = __and__, __or__, __xor__
-    def __setitem__(self, i, value): by_rule(torch.Tensor.__setitem__, self, i, value)
-    def __contains__(self, value): by_rule(torch.Tensor.__contains__, self, value)
-    def __bool__(self): return by_rule(torch.Tensor.__bool__, self)
+
+    def __setitem__(self, i, value):
+        by_rule(torch.Tensor.__setitem__, self, i, value)
+
+    def __contains__(self, value):
+        by_rule(torch.Tensor.__contains__, self, value)
+
+    def __bool__(self):
+        return by_rule(torch.Tensor.__bool__, self)
+
     __hash__ = object.__hash__
 
 # %% ../../nbs/lib/27_neurons.rate.ipynb #ca0b2d56
 class Steps(Operators):
     "The half of a `Rate` without a graph: `T` steps, `whole`, as they are kept."
+
     @property
     def kept(self):
         "Steps, bits or None; what was to be computed later is computed."
-        if self.later: self.whole = filled(self)
+        if self.later:
+            self.whole = filled(self)
         return self.whole
 
     @property
@@ -98,31 +188,45 @@ class Steps(Operators):
         return unpacked(self.kept, self.T, self.dtype) if self.packed else self.kept
 
     @property
-    def later(self): return isinstance(self.whole, Later)
+    def later(self):
+        return isinstance(self.whole, Later)
 
     @property
-    def still(self): return self.whole is None
+    def still(self):
+        return self.whole is None
 
     @property
-    def packed(self): return self.whole is not None and self.whole.dtype == torch.uint8
+    def packed(self):
+        return self.whole is not None and self.whole.dtype == torch.uint8
 
     @property
-    def light(self): return self.packed or self.later and self.whole.light
+    def light(self):
+        return self.packed or (self.later and self.whole.light)
 
     def each(self, beside=None):
         "(i, j, all steps of the images i to j), part by part; the parts are such that those of a rate beside it are not too large either."
-        for i, j in max((x.ranges() for x in (self, beside) if x is not None), key=len): yield i, j, self.part(i, j)
+        for i, j in max((x.ranges() for x in (self, beside) if x is not None), key=len):
+            yield i, j, self.part(i, j)
 
     def ranges(self):
         "The images of every part; what is neither bits nor to be computed is one part."
-        if self.later: return self.whole.ranges
-        return portions(len(self), self.T * self.numel() // max(1, len(self)) * self.graph.element_size()) if self.packed and len(self) else [(0, len(self))]
+        if self.later:
+            return self.whole.ranges
+        return (
+            portions(
+                len(self), self.T * self.numel() // max(1, len(self)) * self.graph.element_size()
+            )
+            if self.packed and len(self)
+            else [(0, len(self))]
+        )
 
-    def part(self, i, j): return some_images(self, i, j)
+    def part(self, i, j):
+        return some_images(self, i, j)
 
 # %% ../../nbs/lib/27_neurons.rate.ipynb #c50b80f7
 class Rate(Steps):
     "T steps without a graph and their mean with one."
+
     def __init__(
         self,
         rate,  # (B, …), the mean of the steps, with its graph
@@ -137,27 +241,40 @@ class Rate(Steps):
         "The mean of the steps, with its graph."
         if self.due is not None:
             with torch.no_grad():
-                for i, j, steps in self.each(): self.due[i:j] = mean_of(steps, self.T)
+                for i, j, steps in self.each():
+                    self.due[i:j] = mean_of(steps, self.T)
             self.due = None
         return self.graph
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None): return by_rule(func, *args, **(kwargs or {}))
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return by_rule(func, *args, **(kwargs or {}))
 
     def __getattr__(self, name):
-        if name in FACTS: return getattr(self.graph, name)
-        if name.startswith("__") or not hasattr(torch.Tensor, name): raise AttributeError(f"'Rate' object has no attribute {name!r}")
-        if not callable(method := getattr(torch.Tensor, name)): raise no_rule(name)
+        if name in FACTS:
+            return getattr(self.graph, name)
+        if name.startswith("__") or not hasattr(torch.Tensor, name):
+            raise AttributeError(f"'Rate' object has no attribute {name!r}")
+        if not callable(method := getattr(torch.Tensor, name)):
+            raise no_rule(name)
         return functools.partial(by_rule, method, self)
 
-    def __len__(self): return len(self.graph)
-    def __repr__(self): return f"Rate(T={self.T}, shape={tuple(self.graph.shape)})"
+    def __len__(self):
+        return len(self.graph)
+
+    def __repr__(self):
+        return f"Rate(T={self.T}, shape={tuple(self.graph.shape)})"
 
     def spread(self):
         "The same with its steps written out."
-        return Rate(self.rate, in_every_step(self.rate.detach(), self.T), self.T) if self.still else self
+        return (
+            Rate(self.rate, in_every_step(self.rate.detach(), self.T), self.T)
+            if self.still
+            else self
+        )
 
-    def fire(self, act): return RULES["fire"](self, act)
+    def fire(self, act):
+        return RULES["fire"](self, act)
 
     def out(self, divide=1):
         "What leaves the network, (1, B, …): the rate, its gradient divided."
@@ -166,17 +283,25 @@ class Rate(Steps):
 # %% ../../nbs/lib/27_neurons.rate.ipynb #cf603925
 def in_every_step(x, T):
     "(B, …) repeated to (T·B, …) in its memory format."
-    if x.dim() != 4: return x.repeat(T, *[1] * (x.dim() - 1))
+    if x.dim() != 4:
+        return x.repeat(T, *[1] * (x.dim() - 1))
     return x.permute(0, 2, 3, 1).expand(T, -1, -1, -1, -1).flatten(0, 1).permute(0, 3, 1, 2)
 
 
 @torch.no_grad()
 def some_images(x, i, j):
     "All steps of the images i to j of a `Rate`, (T·(j - i), …)."
-    if x.later: return x.whole.part(i, j)
-    if x.still: return in_every_step(x.graph[i:j], x.T)
-    if j - i == len(x): return x.steps
-    return unpacked(bits_of(x, i, j), x.T, x.dtype) if x.packed else torch.cat([x.whole[k + i : k + j] for k in range(0, len(x.whole), len(x))])
+    if x.later:
+        return x.whole.part(i, j)
+    if x.still:
+        return in_every_step(x.graph[i:j], x.T)
+    if j - i == len(x):
+        return x.steps
+    return (
+        unpacked(bits_of(x, i, j), x.T, x.dtype)
+        if x.packed
+        else torch.cat([x.whole[k + i : k + j] for k in range(0, len(x.whole), len(x))])
+    )
 
 
 def bits_of(x, i, j):
@@ -188,8 +313,14 @@ def bits_of(x, i, j):
 @torch.no_grad()
 def filled(x):
     "The steps (T·B, …) of a `Rate` that were to be computed later."
-    y = torch.empty_strided((x.T, len(x), *x.whole.shape[1:]), (x.whole.stride()[0] * len(x), *x.whole.stride()), dtype=x.whole.dtype, device=x.device)
-    for i, j, steps in x.each(): y[:, i:j] = steps.unflatten(0, (x.T, j - i))
+    y = torch.empty_strided(
+        (x.T, len(x), *x.whole.shape[1:]),
+        (x.whole.stride()[0] * len(x), *x.whole.stride()),
+        dtype=x.whole.dtype,
+        device=x.device,
+    )
+    for i, j, steps in x.each():
+        y[:, i:j] = steps.unflatten(0, (x.T, j - i))
     return y.flatten(0, 1)
 
 # %% ../../nbs/lib/27_neurons.rate.ipynb #451ac55a
@@ -203,28 +334,39 @@ def put_together(
     whole = None
     for i, j, steps in x.each(beside):
         first, *rest = run(i, j, steps)
-        if j - i == len(x): return first, *rest
+        if j - i == len(x):
+            return first, *rest
         found = (first if first.dtype == torch.uint8 else packed(first, x.T), *rest)
         whole = whole or [room(v, dim, len(x)) for v, dim in zip(found, dims)]
-        for v, w, dim in zip(found, whole, dims): w.narrow(dim, i, j - i).copy_(v)
+        for v, w, dim in zip(found, whole, dims):
+            w.narrow(dim, i, j - i).copy_(v)
     return whole
 
 # %% ../../nbs/lib/27_neurons.rate.ipynb #4c7d0e12
 def by_rule(func, *args, **kwargs):
     "A function of PyTorch on arguments among which are rates; `UserError` where there is no rule, or one for other arguments."
-    if in_function(): raise no_rule("torch.autograd.Function")
+    if in_function():
+        raise no_rule("torch.autograd.Function")
     rule = RULES.get(plain_name(func))
-    if rule is None: raise no_rule(func.__name__)
-    try: return rule(func, *args, **kwargs)
-    except TypeError as e: raise no_rule(func.__name__) from e
+    if rule is None:
+        raise no_rule(func.__name__)
+    try:
+        return rule(func, *args, **kwargs)
+    except TypeError as e:
+        raise no_rule(func.__name__) from e
 
 
-def plain_name(func): return func.__name__.strip("_") if func.__name__.endswith("__") else func.__name__
+def plain_name(func):
+    return func.__name__.strip("_") if func.__name__.endswith("__") else func.__name__
 
 
 def in_function():
     "Whether a `torch.autograd.Function` computes its value: both gradient modes are off there, under `no_grad` only the first."
-    return not (torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
+    return not (
+        torch.is_grad_enabled()
+        or torch._C._is_fwd_grad_enabled()
+        or torch.is_inference_mode_enabled()
+    )
 
 
 def place(
@@ -232,10 +374,15 @@ def place(
 ):
     "The innermost module of the network in which they are, and its path."
     found = [m for f in frames if isinstance(m := f.f_locals.get("self"), nn.Module)]
-    if not found: return "the caller"
+    if not found:
+        return "the caller"
     paths = {id(m): path for path, m in found[-1].named_modules() if path}
     known = next((m for m in found if id(m) in paths), found[0])
-    return f"{type(known).__name__}, {paths[id(known)]}" if id(known) in paths else type(known).__name__
+    return (
+        f"{type(known).__name__}, {paths[id(known)]}"
+        if id(known) in paths
+        else type(known).__name__
+    )
 
 # %% ../../nbs/lib/27_neurons.rate.ipynb #35bdd3db
 def no_rule(
@@ -244,17 +391,24 @@ def no_rule(
 ):
     "The error, with the innermost module that called it."
     where = where or place(f for f, _ in traceback.walk_stack(sys._getframe()))
-    return UserError(f"rate-based backpropagation does not know what {what!r} does to a firing rate (in {where}): train with gradient='bptt', or build the layer from convolutions, BatchNorm, pooling and the neurons of list_neurons()")
+    return UserError(
+        f"rate-based backpropagation does not know what {what!r} does to a firing rate (in {where}): train with gradient='bptt', or build the layer from convolutions, BatchNorm, pooling and the neurons of list_neurons()"
+    )
 
 
 @contextlib.contextmanager
 def explained():
     "What fails inside because it was made for tensors and given a `Rate` fails with the error of `no_rule`."
-    try: yield
+    try:
+        yield
     except (TypeError, AttributeError, ValueError, RuntimeError) as e:
-        if str(e).startswith("rate-based") or not re.search(r"\bRate\b", str(e)): raise
+        if str(e).startswith("rate-based") or not re.search(r"\bRate\b", str(e)):
+            raise
         inside, around = traceback.walk_tb(e.__traceback__), traceback.walk_stack(sys._getframe())
-        raise no_rule("forward", f"{place(f for f, _ in [*list(inside)[::-1], *around])}: {str(e).splitlines()[0]}") from e
+        raise no_rule(
+            "forward",
+            f"{place(f for f, _ in [*list(inside)[::-1], *around])}: {str(e).splitlines()[0]}",
+        ) from e
 
 
 def rule(
@@ -266,8 +420,10 @@ def rule(
 # %% ../../nbs/lib/27_neurons.rate.ipynb #0f37c160
 def parts(x, pick):
     "Arguments with every `Rate` in them replaced by `pick(rate)`."
-    if isinstance(x, Rate): return pick(x)
-    if isinstance(x, (tuple, list)): return type(x)(parts(v, pick) for v in x)
+    if isinstance(x, Rate):
+        return pick(x)
+    if isinstance(x, (tuple, list)):
+        return type(x)(parts(v, pick) for v in x)
     return {k: parts(v, pick) for k, v in x.items()} if isinstance(x, dict) else x
 
 
@@ -280,42 +436,104 @@ def rates_in(x):
 
 def joined(rate, steps, T, what):
     "The pair of two results, or a tuple of pairs of two tuples."
-    if isinstance(rate, (tuple, list)): return type(rate)(joined(r, s, T, what) for r, s in zip(rate, steps))
-    if rate.dim() != steps.dim() or not rate.dim() or len(steps) != T * len(rate): raise no_rule(what)
+    if isinstance(rate, (tuple, list)):
+        return type(rate)(joined(r, s, T, what) for r, s in zip(rate, steps))
+    if rate.dim() != steps.dim() or not rate.dim() or len(steps) != T * len(rate):
+        raise no_rule(what)
     return Rate(rate, steps, T)
 
 # %% ../../nbs/lib/27_neurons.rate.ipynb #efaeb2fe
-@rule("conv1d", "conv3d", "conv_transpose2d", "linear", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "pad", "mean", "sum",
-      "neg", "permute", "transpose", "flatten", "squeeze", "unsqueeze", "contiguous", "clone", "to", "float", "type", "movedim")
+@rule(
+    "conv1d",
+    "conv3d",
+    "conv_transpose2d",
+    "linear",
+    "avg_pool1d",
+    "avg_pool2d",
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "pad",
+    "mean",
+    "sum",
+    "neg",
+    "permute",
+    "transpose",
+    "flatten",
+    "squeeze",
+    "unsqueeze",
+    "contiguous",
+    "clone",
+    "to",
+    "float",
+    "type",
+    "movedim",
+)
 def commutes(func, *args, **kwargs):
     "Both parts through the same function, the steps without a graph."
     found = rates_in((args, kwargs))
-    rate = real(shaped(func, *parts(args, lambda x: x.rate), **parts(kwargs, lambda x: x.rate)), func.__name__)
-    if all(x.still for x in found): return parts(rate, None) if isinstance(rate, (tuple, list)) and not rate else still(rate, found[0].T)
-    if func.__name__ in LIGHT and any(x.light or x.later for x in found) and (y := delayed(func, rate, found, args, kwargs)) is not None: return y
+    rate = real(
+        shaped(func, *parts(args, lambda x: x.rate), **parts(kwargs, lambda x: x.rate)),
+        func.__name__,
+    )
+    if all(x.still for x in found):
+        return (
+            parts(rate, None)
+            if isinstance(rate, (tuple, list)) and not rate
+            else still(rate, found[0].T)
+        )
+    if (
+        func.__name__ in LIGHT
+        and any(x.light or x.later for x in found)
+        and (y := delayed(func, rate, found, args, kwargs)) is not None
+    ):
+        return y
     with torch.no_grad():
-        try: steps = func(*parts(args, lambda x: x.spread().steps), **parts(kwargs, lambda x: x.spread().steps))
-        except torch.cuda.OutOfMemoryError: raise
-        except RuntimeError: raise no_rule(func.__name__) from None
+        try:
+            steps = func(
+                *parts(args, lambda x: x.spread().steps),
+                **parts(kwargs, lambda x: x.spread().steps),
+            )
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            raise no_rule(func.__name__) from None
     return joined(rate, steps, found[0].T, func.__name__)
 
 
-SHAPED = ("view", "reshape", "unflatten", "add", "sub", "radd", "rsub", "mul", "rmul", "div", "truediv", "matmul", "bmm")
+SHAPED = (
+    "view",
+    "reshape",
+    "unflatten",
+    "add",
+    "sub",
+    "radd",
+    "rsub",
+    "mul",
+    "rmul",
+    "div",
+    "truediv",
+    "matmul",
+    "bmm",
+)
 
 
 def shaped(func, *args, **kwargs):
     "The result; where a shape does not fit the rate, as one of all steps, the error of `no_rule`."
-    try: return func(*args, **kwargs)
-    except torch.cuda.OutOfMemoryError: raise
+    try:
+        return func(*args, **kwargs)
+    except torch.cuda.OutOfMemoryError:
+        raise
     except RuntimeError as e:
-        if plain_name(func) not in SHAPED: raise
+        if plain_name(func) not in SHAPED:
+            raise
         raise no_rule(func.__name__) from e
 
 # %% ../../nbs/lib/27_neurons.rate.ipynb #e685714b
 def real(y, what):
     "The result, one or several; the error of `no_rule` where it is not made of real numbers: whole ones have no mean, and no gradient."
     for v in y if isinstance(y, (tuple, list)) else [y]:
-        if not torch.is_tensor(v) or not v.is_floating_point(): raise no_rule(what)
+        if not torch.is_tensor(v) or not v.is_floating_point():
+            raise no_rule(what)
     return y
 
 
@@ -325,22 +543,35 @@ LIGHT = ("__getitem__", "avg_pool2d", "adaptive_avg_pool2d", "add")
 def delayed(func, rate, found, args, kwargs):
     "The pair whose steps are computed in parts: when they are read, or now if there are convolutions in them; None where all can be had at once."
     light, one = all(x.light for x in found if not x.still), max(found, key=lambda x: x.numel())
-    later = in_parts(lambda i, j: func(*parts(args, lambda x: x.part(i, j)), **parts(kwargs, lambda x: x.part(i, j))), one, light)
-    if later is None: return None
+    later = in_parts(
+        lambda i, j: func(
+            *parts(args, lambda x: x.part(i, j)), **parts(kwargs, lambda x: x.part(i, j))
+        ),
+        one,
+        light,
+    )
+    if later is None:
+        return None
     y = Rate(rate, later, one.T)
     return y if light else Rate(rate, y.kept, one.T)
 
 
 def still(rate, T):
     "What is the same in every step, or a tuple of such."
-    return type(rate)(still(r, T) for r in rate) if isinstance(rate, (tuple, list)) else Rate(rate, None, T)
+    return (
+        type(rate)(still(r, T) for r in rate)
+        if isinstance(rate, (tuple, list))
+        else Rate(rate, None, T)
+    )
 
 
 @rule("cat", "chunk", "split")
 def along(func, x, *args, dim=None, **kwargs):
     "Rates side by side, or apart; not along the batch."
-    if dim is None: args, dim = (args[:-1], args[-1]) if len(args) > (func.__name__ != "cat") else (args, 0)
-    if dim in (0, -rates_in(x)[0].dim()): raise no_rule(f"{func.__name__} along the batch")
+    if dim is None:
+        args, dim = (args[:-1], args[-1]) if len(args) > (func.__name__ != "cat") else (args, 0)
+    if dim in (0, -rates_in(x)[0].dim()):
+        raise no_rule(f"{func.__name__} along the batch")
     return commutes(func, x, *args, dim=dim, **kwargs)
 
 # %% ../../nbs/lib/27_neurons.rate.ipynb #22eeffc8
@@ -348,14 +579,16 @@ def along(func, x, *args, dim=None, **kwargs):
 def taken(func, x, index):
     "Some channels or pixels of every image."
     first = index[0] if isinstance(index, tuple) else index
-    if first is not Ellipsis and first != slice(None): raise no_rule("indexing of the batch")
+    if first is not Ellipsis and first != slice(None):
+        raise no_rule("indexing of the batch")
     return commutes(func, x, index)
 
 
 @rule("unflatten")
 def unflattened(func, x, dim, sizes):
     "An axis behind the batch as several."
-    if dim in (0, -x.dim()): raise no_rule("unflatten of the batch")
+    if dim in (0, -x.dim()):
+        raise no_rule("unflatten of the batch")
     return commutes(func, x, dim, sizes)
 
 
@@ -365,21 +598,37 @@ def reshaped(func, x, *shape):
     shape = tuple(shape[0]) if isinstance(shape[0], (tuple, list)) else shape
     first = shape[0] if shape[0] == -1 else x.T * shape[0]
     rate = shaped(func, x.rate, shape)
-    if len(rate) == x.T > 1 and (len(x) != x.T or rate.shape[1:2] == (1,) != x.shape[1:2]): raise no_rule(f"{func.__name__} of its steps")
-    return Rate(rate, None, x.T) if x.still else joined(rate, shaped(func, x.steps, (first, *shape[1:])), x.T, func.__name__)
+    if len(rate) == x.T > 1 and (len(x) != x.T or rate.shape[1:2] == (1,) != x.shape[1:2]):
+        raise no_rule(f"{func.__name__} of its steps")
+    return (
+        Rate(rate, None, x.T)
+        if x.still
+        else joined(rate, shaped(func, x.steps, (first, *shape[1:])), x.T, func.__name__)
+    )
 
 # %% ../../nbs/lib/27_neurons.rate.ipynb #091d74c8
 @rule("add", "sub", "radd", "rsub")
 def summed(func, *args, **kwargs):
     "Sums: of two rates, or of a rate and what every step adds."
     x = rates_in((args, kwargs))[0]
-    return commutes(func, *(of_images(a, x, func) for a in args), **{k: of_images(v, x, func) for k, v in kwargs.items()})
+    return commutes(
+        func,
+        *(of_images(a, x, func) for a in args),
+        **{k: of_images(v, x, func) for k, v in kwargs.items()},
+    )
 
 
 def of_images(a, x, func):
     "What is the same in every step of an image, as a `Rate`; no weights, which would be those of steps."
-    if not torch.is_tensor(a) or a.shape[:1] != x.shape[:1] or a.dim() != x.dim() or plain_name(func) == "matmul" and a.dim() < 3: return a
-    if a.requires_grad and len(a) > 1 < x.T: raise no_rule(f"{func.__name__} with a weight for every row")
+    if (
+        not torch.is_tensor(a)
+        or a.shape[:1] != x.shape[:1]
+        or a.dim() != x.dim()
+        or (plain_name(func) == "matmul" and a.dim() < 3)
+    ):
+        return a
+    if a.requires_grad and len(a) > 1 < x.T:
+        raise no_rule(f"{func.__name__} with a weight for every row")
     return Rate(a, None, x.T)
 
 
@@ -387,19 +636,29 @@ def of_images(a, x, func):
 def product(func, *args, **kwargs):
     "Products: linear in a single rate; of two, the value is the mean of the products."
     found = rates_in((args, kwargs))
-    if plain_name(func) in ("div", "truediv") and (len(found) > 1 or args and not isinstance(args[0], Rate)): raise no_rule("division by a rate")
-    if kwargs.get("rounding_mode"): raise no_rule("division with a remainder")
+    if plain_name(func) in ("div", "truediv") and (
+        len(found) > 1 or (args and not isinstance(args[0], Rate))
+    ):
+        raise no_rule("division by a rate")
+    if kwargs.get("rounding_mode"):
+        raise no_rule("division with a remainder")
     y = summed(func, *args, **kwargs)
-    if len(found) < 2 or y.still: return y
+    if len(found) < 2 or y.still:
+        return y
     return Rate(Passed.apply(y.rate, mean_of(y.steps, y.T), None), y.steps, y.T)
 
 # %% ../../nbs/lib/27_neurons.rate.ipynb #0e2500c5
-@rule("relu", "gelu", "silu", "sigmoid", "tanh", "leaky_relu", "elu", "softplus", "hardtanh", "relu6")
+@rule(
+    "relu", "gelu", "silu", "sigmoid", "tanh", "leaky_relu", "elu", "softplus", "hardtanh", "relu6"
+)
 def elementwise(func, x, *args, inplace=False, **kwargs):
     "A smooth or piecewise smooth function of every number."
-    if x.still: return Rate(func(x.rate, *args, **kwargs), None, x.T)
+    if x.still:
+        return Rate(func(x.rate, *args, **kwargs), None, x.T)
     with torch.enable_grad():
         z = x.steps.detach().requires_grad_()
         y = func(z, *args, **kwargs)
-        slope, = torch.autograd.grad(y, z, torch.ones_like(y))
-    return Rate(Passed.apply(x.rate, mean_of(y.detach(), x.T), mean_of(slope, x.T)), y.detach(), x.T)
+        (slope,) = torch.autograd.grad(y, z, torch.ones_like(y))
+    return Rate(
+        Passed.apply(x.rate, mean_of(y.detach(), x.T), mean_of(slope, x.T)), y.detach(), x.T
+    )

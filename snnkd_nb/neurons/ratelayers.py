@@ -18,12 +18,23 @@ from ..kernels.lif import engine_for, task
 from ..kernels.precision import convolution_gradients, routed
 from ..kernels.rate import DYNAMICS, lif_rates, pass_of, unpacked
 from .lif import FromSpikingJelly, one_pass, watched
-from .rate import Passed, Rate, bits_of, commutes, filled, mean_of, no_rule, put_together, rule
+from snnkd_nb.neurons.rate import (
+    Passed,
+    Rate,
+    bits_of,
+    commutes,
+    filled,
+    mean_of,
+    no_rule,
+    put_together,
+    rule,
+)
 from .stream import Later, in_parts
 from ..spec import GRADIENTS
 
 # %% ../../nbs/lib/28_neurons.ratelayers.ipynb #31005fde
-def pair_of(v): return (v, v) if isinstance(v, int) else tuple(v)
+def pair_of(v):
+    return (v, v) if isinstance(v, int) else tuple(v)
 
 
 WORTH = 2**19  # neurons from which steps are written out one at a time
@@ -31,17 +42,23 @@ WORTH = 2**19  # neurons from which steps are written out one at a time
 
 class ConvRate(torch.autograd.Function):
     "Memory for the mean of a convolution's output, which is like `steps`; the gradients are those of the convolution of x."
+
     @staticmethod
     def forward(ctx, x, weight, bias, steps, stride, padding, dilation, groups):
         ctx.save_for_backward(x, weight)
-        ctx.bias, ctx.how = None if bias is None else list(bias.shape), (stride, padding, dilation, groups)
+        ctx.bias, ctx.how = (
+            None if bias is None else list(bias.shape),
+            (stride, padding, dilation, groups),
+        )
         return steps.new_empty_strided((len(x), *steps.shape[1:]), steps.stride())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         wanted = [*ctx.needs_input_grad[:2], ctx.bias is not None and ctx.needs_input_grad[2]]
-        return *convolution_gradients(g, *ctx.saved_tensors, ctx.bias, *ctx.how, wanted), *[None] * 5
+        return *convolution_gradients(g, *ctx.saved_tensors, ctx.bias, *ctx.how, wanted), *[
+            None
+        ] * 5
 
 
 def precise(*tensors):
@@ -56,10 +73,14 @@ def step_by_step(
     f,  # images → maps
 ):
     "`f` of the steps, (T·B, …); those of large maps that are kept as bits are written out one at a time."
-    if not x.packed or x.kept[0].numel() < WORTH: return f(x.steps)
+    if not x.packed or x.kept[0].numel() < WORTH:
+        return f(x.steps)
     for t in range(x.T):
         y = f(unpacked(x.kept, x.T, x.dtype, t))
-        if not t: out = torch.empty_strided((x.T, *y.shape), (y.numel(), *y.stride()), dtype=y.dtype, device=y.device)
+        if not t:
+            out = torch.empty_strided(
+                (x.T, *y.shape), (y.numel(), *y.stride()), dtype=y.dtype, device=y.device
+            )
         out[t] = y
         del y  # before the next one
     return out.flatten(0, 1)
@@ -68,27 +89,39 @@ def step_by_step(
 @rule("conv2d")
 def convolved(func, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     "A convolution of the steps; that of the rate is left out."
-    if x.still or isinstance(padding, str): return commutes(routed(func), x, weight, bias, stride, padding, dilation, groups)
-    if x.later and not x.light: x.whole = filled(x)  # or its own convolutions would be computed time and again
+    if x.still or isinstance(padding, str):
+        return commutes(routed(func), x, weight, bias, stride, padding, dilation, groups)
+    if x.later and not x.light:
+        x.whole = filled(x)  # or its own convolutions would be computed time and again
     how = [list(pair_of(v)) for v in (stride, padding, dilation)]
     rate, weight, bias = precise(x.rate, weight, bias)
-    steps = in_parts(lambda i, j: routed(func)(x.part(i, j).to(weight.dtype), weight, bias, *how, groups), x)
+    steps = in_parts(
+        lambda i, j: routed(func)(x.part(i, j).to(weight.dtype), weight, bias, *how, groups), x
+    )
     if steps is None:
-        with torch.no_grad(): steps = step_by_step(x, lambda v: routed(func)(v, weight, bias, *how, groups))
+        with torch.no_grad():
+            steps = step_by_step(x, lambda v: routed(func)(v, weight, bias, *how, groups))
     later = ConvRate.apply(rate, weight, bias, steps, *how, groups)
     return Rate(later, steps, x.T, due=later.data)
 
 # %% ../../nbs/lib/28_neurons.ratelayers.ipynb #25c3b98e
 def wins(index, width, T, kernel, stride, padding, dilation):
     "How often each position of the window won: (positions, B, C, h, w), from indices (T·B, C, h, w) into the image."
-    at = [torch.arange(n, device=index.device) * s - p for n, s, p in zip(index.shape[-2:], stride, padding)]
+    at = [
+        torch.arange(n, device=index.device) * s - p
+        for n, s, p in zip(index.shape[-2:], stride, padding)
+    ]
     y, x = (index // width - at[0][:, None]) // dilation[0], (index % width - at[1]) // dilation[1]
-    which, kind = (y * kernel[1] + x).to(torch.int16).unflatten(0, (T, -1)), torch.uint8 if T < 256 else torch.int16
+    which, kind = (
+        (y * kernel[1] + x).to(torch.int16).unflatten(0, (T, -1)),
+        torch.uint8 if T < 256 else torch.int16,
+    )
     return torch.stack([(which == k).sum(0, dtype=kind) for k in range(kernel[0] * kernel[1])])
 
 
 class Pooled(torch.autograd.Function):
     "The value given; each pixel gets the gradient of the windows it won, by the share of steps."
+
     @staticmethod
     def forward(ctx, x, value, counts, T, kernel, stride, padding, dilation):
         ctx.save_for_backward(counts)
@@ -98,34 +131,54 @@ class Pooled(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        (counts,), (kernel, stride, padding, dilation), (H, W) = ctx.saved_tensors, ctx.window, ctx.shape[-2:]
+        (counts,), (kernel, stride, padding, dilation), (H, W) = (
+            ctx.saved_tensors,
+            ctx.window,
+            ctx.shape[-2:],
+        )
         span = [(n - 1) * s + 1 for n, s in zip(g.shape[-2:], stride)]
-        full = [max(m + (k - 1) * d, p + size) for m, k, d, p, size in zip(span, kernel, dilation, padding, (H, W))]
-        out = torch.empty(*ctx.shape[:2], *full, dtype=g.dtype, device=g.device, memory_format=torch.channels_last).zero_()
+        full = [
+            max(m + (k - 1) * d, p + size)
+            for m, k, d, p, size in zip(span, kernel, dilation, padding, (H, W))
+        ]
+        out = torch.empty(
+            *ctx.shape[:2], *full, dtype=g.dtype, device=g.device, memory_format=torch.channels_last
+        ).zero_()
         for k, count in enumerate(counts):
             y, x = k // kernel[1] * dilation[0], k % kernel[1] * dilation[1]
-            out[..., y : y + span[0] : stride[0], x : x + span[1] : stride[1]] += g * (count / ctx.T).to(g.dtype)
+            out[..., y : y + span[0] : stride[0], x : x + span[1] : stride[1]] += g * (
+                count / ctx.T
+            ).to(g.dtype)
         return out[..., padding[0] : padding[0] + H, padding[1] : padding[1] + W], *[None] * 7
 
 
 @rule("max_pool2d", "_max_pool2d")
-def max_pool(func, x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+def max_pool(
+    func, x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
+):
     "Max pooling of every step; the rate is the mean of the maxima."
-    if return_indices: raise no_rule("max_pool2d(return_indices=True)")
-    kernel, step, pad, hole = (pair_of(v) for v in (kernel_size, stride or kernel_size, padding, dilation))
-    if x.still: return Rate(F.max_pool2d(x.rate, kernel, step, pad, hole, ceil_mode), None, x.T)
-    if x.later: x.whole = filled(x)
+    if return_indices:
+        raise no_rule("max_pool2d(return_indices=True)")
+    kernel, step, pad, hole = (
+        pair_of(v) for v in (kernel_size, stride or kernel_size, padding, dilation)
+    )
+    if x.still:
+        return Rate(F.max_pool2d(x.rate, kernel, step, pad, hole, ceil_mode), None, x.T)
+    if x.later:
+        x.whole = filled(x)
 
     def pooled(i, j, steps):
         y, index = F.max_pool2d(steps, kernel, step, pad, hole, ceil_mode, return_indices=True)
         return y, mean_of(y, x.T), wins(index, x.shape[-1], x.T, kernel, step, pad, hole)
 
-    with torch.no_grad(): y, mean, counts = put_together(x, pooled, (1, 0, 1))
+    with torch.no_grad():
+        y, mean, counts = put_together(x, pooled, (1, 0, 1))
     return Rate(Pooled.apply(x.rate, mean, counts, x.T, kernel, step, pad, hole), y, x.T)
 
 # %% ../../nbs/lib/28_neurons.ratelayers.ipynb #1cf98a41
 class NormRate(torch.autograd.Function):
     "The value given; the gradient is multiplied by `slope`, goes to the residual, and through BatchNorm to x, weight and bias."
+
     @staticmethod
     def forward(ctx, x, residual, weight, bias, mean, var, eps, value, slope, batch):
         ctx.save_for_backward(x, weight, mean, var, slope)
@@ -136,9 +189,12 @@ class NormRate(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         x, weight, mean, var, slope = ctx.saved_tensors
-        if slope is not None: g = g * slope
+        if slope is not None:
+            g = g * slope
         wanted = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
-        gx, gw, gb = torch.ops.aten.native_batch_norm_backward(g, x, weight, mean, var, mean, (var + ctx.eps).rsqrt(), ctx.batch, ctx.eps, wanted)
+        gx, gw, gb = torch.ops.aten.native_batch_norm_backward(
+            g, x, weight, mean, var, mean, (var + ctx.eps).rsqrt(), ctx.batch, ctx.eps, wanted
+        )
         return gx, g if ctx.needs_input_grad[1] else None, gw, gb, *[None] * 6
 
 # %% ../../nbs/lib/28_neurons.ratelayers.ipynb #81350dd8
@@ -152,48 +208,90 @@ def moments(
     for i, j, y in x.each():
         n, (m, v) = y.numel() // y.shape[1], (z.double() for z in of(y))
         count, apart = count + n, m - mean
-        mean, square = mean + apart * (n / count), square + n * v + apart.square() * (n * (count - n) / count)
-        if fill and x.due is not None: x.due[i:j] = mean_of(y, x.T)
-    if fill: x.due = None
+        mean, square = (
+            mean + apart * (n / count),
+            square + n * v + apart.square() * (n * (count - n) / count),
+        )
+        if fill and x.due is not None:
+            x.due[i:j] = mean_of(y, x.T)
+    if fill:
+        x.due = None
     return mean, square / count
 
 
 def plain_moments(y):
     "Mean and biased variance of every channel by PyTorch, in single precision at least."
-    var, mean = torch.var_mean(y.to(torch.promote_types(y.dtype, torch.float32)), [0, *range(2, y.dim())], correction=0)
+    var, mean = torch.var_mean(
+        y.to(torch.promote_types(y.dtype, torch.float32)), [0, *range(2, y.dim())], correction=0
+    )
     return mean, var
 
 # %% ../../nbs/lib/28_neurons.ratelayers.ipynb #bde9c50d
 def normalised_later(x, running_mean, running_var, weight, bias, training, momentum, eps):
     "BatchNorm of steps that are computed later, in training once for their statistics."
     with torch.no_grad():
-        mean, var = [v.to(torch.promote_types(x.dtype, torch.float32)) for v in moments(x, plain_moments, True)] if training else (running_mean, running_var)
+        mean, var = (
+            [
+                v.to(torch.promote_types(x.dtype, torch.float32))
+                for v in moments(x, plain_moments, True)
+            ]
+            if training
+            else (running_mean, running_var)
+        )
         if training and running_mean is not None:
             n = x.whole.numel() // x.shape[1]
-            running_mean.lerp_(mean, momentum), running_var.lerp_(var * (n / (n - 1)), momentum)
+            running_mean.lerp_(mean, momentum)
+            running_var.lerp_(var * (n / (n - 1)), momentum)
         how = (mean, var, weight, bias, False, 0.0, eps)
         value = F.batch_norm(x.rate, *how)
-    later = Later(lambda i, j: F.batch_norm(x.part(i, j), *how), x.whole.ranges, x.T, x.light, x.whole.size)
-    return Rate(NormRate.apply(x.rate, None, weight, bias, mean, var, eps, value, None, training), later, x.T)
+    later = Later(
+        lambda i, j: F.batch_norm(x.part(i, j), *how), x.whole.ranges, x.T, x.light, x.whole.size
+    )
+    return Rate(
+        NormRate.apply(x.rate, None, weight, bias, mean, var, eps, value, None, training),
+        later,
+        x.T,
+    )
 
 
 @rule("batch_norm")
-def normalised(func, x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+def normalised(
+    func,
+    x,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
+):
     "BatchNorm with the statistics of the steps, in training; with running ones it commutes."
-    if x.later: return normalised_later(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    if x.still or not training: return commutes(func, x, running_mean, running_var, weight, bias, training, momentum, eps)
+    if x.later:
+        return normalised_later(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    if x.still or not training:
+        return commutes(func, x, running_mean, running_var, weight, bias, training, momentum, eps)
     with torch.no_grad():
-        steps, mean, scale = torch.native_batch_norm(x.steps, weight, bias, running_mean, running_var, True, momentum, eps)
+        steps, mean, scale = torch.native_batch_norm(
+            x.steps, weight, bias, running_mean, running_var, True, momentum, eps
+        )
         var = scale.reciprocal().square() - eps
         value = F.batch_norm(x.rate, mean, var, weight, bias, False, 0.0, eps)
-    return Rate(NormRate.apply(x.rate, None, weight, bias, mean, var, eps, value, None, True), steps, x.T)
+    return Rate(
+        NormRate.apply(x.rate, None, weight, bias, mean, var, eps, value, None, True), steps, x.T
+    )
 
 # %% ../../nbs/lib/28_neurons.ratelayers.ipynb #8bab2c36
 @rule("fire")
 def fire(x, act):
     "Spikes of a `LIF`, and their rate with the eligibility for a slope."
-    if act.T != x.T: raise UserError(f"a neuron of T={act.T} steps was given rates of {x.T}: build all layers with one T")
-    def run(i, j, y): return lif_rates(y, x.T, x.still, **act.options(), packed=True)
+    if act.T != x.T:
+        raise UserError(
+            f"a neuron of T={act.T} steps was given rates of {x.T}: build all layers with one T"
+        )
+
+    def run(i, j, y):
+        return lif_rates(y, x.T, x.still, **act.options(), packed=True)
 
     s, rate, g = run(0, len(x), x.rate.detach()) if x.still else put_together(x, run, (1, 0, 0))
     return Rate(Passed.apply(x.graph, rate, g), s, x.T)
@@ -206,14 +304,20 @@ def one_step(x):
 
 def fits(norm, x, residual):
     "Whether kernels take BatchNorm, sum and neuron together."
-    alike = residual is None or residual.dtype == x.dtype and residual.shape == x.shape and one_step(residual).stride() == one_step(x).stride()
+    alike = residual is None or (
+        residual.dtype == x.dtype
+        and residual.shape == x.shape
+        and one_step(residual).stride() == one_step(x).stride()
+    )
     return alike and one_pass().covers(norm, one_step(x))
 
 
 def beside(residual, i, j, y, bits):
     "What is added to the steps y of some images, with memory like theirs, or as bits."
-    if residual is None: return None
-    if residual.packed and bits: return residual.whole if j - i == len(residual) else bits_of(residual, i, j)
+    if residual is None:
+        return None
+    if residual.packed and bits:
+        return residual.whole if j - i == len(residual) else bits_of(residual, i, j)
     r = residual.part(i, j)
     return r if r.stride() == y.stride() else torch.empty_like(y).copy_(r)
 
@@ -221,9 +325,21 @@ def beside(residual, i, j, y, bits):
 def one_by_one(norm, act, x, residual):
     "`act(norm(x) + residual)`, one by one."
     y = norm(x)
-    if residual is None: return act(y)
-    if not isinstance(residual, Rate) or not y.later: return act(y + residual)
-    return act(Rate(y.rate + residual.rate, Later(lambda i, j: y.part(i, j) + residual.part(i, j), max(y.ranges(), residual.ranges(), key=len), y.T), y.T))
+    if residual is None:
+        return act(y)
+    if not isinstance(residual, Rate) or not y.later:
+        return act(y + residual)
+    return act(
+        Rate(
+            y.rate + residual.rate,
+            Later(
+                lambda i, j: y.part(i, j) + residual.part(i, j),
+                max(y.ranges(), residual.ranges(), key=len),
+                y.T,
+            ),
+            y.T,
+        )
+    )
 
 # %% ../../nbs/lib/28_neurons.ratelayers.ipynb #25d42655
 def fire_after(
@@ -233,22 +349,63 @@ def fire_after(
     residual=None,  # another, added before the neuron
 ):
     "`act(norm(x) + residual)`, in one pass over the steps where a kernel covers it."
-    moving = not x.still and not x.packed and (residual is None or isinstance(residual, Rate) and not residual.still) and act.T == x.T
-    engine = engine_for(x.graph, act.surrogate, act.backend, x.T) if moving and not watched(norm, act) else None
-    if not engine or not fits(norm, x, residual): return one_by_one(norm, act, x, residual)
+    moving = (
+        not x.still
+        and not x.packed
+        and (residual is None or (isinstance(residual, Rate) and not residual.still))
+        and act.T == x.T
+    )
+    engine = (
+        engine_for(x.graph, act.surrogate, act.backend, x.T)
+        if moving and not watched(norm, act)
+        else None
+    )
+    if not engine or not fits(norm, x, residual):
+        return one_by_one(norm, act, x, residual)
     with torch.no_grad():
-        bits, numbers = engine.__name__.endswith("flat"), task(engine, *(getattr(act, k) for k in DYNAMICS))
+        bits, numbers = (
+            engine.__name__.endswith("flat"),
+            task(engine, *(getattr(act, k) for k in DYNAMICS)),
+        )
         passes = one_pass().CPU if bits else engine
-        seen = SimpleNamespace(moments_of=lambda _: [v.float() for v in moments(x, passes.moments_of)]) if x.later else passes
+        seen = (
+            SimpleNamespace(moments_of=lambda _: [v.float() for v in moments(x, passes.moments_of)])
+            if x.later
+            else passes
+        )
         mean, var, batch = one_pass().statistics(norm, x.whole, seen)
         scale = norm.weight * (var + norm.eps).rsqrt()
         offset = torch.addcmul(norm.bias, mean, scale, value=-1)
 
-        def run(i, j, y): return pass_of(engine)(y, beside(residual, i, j, y, bits), scale, offset, x.T, numbers, mean=None if x.due is None else x.due[i:j])
+        def run(i, j, y):
+            return pass_of(engine)(
+                y,
+                beside(residual, i, j, y, bits),
+                scale,
+                offset,
+                x.T,
+                numbers,
+                mean=None if x.due is None else x.due[i:j],
+            )
 
         s, rate, g = put_together(x, run, (1, 0, 0), residual)
         x.due = None
-    return Rate(NormRate.apply(x.graph, None if residual is None else residual.graph, norm.weight, norm.bias, mean, var, norm.eps, rate, g, batch), s, x.T)
+    return Rate(
+        NormRate.apply(
+            x.graph,
+            None if residual is None else residual.graph,
+            norm.weight,
+            norm.bias,
+            mean,
+            var,
+            norm.eps,
+            rate,
+            g,
+            batch,
+        ),
+        s,
+        x.T,
+    )
 
 # %% ../../nbs/lib/28_neurons.ratelayers.ipynb #028903c8
 def begin(
@@ -265,9 +422,16 @@ def check_rates(
     gradient,  # one of `GRADIENTS`
 ):
     "`UserError` where a network cannot be trained this way: an ANN, or neurons that keep no statistics."
-    if gradient not in GRADIENTS: raise unknown("gradient", gradient, GRADIENTS)
-    if gradient == "bptt": return
-    if model.T is None: raise UserError(f"gradient = {gradient!r}: an ANN has no firing rates; give T, or leave gradient='bptt'")
+    if gradient not in GRADIENTS:
+        raise unknown("gradient", gradient, GRADIENTS)
+    if gradient == "bptt":
+        return
+    if model.T is None:
+        raise UserError(
+            f"gradient = {gradient!r}: an ANN has no firing rates; give T, or leave gradient='bptt'"
+        )
     for name, m in model.named_modules():
         if isinstance(m, FromSpikingJelly) or type(m).__module__.startswith("spikingjelly"):
-            raise UserError(f"gradient = {gradient!r}: {name} ({type(getattr(m, 'node', m)).__name__}) keeps no eligibility; build the network with a neuron of list_neurons(), or leave gradient='bptt'")
+            raise UserError(
+                f"gradient = {gradient!r}: {name} ({type(getattr(m, 'node', m)).__name__}) keeps no eligibility; build the network with a neuron of list_neurons(), or leave gradient='bptt'"
+            )

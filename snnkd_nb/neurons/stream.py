@@ -6,7 +6,10 @@
 __all__ = ['MIB', 'LEAST', 'LIMIT', 'streaming', 'in_bytes', 'limit', 'portions', 'Later', 'in_parts', 'room']
 
 # %% ../../nbs/lib/26_neurons.stream.ipynb #ad0aa494
-import contextlib, contextvars, math, os
+import contextlib
+import contextvars
+import math
+import os
 
 import torch
 
@@ -24,15 +27,22 @@ def streaming(
 ):
     "While the context lasts, networks on rates keep to this limit."
     token = LIMIT.set(LIMIT.get() if mib is None else in_bytes(mib, "stream"))
-    try: yield
-    finally: LIMIT.reset(token)
+    try:
+        yield
+    finally:
+        LIMIT.reset(token)
 
 
 def in_bytes(mib, name):
     "A limit as bytes, or `UserError`."
-    try: value = float(mib) * MIB
-    except (TypeError, ValueError): value = math.nan
-    if not value >= 0: raise UserError(f"{name} = {mib!r}: give MiB, a number from 0 on (0: as little as possible), or inf to have all steps at once")
+    try:
+        value = float(mib) * MIB
+    except (TypeError, ValueError):
+        value = math.nan
+    if not value >= 0:
+        raise UserError(
+            f"{name} = {mib!r}: give MiB, a number from 0 on (0: as little as possible), or inf to have all steps at once"
+        )
     return value
 
 
@@ -54,6 +64,7 @@ def portions(
 # %% ../../nbs/lib/26_neurons.stream.ipynb #99d34e9d
 class Later:
     "Steps (T·B, …) that are computed when they are wanted, some images at a time."
+
     def __init__(
         self,
         part,  # (i, j) → all steps of the images i to j, (T·(j - i), …)
@@ -62,14 +73,25 @@ class Later:
         light=False,  # whether that is done quickly: no convolution in it
         size=0,  # bytes that it takes for one image, with what it is computed from
     ):
-        self.part, self.ranges, self.T, self.light, self.size = torch.no_grad()(part), ranges, T, light, size
+        self.part, self.ranges, self.T, self.light, self.size = (
+            torch.no_grad()(part),
+            ranges,
+            T,
+            light,
+            size,
+        )
         like = self.part(0, 1)[:1]
         self.like = room(like, 0, 1).copy_(like)  # its numbers without gaps
         self.shape = torch.Size((T * ranges[-1][1], *self.like.shape[1:]))
 
-    def numel(self): return self.shape.numel()
-    def stride(self): return (self.like.numel(), *self.like.stride()[1:])
-    def __getattr__(self, name): return getattr(self.__dict__["like"], name)  # dtype, device, …
+    def numel(self):
+        return self.shape.numel()
+
+    def stride(self):
+        return (self.like.numel(), *self.like.stride()[1:])
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["like"], name)  # dtype, device, …
 
 
 def in_parts(
@@ -78,9 +100,13 @@ def in_parts(
     light=False,  # as for `Later`
 ):
     "A `Later`, or None where the limit allows for all steps of both at once."
-    if limit() == math.inf or not len(x): return None
-    with torch.no_grad(): y = part(0, 1)[:1]
-    size = x.T * y.numel() * y.element_size() + (x.whole.size if x.later else x.T * (x.numel() // len(x)) * y.element_size())
+    if limit() == math.inf or not len(x):
+        return None
+    with torch.no_grad():
+        y = part(0, 1)[:1]
+    size = x.T * y.numel() * y.element_size() + (
+        x.whole.size if x.later else x.T * (x.numel() // len(x)) * y.element_size()
+    )
     ranges = portions(len(x), size)
     return Later(part, ranges, x.T, light, size) if len(ranges) > 1 else None
 
@@ -92,4 +118,9 @@ def room(
 ):
     "Empty memory for the whole result, its axes in the same order."
     shape = [images if k == dim else n for k, n in enumerate(like.shape)]
-    return torch.empty_permuted(shape, sorted(range(like.dim()), key=like.stride, reverse=True), dtype=like.dtype, device=like.device)
+    return torch.empty_permuted(
+        shape,
+        sorted(range(like.dim()), key=like.stride, reverse=True),
+        dtype=like.dtype,
+        device=like.device,
+    )

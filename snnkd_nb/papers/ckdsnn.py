@@ -15,22 +15,48 @@ from functools import partial
 from ..core import unknown
 from . import studies
 from ..published.format import Claim, published
-from ..reports.grid import HALF, Cell, Grid, budget_in_words, check_scale, data_at, optim_at, seeded
+from snnkd_nb.reports.grid import (
+    HALF,
+    Cell,
+    Grid,
+    budget_in_words,
+    check_scale,
+    data_at,
+    optim_at,
+    seeded,
+)
 from ..spec import ALONE, DataSpec, ModelSpec, OptimSpec, RunSpec
 
 # %% ../../nbs/lib/89_papers.ckdsnn.ipynb #631dc7bc
-NETWORKS = {"ResNet20": ("resnet20_ckd", "tet", "resnet20_ckd"), "ResNet19": ("resnet19_ckd", "tet", "resnet19_ckd"),
-            "Spikformer-4-384": ("spikformer", "spikformer", "vit_small"),
-            "ResNet18": ("sew_resnet18", "sew", "resnet18_imagenet"), "ResNet34": ("sew_resnet34", "sew", "resnet34_imagenet")}  # student, neuron, teacher
+NETWORKS = {
+    "ResNet20": ("resnet20_ckd", "tet", "resnet20_ckd"),
+    "ResNet19": ("resnet19_ckd", "tet", "resnet19_ckd"),
+    "Spikformer-4-384": ("spikformer", "spikformer", "vit_small"),
+    "ResNet18": ("sew_resnet18", "sew", "resnet18_imagenet"),
+    "ResNet34": ("sew_resnet34", "sew", "resnet34_imagenet"),
+}  # student, neuron, teacher
 _THIRD, _HALF = {"depth": 0.34}, {"stem": "small", "depth": 0.5}
 SIZES = {  # widths and options of student and of teacher; elsewhere 1 and none
-    ("smoke", "ResNet20"): (0.5, _THIRD, 1.0, _THIRD), ("smoke", "ResNet19"): (0.0625, _THIRD, 0.125, _THIRD),
-    ("smoke", "Spikformer-4-384"): (0.0625, {"blocks": 1, "heads": 4}, 0.25, {"blocks": 2, "patch": 4}),
-    ("smoke", "ResNet18"): (0.125, _HALF, 0.25, _HALF), ("smoke", "ResNet34"): (0.125, {**_HALF, **_THIRD}, 0.25, {**_HALF, **_THIRD}),
-    ("small", "ResNet19"): (0.125, {}, 0.25, {}), ("small", "Spikformer-4-384"): (0.25, {}, 0.25, {"patch": 4}),
-    ("small", "ResNet18"): (0.25, {}, 0.5, {}), ("small", "ResNet34"): (0.25, {}, 0.5, {})}
-PRETRAINED = {"Spikformer-4-384": ("vit_small", {"pretrained": True, "input_size": 224}), "ResNet18": ("torchvision:resnet18", {"pretrained": True}),
-              "ResNet34": ("torchvision:resnet34", {"pretrained": True})}  # teachers at medium and paper scale
+    ("smoke", "ResNet20"): (0.5, _THIRD, 1.0, _THIRD),
+    ("smoke", "ResNet19"): (0.0625, _THIRD, 0.125, _THIRD),
+    ("smoke", "Spikformer-4-384"): (
+        0.0625,
+        {"blocks": 1, "heads": 4},
+        0.25,
+        {"blocks": 2, "patch": 4},
+    ),
+    ("smoke", "ResNet18"): (0.125, _HALF, 0.25, _HALF),
+    ("smoke", "ResNet34"): (0.125, {**_HALF, **_THIRD}, 0.25, {**_HALF, **_THIRD}),
+    ("small", "ResNet19"): (0.125, {}, 0.25, {}),
+    ("small", "Spikformer-4-384"): (0.25, {}, 0.25, {"patch": 4}),
+    ("small", "ResNet18"): (0.25, {}, 0.5, {}),
+    ("small", "ResNet34"): (0.25, {}, 0.5, {}),
+}
+PRETRAINED = {
+    "Spikformer-4-384": ("vit_small", {"pretrained": True, "input_size": 224}),
+    "ResNet18": ("torchvision:resnet18", {"pretrained": True}),
+    "ResNet34": ("torchvision:resnet34", {"pretrained": True}),
+}  # teachers at medium and paper scale
 
 
 def network(
@@ -39,15 +65,25 @@ def network(
     T=None,  # time steps of the student; None: its teacher
 ):
     "The `ModelSpec` a scale takes for a student of the paper, or for its teacher."
-    if name not in NETWORKS: raise unknown("network of CKDSNN", name, NETWORKS)
-    (student, neuron, teacher), (w_s, s, w_t, t) = NETWORKS[name], SIZES.get((scale, name), (1.0, {}, 1.0, {}))
-    if T: return ModelSpec(student, T, w_s, neuron, s)
-    found, args = PRETRAINED.get(name, (teacher, t)) if scale in ("medium", "paper") else (teacher, t)
+    if name not in NETWORKS:
+        raise unknown("network of CKDSNN", name, NETWORKS)
+    (student, neuron, teacher), (w_s, s, w_t, t) = (
+        NETWORKS[name],
+        SIZES.get((scale, name), (1.0, {}, 1.0, {})),
+    )
+    if T:
+        return ModelSpec(student, T, w_s, neuron, s)
+    found, args = (
+        PRETRAINED.get(name, (teacher, t)) if scale in ("medium", "paper") else (teacher, t)
+    )
     return ModelSpec(found, width=w_t, args=args)
 
 # %% ../../nbs/lib/89_papers.ckdsnn.ipynb #ed98e0ac
 EVENTS, IMAGENET = "CIFAR10-DVS", "ImageNet"
-STEPS = {"smoke": {2: 1, 4: 2, 10: 4}, "small": {2: 1, 4: 2, 10: 4}}  # the paper's -> ours; elsewhere the paper's
+STEPS = {
+    "smoke": {2: 1, 4: 2, 10: 4},
+    "small": {2: 1, 4: 2, 10: 4},
+}  # the paper's -> ours; elsewhere the paper's
 
 
 def steps(
@@ -63,36 +99,70 @@ def data(
     dataset,  # "CIFAR-10", "CIFAR-100", "ImageNet" or "CIFAR10-DVS"
 ):
     "The `DataSpec` a scale takes for a data set of the paper."
-    if dataset == EVENTS: return studies.recordings(scale).replace(**{"smoke": {"subset": 700}, "small": {"size": HALF}}.get(scale, {"args": {"frames": 10}}))
-    if scale == "smoke": return DataSpec("digits", size=12)
-    if dataset == IMAGENET: return DataSpec("tiny-imagenet:tiny-imagenet-20", augment="crop+flip") if scale == "small" else data_at(scale, IMAGENET, val=0.02)
-    if scale == "small": return data_at(scale, "CIFAR-10", half=True)
+    if dataset == EVENTS:
+        return studies.recordings(scale).replace(
+            **{"smoke": {"subset": 700}, "small": {"size": HALF}}.get(
+                scale, {"args": {"frames": 10}}
+            )
+        )
+    if scale == "smoke":
+        return DataSpec("digits", size=12)
+    if dataset == IMAGENET:
+        return (
+            DataSpec("tiny-imagenet:tiny-imagenet-20", augment="crop+flip")
+            if scale == "small"
+            else data_at(scale, IMAGENET, val=0.02)
+        )
+    if scale == "small":
+        return data_at(scale, "CIFAR-10", half=True)
     return data_at(scale, dataset, augment="crop+flip+autoaugment+erase")
 
 # %% ../../nbs/lib/89_papers.ckdsnn.ipynb #4ae19e9f
-CODE = dict(epochs=400, batch_size=128, lr=0.1, weight_decay=1e-4)
-SEW = dict(epochs=320, batch_size=256, lr=0.1, weight_decay=0.0)
+CODE = {"epochs": 400, "batch_size": 128, "lr": 0.1, "weight_decay": 1e-4}
+SEW = {"epochs": 320, "batch_size": 256, "lr": 0.1, "weight_decay": 0.0}
 
 
 def optim(scale, dataset):
     "The budget of a student."
-    if scale == "smoke": return optim_at(scale).replace(**{"batch_size": 16} if dataset == EVENTS else {"batch_size": 64, "lr": 0.2})
+    if scale == "smoke":
+        return optim_at(scale).replace(
+            **{"batch_size": 16} if dataset == EVENTS else {"batch_size": 64, "lr": 0.2}
+        )
     return optim_at(scale, half=True, **(SEW if dataset == IMAGENET else CODE))
 
 
 def teacher_optim(scale, dataset, name):
     "The budget of a teacher."
-    if scale == "smoke": return OptimSpec(**VIT) if name == "Spikformer-4-384" else optim(scale, dataset)
-    if scale == "small": return optim(scale, dataset).replace(nesterov=True)
-    if name == "Spikformer-4-384": return OptimSpec(epochs=10, batch_size=128, lr=0.01, weight_decay=1e-4)
-    if dataset == IMAGENET: return OptimSpec(epochs=1, batch_size=256, lr=0.0, weight_decay=0.0)
+    if scale == "smoke":
+        return OptimSpec(**VIT) if name == "Spikformer-4-384" else optim(scale, dataset)
+    if scale == "small":
+        return optim(scale, dataset).replace(nesterov=True)
+    if name == "Spikformer-4-384":
+        return OptimSpec(epochs=10, batch_size=128, lr=0.01, weight_decay=1e-4)
+    if dataset == IMAGENET:
+        return OptimSpec(epochs=1, batch_size=256, lr=0.0, weight_decay=0.0)
     return optim_at(scale, **CODE | ({"epochs": 300, "lr": 0.05} if dataset == "CIFAR-10" else {}))
 
 
-VIT = dict(epochs=3, batch_size=16, lr=0.1, momentum=0.95, nesterov=True, schedule="onecycle", clip=1.0)  # at smoke scale: digits are few for a transformer
+VIT = {
+    "epochs": 3,
+    "batch_size": 16,
+    "lr": 0.1,
+    "momentum": 0.95,
+    "nesterov": True,
+    "schedule": "onecycle",
+    "clip": 1.0,
+}  # at smoke scale: digits are few for a transformer
 
 # %% ../../nbs/lib/89_papers.ckdsnn.ipynb #925cdbf0
-METHODS = {"SEW-R": "none", "Spikformer": "none", "TET": "tet", "KDSNN": "kdsnn", "BKDSNN": "bkd", "CKDSNN (Ours)": "ckdsnn"}
+METHODS = {
+    "SEW-R": "none",
+    "Spikformer": "none",
+    "TET": "tet",
+    "KDSNN": "kdsnn",
+    "BKDSNN": "bkd",
+    "CKDSNN (Ours)": "ckdsnn",
+}
 
 
 def shared(scale, name, dataset):
@@ -106,22 +176,35 @@ def teacher(
     dataset,  # see `data`
 ):
     "The `RunSpec` of the ordinary network; at small scale it sees all images."
-    if shared(scale, name, dataset): return studies.corrupted(scale, "clean")
+    if shared(scale, name, dataset):
+        return studies.corrupted(scale, "clean")
     few = {"subset": None, "val": 0.02} if scale == "small" else {}
-    return RunSpec(data(scale, dataset).replace(**few), network(scale, name), teacher_optim(scale, dataset, name))
+    return RunSpec(
+        data(scale, dataset).replace(**few),
+        network(scale, name),
+        teacher_optim(scale, dataset, name),
+    )
 
 
 def student(
-    scale, name, dataset,  # as for `teacher`
+    scale,
+    name,
+    dataset,  # as for `teacher`
     T,  # time steps that are run
     method,  # "none" or a method of `list_distillers()`
     seed=0,
     **args,  # options of the method
 ):
     "The `RunSpec` of a spiking student, alone or under its teacher."
-    model, base = network(scale, name, T), None if method in ALONE else teacher(scale, name, dataset)
-    made = RunSpec(data(scale, dataset), model, optim(scale, dataset), method, "paper", args, base, seed)
-    if not shared(scale, name, dataset): return made
+    model, base = (
+        network(scale, name, T),
+        None if method in ALONE else teacher(scale, name, dataset),
+    )
+    made = RunSpec(
+        data(scale, dataset), model, optim(scale, dataset), method, "paper", args, base, seed
+    )
+    if not shared(scale, name, dataset):
+        return made
     base = studies.calibrated(scale, "clean", method, seed)
     return base.replace(model=base.model.replace(T=T), method_args=args)
 
@@ -133,15 +216,33 @@ def compared(scale, key, place):
     "The cells of a table of methods; `place`: a record -> (network, data set), or None where it is not ours."
     cells, table = [], published(f"ckdsnn/{key}")
     for r in table.records:
-        if r["value"] is None: cells.append(Cell({k: r[k] for k in table.index}, r["column"], note="–"))
-        if r["method"] not in METHODS or r["value"] is None or not (at := place(r)): continue
-        T, n, again = steps(scale, r["T"]), 3 if shared(scale, *at) else SEEDS[scale], scale in _STANDIN and at[1] == "CIFAR-100"
-        groups = seeded(n, partial(student, scale, *at, T, METHODS[r["method"]])) if T and not again else ()
-        cells.append(Cell({k: r[k] for k in table.index}, r["column"], groups, "as CIFAR-10" if again else "" if T else f"T = {r['T']}: fewer steps at this scale"))
+        if r["value"] is None:
+            cells.append(Cell({k: r[k] for k in table.index}, r["column"], note="–"))
+        if r["method"] not in METHODS or r["value"] is None or not (at := place(r)):
+            continue
+        T, n, again = (
+            steps(scale, r["T"]),
+            3 if shared(scale, *at) else SEEDS[scale],
+            scale in _STANDIN and at[1] == "CIFAR-100",
+        )
+        groups = (
+            seeded(n, partial(student, scale, *at, T, METHODS[r["method"]]))
+            if T and not again
+            else ()
+        )
+        cells.append(
+            Cell(
+                {k: r[k] for k in table.index},
+                r["column"],
+                groups,
+                "as CIFAR-10" if again else "" if T else f"T = {r['T']}: fewer steps at this scale",
+            )
+        )
     return cells
 
 
-def _times(cells): return {int(c.index["T"]) for c in cells if c.specs}
+def _times(cells):
+    return {int(c.index["T"]) for c in cells if c.specs}
 
 
 def table01(
@@ -149,7 +250,18 @@ def table01(
 ):
     "Grid of Table 1: three pairs of networks on CIFAR-10 and CIFAR-100."
     cells = compared(check_scale(scale), "table01", lambda r: (r["model"], r["dataset"]))
-    return Grid("ckdsnn/table01", scale, cells, [*conditions(scale, "CIFAR-100", "ResNet20", "ResNet19", "Spikformer-4-384", used=_times(cells)), *ARMS, *of_table01(scale)])
+    return Grid(
+        "ckdsnn/table01",
+        scale,
+        cells,
+        [
+            *conditions(
+                scale, "CIFAR-100", "ResNet20", "ResNet19", "Spikformer-4-384", used=_times(cells)
+            ),
+            *ARMS,
+            *of_table01(scale),
+        ],
+    )
 
 
 def table02(
@@ -157,37 +269,71 @@ def table02(
 ):
     "Grid of Table 2: SEW-ResNet-18 and 34 on ImageNet."
     cells = compared(check_scale(scale), "table02", lambda r: (r["model"], IMAGENET))
-    return Grid("ckdsnn/table02", scale, cells, [*conditions(scale, IMAGENET, "ResNet18", "ResNet34", used=_times(cells)), ARMS[0]])
+    return Grid(
+        "ckdsnn/table02",
+        scale,
+        cells,
+        [*conditions(scale, IMAGENET, "ResNet18", "ResNet34", used=_times(cells)), ARMS[0]],
+    )
 
 
 def table04(
     scale,  # smoke, small, medium, paper
 ):
     "Grid of Table 4: ResNet20 on CIFAR10-DVS; the teacher sees the mean over the frames."
-    cells = compared(check_scale(scale), "table04", lambda r: (r["model"], EVENTS) if r["model"] == "ResNet20" else None)
-    facts = ["the network is Table 4's ResNet20; the paper's text says ResNet-19", "the ordinary teacher sees the mean over the frames; how the paper's sees a recording is not said"]
-    return Grid("ckdsnn/table04", scale, cells, [*conditions(scale, EVENTS, "ResNet20", used=_times(cells)), ARMS[0], *facts])
+    cells = compared(
+        check_scale(scale),
+        "table04",
+        lambda r: (r["model"], EVENTS) if r["model"] == "ResNet20" else None,
+    )
+    facts = [
+        "the network is Table 4's ResNet20; the paper's text says ResNet-19",
+        "the ordinary teacher sees the mean over the frames; how the paper's sees a recording is not said",
+    ]
+    return Grid(
+        "ckdsnn/table04",
+        scale,
+        cells,
+        [*conditions(scale, EVENTS, "ResNet20", used=_times(cells)), ARMS[0], *facts],
+    )
 
 # %% ../../nbs/lib/89_papers.ckdsnn.ipynb #9d90bc68
-ARMS = ("BKDSNN is its feature loss alone (its published code adds weighted logits); adapter, layer and weights of KDSNN are our reading",
-        "SEW-R is the column's own network trained alone, without SEW's blocks; TET likewise, with its own loss",
-        "Spikformer is trained by SGD like the others (its publication: AdamW)")
-_STANDIN = {"smoke": {EVENTS: "CIFAR10-DVS is replaced by SIMULATED events of the 8×8 digits of scikit-learn (700 of them)", IMAGENET: "ImageNet is replaced by the digits of scikit-learn (1,797 scans, enlarged to 12×12)",
-                      None: "CIFAR-10 and CIFAR-100 are both replaced by the digits of scikit-learn (1,797 scans, enlarged to 12×12); the second column of a network would be the same runs, and is left empty"},
-            "small": {EVENTS: "CIFAR10-DVS is replaced by SIMULATED events of 10,000 images of CIFAR-10 (JPEG) at 16×16 pixels", IMAGENET: "ImageNet is replaced by 20 classes of Tiny-ImageNet at 64×64 pixels (10,000 training images)",
-                      None: "CIFAR-10 and CIFAR-100 are both 10,000 images of CIFAR-10 (JPEG) at 16×16 pixels, teachers see all; the second column of a network would be the same runs, and is left empty"}}
+ARMS = (
+    "BKDSNN is its feature loss alone (its published code adds weighted logits); adapter, layer and weights of KDSNN are our reading",
+    "SEW-R is the column's own network trained alone, without SEW's blocks; TET likewise, with its own loss",
+    "Spikformer is trained by SGD like the others (its publication: AdamW)",
+)
+_STANDIN = {
+    "smoke": {
+        EVENTS: "CIFAR10-DVS is replaced by SIMULATED events of the 8×8 digits of scikit-learn (700 of them)",
+        IMAGENET: "ImageNet is replaced by the digits of scikit-learn (1,797 scans, enlarged to 12×12)",
+        None: "CIFAR-10 and CIFAR-100 are both replaced by the digits of scikit-learn (1,797 scans, enlarged to 12×12); the second column of a network would be the same runs, and is left empty",
+    },
+    "small": {
+        EVENTS: "CIFAR10-DVS is replaced by SIMULATED events of 10,000 images of CIFAR-10 (JPEG) at 16×16 pixels",
+        IMAGENET: "ImageNet is replaced by 20 classes of Tiny-ImageNet at 64×64 pixels (10,000 training images)",
+        None: "CIFAR-10 and CIFAR-100 are both 10,000 images of CIFAR-10 (JPEG) at 16×16 pixels, teachers see all; the second column of a network would be the same runs, and is left empty",
+    },
+}
 
 
 def _sizes(scale, name):
     s, t = network(scale, name, 1), network(scale, name)
-    said = lambda m: f"{m.name} at {m.width:g} of its width" + "".join(f", {k} {v}" for k, v in m.args.items())
+
+    def said(m):
+        return f"{m.name} at {m.width:g} of its width" + "".join(
+            f", {k} {v}" for k, v in m.args.items()
+        )
+
     return f"{name}: {said(s)}, under {said(t)}"
 
 
 def of_table01(scale):
     "What only one scale does differently in Table 1."
-    said = {"small": "at small scale ResNet20 is the pair of studies/sastc: two thirds of the blocks of ResNet-20 and half its channels, threshold 0.5, under as many blocks with all channels; three seeds",
-            "paper": "teachers of the ResNets on CIFAR-10: 300 epochs at peak rate 0.05, as in the published code"}
+    said = {
+        "small": "at small scale ResNet20 is the pair of studies/sastc: two thirds of the blocks of ResNet-20 and half its channels, threshold 0.5, under as many blocks with all channels; three seeds",
+        "paper": "teachers of the ResNets on CIFAR-10: 300 epochs at peak rate 0.05, as in the published code",
+    }
     return [said[scale]] if scale in said else []
 
 
@@ -204,12 +350,27 @@ def conditions(
     T = [f"time steps, the paper's → ours: {', '.join(fewer)}"] if fewer else []
     train = f"students: {budget_in_words(optim(scale, dataset), data(scale, dataset))} (the paper refers to others; its code has 400 epochs of batch 128, rate 0.1, weight decay 1e-4)"
     sizes = [_sizes(scale, n) for n in names if not shared(scale, n, dataset)]
-    return [*stand, *sizes, *T, train, *(f"teacher of {n}: {budget_in_words(t.optim, t.data)}" for n in names for t in [teacher(scale, n, dataset)]),
-            *read_as(*names), f"{SEEDS[scale]} seed{'s' * (SEEDS[scale] > 1)}{', three where the pair is that of studies/sastc' if any(shared(scale, n, dataset) for n in names) else ''} (the paper says nothing of repetitions, and its code keeps the best test epoch; ours is the last)"]
+    return [
+        *stand,
+        *sizes,
+        *T,
+        train,
+        *(
+            f"teacher of {n}: {budget_in_words(t.optim, t.data)}"
+            for n in names
+            for t in [teacher(scale, n, dataset)]
+        ),
+        *read_as(*names),
+        f"{SEEDS[scale]} seed{'s' * (SEEDS[scale] > 1)}{', three where the pair is that of studies/sastc' if any(shared(scale, n, dataset) for n in names) else ''} (the paper says nothing of repetitions, and its code keeps the best test epoch; ours is the last)",
+    ]
 
 # %% ../../nbs/lib/89_papers.ckdsnn.ipynb #80b3a3a9
 SCALED_MAPS = "SAMD brings every map to [0, 1] before the softmax: our reading (losses.ckdsnn)"
-NEURONS = {"tet": "TET's LIF, as in the published code (paper: IF)", "sew": "SEW's IF", "spikformer": "Spikformer's LIF"}
+NEURONS = {
+    "tet": "TET's LIF, as in the published code (paper: IF)",
+    "sew": "SEW's IF",
+    "spikformer": "Spikformer's LIF",
+}
 
 
 def read_as(
@@ -217,9 +378,14 @@ def read_as(
 ):
     "Their neurons, and our readings of SAMD on them, in sentences."
     by = {k: [n for n in names if NETWORKS[n][1] == k] for k in NEURONS}
-    last = ["spikes (published code: numbers behind a ReLU)"] * bool(by["tet"]) + [f"sums of spikes in {' and '.join(sums)}" for sums in [by["sew"] + by["spikformer"]] if sums]
-    return [f"neurons: {'; '.join(f'{NEURONS[k]}, in ' + ' and '.join(ns) for k, ns in by.items() if ns)}",
-            SCALED_MAPS, f"the last stage puts out {', '.join(last)}"]
+    last = ["spikes (published code: numbers behind a ReLU)"] * bool(by["tet"]) + [
+        f"sums of spikes in {' and '.join(sums)}" for sums in [by["sew"] + by["spikformer"]] if sums
+    ]
+    return [
+        f"neurons: {'; '.join(f'{NEURONS[k]}, in ' + ' and '.join(ns) for k, ns in by.items() if ns)}",
+        SCALED_MAPS,
+        f"the last stage puts out {', '.join(last)}",
+    ]
 
 # %% ../../nbs/lib/89_papers.ckdsnn.ipynb #bd12993c
 ABLATION = {"small": ("ResNet20", "CIFAR-10", 2)}
@@ -230,15 +396,25 @@ SCALED = {"none": "none", "L2-norm": "l2", "Z-score": "zscore", "Softmax": "soft
 def ablation(scale, method="ckdsnn", n=None, **args):
     "The groups of one arm."
     name, dataset, T = ABLATION.get(scale, ("ResNet19", "CIFAR-100", 1))
-    return seeded(ARM_SEEDS[check_scale(scale)] if n is None else n, partial(student, scale, name, dataset, T, method, **args))
+    return seeded(
+        ARM_SEEDS[check_scale(scale)] if n is None else n,
+        partial(student, scale, name, dataset, T, method, **args),
+    )
 
 
 def setting(scale):
     "What the ablations were run on, in sentences."
     name, dataset, T = ABLATION.get(scale, ("ResNet19", "CIFAR-100", 1))
-    facts = [f for f in conditions(scale, dataset, name) if "seed" not in f and "→" not in f and "column" not in f]
+    facts = [
+        f
+        for f in conditions(scale, dataset, name)
+        if "seed" not in f and "→" not in f and "column" not in f
+    ]
     said = f"{name}, T = {T}, {ARM_SEEDS[scale]} seeds a cell (paper: ResNet-19, CIFAR-100, a single number; its T is not stated, 1 by comparison with Table 1)"
-    what = {"smoke": "CIFAR-100 is replaced by the digits of scikit-learn (1,797 scans, enlarged to 12×12)", "small": "CIFAR-100 is replaced by 10,000 images of CIFAR-10 (JPEG) at 16×16 pixels; the pair of networks and their budget are those of studies/sastc, smaller than those of studies/ckdsnn"}
+    what = {
+        "smoke": "CIFAR-100 is replaced by the digits of scikit-learn (1,797 scans, enlarged to 12×12)",
+        "small": "CIFAR-100 is replaced by 10,000 images of CIFAR-10 (JPEG) at 16×16 pixels; the pair of networks and their budget are those of studies/sastc, smaller than those of studies/ckdsnn",
+    }
     return [*([what[scale]] if scale in what else []), said, *facts]
 
 
@@ -246,26 +422,49 @@ def table03(
     scale,  # smoke, small, medium, paper
 ):
     "Grid of Table 3: how the maps are brought to one scale."
-    cells = [Cell({"scaling": n}, "accuracy", ablation(scale, **({} if s == "softmax" else {"scaling": s}))) for n, s in SCALED.items()]
-    ours = ["softmax starts from maps in [0, 1], the others from maps as they are; those are compared by their mean squared difference (the paper does not say by what)",
-            "without scaling, spike counts (eq. 3: a sum, up to T·C) meet a Grad-CAM below one, and the squared difference outweighs all else; with the average the text speaks of it would not"]
+    cells = [
+        Cell(
+            {"scaling": n},
+            "accuracy",
+            ablation(scale, **({} if s == "softmax" else {"scaling": s})),
+        )
+        for n, s in SCALED.items()
+    ]
+    ours = [
+        "softmax starts from maps in [0, 1], the others from maps as they are; those are compared by their mean squared difference (the paper does not say by what)",
+        "without scaling, spike counts (eq. 3: a sum, up to T·C) meet a Grad-CAM below one, and the squared difference outweighs all else; with the average the text speaks of it would not",
+    ]
     return Grid("ckdsnn/table03", scale, cells, [*setting(scale), *ours])
 
 # %% ../../nbs/lib/89_papers.ckdsnn.ipynb #a01a2d07
 HALVES = {"none": "none", "SAMD": "samd", "NLD": "nld", "CKDSNN": "ckdsnn"}
 IN_PLACE = {"CAM-SAM": "ckdsnn", "e²KD": "nld+e2kd", "CAT-KD": "nld+400*catkd"}
-NOISE = {"none": {"noise": "none"}, "σ = 0.3": {"noise": "fixed", "sigma": 0.3}, "σ = 3": {"noise": "fixed", "sigma": 3.0}, "σ = 30": {"noise": "fixed", "sigma": 30.0}, "adaptive": {}}
+NOISE = {
+    "none": {"noise": "none"},
+    "σ = 0.3": {"noise": "fixed", "sigma": 0.3},
+    "σ = 3": {"noise": "fixed", "sigma": 3.0},
+    "σ = 30": {"noise": "fixed", "sigma": 30.0},
+    "adaptive": {},
+}
 
 
-def _arm(panel, name, groups): return Cell({"panel": panel, "method": name}, "accuracy", groups)
+def _arm(panel, name, groups):
+    return Cell({"panel": panel, "method": name}, "accuracy", groups)
 
 
 def figure04(
     scale,  # smoke, small, medium, paper
 ):
     "Grid of Figure 4: SAMD and NLD on and off; CAM-SAM against class maps on both sides."
-    cells = [_arm(p, n, ablation(scale, m)) for p, arms in (("a", HALVES), ("b", IN_PLACE)) for n, m in arms.items()]
-    ours = ["e²KD and CAT-KD are our readings, in the place of SAMD beside NLD, with weights 1 and 400, not tuned (the paper states none): an arm that stays at chance says that its weight does not fit, and nothing of its method", "the paper's figure may show more settings than one; its text does not say which"]
+    cells = [
+        _arm(p, n, ablation(scale, m))
+        for p, arms in (("a", HALVES), ("b", IN_PLACE))
+        for n, m in arms.items()
+    ]
+    ours = [
+        "e²KD and CAT-KD are our readings, in the place of SAMD beside NLD, with weights 1 and 400, not tuned (the paper states none): an arm that stays at chance says that its weight does not fit, and nothing of its method",
+        "the paper's figure may show more settings than one; its text does not say which",
+    ]
     return Grid("ckdsnn/figure04", scale, cells, [*setting(scale), *ours])
 
 
@@ -280,11 +479,52 @@ def figure05(
 # %% ../../nbs/lib/89_papers.ckdsnn.ipynb #bb7a6d7a
 _A = "Ablation Study"
 FIGURE_CLAIMS = (
-    *(Claim("ckdsnn/figure04", f"both>{n.lower()}", f"Both halves are better than {'neither' if n == 'none' else n + ' alone'}", f"{_A}, Figure 4a", {"method": "CKDSNN"}, {"method": n}) for n in ("none", "SAMD", "NLD")),
-    *(Claim("ckdsnn/figure04", f"camsam>{n.lower()}", f"CAM-SAM is better than {n} in its place", f"{_A}, Figure 4b", {"method": "CAM-SAM"}, {"method": n}) for n in ("e²KD", "CAT-KD")),
-    Claim("ckdsnn/figure05", "adaptive", "Adaptive noise is better than any fixed one", f"{_A}, Figure 5a", {"method": "adaptive"}, {"method": ("σ = 0.3", "σ = 3", "σ = 30")}),
-    Claim("ckdsnn/figure05", "more", "More fixed noise is better than little", f"{_A}, Figure 5a", {"method": "σ = 3"}, {"method": "σ = 0.3"}),
-    Claim("ckdsnn/figure05", "excess", "Too much is worse again", f"{_A}, Figure 5a", {"method": "σ = 3"}, {"method": "σ = 30"}),
+    *(
+        Claim(
+            "ckdsnn/figure04",
+            f"both>{n.lower()}",
+            f"Both halves are better than {'neither' if n == 'none' else n + ' alone'}",
+            f"{_A}, Figure 4a",
+            {"method": "CKDSNN"},
+            {"method": n},
+        )
+        for n in ("none", "SAMD", "NLD")
+    ),
+    *(
+        Claim(
+            "ckdsnn/figure04",
+            f"camsam>{n.lower()}",
+            f"CAM-SAM is better than {n} in its place",
+            f"{_A}, Figure 4b",
+            {"method": "CAM-SAM"},
+            {"method": n},
+        )
+        for n in ("e²KD", "CAT-KD")
+    ),
+    Claim(
+        "ckdsnn/figure05",
+        "adaptive",
+        "Adaptive noise is better than any fixed one",
+        f"{_A}, Figure 5a",
+        {"method": "adaptive"},
+        {"method": ("σ = 0.3", "σ = 3", "σ = 30")},
+    ),
+    Claim(
+        "ckdsnn/figure05",
+        "more",
+        "More fixed noise is better than little",
+        f"{_A}, Figure 5a",
+        {"method": "σ = 3"},
+        {"method": "σ = 0.3"},
+    ),
+    Claim(
+        "ckdsnn/figure05",
+        "excess",
+        "Too much is worse again",
+        f"{_A}, Figure 5a",
+        {"method": "σ = 3"},
+        {"method": "σ = 30"},
+    ),
 )
 
 
@@ -293,7 +533,8 @@ def figure_claims(
 ):
     "What the text says about a figure that prints no numbers."
     found = [c for c in FIGURE_CLAIMS if c.key == key]
-    if not found: raise unknown("figure with claims", key, sorted({c.key for c in FIGURE_CLAIMS}))
+    if not found:
+        raise unknown("figure with claims", key, sorted({c.key for c in FIGURE_CLAIMS}))
     return found
 
 # %% ../../nbs/lib/89_papers.ckdsnn.ipynb #58535864

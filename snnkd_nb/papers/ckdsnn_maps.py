@@ -22,10 +22,14 @@ def methods(
     return {"Baseline": "none", "KDSNN": "kdsnn", "BKDSNN": "bkd", "CKDSNN": "ckdsnn"}
 
 # %% ../../nbs/lib/89_papers.ckdsnn_maps.ipynb #375fd807
-def _enlarged(spec): return spec.replace(data=spec.data.replace(size=16))
+def _enlarged(spec):
+    return spec.replace(data=spec.data.replace(size=16))
 
 
-PLACES = {"ImageNet": ("ResNet34", "ImageNet"), "CIFAR-100": ("ResNet19", "CIFAR-100")}  # network and data set of `papers.ckdsnn`
+PLACES = {
+    "ImageNet": ("ResNet34", "ImageNet"),
+    "CIFAR-100": ("ResNet19", "CIFAR-100"),
+}  # network and data set of `papers.ckdsnn`
 
 
 def teacher(
@@ -33,8 +37,13 @@ def teacher(
     dataset="ImageNet",  # of the paper's artefact: "ImageNet" or "CIFAR-100"
 ):
     "The `RunSpec` of the ordinary network that teaches."
-    if scale in ("medium", "paper"): return ckdsnn.teacher(scale, *PLACES[dataset])
-    return _enlarged(studies.teacher(scale)) if scale == "smoke" else ckdsnn.teacher(scale, *ckdsnn.ABLATION[scale][:2])
+    if scale in ("medium", "paper"):
+        return ckdsnn.teacher(scale, *PLACES[dataset])
+    return (
+        _enlarged(studies.teacher(scale))
+        if scale == "smoke"
+        else ckdsnn.teacher(scale, *ckdsnn.ABLATION[scale][:2])
+    )
 
 
 def student(
@@ -45,15 +54,20 @@ def student(
     T=4,  # time steps at medium and paper scale; below they are 2
 ):
     "The `RunSpec` of the spiking student."
-    if scale in ("medium", "paper"): return ckdsnn.student(scale, *PLACES[dataset], T, method, seed)
-    if scale == "small": return ckdsnn.student(scale, *ckdsnn.ABLATION[scale], method, seed)
+    if scale in ("medium", "paper"):
+        return ckdsnn.student(scale, *PLACES[dataset], T, method, seed)
+    if scale == "small":
+        return ckdsnn.student(scale, *ckdsnn.ABLATION[scale], method, seed)
     base = studies.student(scale, method, seed)
     return _enlarged(base).replace(teacher=base.teacher and teacher(scale))
 
 # %% ../../nbs/lib/89_papers.ckdsnn_maps.ipynb #212403be
 SEEDS = {"smoke": 1, "small": 3, "medium": 1, "paper": 3}
 _SMALLER = {"small": (", two thirds of its blocks, threshold 0.5", ", as many blocks")}
-_LAST = {"smoke": "maps of the last stage are 4×4 (paper: 7×7 of 224 pixels, 8×8 of CIFAR's)", "small": "maps of the last stage are 4×4"}
+_LAST = {
+    "smoke": "maps of the last stage are 4×4 (paper: 7×7 of 224 pixels, 8×8 of CIFAR's)",
+    "small": "maps of the last stage are 4×4",
+}
 
 
 def conditions(
@@ -65,12 +79,19 @@ def conditions(
     "What was run instead of the paper's setting, in sentences made from the specs."
     s, t = student(scale, "ckdsnn", 0, dataset), teacher(scale, dataset)
     theirs = "ResNet-34 on ImageNet, T = 4" if dataset == "ImageNet" else "ResNet-19 on CIFAR-100"
-    what = {"smoke": "scikit-learn's 8×8 digits, enlarged to 16×16", "small": "10,000 images of CIFAR-10 (JPEG), a re-encoding, at 16×16 pixels"}.get(scale, dataset)
+    what = {
+        "smoke": "scikit-learn's 8×8 digits, enlarged to 16×16",
+        "small": "10,000 images of CIFAR-10 (JPEG), a re-encoding, at 16×16 pixels",
+    }.get(scale, dataset)
     own = {"BKDSNN": ckdsnn.ARMS[0], "CKDSNN": ckdsnn.SCALED_MAPS}
-    return [f"data: {what} (paper: {theirs})",
-            f"student: {s.model.name} at {s.model.width:g} of its width{_SMALLER.get(scale, ('', ''))[0]}, T = {s.model.T}; teacher: {t.model.name} at {t.model.width:g} of its width{_SMALLER.get(scale, ('', ''))[1]}",
-            f"students: {budget_in_words(s.optim, s.data)}", f"neurons: {ckdsnn.NEURONS[s.model.neuron]}",
-            *(own[a] for a in own if a in arms), *([_LAST[scale]] if maps and scale in _LAST else [])]
+    return [
+        f"data: {what} (paper: {theirs})",
+        f"student: {s.model.name} at {s.model.width:g} of its width{_SMALLER.get(scale, ('', ''))[0]}, T = {s.model.T}; teacher: {t.model.name} at {t.model.width:g} of its width{_SMALLER.get(scale, ('', ''))[1]}",
+        f"students: {budget_in_words(s.optim, s.data)}",
+        f"neurons: {ckdsnn.NEURONS[s.model.neuron]}",
+        *(own[a] for a in own if a in arms),
+        *([_LAST[scale]] if maps and scale in _LAST else []),
+    ]
 
 # %% ../../nbs/lib/89_papers.ckdsnn_maps.ipynb #21b91990
 def table05(
@@ -78,71 +99,208 @@ def table05(
 ):
     "Grid of Table 5: firing rate, SOPs, power and accuracy."
     check_scale(scale)
-    rows = {("SEW-R", 4): "none", ("KDSNN", 4): "kdsnn", ("BKDSNN", 4): "bkd", ("CKDSNN (Ours)", 4): "ckdsnn"}
-    if scale in ("medium", "paper"): rows[("CKDSNN (Ours)", 3)] = "ckdsnn"
-    cells = [Cell({"method": m, "T": T}, "accuracy", seeded(SEEDS[scale], lambda s, how=how, T=T: student(scale, how, s, T=T))) for (m, T), how in rows.items()]
-    notes = ["counts are for one image, mean over the first 256 test images; the paper does not say on which images, nor which convention its power follows"]
-    if scale in ("smoke", "small"): notes.append("CKDSNN at T = 3 is not run")
+    rows = {
+        ("SEW-R", 4): "none",
+        ("KDSNN", 4): "kdsnn",
+        ("BKDSNN", 4): "bkd",
+        ("CKDSNN (Ours)", 4): "ckdsnn",
+    }
+    if scale in ("medium", "paper"):
+        rows[("CKDSNN (Ours)", 3)] = "ckdsnn"
+    cells = [
+        Cell(
+            {"method": m, "T": T},
+            "accuracy",
+            seeded(SEEDS[scale], lambda s, how=how, T=T: student(scale, how, s, T=T)),
+        )
+        for (m, T), how in rows.items()
+    ]
+    notes = [
+        "counts are for one image, mean over the first 256 test images; the paper does not say on which images, nor which convention its power follows"
+    ]
+    if scale in ("smoke", "small"):
+        notes.append("CKDSNN at T = 3 is not run")
     return Grid("ckdsnn/table05", scale, cells, [*conditions(scale, maps=False), *notes])
 
 # %% ../../nbs/lib/89_papers.ckdsnn_maps.ipynb #8f450fe3
 def _pictures(number, scale, arms, seeds=1, dataset="ImageNet", maps=True, notes=()):
     check_scale(scale)
     cells = [Cell({"method": "Teacher"}, "accuracy", ((teacher(scale, dataset),),))]
-    cells += [Cell({"method": n}, "accuracy", seeded(seeds, lambda s, m=m: student(scale, m, s, dataset))) for n, m in arms.items()]
-    return Grid(f"ckdsnn/figure{number:02}", scale, cells, [*conditions(scale, dataset, arms, maps), *notes])
+    cells += [
+        Cell({"method": n}, "accuracy", seeded(seeds, lambda s, m=m: student(scale, m, s, dataset)))
+        for n, m in arms.items()
+    ]
+    return Grid(
+        f"ckdsnn/figure{number:02}", scale, cells, [*conditions(scale, dataset, arms, maps), *notes]
+    )
 
 
-def _pick(scale, *names): return {n: m for n, m in methods(scale).items() if n in names}
+def _pick(scale, *names):
+    return {n: m for n, m in methods(scale).items() if n in names}
 
 
 def figure01(
     scale,  # smoke, small, medium, paper
 ):
     "Grid of Figure 1: what is distilled, raw and scaled."
-    return _pictures(1, scale, _pick(scale, "Baseline", "CKDSNN"), dataset="CIFAR-100", notes=["the paper's figure is a drawing; ours are histograms of what the networks put out"])
+    return _pictures(
+        1,
+        scale,
+        _pick(scale, "Baseline", "CKDSNN"),
+        dataset="CIFAR-100",
+        notes=["the paper's figure is a drawing; ours are histograms of what the networks put out"],
+    )
 
 
 def figure02(
     scale,  # smoke, small, medium, paper
 ):
     "Grid of Figure 2: the overview."
-    return _pictures(2, scale, _pick(scale, "CKDSNN"), dataset="CIFAR-100", notes=["the paper's figure is a drawing; ours is drawn from the modules that train and the tensors of one batch"])
+    return _pictures(
+        2,
+        scale,
+        _pick(scale, "CKDSNN"),
+        dataset="CIFAR-100",
+        notes=[
+            "the paper's figure is a drawing; ours is drawn from the modules that train and the tensors of one batch"
+        ],
+    )
 
 
 def figure03(
     scale,  # smoke, small, medium, paper
 ):
     "Grid of Figure 3: gradient-based maps and SAM of a spiking network."
-    return _pictures(3, scale, _pick(scale, "Baseline"), notes=["the paper shows one image and no number; ours are the first test images of each class, none was chosen"])
+    return _pictures(
+        3,
+        scale,
+        _pick(scale, "Baseline"),
+        notes=[
+            "the paper shows one image and no number; ours are the first test images of each class, none was chosen"
+        ],
+    )
 
 
 def figure06(
     scale,  # smoke, small, medium, paper
 ):
     "Grid of Figure 6: teacher's CAM and students' SAM by method."
-    return _pictures(6, scale, methods(scale), SEEDS[scale], notes=["the panel shows the first test images of each class under seed 0, none was chosen; the paper does not say how its images were"])
+    return _pictures(
+        6,
+        scale,
+        methods(scale),
+        SEEDS[scale],
+        notes=[
+            "the panel shows the first test images of each class under seed 0, none was chosen; the paper does not say how its images were"
+        ],
+    )
 
 
 def figure07(
     scale,  # smoke, small, medium, paper
 ):
     "Grid of Figure 7: t-SNE of the last features by method."
-    return _pictures(7, scale, methods(scale), dataset="CIFAR-100", maps=False, notes=["settings of t-SNE are not stated in the paper: perplexity 30, start at the two principal components, seed 0"])
+    return _pictures(
+        7,
+        scale,
+        methods(scale),
+        dataset="CIFAR-100",
+        maps=False,
+        notes=[
+            "settings of t-SNE are not stated in the paper: perplexity 30, start at the two principal components, seed 0"
+        ],
+    )
 
 # %% ../../nbs/lib/89_papers.ckdsnn_maps.ipynb #3e1ff239
-def _claim(n, id, text, place, column, better, worse, lower=False): return Claim(f"ckdsnn/figure{n:02}", id, text, place, {"column": column, "method": better}, {"column": column, "method": worse}, lower=lower)
+def _claim(n, id, text, place, column, better, worse, lower=False):
+    return Claim(
+        f"ckdsnn/figure{n:02}",
+        id,
+        text,
+        place,
+        {"column": column, "method": better},
+        {"column": column, "method": worse},
+        lower=lower,
+    )
 
 
 _M, _E = "Introduction, Figure 1", "Experiments"
 VIEW_CLAIMS = (
-    *(_claim(1, f"peaked-{m.lower()}", f"Logits of the student ({m}) are more peaked than the teacher's: a larger largest probability", _M, "largest probability", m, "Teacher") for m in ("Baseline", "CKDSNN")),
-    *(_claim(1, f"entropy-{m.lower()}", f"Logits of the student ({m}) are more peaked than the teacher's: a lower entropy", _M, "entropy (nats)", m, "Teacher", lower=True) for m in ("Baseline", "CKDSNN")),
-    *(_claim(1, f"softer-{m.lower()}", f"Noise makes the logits of the student ({m}) softer: a higher entropy", _M, "entropy (nats)", f"{m} + noise", m) for m in ("Baseline", "CKDSNN")),
-    *(_claim(3, f"sam-{c}-{s}", f"SAM is nearer to the teacher's map than the student's Grad-CAM, {s} stage: {c}", "Method, Figure 3", c, f"student SAM {s} stage", f"student Grad-CAM {s} stage")
-      for c in ("pearson", "pearson over chance") for s in ("last", "earlier")),
-    *(_claim(6, f"{c}-{m.lower()}", f"CKDSNN's SAM is nearer to the teacher's map than {m}'s: {c}", f"{_E}, Figure 6", c, "SAM, CKDSNN", f"SAM, {m}") for c in ("pearson", "pearson over chance", "iou", "iou over chance") for m in ("Baseline", "KDSNN", "BKDSNN")),
-    *(_claim(7, f"apart-{m.lower()}", f"CKDSNN's features are better separable than {m}'s: silhouette", f"{_E}, Figure 7", "silhouette", "CKDSNN", m) for m in ("Baseline", "KDSNN", "BKDSNN")),
+    *(
+        _claim(
+            1,
+            f"peaked-{m.lower()}",
+            f"Logits of the student ({m}) are more peaked than the teacher's: a larger largest probability",
+            _M,
+            "largest probability",
+            m,
+            "Teacher",
+        )
+        for m in ("Baseline", "CKDSNN")
+    ),
+    *(
+        _claim(
+            1,
+            f"entropy-{m.lower()}",
+            f"Logits of the student ({m}) are more peaked than the teacher's: a lower entropy",
+            _M,
+            "entropy (nats)",
+            m,
+            "Teacher",
+            lower=True,
+        )
+        for m in ("Baseline", "CKDSNN")
+    ),
+    *(
+        _claim(
+            1,
+            f"softer-{m.lower()}",
+            f"Noise makes the logits of the student ({m}) softer: a higher entropy",
+            _M,
+            "entropy (nats)",
+            f"{m} + noise",
+            m,
+        )
+        for m in ("Baseline", "CKDSNN")
+    ),
+    *(
+        _claim(
+            3,
+            f"sam-{c}-{s}",
+            f"SAM is nearer to the teacher's map than the student's Grad-CAM, {s} stage: {c}",
+            "Method, Figure 3",
+            c,
+            f"student SAM {s} stage",
+            f"student Grad-CAM {s} stage",
+        )
+        for c in ("pearson", "pearson over chance")
+        for s in ("last", "earlier")
+    ),
+    *(
+        _claim(
+            6,
+            f"{c}-{m.lower()}",
+            f"CKDSNN's SAM is nearer to the teacher's map than {m}'s: {c}",
+            f"{_E}, Figure 6",
+            c,
+            "SAM, CKDSNN",
+            f"SAM, {m}",
+        )
+        for c in ("pearson", "pearson over chance", "iou", "iou over chance")
+        for m in ("Baseline", "KDSNN", "BKDSNN")
+    ),
+    *(
+        _claim(
+            7,
+            f"apart-{m.lower()}",
+            f"CKDSNN's features are better separable than {m}'s: silhouette",
+            f"{_E}, Figure 7",
+            "silhouette",
+            "CKDSNN",
+            m,
+        )
+        for m in ("Baseline", "KDSNN", "BKDSNN")
+    ),
 )
 
 
@@ -151,7 +309,8 @@ def view_claims(
 ):
     "What the text says about a figure."
     found = [c for c in VIEW_CLAIMS if c.key == key]
-    if not found: raise unknown("figure with claims", key, sorted({c.key for c in VIEW_CLAIMS}))
+    if not found:
+        raise unknown("figure with claims", key, sorted({c.key for c in VIEW_CLAIMS}))
     return found
 
 # %% ../../nbs/lib/89_papers.ckdsnn_maps.ipynb #466b600c
@@ -162,7 +321,13 @@ def by_method(
     every=False,  # whether all must be there; else the teacher only
 ):
     "{method: network} of one seed, without what has not been run; the teacher is there under every seed."
-    wanted = {c.index["method"]: next((s for s in c.specs if s.seed == seed), c.specs[0]) for c in grid.cells}
+    wanted = {
+        c.index["method"]: next((s for s in c.specs if s.seed == seed), c.specs[0])
+        for c in grid.cells
+    }
     gone = [n for n, s in wanted.items() if s not in nets and (every or n == "Teacher")]
-    need(not gone, f"{' and '.join(gone)} of {grid.key} at scale {grid.scale} not run yet: snnkd run {grid.key} --scale {grid.scale}")
+    need(
+        not gone,
+        f"{' and '.join(gone)} of {grid.key} at scale {grid.scale} not run yet: snnkd run {grid.key} --scale {grid.scale}",
+    )
     return {n: nets[s] for n, s in wanted.items() if s in nets}

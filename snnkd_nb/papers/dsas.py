@@ -11,13 +11,26 @@ __all__ = ['EVENTS', 'GESTURE', 'DATASETS', 'RESNETS', 'PYRAMIDS', 'SEEDS', 'ONC
 from functools import cache
 
 from ..core import unknown
-from ..reports.grid import Cell, Grid, budget_in_words, check_scale, data_at, optim_at, seeded
+from snnkd_nb.reports.grid import (
+    Cell,
+    Grid,
+    budget_in_words,
+    check_scale,
+    data_at,
+    optim_at,
+    seeded,
+)
 from ..spec import DataSpec, ModelSpec, RunSpec
 
 # %% ../../nbs/lib/88_papers.dsas.ipynb #0e434347
 EVENTS, GESTURE = "CIFAR10-DVS", "DVS128-Gesture"
 DATASETS = ("ImageNet", "Tiny-ImageNet", "CIFAR-10", "CIFAR-100", EVENTS, GESTURE)
-_SMALL = {"ImageNet": ("tiny-imagenet:tiny-imagenet-20", 32), "Tiny-ImageNet": ("tiny-imagenet:tiny-imagenet-20", 24), "CIFAR-10": ("folder:cifar10-jpeg", 16), "CIFAR-100": ("folder:cifar10-jpeg", 16)}
+_SMALL = {
+    "ImageNet": ("tiny-imagenet:tiny-imagenet-20", 32),
+    "Tiny-ImageNet": ("tiny-imagenet:tiny-imagenet-20", 24),
+    "CIFAR-10": ("folder:cifar10-jpeg", 16),
+    "CIFAR-100": ("folder:cifar10-jpeg", 16),
+}
 _REAL = {EVENTS: ("cifar10-dvs:cifar10-dvs", 48), GESTURE: ("dvs-gesture:dvs-gesture", 64)}
 
 
@@ -27,30 +40,68 @@ def data(
     T=4,  # time steps, which is how many frames a recording has
 ):
     "The `DataSpec` a scale takes for a data set of the paper."
-    if dataset not in DATASETS: raise unknown("data set of DSAS", dataset, DATASETS)
-    if dataset not in _REAL: return images(scale, dataset)
+    if dataset not in DATASETS:
+        raise unknown("data set of DSAS", dataset, DATASETS)
+    if dataset not in _REAL:
+        return images(scale, dataset)
     frames = {"args": {"frames": T}}
-    if scale == "smoke": return DataSpec("digits-events", subset=700, **frames)
-    if scale == "small": return DataSpec("events:folder:cifar10-jpeg", size=16, subset=10_000, augment="flip+roll", **frames)
+    if scale == "smoke":
+        return DataSpec("digits-events", subset=700, **frames)
+    if scale == "small":
+        return DataSpec(
+            "events:folder:cifar10-jpeg", size=16, subset=10_000, augment="flip+roll", **frames
+        )
     name, size = _REAL[dataset]
     return DataSpec(name, size=size, augment="flip+roll", **frames)
 
 
 def images(scale, dataset):
     "The same of images."
-    if scale == "smoke": return DataSpec("digits")
-    if scale == "small": return DataSpec(_SMALL[dataset][0], size=_SMALL[dataset][1], subset=10_000 if "folder" in _SMALL[dataset][0] else None, augment="crop+flip")
+    if scale == "smoke":
+        return DataSpec("digits")
+    if scale == "small":
+        return DataSpec(
+            _SMALL[dataset][0],
+            size=_SMALL[dataset][1],
+            subset=10_000 if "folder" in _SMALL[dataset][0] else None,
+            augment="crop+flip",
+        )
     return data_at(scale, dataset, **({"val": 0.02} if dataset == "ImageNet" else {}))
 
 # %% ../../nbs/lib/88_papers.dsas.ipynb #5f07b3bd
-RESNETS = {"smoke": (0.25, 0.34), "small": (0.25, 1.0)}  # factors on channels and on blocks; elsewhere 1
+RESNETS = {
+    "smoke": (0.25, 0.34),
+    "small": (0.25, 1.0),
+}  # factors on channels and on blocks; elsewhere 1
 PYRAMIDS = {"smoke": (0.125, 0.05), "small": (0.25, 0.17)}
-SEEDS = {"smoke": 1, "small": 3, "medium": 1, "paper": 3}  # of searches, and of what they found where the paper compares on CIFAR
+SEEDS = {
+    "smoke": 1,
+    "small": 3,
+    "medium": 1,
+    "paper": 3,
+}  # of searches, and of what they found where the paper compares on CIFAR
 ONCE = {**SEEDS, "small": 1}  # of everything else
 LOW = {"small": {"v_threshold": 0.5}}  # of students; elsewhere the neurons as they are
-NAMES = {"ResNet-18": "resnet18", "ResNet-34": "resnet34", "ResNet-50": "resnet50", "PyramidNet101": "pyramidnet101", "PyramidNet110": "pyramidnet110", "PyramidNet200": "pyramidnet200"}
-OWN = {"ImageNet": "PyramidNet101", "Tiny-ImageNet": "PyramidNet200", "CIFAR-10": "PyramidNet200", "CIFAR-100": "PyramidNet200", EVENTS: "PyramidNet110", GESTURE: "PyramidNet110"}
-_ALPHA = {("PyramidNet200", "Tiny-ImageNet"): 270, ("PyramidNet110", GESTURE): 48}  # elsewhere the network's own
+NAMES = {
+    "ResNet-18": "resnet18",
+    "ResNet-34": "resnet34",
+    "ResNet-50": "resnet50",
+    "PyramidNet101": "pyramidnet101",
+    "PyramidNet110": "pyramidnet110",
+    "PyramidNet200": "pyramidnet200",
+}
+OWN = {
+    "ImageNet": "PyramidNet101",
+    "Tiny-ImageNet": "PyramidNet200",
+    "CIFAR-10": "PyramidNet200",
+    "CIFAR-100": "PyramidNet200",
+    EVENTS: "PyramidNet110",
+    GESTURE: "PyramidNet110",
+}
+_ALPHA = {
+    ("PyramidNet200", "Tiny-ImageNet"): 270,
+    ("PyramidNet110", GESTURE): 48,
+}  # elsewhere the network's own
 
 
 def network(
@@ -60,20 +111,41 @@ def network(
     dataset=None,  # decides α of a PyramidNet
 ):
     "The `ModelSpec` a scale takes for a network of the paper."
-    if name not in NAMES: raise unknown("network of DSAS", name, NAMES)
+    if name not in NAMES:
+        raise unknown("network of DSAS", name, NAMES)
     width, depth = (PYRAMIDS if "Pyramid" in name else RESNETS).get(scale, (1.0, 1.0))
     args = {"alpha": _ALPHA[name, dataset]} if (name, dataset) in _ALPHA else {}
-    if name == "PyramidNet101" and depth < 1: args |= {"stem": "small"}
-    if T and scale in LOW: args |= {"neuron_args": LOW[scale]}
-    return ModelSpec(NAMES[name], T, width, neuron="dsas" if T else "tet", args={**args, **({"depth": depth} if depth < 1 else {})})
+    if name == "PyramidNet101" and depth < 1:
+        args |= {"stem": "small"}
+    if T and scale in LOW:
+        args |= {"neuron_args": LOW[scale]}
+    return ModelSpec(
+        NAMES[name],
+        T,
+        width,
+        neuron="dsas" if T else "tet",
+        args={**args, **({"depth": depth} if depth < 1 else {})},
+    )
 
 # %% ../../nbs/lib/88_papers.dsas.ipynb #9b4a6185
 def optim(scale, teaches=False, dataset="CIFAR-10", searched=False):
     "The budget of a student, of a teacher, or of a student that a search found."
     recorded = dataset in _REAL
-    found = optim_at(scale, half=True, epochs=200 if recorded else 300, lr=0.01, batch_size=32 if recorded else 64, weight_decay=1e-6)
-    if scale == "smoke": found = found.replace(**{"batch_size": 16} if recorded else {}, **({"lr": 0.3, "epochs": 4 if recorded else 2} if searched else {}))
-    if teaches: return found.replace(lr=0.1, weight_decay=5e-4)
+    found = optim_at(
+        scale,
+        half=True,
+        epochs=200 if recorded else 300,
+        lr=0.01,
+        batch_size=32 if recorded else 64,
+        weight_decay=1e-6,
+    )
+    if scale == "smoke":
+        found = found.replace(
+            **{"batch_size": 16} if recorded else {},
+            **({"lr": 0.3, "epochs": 4 if recorded else 2} if searched else {}),
+        )
+    if teaches:
+        return found.replace(lr=0.1, weight_decay=5e-4)
     return found.replace(epochs=2, lr=0.3 if searched else 0.1) if scale == "small" else found
 
 
@@ -87,17 +159,31 @@ def teacher(
 ):
     "The `RunSpec` of an ANN teacher; it sees what its students see, of a recording the mean over the frames."
     name = name or OWN[dataset]
-    return RunSpec(data(scale, dataset, T), network(scale, name, dataset=dataset), optim(scale, True, dataset), seed=seed)
+    return RunSpec(
+        data(scale, dataset, T),
+        network(scale, name, dataset=dataset),
+        optim(scale, True, dataset),
+        seed=seed,
+    )
 
 
 def student(
-    scale, dataset, name,  # as for `teacher`
+    scale,
+    dataset,
+    name,  # as for `teacher`
     T,  # time steps
     teaches,  # `RunSpec` of its teacher
     seed=0,
 ):
     "The `RunSpec` of a spiking student that was not searched, distilled by logits MSE."
-    return RunSpec(data(scale, dataset, T), network(scale, name, T), optim(scale), "logits-mse", teacher=teaches, seed=seed)
+    return RunSpec(
+        data(scale, dataset, T),
+        network(scale, name, T),
+        optim(scale),
+        "logits-mse",
+        teacher=teaches,
+        seed=seed,
+    )
 
 # %% ../../nbs/lib/88_papers.dsas.ipynb #3c6a3d4b
 def conditions(
@@ -107,18 +193,36 @@ def conditions(
 ):
     "Data and sizes of a scale, in sentences; none where they are the paper's."
     factors = {"ResNets": RESNETS, "PyramidNets": PYRAMIDS}
-    sizes = [f"{f} at {factors[f][scale][0]:g} of the width and {factors[f][scale][1]:g} of the blocks a stage" for f in families if scale in factors[f]]
-    return [*list(dict.fromkeys(_stand_in(scale, d) for d in datasets)), *sizes] if scale in RESNETS else []
+    sizes = [
+        f"{f} at {factors[f][scale][0]:g} of the width and {factors[f][scale][1]:g} of the blocks a stage"
+        for f in families
+        if scale in factors[f]
+    ]
+    return (
+        [*list(dict.fromkeys(_stand_in(scale, d) for d in datasets)), *sizes]
+        if scale in RESNETS
+        else []
+    )
 
 
 def _stand_in(scale, dataset):
-    if scale == "smoke": return f"recordings are replaced by SIMULATED events of the 8×8 digits of scikit-learn ({data(scale, dataset).subset} of them)" if dataset in _REAL else "the images are replaced by the 8×8 digits of scikit-learn (1,797 scans)"
-    if dataset in _REAL: return "recordings are replaced by SIMULATED events of 10,000 images of CIFAR-10 (a JPEG re-encoding), 16×16 pixels"
-    if "CIFAR" in dataset: return "CIFAR-10 and CIFAR-100 are both a JPEG re-encoding of CIFAR-10, 16×16 pixels, 10,000 of its images"
+    if scale == "smoke":
+        return (
+            f"recordings are replaced by SIMULATED events of the 8×8 digits of scikit-learn ({data(scale, dataset).subset} of them)"
+            if dataset in _REAL
+            else "the images are replaced by the 8×8 digits of scikit-learn (1,797 scans)"
+        )
+    if dataset in _REAL:
+        return "recordings are replaced by SIMULATED events of 10,000 images of CIFAR-10 (a JPEG re-encoding), 16×16 pixels"
+    if "CIFAR" in dataset:
+        return "CIFAR-10 and CIFAR-100 are both a JPEG re-encoding of CIFAR-10, 16×16 pixels, 10,000 of its images"
     return f"{dataset} is replaced by 20 classes of Tiny-ImageNet, {_SMALL[dataset][1]}×{_SMALL[dataset][1]} pixels"
 
 
-def _low(scale): return [f"students fire at a threshold of {LOW[scale]['v_threshold']:g}"] if scale in LOW else []
+def _low(scale):
+    return (
+        [f"students fire at a threshold of {LOW[scale]['v_threshold']:g}"] if scale in LOW else []
+    )
 
 
 def budget(
@@ -129,14 +233,17 @@ def budget(
 ):
     "How students or teachers are trained, and how the paper does it."
     words = budget_in_words(optim(scale, teaches, dataset, searched), data(scale, dataset))
-    if teaches: return f"teachers: {words} (the paper does not say how its teachers were trained)"
+    if teaches:
+        return f"teachers: {words} (the paper does not say how its teachers were trained)"
     own = "200 epochs of batch 32" if dataset in _REAL else "300 epochs of batch 64"
     return f"students{' on recordings' if dataset in _REAL else ''}: {words} (paper: {own}, rate 0.01, weight decay 1e-6)"
 
 # %% ../../nbs/lib/88_papers.dsas.ipynb #1be13365
 PAIRS = [("ResNet-50", "ResNet-34"), ("ResNet-50", "ResNet-18"), ("ResNet-34", "ResNet-18")]
-UNSTATED = ("the weight between logits MSE and cross-entropy is not stated in the paper; ours is 1",
-            "τ of the neuron is not stated in the paper; ours is SpikingJelly's default 2")
+UNSTATED = (
+    "the weight between logits MSE and cross-entropy is not stated in the paper; ours is 1",
+    "τ of the neuron is not stated in the paper; ours is SpikingJelly's default 2",
+)
 
 
 AT_CHANCE = "chance is 10 %, and 5 % with the 20 classes of Tiny-ImageNet: a network that stays there has learned nothing in two epochs, and what is claimed of it here says nothing of the paper"
@@ -147,10 +254,33 @@ def table12(
 ):
     "Grid of Table 12: spiking ResNet-18/34 distilled from ResNet-34/50 at T = 1, 2, 4."
     check_scale(scale)
-    one = lambda dataset, t, s, T: lambda seed: student(scale, dataset, s, T, teacher(scale, dataset, t), seed)
-    cells = [Cell({"teacher": t, "student": s, "T": T}, dataset, seeded(ONCE[scale], one(dataset, t, s, T)))
-             for t, s in PAIRS for dataset in ("CIFAR-10", "CIFAR-100") for T in (1, 2, 4)]
-    return Grid("dsas/table12", scale, cells, [*conditions(scale, "ResNets"), budget(scale), *_low(scale), budget(scale, teaches=True), *UNSTATED, *([AT_CHANCE] if scale == "small" else [])])
+
+    def one(dataset, t, s, T):
+        return lambda seed: student(scale, dataset, s, T, teacher(scale, dataset, t), seed)
+
+    cells = [
+        Cell(
+            {"teacher": t, "student": s, "T": T},
+            dataset,
+            seeded(ONCE[scale], one(dataset, t, s, T)),
+        )
+        for t, s in PAIRS
+        for dataset in ("CIFAR-10", "CIFAR-100")
+        for T in (1, 2, 4)
+    ]
+    return Grid(
+        "dsas/table12",
+        scale,
+        cells,
+        [
+            *conditions(scale, "ResNets"),
+            budget(scale),
+            *_low(scale),
+            budget(scale, teaches=True),
+            *UNSTATED,
+            *([AT_CHANCE] if scale == "small" else []),
+        ],
+    )
 
 # %% ../../nbs/lib/88_papers.dsas.ipynb #718ff71b
 _FIVE = ("PyramidNet200", "PyramidNet110", "ResNet-50", "ResNet-34", "ResNet-18")
@@ -161,9 +291,26 @@ def table15(
 ):
     "Grid of Table 15: accuracies of the ANN teachers."
     check_scale(scale)
-    one = lambda dataset, name: lambda seed: teacher(scale, dataset, name, seed)
-    at = [(n, d) for n in _FIVE for d in ("CIFAR-100", "CIFAR-10")] + [(OWN[d], d) for d in ("Tiny-ImageNet", EVENTS, GESTURE)]
+
+    def one(dataset, name):
+        return lambda seed: teacher(scale, dataset, name, seed)
+
+    at = [(n, d) for n in _FIVE for d in ("CIFAR-100", "CIFAR-10")] + [
+        (OWN[d], d) for d in ("Tiny-ImageNet", EVENTS, GESTURE)
+    ]
     cells = [Cell({"teacher": n}, d, seeded(ONCE[scale], one(d, n))) for n, d in at]
     alpha = "the paper does not state α of its PyramidNets; ours are deduced from its channel sets (`models.pyramid`): 240 (200) and 270 (110) on CIFAR, 270 on Tiny-ImageNet and CIFAR10-DVS, 48 on Gesture"
     events = "a teacher of recordings sees the mean over their frames (the paper does not say what it sees)"
-    return Grid("dsas/table15", scale, cells, [*conditions(scale, "ResNets", "PyramidNets", datasets=("CIFAR-10", "Tiny-ImageNet", EVENTS)), budget(scale, teaches=True), alpha, events])
+    return Grid(
+        "dsas/table15",
+        scale,
+        cells,
+        [
+            *conditions(
+                scale, "ResNets", "PyramidNets", datasets=("CIFAR-10", "Tiny-ImageNet", EVENTS)
+            ),
+            budget(scale, teaches=True),
+            alpha,
+            events,
+        ],
+    )

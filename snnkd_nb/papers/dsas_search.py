@@ -20,12 +20,32 @@ from ..store import Store
 
 # %% ../../nbs/lib/89_papers.dsas_search.ipynb #67cab97e
 _OCTAVES = (8, 16, 32, 64)
-OWN = {"ImageNet": "imagenet", "Tiny-ImageNet": "tiny-imagenet", "CIFAR-10": "cifar10", "CIFAR-100": "cifar100", EVENTS: "cifar10-dvs", GESTURE: "dvs128-gesture"}
+OWN = {
+    "ImageNet": "imagenet",
+    "Tiny-ImageNet": "tiny-imagenet",
+    "CIFAR-10": "cifar10",
+    "CIFAR-100": "cifar100",
+    EVENTS: "cifar10-dvs",
+    GESTURE: "dvs128-gesture",
+}
 CHANGED = {  # elsewhere the space as it is
-    "smoke": {"ImageNet": ((7, 13, 26), (1, 6), (2, 3)), "Tiny-ImageNet": ((9, 18, 36), (1, 5), (2, 2)), "CIFAR-10": (_OCTAVES[:3], (1, 6), (1, 2)), "CIFAR-100": (_OCTAVES[:3], (1, 6), (1, 2)),
-              EVENTS: ((9, 18, 36), (1, 4), (2, 2)), GESTURE: ((8, 16, 32), (1, 4), (2, 2))},
-    "small": {"ImageNet": ((7, 13, 26), (3, 12), (3, 5)), "Tiny-ImageNet": ((9, 18, 36), (3, 12), (3, 3)), "CIFAR-10": (_OCTAVES, (3, 15), (2, 3)), "CIFAR-100": (_OCTAVES, (3, 15), (2, 3)),
-              EVENTS: ((18, 36, 72), (3, 6), (3, 3)), GESTURE: ((8, 16, 32), (3, 6), (3, 3))}}
+    "smoke": {
+        "ImageNet": ((7, 13, 26), (1, 6), (2, 3)),
+        "Tiny-ImageNet": ((9, 18, 36), (1, 5), (2, 2)),
+        "CIFAR-10": (_OCTAVES[:3], (1, 6), (1, 2)),
+        "CIFAR-100": (_OCTAVES[:3], (1, 6), (1, 2)),
+        EVENTS: ((9, 18, 36), (1, 4), (2, 2)),
+        GESTURE: ((8, 16, 32), (1, 4), (2, 2)),
+    },
+    "small": {
+        "ImageNet": ((7, 13, 26), (3, 12), (3, 5)),
+        "Tiny-ImageNet": ((9, 18, 36), (3, 12), (3, 3)),
+        "CIFAR-10": (_OCTAVES, (3, 15), (2, 3)),
+        "CIFAR-100": (_OCTAVES, (3, 15), (2, 3)),
+        EVENTS: ((18, 36, 72), (3, 6), (3, 3)),
+        GESTURE: ((8, 16, 32), (3, 6), (3, 3)),
+    },
+}
 
 
 def space(
@@ -33,13 +53,23 @@ def space(
     dataset,  # one of `DATASETS`
 ):
     "`(name of the space, its changes)`; CIFAR's two have one below medium scale, where their data are one."
-    if dataset not in OWN: raise unknown("data set of DSAS", dataset, DATASETS)
+    if dataset not in OWN:
+        raise unknown("data set of DSAS", dataset, DATASETS)
     name = OWN["CIFAR-10" if "CIFAR-" in dataset and scale in CHANGED else dataset]
-    return name, dict(zip(("channels", "normal", "downsample"), map(list, CHANGED[scale][dataset]))) if scale in CHANGED else {}
+    return name, dict(
+        zip(("channels", "normal", "downsample"), map(list, CHANGED[scale][dataset]))
+    ) if scale in CHANGED else {}
 
 # %% ../../nbs/lib/89_papers.dsas_search.ipynb #13207fd8
-EFFORT = {"smoke": (12, 3), "small": (60, 10), "medium": (60, 10)}  # individuals, generations; elsewhere the paper's
-_BATCH = {("smoke", d): 32 for d in DATASETS} | {("small", "ImageNet"): 40, ("small", "Tiny-ImageNet"): 40}
+EFFORT = {
+    "smoke": (12, 3),
+    "small": (60, 10),
+    "medium": (60, 10),
+}  # individuals, generations; elsewhere the paper's
+_BATCH = {("smoke", d): 32 for d in DATASETS} | {
+    ("small", "ImageNet"): 40,
+    ("small", "Tiny-ImageNet"): 40,
+}
 _MANY = {"CIFAR-100": 128, "Tiny-ImageNet": 256}  # at medium and paper scale, more than classes
 METRICS = {"AS": "as", "MAS": "mas", "TGS": "tgs", "TGS+MAS": "mas+tgs"}
 
@@ -64,12 +94,33 @@ def search(
     (name, changes), (population, generations) = space(check_scale(scale), dataset), effort(scale)
     large = scale not in CHANGED
     batch = _BATCH.get((scale, dataset), _MANY.get(dataset, 64) if large else 64)
-    how = {"mode": "sample"} if large and dataset == "ImageNet" and "tgs" in metric else {"neuron_args": LOW[scale]} if scale in LOW else {}
-    return SearchSpec(dsas.data(scale, dataset).replace(augment="none"), dsas.teacher(scale, dataset, teacher), name, changes, metric, how, 4, "dsas", batch, 1, population, generations, seed=seed)
+    how = (
+        {"mode": "sample"}
+        if large and dataset == "ImageNet" and "tgs" in metric
+        else {"neuron_args": LOW[scale]}
+        if scale in LOW
+        else {}
+    )
+    return SearchSpec(
+        dsas.data(scale, dataset).replace(augment="none"),
+        dsas.teacher(scale, dataset, teacher),
+        name,
+        changes,
+        metric,
+        how,
+        4,
+        "dsas",
+        batch,
+        1,
+        population,
+        generations,
+        seed=seed,
+    )
 
 # %% ../../nbs/lib/89_papers.dsas_search.ipynb #f45aeb13
 @cache
-def _read(folder, spec, stamp): return Store(folder).get(spec)
+def _read(folder, spec, stamp):
+    return Store(folder).get(spec)
 
 
 def recorded(
@@ -107,12 +158,26 @@ def in_words(
     "How the searches were made and how the paper's are, in sentences made from the specs."
     (n, g), batches = effort(scale), sorted({search(scale, d).batch for d in datasets})
     low = f", threshold {LOW[scale]['v_threshold']:g}" if scale in LOW else ""
-    lines = [f"every search: {n} individuals, {g} generations after the first draw{'' if (n, g) == (200, 20) else ' (paper: 200 and 20)'}; a candidate is scored on {' or '.join(map(str, batches))} training images at T = 4{low} (paper: none of it is stated)"]
-    if scale in CHANGED: lines += list(dict.fromkeys(_changed(scale, d) for d in datasets))
-    elif {"Tiny-ImageNet", "ImageNet"} & {*datasets}: lines += ["the ranges of Tiny-ImageNet are read the other way round than printed, those of ImageNet are ours: the paper prints none (`search.space`)"]
-    if any("mode" in search(scale, d).metric_args for d in datasets): lines += ["on ImageNet TGS compares images instead of classes: a batch with every class does not fit (`search.similarity`)"]
-    lines += ["several searches differ in their batch and their evolution; the teacher, and the weights an architecture is scored with, are the same for all"] * (SEEDS[scale] > 1)
-    return [*lines, "fitness: the sum of MAS over three layers and TGS, matrices normalised row by row; α0 = 2 (none of it is stated in the paper)"]
+    lines = [
+        f"every search: {n} individuals, {g} generations after the first draw{'' if (n, g) == (200, 20) else ' (paper: 200 and 20)'}; a candidate is scored on {' or '.join(map(str, batches))} training images at T = 4{low} (paper: none of it is stated)"
+    ]
+    if scale in CHANGED:
+        lines += list(dict.fromkeys(_changed(scale, d) for d in datasets))
+    elif {"Tiny-ImageNet", "ImageNet"} & {*datasets}:
+        lines += [
+            "the ranges of Tiny-ImageNet are read the other way round than printed, those of ImageNet are ours: the paper prints none (`search.space`)"
+        ]
+    if any("mode" in search(scale, d).metric_args for d in datasets):
+        lines += [
+            "on ImageNet TGS compares images instead of classes: a batch with every class does not fit (`search.similarity`)"
+        ]
+    lines += [
+        "several searches differ in their batch and their evolution; the teacher, and the weights an architecture is scored with, are the same for all"
+    ] * (SEEDS[scale] > 1)
+    return [
+        *lines,
+        "fitness: the sum of MAS over three layers and TGS, matrices normalised row by row; α0 = 2 (none of it is stated in the paper)",
+    ]
 
 
 def _changed(scale, dataset):
@@ -120,19 +185,45 @@ def _changed(scale, dataset):
     return f"space of {name}: channels {', '.join(map(str, c['channels']))}; {_span(c['normal'])} normal and {_span(c['downsample'])} downsample blocks"
 
 
-def _span(pair): return f"{pair[0]}" if pair[0] == pair[1] else f"{pair[0]} to {pair[1]}"
+def _span(pair):
+    return f"{pair[0]}" if pair[0] == pair[1] else f"{pair[0]} to {pair[1]}"
 
 # %% ../../nbs/lib/89_papers.dsas_search.ipynb #3424d5b3
-COLUMNS = {"ImageNet": "ImageNet", "Tiny-ImageNet": "Tiny-ImageNet", "CIFAR-10": "CIFAR", EVENTS: EVENTS, GESTURE: GESTURE}
+COLUMNS = {
+    "ImageNet": "ImageNet",
+    "Tiny-ImageNet": "Tiny-ImageNet",
+    "CIFAR-10": "CIFAR",
+    EVENTS: EVENTS,
+    GESTURE: GESTURE,
+}
 
 
 def table08(
     scale,  # smoke, small, medium, paper
 ):
     "Grid of Table 8: the searches."
-    cells = [Cell({"method": "DSAS (Ours)"}, c, seeded(SEEDS[check_scale(scale)], lambda s, d=d: search(scale, d, seed=s))) for d, c in COLUMNS.items()]
-    facts = ["days of this machine, not of an RTX 3090, in which candidates are scored (breeding takes about a millisecond each); training of teacher and student is not in them", "CIFAR is CIFAR-10's search"]
-    return Grid("dsas/table08", scale, cells, [*dsas.conditions(scale, "PyramidNets", datasets=COLUMNS), *in_words(scale, *COLUMNS), *facts])
+    cells = [
+        Cell(
+            {"method": "DSAS (Ours)"},
+            c,
+            seeded(SEEDS[check_scale(scale)], lambda s, d=d: search(scale, d, seed=s)),
+        )
+        for d, c in COLUMNS.items()
+    ]
+    facts = [
+        "days of this machine, not of an RTX 3090, in which candidates are scored (breeding takes about a millisecond each); training of teacher and student is not in them",
+        "CIFAR is CIFAR-10's search",
+    ]
+    return Grid(
+        "dsas/table08",
+        scale,
+        cells,
+        [
+            *dsas.conditions(scale, "PyramidNets", datasets=COLUMNS),
+            *in_words(scale, *COLUMNS),
+            *facts,
+        ],
+    )
 
 
 def days_report(
@@ -140,8 +231,18 @@ def days_report(
     runs,  # `SearchSpec` -> record or None
 ):
     "The `Report` of Table 8 in days of this machine; a difference only where the searches are the paper's."
-    report = Report(grid, runs, Measure("days", "days of this machine, mean ± std (seeds), lower is better", lambda r: r.cost["days"], 6))
-    for r in report.rows if grid.scale != "paper" else (): r["delta"] = None
+    report = Report(
+        grid,
+        runs,
+        Measure(
+            "days",
+            "days of this machine, mean ± std (seeds), lower is better",
+            lambda r: r.cost["days"],
+            6,
+        ),
+    )
+    for r in report.rows if grid.scale != "paper" else ():
+        r["delta"] = None
     return report
 
 
@@ -153,8 +254,18 @@ def costs(
     import pandas as pd
 
     columns = ("candidates", "evaluated", "cached", "seconds", "workers", "per_second")
-    rows = [{"data": c.column, "seed": s.seed, **{k: runs[s].cost[k] for k in columns}, "run": s.id} for c in grid.cells for s in c.specs if runs.get(s)]
-    named = {"evaluated": "scored", "cached": "known", "workers": "processes", "per_second": "scored a second"}
+    rows = [
+        {"data": c.column, "seed": s.seed, **{k: runs[s].cost[k] for k in columns}, "run": s.id}
+        for c in grid.cells
+        for s in c.specs
+        if runs.get(s)
+    ]
+    named = {
+        "evaluated": "scored",
+        "cached": "known",
+        "workers": "processes",
+        "per_second": "scored a second",
+    }
     return pd.DataFrame(rows, columns=["data", "seed", *columns, "run"]).rename(columns=named)
 
 # %% ../../nbs/lib/89_papers.dsas_search.ipynb #4625db07
@@ -165,11 +276,26 @@ def settings(
     import pandas as pd
 
     ours = {"dsas/table13": _common, "dsas/table14": _spaces}
-    if key not in ours: raise unknown("table of settings", key, ours)
+    if key not in ours:
+        raise unknown("table of settings", key, ours)
     found, rows = ours[key](), published(key).records
     at = published(key).index[0]
-    frame = pd.DataFrame([{at: r[at], **({"": r["column"]} if len(published(key).columns) > 1 else {}), "paper": r["text"], "ours": found.get((r[at], r["column"]), "")} for r in rows])
-    more = [{at: a, "": c, "paper": "no row", "ours": v} for (a, c), v in found.items() if a not in set(frame[at])]
+    frame = pd.DataFrame(
+        [
+            {
+                at: r[at],
+                **({"": r["column"]} if len(published(key).columns) > 1 else {}),
+                "paper": r["text"],
+                "ours": found.get((r[at], r["column"]), ""),
+            }
+            for r in rows
+        ]
+    )
+    more = [
+        {at: a, "": c, "paper": "no row", "ours": v}
+        for (a, c), v in found.items()
+        if a not in set(frame[at])
+    ]
     frame = pd.concat([frame, pd.DataFrame(more)], ignore_index=True)
     return frame.assign(same=["yes" if p == o else "no" for p, o in zip(frame.paper, frame.ours)])
 
@@ -178,14 +304,33 @@ def _common():
     from snnkd_nb.search.operators import Rates
 
     rates, (n, g) = Rates(), effort("paper")
-    values = {"population size": n, "generation size": g, "genetic probability: crossover": rates.crossover, "genetic probability: mutation": rates.mutation,
-              "mutation probability: add layer": rates.add, "mutation probability: drop layer": rates.delete, "mutation probability: channels": rates.channel}
+    values = {
+        "population size": n,
+        "generation size": g,
+        "genetic probability: crossover": rates.crossover,
+        "genetic probability: mutation": rates.mutation,
+        "mutation probability: add layer": rates.add,
+        "mutation probability: drop layer": rates.delete,
+        "mutation probability: channels": rates.channel,
+    }
     return {(k, "value"): f"{v:g}" for k, v in values.items()}
 
 
 def _spaces():
     from snnkd_nb.search.space import SPACES
 
-    line = lambda s: {"channel set": "{" + ", ".join(map(str, s.channels)) + "}", "downsample range": "{%d, %d}" % s.downsample, "normal range": "{%d, %d}" % s.normal}
-    of = {"Tiny-ImageNet": "tiny-imagenet", "CIFAR-10 & CIFAR-100": "cifar10", EVENTS: "cifar10-dvs", GESTURE: "dvs128-gesture", "ImageNet": "imagenet"}
+    def line(s):
+        return {
+            "channel set": "{" + ", ".join(map(str, s.channels)) + "}",
+            "downsample range": "{%d, %d}" % s.downsample,
+            "normal range": "{%d, %d}" % s.normal,
+        }
+
+    of = {
+        "Tiny-ImageNet": "tiny-imagenet",
+        "CIFAR-10 & CIFAR-100": "cifar10",
+        EVENTS: "cifar10-dvs",
+        GESTURE: "dvs128-gesture",
+        "ImageNet": "imagenet",
+    }
     return {(d, c): v for d, name in of.items() for c, v in line(SPACES[name]).items()}

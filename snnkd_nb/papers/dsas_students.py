@@ -33,21 +33,50 @@ def behind(
 ):
     "The searches a student needs: one for the genome, and one for the slopes if that is another."
     own = search(scale, dataset, metric, seed, teacher)
-    return list(dict.fromkeys([own, search(scale, dataset, "mas+tgs", seed, teacher)] if slopes == "guided" else [own]))
+    return list(
+        dict.fromkeys(
+            [own, search(scale, dataset, "mas+tgs", seed, teacher)] if slopes == "guided" else [own]
+        )
+    )
 
 
 def student(
-    scale, dataset, seed=0, metric="mas+tgs", teacher=None, slopes="guided",  # as for `behind`
+    scale,
+    dataset,
+    seed=0,
+    metric="mas+tgs",
+    teacher=None,
+    slopes="guided",  # as for `behind`
     method="logits-mse",  # of distillation; "none" for the network without its teacher
     T=4,  # time steps; the search had 4
 ):
     "The `RunSpec` of a found student; None as long as a search it needs is not there."
     own, *other = behind(scale, dataset, seed, metric, teacher, slopes)
-    genome, alphas = found(own), guided((other or [own])[0]) if slopes == "guided" else [float(slopes)]
-    if not (genome and alphas): return None
-    model = ModelSpec("dsas", T, neuron="dsas", args={"genome": genome, "slopes": alphas, **({"neuron_args": LOW[scale]} if scale in LOW else {})})
+    genome, alphas = (
+        found(own),
+        guided((other or [own])[0]) if slopes == "guided" else [float(slopes)],
+    )
+    if not (genome and alphas):
+        return None
+    model = ModelSpec(
+        "dsas",
+        T,
+        neuron="dsas",
+        args={
+            "genome": genome,
+            "slopes": alphas,
+            **({"neuron_args": LOW[scale]} if scale in LOW else {}),
+        },
+    )
     of = None if method == "none" else dsas.teacher(scale, dataset, teacher, T=T)
-    return RunSpec(dsas.data(scale, dataset, T), model, dsas.optim(scale, dataset=dataset, searched=True), method, teacher=of, seed=seed)
+    return RunSpec(
+        dsas.data(scale, dataset, T),
+        model,
+        dsas.optim(scale, dataset=dataset, searched=True),
+        method,
+        teacher=of,
+        seed=seed,
+    )
 
 # %% ../../nbs/lib/89_papers.dsas_students.ipynb #bcd63bdc
 def arm(
@@ -62,7 +91,9 @@ def arm(
     seeds = range(n or ONCE[scale])
     made = [student(scale, dataset, s, **kw) for s in seeds]
     groups = tuple((m,) for m in made if m)
-    return Cell(index, column, groups, "" if groups else "search not run"), [x for s in seeds for x in behind(scale, dataset, s, **kw)]
+    return Cell(index, column, groups, "" if groups else "search not run"), [
+        x for s in seeds for x in behind(scale, dataset, s, **kw)
+    ]
 
 
 def teaches(scale, index, column, dataset, T=4):
@@ -70,11 +101,14 @@ def teaches(scale, index, column, dataset, T=4):
     return Cell(index, column, ((dsas.teacher(scale, dataset, T=T),),)), []
 
 
-PILOT = {"smoke": "the rate was chosen of two by the test accuracy of one network: a demonstration",
-         "small": "threshold 0.5 and rate 0.3 were chosen on held-out images with one genome, one training of two epochs each: 36.1 %; rate 0.1 gave 27.9 %, and at that rate a threshold of 1 (the neuron's own) 19.3 %, of 0.25 30.5 %"}
+PILOT = {
+    "smoke": "the rate was chosen of two by the test accuracy of one network: a demonstration",
+    "small": "threshold 0.5 and rate 0.3 were chosen on held-out images with one genome, one training of two epochs each: 36.1 %; rate 0.1 gave 27.9 %, and at that rate a threshold of 1 (the neuron's own) 19.3 %, of 0.25 30.5 %",
+}
 
 
-def later(index, column): return Cell(index, column, note="larger scales"), []
+def later(index, column):
+    return Cell(index, column, note="larger scales"), []
 
 # %% ../../nbs/lib/89_papers.dsas_students.ipynb #aca69c6b
 def grid_of(
@@ -89,12 +123,28 @@ def grid_of(
     key = f"dsas/table{number:02}" if isinstance(number, int) else f"dsas/{number}"
     recorded = [d for d in datasets if d in (EVENTS, GESTURE)][:1]
     still = [d for d in datasets if d not in (EVENTS, GESTURE)][:1]
-    lines = [*dsas.conditions(scale, "PyramidNets", datasets=datasets), *in_words(scale, *datasets), *(dsas.budget(scale, dataset=d, searched=True) for d in [*still, *recorded]), *UNSTATED]
-    if scale in PILOT: lines.append(PILOT[scale])
-    if scale == "small": lines.append(dsas.AT_CHANCE)
-    own, others = n or ONCE[scale], f"; {ONCE[scale]} elsewhere" if n and n != ONCE[scale] and recorded else ""
+    lines = [
+        *dsas.conditions(scale, "PyramidNets", datasets=datasets),
+        *in_words(scale, *datasets),
+        *(dsas.budget(scale, dataset=d, searched=True) for d in [*still, *recorded]),
+        *UNSTATED,
+    ]
+    if scale in PILOT:
+        lines.append(PILOT[scale])
+    if scale == "small":
+        lines.append(dsas.AT_CHANCE)
+    own, others = (
+        n or ONCE[scale],
+        f"; {ONCE[scale]} elsewhere" if n and n != ONCE[scale] and recorded else "",
+    )
     said = f"every seed is a search and a training of its own, under one teacher ({own} seed{'s' * (own > 1)}{others})"
-    return Grid(key, scale, [c for c, _ in arms], [*lines, said, *facts], tuple(dict.fromkeys(s for _, found in arms for s in found)))
+    return Grid(
+        key,
+        scale,
+        [c for c, _ in arms],
+        [*lines, said, *facts],
+        tuple(dict.fromkeys(s for _, found in arms for s in found)),
+    )
 
 # %% ../../nbs/lib/89_papers.dsas_students.ipynb #bee0981e
 DSAS = {"method": "DSAS (Ours)"}
@@ -105,7 +155,20 @@ def table01(
     scale,  # smoke, small, medium, paper
 ):
     "Grid of Table 1: Tiny-ImageNet."
-    return grid_of(1, check_scale(scale), [arm(scale, {**DSAS, "architecture": "PyramidNet200→Searched", "T": 4}, "accuracy", "Tiny-ImageNet")], ["Tiny-ImageNet"], OTHERS)
+    return grid_of(
+        1,
+        check_scale(scale),
+        [
+            arm(
+                scale,
+                {**DSAS, "architecture": "PyramidNet200→Searched", "T": 4},
+                "accuracy",
+                "Tiny-ImageNet",
+            )
+        ],
+        ["Tiny-ImageNet"],
+        OTHERS,
+    )
 
 
 def table02(
@@ -113,7 +176,21 @@ def table02(
 ):
     "Grid of Table 2: ImageNet."
     own = "the paper does not say how its ImageNet student was trained; ours as on the other images"
-    return grid_of(2, check_scale(scale), [arm(scale, {**DSAS, "architecture": "PyramidNet101→Searched", "T": 4}, "accuracy", "ImageNet")], ["ImageNet"], OTHERS, own)
+    return grid_of(
+        2,
+        check_scale(scale),
+        [
+            arm(
+                scale,
+                {**DSAS, "architecture": "PyramidNet101→Searched", "T": 4},
+                "accuracy",
+                "ImageNet",
+            )
+        ],
+        ["ImageNet"],
+        OTHERS,
+        own,
+    )
 
 
 def table03(
@@ -121,16 +198,43 @@ def table03(
 ):
     "Grid of Table 3: CIFAR-10 and CIFAR-100."
     at = {"architecture": "PyramidNet200→Searched", "T": 4}
-    arms = [arm(check_scale(scale), {"method": m, **at}, d, d, SEEDS[scale]) for m in ("DSAS (Ours)", "DSAS (Ours, mean)") for d in ("CIFAR-10", "CIFAR-100")]
-    return grid_of(3, scale, arms, ["CIFAR-10", "CIFAR-100"], OTHERS, "the paper prints its best and its mean; ours is the mean in both rows", n=SEEDS[scale])
+    arms = [
+        arm(check_scale(scale), {"method": m, **at}, d, d, SEEDS[scale])
+        for m in ("DSAS (Ours)", "DSAS (Ours, mean)")
+        for d in ("CIFAR-10", "CIFAR-100")
+    ]
+    return grid_of(
+        3,
+        scale,
+        arms,
+        ["CIFAR-10", "CIFAR-100"],
+        OTHERS,
+        "the paper prints its best and its mean; ours is the mean in both rows",
+        n=SEEDS[scale],
+    )
 
 
 def table06(
     scale,  # smoke, small, medium, paper
 ):
     "Grid of Table 6: recordings."
-    arms = [arm(check_scale(scale), {"dataset": d, **DSAS, "architecture": "PyramidNet110→Searched", "T": 4}, "accuracy", d) for d in (EVENTS, GESTURE)]
-    return grid_of(6, scale, arms, [EVENTS, GESTURE], OTHERS, "the teacher sees the mean over the frames (paper: not said)")
+    arms = [
+        arm(
+            check_scale(scale),
+            {"dataset": d, **DSAS, "architecture": "PyramidNet110→Searched", "T": 4},
+            "accuracy",
+            d,
+        )
+        for d in (EVENTS, GESTURE)
+    ]
+    return grid_of(
+        6,
+        scale,
+        arms,
+        [EVENTS, GESTURE],
+        OTHERS,
+        "the teacher sees the mean over the frames (paper: not said)",
+    )
 
 # %% ../../nbs/lib/89_papers.dsas_students.ipynb #47530fd0
 def with_parameters(
@@ -141,58 +245,115 @@ def with_parameters(
     for r in [r for r in report.rows if r["column"] == "params" and "DSAS" in r["method"]]:
         cells = [c for c in report.grid.cells if all(str(c.index[k]) == str(r[k]) for k in c.index)]
         each = [[runs[s].metrics["params"] / 1e6 for s in c.specs if runs.get(s)] for c in cells]
-        if len(cells) > 1: r["note"] = "/".join(f"{mean(v):.2f}" for v in each if v) or "not run"
-        elif each[0]: r |= {"ours": mean(each[0]), "std": stdev(each[0]) if len(each[0]) > 1 else None, "n": len(each[0]), "note": "", "runs": " ".join(s.id for s in cells[0].specs if runs.get(s))}
-        if r["n"] and report.grid.scale in ("medium", "paper"): r["delta"] = r["ours"] - r["paper"]
+        if len(cells) > 1:
+            r["note"] = "/".join(f"{mean(v):.2f}" for v in each if v) or "not run"
+        elif each[0]:
+            r |= {
+                "ours": mean(each[0]),
+                "std": stdev(each[0]) if len(each[0]) > 1 else None,
+                "n": len(each[0]),
+                "note": "",
+                "runs": " ".join(s.id for s in cells[0].specs if runs.get(s)),
+            }
+        if r["n"] and report.grid.scale in ("medium", "paper"):
+            r["delta"] = r["ours"] - r["paper"]
     return report
 
 # %% ../../nbs/lib/89_papers.dsas_students.ipynb #b05c17e9
 TEACHERS = ("ResNet-18", "ResNet-34", "ResNet-50", "PyramidNet110")
-SHORT = {"C-100": "CIFAR-100", "C-10": "CIFAR-10", "C10-DVS": EVENTS, "Gesture": GESTURE, "DVS128-G": GESTURE}  # the paper's abbreviations
+SHORT = {
+    "C-100": "CIFAR-100",
+    "C-10": "CIFAR-10",
+    "C10-DVS": EVENTS,
+    "Gesture": GESTURE,
+    "DVS128-G": GESTURE,
+}  # the paper's abbreviations
 
 
 def table04(
     scale,  # smoke, small, medium, paper
 ):
     "Grid of Table 4: the student by teacher."
-    arms = [arm(check_scale(scale), {"dataset": d, "teacher": t}, "accuracy", SHORT[d], teacher=t) for d in ("C-100", "C-10") for t in TEACHERS]
-    facts = ["every teacher has a search of its own and distils what it found (the paper says 'guided by', which may be distillation alone)"]
-    return grid_of(4, scale, arms, ["CIFAR-10", "CIFAR-100"], *dsas.conditions(scale, "ResNets")[1:], *facts)
+    arms = [
+        arm(check_scale(scale), {"dataset": d, "teacher": t}, "accuracy", SHORT[d], teacher=t)
+        for d in ("C-100", "C-10")
+        for t in TEACHERS
+    ]
+    facts = [
+        "every teacher has a search of its own and distils what it found (the paper says 'guided by', which may be distillation alone)"
+    ]
+    return grid_of(
+        4, scale, arms, ["CIFAR-10", "CIFAR-100"], *dsas.conditions(scale, "ResNets")[1:], *facts
+    )
 
 # %% ../../nbs/lib/89_papers.dsas_students.ipynb #e1711d29
 ARMS = {"SNN Student before": {"method": "none"}, "SNN Student after": {}}
 BEFORE = "before distillation: the same network trained as long without its teacher, with the slopes the teacher gave"
 
 
-def _many(scale, dataset): return SEEDS[scale] if dataset.startswith("CIFAR-") else None
+def _many(scale, dataset):
+    return SEEDS[scale] if dataset.startswith("CIFAR-") else None
 
 
 def three(scale, column, dataset, keys):
     "Teacher, student before, student after; `keys` makes index and column of a model's name."
-    return [teaches(scale, *keys("ANN Teacher"), dataset), *(arm(scale, *keys(m), dataset, _many(scale, dataset), **kw) for m, kw in ARMS.items())]
+    return [
+        teaches(scale, *keys("ANN Teacher"), dataset),
+        *(arm(scale, *keys(m), dataset, _many(scale, dataset), **kw) for m, kw in ARMS.items()),
+    ]
 
 
 def table05(
     scale,  # smoke, small, medium, paper
 ):
     "Grid of Table 5: teacher, student before and after distillation."
-    arms = [a for d in ("C-10", "C-100", "C10-DVS", "Gesture") for a in three(check_scale(scale), "accuracy", SHORT[d], lambda m, d=d: ({"model": m, "dataset": d}, "accuracy"))]
-    return grid_of(5, scale, arms, list(SHORT.values())[:4], BEFORE, "one training of each teacher", n=SEEDS[scale])
+    arms = [
+        a
+        for d in ("C-10", "C-100", "C10-DVS", "Gesture")
+        for a in three(
+            check_scale(scale),
+            "accuracy",
+            SHORT[d],
+            lambda m, d=d: ({"model": m, "dataset": d}, "accuracy"),
+        )
+    ]
+    return grid_of(
+        5,
+        scale,
+        arms,
+        list(SHORT.values())[:4],
+        BEFORE,
+        "one training of each teacher",
+        n=SEEDS[scale],
+    )
 
 
 def table09(
     scale,  # smoke, small, medium, paper
 ):
     "Grid of Table 9: energy of one forward pass."
-    arms = [a for d in ("C-100", "C10-DVS") for a in three(check_scale(scale), "energy", SHORT[d], lambda m, d=d: ({"model": m}, d))]
-    return grid_of(9, scale, arms, ["CIFAR-100", EVENTS], BEFORE, "runs of Table 5; energy is counted on the first 256 test images, under a convention that is named (the paper names none)", n=SEEDS[scale])
+    arms = [
+        a
+        for d in ("C-100", "C10-DVS")
+        for a in three(check_scale(scale), "energy", SHORT[d], lambda m, d=d: ({"model": m}, d))
+    ]
+    return grid_of(
+        9,
+        scale,
+        arms,
+        ["CIFAR-100", EVENTS],
+        BEFORE,
+        "runs of Table 5; energy is counted on the first 256 test images, under a convention that is named (the paper names none)",
+        n=SEEDS[scale],
+    )
 
 # %% ../../nbs/lib/89_papers.dsas_students.ipynb #c94168d1
 STEPS = (1, 2, 4, 6)
 FEWER = {EVENTS: (2, 4), GESTURE: (4,)}  # steps run at smoke and small scale; elsewhere all
 
 
-def steps(scale, dataset): return FEWER.get(dataset, STEPS) if scale in ("smoke", "small") else STEPS
+def steps(scale, dataset):
+    return FEWER.get(dataset, STEPS) if scale in ("smoke", "small") else STEPS
 
 
 def table07(
@@ -200,10 +361,32 @@ def table07(
 ):
     "Grid of Table 7: by number of time steps."
     check_scale(scale)
-    one = lambda d, T: arm(scale, {"dataset": d, "T": T}, "accuracy", SHORT[d], _many(scale, SHORT[d]), T=T) if T in steps(scale, SHORT[d]) else later({"dataset": d, "T": T}, "accuracy")
+
+    def one(d, T):
+        return (
+            arm(scale, {"dataset": d, "T": T}, "accuracy", SHORT[d], _many(scale, SHORT[d]), T=T)
+            if T in steps(scale, SHORT[d])
+            else later({"dataset": d, "T": T}, "accuracy")
+        )
+
     arms = [one(d, T) for d in ("C-100", "C-10", "C10-DVS", "Gesture") for T in STEPS]
-    facts = ["one architecture for all T, found at T = 4 (paper: not said)", "recordings are cut into T frames"]
-    return grid_of(7, scale, arms, list(SHORT.values())[:4], *facts, *(["recordings: fewer T than in the paper; the rest waits for larger scales"] if scale in ("smoke", "small") else []), n=SEEDS[scale])
+    facts = [
+        "one architecture for all T, found at T = 4 (paper: not said)",
+        "recordings are cut into T frames",
+    ]
+    return grid_of(
+        7,
+        scale,
+        arms,
+        list(SHORT.values())[:4],
+        *facts,
+        *(
+            ["recordings: fewer T than in the paper; the rest waits for larger scales"]
+            if scale in ("smoke", "small")
+            else []
+        ),
+        n=SEEDS[scale],
+    )
 
 
 def figure03(
@@ -211,26 +394,75 @@ def figure03(
 ):
     "Grid of Figure 3: accuracy with and without distillation by T."
     check_scale(scale)
-    at = lambda d, m, T: {"panel": SHORT[d], "method": m, "T": T}
-    arms = [arm(scale, at(d, m, T), "accuracy", SHORT[d], SEEDS[scale], T=T, **kw) for d in ("C-10", "C-100") for m, kw in (("without KD", {"method": "none"}), ("with KD", {})) for T in STEPS]
-    same = ["both panels are the same runs: both data sets have one stand-in"] if scale in ("smoke", "small") else []
-    return grid_of("figure03", scale, arms, ["CIFAR-10", "CIFAR-100"], BEFORE, "one architecture for all T, found at T = 4 (paper: not said)", *same, n=SEEDS[scale])
+
+    def at(d, m, T):
+        return {"panel": SHORT[d], "method": m, "T": T}
+
+    arms = [
+        arm(scale, at(d, m, T), "accuracy", SHORT[d], SEEDS[scale], T=T, **kw)
+        for d in ("C-10", "C-100")
+        for m, kw in (("without KD", {"method": "none"}), ("with KD", {}))
+        for T in STEPS
+    ]
+    same = (
+        ["both panels are the same runs: both data sets have one stand-in"]
+        if scale in ("smoke", "small")
+        else []
+    )
+    return grid_of(
+        "figure03",
+        scale,
+        arms,
+        ["CIFAR-10", "CIFAR-100"],
+        BEFORE,
+        "one architecture for all T, found at T = 4 (paper: not said)",
+        *same,
+        n=SEEDS[scale],
+    )
 
 
 def figure02(
     scale,  # smoke, small, medium, paper
 ):
     "Grid of Figure 2: teacher, student before and after."
-    arms = [(Cell({"method": n}, "accuracy", c.groups, c.note), s) for n, (c, s) in zip(("Teacher", "before", "after"), three(check_scale(scale), "", "CIFAR-10", lambda m: ({"model": m}, "")))]
-    return grid_of("figure02", scale, arms, ["CIFAR-10"], BEFORE, "maps: Grad-CAM of the teacher, sum of spikes of the students (paper: not said); the first test images of each class, none was chosen", n=SEEDS[scale])
+    arms = [
+        (Cell({"method": n}, "accuracy", c.groups, c.note), s)
+        for n, (c, s) in zip(
+            ("Teacher", "before", "after"),
+            three(check_scale(scale), "", "CIFAR-10", lambda m: ({"model": m}, "")),
+        )
+    ]
+    return grid_of(
+        "figure02",
+        scale,
+        arms,
+        ["CIFAR-10"],
+        BEFORE,
+        "maps: Grad-CAM of the teacher, sum of spikes of the students (paper: not said); the first test images of each class, none was chosen",
+        n=SEEDS[scale],
+    )
 
 # %% ../../nbs/lib/89_papers.dsas_students.ipynb #27f02cc6
 def figure01(
     scale,  # smoke, small, medium, paper
 ):
     "Grid of Figure 1: a teacher, the search under it, and the student it found."
-    keep = [(Cell({"method": n}, "accuracy", c.groups, c.note), s) for n, (c, s) in zip(("Teacher", "before", "after"), three(check_scale(scale), "", "CIFAR-10", lambda m: ({"model": m}, ""))) if n != "before"]
-    return grid_of("figure01", scale, keep, ["CIFAR-10"], "the paper's figure is a drawing; ours is drawn from the modules that are searched and trained, and the tensors of one batch", n=SEEDS[scale])
+    keep = [
+        (Cell({"method": n}, "accuracy", c.groups, c.note), s)
+        for n, (c, s) in zip(
+            ("Teacher", "before", "after"),
+            three(check_scale(scale), "", "CIFAR-10", lambda m: ({"model": m}, "")),
+        )
+        if n != "before"
+    ]
+    return grid_of(
+        "figure01",
+        scale,
+        keep,
+        ["CIFAR-10"],
+        "the paper's figure is a drawing; ours is drawn from the modules that are searched and trained, and the tensors of one batch",
+        n=SEEDS[scale],
+    )
 
 # %% ../../nbs/lib/89_papers.dsas_students.ipynb #3e1e856e
 METRIC = {"AS": "AS", "MAS (Ours)": "MAS", "TGS (Ours)": "TGS", "TGS+MAS": "TGS+MAS"}
@@ -240,8 +472,19 @@ def table10(
     scale,  # smoke, small, medium, paper
 ):
     "Grid of Table 10: the fitness that found the student."
-    arms = [arm(check_scale(scale), {"metric": m}, d, d, SEEDS[scale], metric=METRICS[k]) for m, k in METRIC.items() for d in ("CIFAR-100", "CIFAR-10")]
-    return grid_of(10, scale, arms, ["CIFAR-10", "CIFAR-100"], "all four train with the slopes guided by the teacher, so they differ in their architecture alone (the paper does not say which slopes AS and MAS had)", n=SEEDS[scale])
+    arms = [
+        arm(check_scale(scale), {"metric": m}, d, d, SEEDS[scale], metric=METRICS[k])
+        for m, k in METRIC.items()
+        for d in ("CIFAR-100", "CIFAR-10")
+    ]
+    return grid_of(
+        10,
+        scale,
+        arms,
+        ["CIFAR-10", "CIFAR-100"],
+        "all four train with the slopes guided by the teacher, so they differ in their architecture alone (the paper does not say which slopes AS and MAS had)",
+        n=SEEDS[scale],
+    )
 
 
 def table11(
@@ -249,9 +492,29 @@ def table11(
 ):
     "Grid of Table 11: fixed slopes against guided ones, in the same architecture."
     few = check_scale(scale) in ("smoke", "small")
-    one = lambda d, a: later({"dataset": d, "alpha": a}, "accuracy") if few and SHORT[d] == GESTURE and a != "ANN-guided" else arm(scale, {"dataset": d, "alpha": a}, "accuracy", SHORT[d], slopes="guided" if a == "ANN-guided" else float(a))
-    arms = [one(d, a) for d in ("C-100", "C-10", "C10-DVS", "DVS128-G") for a in ("2", "3", "ANN-guided")]
-    facts = ["the three arms train one architecture: no score depends on the slope (`search.score`), so a search under another slope finds the same", *(["fixed slopes on DVS128-Gesture wait for larger scales"] if few else [])]
+
+    def one(d, a):
+        return (
+            later({"dataset": d, "alpha": a}, "accuracy")
+            if few and SHORT[d] == GESTURE and a != "ANN-guided"
+            else arm(
+                scale,
+                {"dataset": d, "alpha": a},
+                "accuracy",
+                SHORT[d],
+                slopes="guided" if a == "ANN-guided" else float(a),
+            )
+        )
+
+    arms = [
+        one(d, a)
+        for d in ("C-100", "C-10", "C10-DVS", "DVS128-G")
+        for a in ("2", "3", "ANN-guided")
+    ]
+    facts = [
+        "the three arms train one architecture: no score depends on the slope (`search.score`), so a search under another slope finds the same",
+        *(["fixed slopes on DVS128-Gesture wait for larger scales"] if few else []),
+    ]
     return grid_of(11, scale, arms, list(SHORT.values())[:4], *facts)
 
 
@@ -261,8 +524,18 @@ def slopes_used(
     "The guided slopes of every data set and seed, as a `DataFrame`."
     import pandas as pd
 
-    rows = [{"data": c.index["dataset"], "seed": s.seed, **{f"part {k}": a for k, a in enumerate(s.model.args["slopes"], 1)}} for c in grid.cells if c.index["alpha"] == "ANN-guided" for s in c.specs]
+    rows = [
+        {
+            "data": c.index["dataset"],
+            "seed": s.seed,
+            **{f"part {k}": a for k, a in enumerate(s.model.args["slopes"], 1)},
+        }
+        for c in grid.cells
+        if c.index["alpha"] == "ANN-guided"
+        for s in c.specs
+    ]
     return pd.DataFrame(rows)
+
 
 def found_by(
     grid,  # of `table10`
@@ -270,7 +543,17 @@ def found_by(
     "What every fitness found, as a `DataFrame`: metric, data, seed, genome, blocks."
     import pandas as pd
 
-    rows = [{"metric": c.index["metric"], "data": c.column, "seed": s.seed, "genome": s.model.args["genome"], "blocks": len(s.model.args["genome"].split())} for c in grid.cells for s in c.specs]
+    rows = [
+        {
+            "metric": c.index["metric"],
+            "data": c.column,
+            "seed": s.seed,
+            "genome": s.model.args["genome"],
+            "blocks": len(s.model.args["genome"].split()),
+        }
+        for c in grid.cells
+        for s in c.specs
+    ]
     return pd.DataFrame(rows, columns=["metric", "data", "seed", "genome", "blocks"])
 
 # %% ../../nbs/lib/89_papers.dsas_students.ipynb #d3b68196
@@ -278,7 +561,11 @@ def by_data(
     grid,  # of `table09`
 ):
     "The same cells with their data set in the index, as `reports.efficiency.efficiency` wants them."
-    return Grid(grid.key, grid.scale, [Cell({"data": c.column, **c.index}, "accuracy", c.groups, c.note) for c in grid.cells])
+    return Grid(
+        grid.key,
+        grid.scale,
+        [Cell({"data": c.column, **c.index}, "accuracy", c.groups, c.note) for c in grid.cells],
+    )
 
 
 def energy_report(
@@ -288,10 +575,21 @@ def energy_report(
     convention="45nm",  # whose energies these are
 ):
     "The `Report` of Table 9; a difference only where the networks have the paper's size."
-    if convention not in frame: raise unknown("convention", convention, [c for c in frame if c not in grid.cells[0].index])
+    if convention not in frame:
+        raise unknown("convention", convention, [c for c in frame if c not in grid.cells[0].index])
     joules = dict(zip(frame["run"], frame[convention]))
-    report = Report(grid, runs, Measure("energy", f"mJ of one forward pass under the convention {convention}, mean ± std (seeds), lower is better", lambda r: joules.get(r.id, float("nan")) / 1e3, 6))
-    for r in report.rows if grid.scale not in ("medium", "paper") else (): r["delta"] = None
+    report = Report(
+        grid,
+        runs,
+        Measure(
+            "energy",
+            f"mJ of one forward pass under the convention {convention}, mean ± std (seeds), lower is better",
+            lambda r: joules.get(r.id, float("nan")) / 1e3,
+            6,
+        ),
+    )
+    for r in report.rows if grid.scale not in ("medium", "paper") else ():
+        r["delta"] = None
     return report
 
 
@@ -301,17 +599,60 @@ def shares(
     "Energy in % of the teacher's as a `DataFrame`: the paper's and ours, which compare at every scale."
     import pandas as pd
 
-    of = lambda c, who: {r["model"]: r[who] for r in report.rows if r["column"] == c}
-    rows = [{"model": m, **{(c, who): 100 * v[m] / v["ANN Teacher"] if v.get(m) and v.get("ANN Teacher") else None for c in ("C-100", "C10-DVS") for who in ("paper", "ours") for v in [of(c, who)]}} for m in ARMS]
+    def of(c, who):
+        return {r["model"]: r[who] for r in report.rows if r["column"] == c}
+
+    rows = [
+        {
+            "model": m,
+            **{
+                (c, who): 100 * v[m] / v["ANN Teacher"]
+                if v.get(m) and v.get("ANN Teacher")
+                else None
+                for c in ("C-100", "C10-DVS")
+                for who in ("paper", "ours")
+                for v in [of(c, who)]
+            },
+        }
+        for m in ARMS
+    ]
     frame = pd.DataFrame(rows).set_index("model")
     return frame.set_axis(pd.MultiIndex.from_tuples(frame.columns), axis=1)
 
 # %% ../../nbs/lib/89_papers.dsas_students.ipynb #a8399070
 _T, _A = "Section 4.3, Figure 3", "Section 4.2.1, Figure 2"
 VIEW_CLAIMS = (
-    Claim("dsas/figure03", "helps", "Distillation improves the student at every T", _T, {"method": "with KD"}, {"method": "without KD"}, "panel T"),
-    Claim("dsas/figure03", "fewer", "The fewer time steps, the larger the improvement", _T, {"method": "with KD"}, {"method": "without KD"}, "panel", "T", lower=True),
-    *(Claim("dsas/figure02", f"nearer-{c}", f"After distillation the student's map is more like the teacher's than before: {c}", _A, {"column": c, "method": "after"}, {"column": c, "method": "before"}) for c in ("pearson", "iou")),
+    Claim(
+        "dsas/figure03",
+        "helps",
+        "Distillation improves the student at every T",
+        _T,
+        {"method": "with KD"},
+        {"method": "without KD"},
+        "panel T",
+    ),
+    Claim(
+        "dsas/figure03",
+        "fewer",
+        "The fewer time steps, the larger the improvement",
+        _T,
+        {"method": "with KD"},
+        {"method": "without KD"},
+        "panel",
+        "T",
+        lower=True,
+    ),
+    *(
+        Claim(
+            "dsas/figure02",
+            f"nearer-{c}",
+            f"After distillation the student's map is more like the teacher's than before: {c}",
+            _A,
+            {"column": c, "method": "after"},
+            {"column": c, "method": "before"},
+        )
+        for c in ("pearson", "iou")
+    ),
 )
 
 
@@ -320,8 +661,26 @@ def view_claims(
 ):
     "What the text says about a figure that prints no numbers."
     claims = [c for c in VIEW_CLAIMS if c.key == key]
-    if not claims: raise unknown("figure with claims", key, sorted({c.key for c in VIEW_CLAIMS}))
+    if not claims:
+        raise unknown("figure with claims", key, sorted({c.key for c in VIEW_CLAIMS}))
     return claims
 
 # %% ../../nbs/lib/89_papers.dsas_students.ipynb #b2e80601
-ARTEFACTS = {f.__name__: f for f in (table01, table02, table03, table04, table05, table06, table07, table09, table10, table11, figure01, figure02, figure03)}
+ARTEFACTS = {
+    f.__name__: f
+    for f in (
+        table01,
+        table02,
+        table03,
+        table04,
+        table05,
+        table06,
+        table07,
+        table09,
+        table10,
+        table11,
+        figure01,
+        figure02,
+        figure03,
+    )
+}

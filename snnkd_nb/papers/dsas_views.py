@@ -22,8 +22,24 @@ def depth_searches(
     scale,  # smoke, small, medium, paper
 ):
     "Grid of the searches under AS and MAS; three of each."
-    cells = [Cell({"method": m}, "depth", seeded(3, lambda s, m=m: search(check_scale(scale), "CIFAR-10", METRICS[m], s))) for m in ("AS", "MAS")]
-    return Grid(f"dsas/figure{number:02}", scale, cells, [*dsas.conditions(scale, "PyramidNets"), *(w for w in in_words(scale, "CIFAR-10") if "fitness" not in w), "three searches (paper: one, of which it prints a picture and no number)"])
+    cells = [
+        Cell(
+            {"method": m},
+            "depth",
+            seeded(3, lambda s, m=m: search(check_scale(scale), "CIFAR-10", METRICS[m], s)),
+        )
+        for m in ("AS", "MAS")
+    ]
+    return Grid(
+        f"dsas/figure{number:02}",
+        scale,
+        cells,
+        [
+            *dsas.conditions(scale, "PyramidNets"),
+            *(w for w in in_words(scale, "CIFAR-10") if "fitness" not in w),
+            "three searches (paper: one, of which it prints a picture and no number)",
+        ],
+    )
 
 
 def figure04(scale):
@@ -45,17 +61,32 @@ def depth_counts(
 ):
     "A row a search, time and depth as a `DataFrame`: method, seed, when, blocks, networks; depths that do not occur have 0."
     import pandas as pd
+
     from snnkd_nb.search.job import population_of
 
     rows = []
     for c in grid.cells:
         for s in [s for s in c.specs if runs.get(s)]:
             for when, generation in zip(WHEN, (0, -1)):
-                rows += [{"method": c.index["method"], "seed": s.seed, "when": when, "blocks": len(p["genome"].split())} for p in population_of(runs[s], generation)]
+                rows += [
+                    {
+                        "method": c.index["method"],
+                        "seed": s.seed,
+                        "when": when,
+                        "blocks": len(p["genome"].split()),
+                    }
+                    for p in population_of(runs[s], generation)
+                ]
     frame = pd.DataFrame(rows, columns=["method", "seed", "when", "blocks"])
-    if frame.empty: return frame.assign(networks=[])
+    if frame.empty:
+        return frame.assign(networks=[])
     wide = frame.value_counts(["method", "seed", "when", "blocks"]).unstack(fill_value=0)
-    return wide.reindex(columns=range(frame.blocks.min(), frame.blocks.max() + 1), fill_value=0).stack().rename("networks").reset_index()
+    return (
+        wide.reindex(columns=range(frame.blocks.min(), frame.blocks.max() + 1), fill_value=0)
+        .stack()
+        .rename("networks")
+        .reset_index()
+    )
 
 
 def depth_facts(
@@ -69,22 +100,62 @@ def depth_facts(
     for (m, s, w), f in frame.groupby(["method", "seed", "when"]):
         p = f.networks / f.networks.sum()
         entropy = -(p[p > 0] * np.log(p[p > 0])).sum() / np.log(max(2, len(p)))
-        rows.append({"method": m, "seed": s, "when": w, "blocks": (p * f.blocks).sum(), "evenness": entropy})
+        rows.append(
+            {"method": m, "seed": s, "when": w, "blocks": (p * f.blocks).sum(), "evenness": entropy}
+        )
     return pd.DataFrame(rows, columns=["method", "seed", "when", "blocks", "evenness"])
 
 # %% ../../nbs/lib/89_papers.dsas_views.ipynb #59f85d18
 _M = "Section 4.5"
 
 
-def _at(method, when, column): return {"method": f"{method}, {when}", "column": column}
+def _at(method, when, column):
+    return {"method": f"{method}, {when}", "column": column}
 
 
 DEPTH_CLAIMS = (
-    Claim("dsas/figure04", "shallow", "AS favours shallow networks: its last generation has fewer blocks than its first draw", _M, _at("AS", WHEN[0], "blocks"), _at("AS", WHEN[1], "blocks")),
-    Claim("dsas/figure05", "deeper", "The last generation of MAS has more blocks than that of AS", _M, _at("MAS", WHEN[1], "blocks"), _at("AS", WHEN[1], "blocks")),
-    Claim("dsas/figure05", "not-shallow", "MAS does not favour shallow networks: its last generation has at least as many blocks as its first draw (within half a block)", _M, _at("MAS", WHEN[1], "blocks"), _at("MAS", WHEN[0], "blocks"), margin=-0.5),
-    Claim("dsas/figure05", "uniform", "MAS keeps the depths relatively uniform: as even as in the first draw (within 0.1)", _M, _at("MAS", WHEN[1], "evenness"), _at("MAS", WHEN[0], "evenness"), margin=-0.1),
-    Claim("dsas/figure05", "more-uniform", "The depths of MAS are more even than those of AS", _M, _at("MAS", WHEN[1], "evenness"), _at("AS", WHEN[1], "evenness")),
+    Claim(
+        "dsas/figure04",
+        "shallow",
+        "AS favours shallow networks: its last generation has fewer blocks than its first draw",
+        _M,
+        _at("AS", WHEN[0], "blocks"),
+        _at("AS", WHEN[1], "blocks"),
+    ),
+    Claim(
+        "dsas/figure05",
+        "deeper",
+        "The last generation of MAS has more blocks than that of AS",
+        _M,
+        _at("MAS", WHEN[1], "blocks"),
+        _at("AS", WHEN[1], "blocks"),
+    ),
+    Claim(
+        "dsas/figure05",
+        "not-shallow",
+        "MAS does not favour shallow networks: its last generation has at least as many blocks as its first draw (within half a block)",
+        _M,
+        _at("MAS", WHEN[1], "blocks"),
+        _at("MAS", WHEN[0], "blocks"),
+        margin=-0.5,
+    ),
+    Claim(
+        "dsas/figure05",
+        "uniform",
+        "MAS keeps the depths relatively uniform: as even as in the first draw (within 0.1)",
+        _M,
+        _at("MAS", WHEN[1], "evenness"),
+        _at("MAS", WHEN[0], "evenness"),
+        margin=-0.1,
+    ),
+    Claim(
+        "dsas/figure05",
+        "more-uniform",
+        "The depths of MAS are more even than those of AS",
+        _M,
+        _at("MAS", WHEN[1], "evenness"),
+        _at("AS", WHEN[1], "evenness"),
+    ),
 )
 
 
@@ -92,7 +163,9 @@ def depth_rows(facts):
     "Rows for `reports.dots.judge`."
     from snnkd_nb.reports.dots import readings
 
-    return readings(facts.assign(arm=facts.method + ", " + facts.when), "arm", ("blocks", "evenness"))
+    return readings(
+        facts.assign(arm=facts.method + ", " + facts.when), "arm", ("blocks", "evenness")
+    )
 
 
 def depth_story(
@@ -100,22 +173,38 @@ def depth_story(
     scale,  # smoke, small, medium, paper
 ):
     "One line made of the numbers: how depths change under AS and MAS, and whether that is the paper's story."
-    if facts.empty: return f"At {scale} scale no search has been run."
-    mean, said = facts.groupby(["method", "when"])[["blocks", "evenness"]].mean(), [evaluate_claim(c, depth_rows(facts)) for c in DEPTH_CLAIMS]
-    way = lambda m, k, d: " → ".join(f"{mean.loc[(m, w), k]:.{d}f}" for w in WHEN)
+    if facts.empty:
+        return f"At {scale} scale no search has been run."
+    mean, said = (
+        facts.groupby(["method", "when"])[["blocks", "evenness"]].mean(),
+        [evaluate_claim(c, depth_rows(facts)) for c in DEPTH_CLAIMS],
+    )
+
+    def way(m, k, d):
+        return " → ".join(f"{mean.loc[(m, w), k]:.{d}f}" for w in WHEN)
+
     told = sum(s.startswith("holds") for s in said)
     verdict = "is told" if told == len(said) else "is told in part" if told else "is not told"
-    ways = "; ".join(f"under {m} blocks {way(m, 'blocks', 1)}, evenness {way(m, 'evenness', 2)}" for m in mean.index.unique("method"))
+    ways = "; ".join(
+        f"under {m} blocks {way(m, 'blocks', 1)}, evenness {way(m, 'evenness', 2)}"
+        for m in mean.index.unique("method")
+    )
     return f"At {scale} scale, from the first draw to the last generation: {ways}. The paper's story (AS makes networks shallow, MAS does not and keeps depths even) {verdict} by these searches; its {len(said)} sentences: {', '.join(f'{said.count(s)} {s}' for s in dict.fromkeys(said))}."
 
 # %% ../../nbs/lib/89_papers.dsas_views.ipynb #3be7c387
 SEARCHED = ("ImageNet", "Tiny-ImageNet", "CIFAR", EVENTS, GESTURE)
-SAID = {"ImageNet": "12 blocks: 7 normal, 5 downsample; channels go up and down", "Tiny-ImageNet": "9 blocks; channels rise and fall symmetrically", "CIFAR": "fewer blocks than on Tiny-ImageNet",
-        EVENTS: "one normal block more than on DVS128-Gesture", GESTURE: "one normal block fewer than on CIFAR10-DVS"}
+SAID = {
+    "ImageNet": "12 blocks: 7 normal, 5 downsample; channels go up and down",
+    "Tiny-ImageNet": "9 blocks; channels rise and fall symmetrically",
+    "CIFAR": "fewer blocks than on Tiny-ImageNet",
+    EVENTS: "one normal block more than on DVS128-Gesture",
+    GESTURE: "one normal block fewer than on CIFAR10-DVS",
+}
 
 
 def _named(dataset):
-    if dataset not in SEARCHED: raise unknown("data set that DSAS searched", dataset, SEARCHED)
+    if dataset not in SEARCHED:
+        raise unknown("data set that DSAS searched", dataset, SEARCHED)
     return "CIFAR-10" if dataset == "CIFAR" else dataset
 
 
@@ -126,7 +215,16 @@ def architecture(
     "Grid of a searched architecture: one search."
     d = _named(dataset)
     cell = Cell({"method": dataset}, "genome", ((search(check_scale(scale), d),),))
-    return Grid(f"dsas/figure{9 + SEARCHED.index(dataset):02}", scale, [cell], [*dsas.conditions(scale, "PyramidNets", datasets=(d,)), *in_words(scale, d), "the search of seed 0"])
+    return Grid(
+        f"dsas/figure{9 + SEARCHED.index(dataset):02}",
+        scale,
+        [cell],
+        [
+            *dsas.conditions(scale, "PyramidNets", datasets=(d,)),
+            *in_words(scale, d),
+            "the search of seed 0",
+        ],
+    )
 
 
 def figure09(scale):
@@ -155,7 +253,11 @@ def figure13(scale):
 
 # %% ../../nbs/lib/89_papers.dsas_views.ipynb #7b6c3496
 _STATIC = SEARCHED[:3]
-_WITH = {"CIFAR": _STATIC, EVENTS: (*_STATIC, EVENTS), GESTURE: (*_STATIC, GESTURE)}  # what the text compares it with
+_WITH = {
+    "CIFAR": _STATIC,
+    EVENTS: (*_STATIC, EVENTS),
+    GESTURE: (*_STATIC, GESTURE),
+}  # what the text compares it with
 
 
 def trajectories(
@@ -164,9 +266,21 @@ def trajectories(
 ):
     "Grid of an evolutionary trajectory: the searches of a data set, and of those its sentence compares it with."
     shown = _WITH.get(dataset, (dataset,)) if _named(dataset) else ()
-    cells = [Cell({"method": n}, "trajectory", seeded(SEEDS[check_scale(scale)], lambda s, n=n: search(scale, _named(n), seed=s))) for n in shown]
+    cells = [
+        Cell(
+            {"method": n},
+            "trajectory",
+            seeded(SEEDS[check_scale(scale)], lambda s, n=n: search(scale, _named(n), seed=s)),
+        )
+        for n in shown
+    ]
     names = [_named(n) for n in shown]
-    return Grid(f"dsas/figure{14 + SEARCHED.index(dataset):02}", scale, cells, [*dsas.conditions(scale, "PyramidNets", datasets=names), *in_words(scale, *names)])
+    return Grid(
+        f"dsas/figure{14 + SEARCHED.index(dataset):02}",
+        scale,
+        cells,
+        [*dsas.conditions(scale, "PyramidNets", datasets=names), *in_words(scale, *names)],
+    )
 
 
 def figure14(scale):
@@ -202,8 +316,19 @@ def trajectory_frame(
     import pandas as pd
 
     columns = ["generation", "best", "median", "depth", "evaluated"]
-    parts = [pd.DataFrame({k: runs[s].trajectory[k] for k in columns}).assign(method=c.index["method"], seed=s.seed) for c in grid.cells for s in c.specs if runs.get(s)]
-    return pd.concat(parts, ignore_index=True)[["method", "seed", *columns]] if parts else pd.DataFrame(columns=["method", "seed", *columns])
+    parts = [
+        pd.DataFrame({k: runs[s].trajectory[k] for k in columns}).assign(
+            method=c.index["method"], seed=s.seed
+        )
+        for c in grid.cells
+        for s in c.specs
+        if runs.get(s)
+    ]
+    return (
+        pd.concat(parts, ignore_index=True)[["method", "seed", *columns]]
+        if parts
+        else pd.DataFrame(columns=["method", "seed", *columns])
+    )
 
 
 def trajectory_facts(
@@ -215,22 +340,83 @@ def trajectory_facts(
     rows = []
     for (m, s), f in frame.groupby(["method", "seed"], sort=False):
         steps, last = f["median"].diff().dropna(), int(f.generation.max())
-        rows.append({"method": m, "seed": s, "generation of the best": int(f.generation[f.best.astype(float).idxmin()]), "last generation": last, "half of them": last / 2,
-                     "up": float(steps.clip(lower=0).sum() / max(steps.abs().sum(), 1e-12)), "fitness": float(f.best.min())})
-    return pd.DataFrame(rows, columns=["method", "seed", "generation of the best", "last generation", "half of them", "up", "fitness"])
+        rows.append(
+            {
+                "method": m,
+                "seed": s,
+                "generation of the best": int(f.generation[f.best.astype(float).idxmin()]),
+                "last generation": last,
+                "half of them": last / 2,
+                "up": float(steps.clip(lower=0).sum() / max(steps.abs().sum(), 1e-12)),
+                "fitness": float(f.best.min()),
+            }
+        )
+    return pd.DataFrame(
+        rows,
+        columns=[
+            "method",
+            "seed",
+            "generation of the best",
+            "last generation",
+            "half of them",
+            "up",
+            "fitness",
+        ],
+    )
 
 # %% ../../nbs/lib/89_papers.dsas_views.ipynb #f8d17545
 _F = "Appendix F"
 
 
-def _of(method, column="generation of the best"): return {"method": method, "column": column}
+def _of(method, column="generation of the best"):
+    return {"method": method, "column": column}
 
 
 PATH_CLAIMS = (
-    Claim("dsas/figure14", "last", "On ImageNet the best individual appears in the last generation", _F, _of("ImageNet"), _of("ImageNet", "last generation"), margin=-0.5),
-    Claim("dsas/figure15", "half", "On Tiny-ImageNet the best individual is there by half of the generations (the paper: by the 10th of 20)", _F, _of("Tiny-ImageNet"), _of("Tiny-ImageNet", "half of them"), lower=True, margin=-0.5),
-    *(Claim("dsas/figure16", f"stable-{d.lower()}", f"On CIFAR the evolution is more stable than on {d}: less of the median's way goes up", _F, _of("CIFAR", "up"), _of(d, "up"), lower=True) for d in _STATIC[:2]),
-    *(Claim(f"dsas/figure{n}", f"faster-{s.lower()}", f"On {d} the search converges faster than on {s}: the best individual appears earlier", _F, _of(d), _of(s), lower=True) for n, d in ((17, EVENTS), (18, GESTURE)) for s in _STATIC),
+    Claim(
+        "dsas/figure14",
+        "last",
+        "On ImageNet the best individual appears in the last generation",
+        _F,
+        _of("ImageNet"),
+        _of("ImageNet", "last generation"),
+        margin=-0.5,
+    ),
+    Claim(
+        "dsas/figure15",
+        "half",
+        "On Tiny-ImageNet the best individual is there by half of the generations (the paper: by the 10th of 20)",
+        _F,
+        _of("Tiny-ImageNet"),
+        _of("Tiny-ImageNet", "half of them"),
+        lower=True,
+        margin=-0.5,
+    ),
+    *(
+        Claim(
+            "dsas/figure16",
+            f"stable-{d.lower()}",
+            f"On CIFAR the evolution is more stable than on {d}: less of the median's way goes up",
+            _F,
+            _of("CIFAR", "up"),
+            _of(d, "up"),
+            lower=True,
+        )
+        for d in _STATIC[:2]
+    ),
+    *(
+        Claim(
+            f"dsas/figure{n}",
+            f"faster-{s.lower()}",
+            f"On {d} the search converges faster than on {s}: the best individual appears earlier",
+            _F,
+            _of(d),
+            _of(s),
+            lower=True,
+        )
+        for n, d in ((17, EVENTS), (18, GESTURE))
+        for s in _STATIC
+    ),
 )
 
 
@@ -238,7 +424,9 @@ def path_rows(facts):
     "Rows for `reports.dots.judge`."
     from snnkd_nb.reports.dots import readings
 
-    return readings(facts, "method", ("generation of the best", "last generation", "half of them", "up"))
+    return readings(
+        facts, "method", ("generation of the best", "last generation", "half of them", "up")
+    )
 
 
 def search_claims(
@@ -246,8 +434,28 @@ def search_claims(
 ):
     "What the text says about a figure of searches."
     claims = [c for c in (*DEPTH_CLAIMS, *PATH_CLAIMS) if c.key == key]
-    if not claims: raise unknown("figure with claims", key, sorted({c.key for c in (*DEPTH_CLAIMS, *PATH_CLAIMS)}))
+    if not claims:
+        raise unknown(
+            "figure with claims", key, sorted({c.key for c in (*DEPTH_CLAIMS, *PATH_CLAIMS)})
+        )
     return claims
 
 # %% ../../nbs/lib/89_papers.dsas_views.ipynb #e0b7c7cc
-ARTEFACTS = {f.__name__: f for f in (table08, figure04, figure05, figure09, figure10, figure11, figure12, figure13, figure14, figure15, figure16, figure17, figure18)}
+ARTEFACTS = {
+    f.__name__: f
+    for f in (
+        table08,
+        figure04,
+        figure05,
+        figure09,
+        figure10,
+        figure11,
+        figure12,
+        figure13,
+        figure14,
+        figure15,
+        figure16,
+        figure17,
+        figure18,
+    )
+}

@@ -16,18 +16,42 @@ from ..reports.grid import HALF, Cell, Grid, budget_in_words, check_scale, optim
 from ..spec import ModelSpec, OptimSpec, RunSpec
 
 # %% ../../nbs/lib/89_papers.eskd.ipynb #443a6577
-STUDENTS = {"ResNet-18": "resnet18", "ResNet-19": "resnet19_rate", "ResNet-34": "preact_resnet34", "ResNet-34†": "preact_resnet34", "ResNet-34*": "sew_resnet34", "Spikingformer-4-256": "spikingformer"}
+STUDENTS = {
+    "ResNet-18": "resnet18",
+    "ResNet-19": "resnet19_rate",
+    "ResNet-34": "preact_resnet34",
+    "ResNet-34†": "preact_resnet34",
+    "ResNet-34*": "sew_resnet34",
+    "Spikingformer-4-256": "spikingformer",
+}
 _DEEP, _LOW = {"stem": "small", "depth": 0.34}, {"neuron_args": {"v_threshold": 0.5}}
 SIZES = {  # widths and options of student and of teacher; elsewhere 1 and none
-    ("smoke", "ResNet-19"): (0.125, {"depth": 0.34} | _LOW, 0.125, {"depth": 0.34}), ("small", "ResNet-19"): (0.125, _LOW, 0.25, {}),
-    ("smoke", "ResNet-34"): (0.125, _DEEP, 0.125, _DEEP), ("small", "ResNet-34"): (0.25, {}, 0.25, {}),
-    ("smoke", "Spikingformer-4-256"): (0.125, {"blocks": 2, "heads": 4}, 0.25, {}), ("small", "Spikingformer-4-256"): (0.25, {}, 0.25, {})}
-TIMM = {"ResNet-34": "timm:resnet34", "ResNet-34*": "timm:resnet34", "ResNet-34†": "timm:resnet50"}  # teachers at medium and paper scale
-FEWER = {"smoke": {IMAGENET: 2}, "small": {IMAGENET: 2}}  # time steps on ImageNet, where the paper has 4
+    ("smoke", "ResNet-19"): (0.125, {"depth": 0.34} | _LOW, 0.125, {"depth": 0.34}),
+    ("small", "ResNet-19"): (0.125, _LOW, 0.25, {}),
+    ("smoke", "ResNet-34"): (0.125, _DEEP, 0.125, _DEEP),
+    ("small", "ResNet-34"): (0.25, {}, 0.25, {}),
+    ("smoke", "Spikingformer-4-256"): (0.125, {"blocks": 2, "heads": 4}, 0.25, {}),
+    ("small", "Spikingformer-4-256"): (0.25, {}, 0.25, {}),
+}
+TIMM = {
+    "ResNet-34": "timm:resnet34",
+    "ResNet-34*": "timm:resnet34",
+    "ResNet-34†": "timm:resnet50",
+}  # teachers at medium and paper scale
+FEWER = {
+    "smoke": {IMAGENET: 2},
+    "small": {IMAGENET: 2},
+}  # time steps on ImageNet, where the paper has 4
 
 
-def steps(scale, dataset, T): return FEWER.get(scale, {}).get(dataset, T)
-def sizes(scale, name): return SIZES.get((scale, "ResNet-34" if name.startswith("ResNet-34") else name), (1.0, {}, 1.0, {}))
+def steps(scale, dataset, T):
+    return FEWER.get(scale, {}).get(dataset, T)
+
+
+def sizes(scale, name):
+    return SIZES.get(
+        (scale, "ResNet-34" if name.startswith("ResNet-34") else name), (1.0, {}, 1.0, {})
+    )
 
 
 def network(
@@ -36,13 +60,15 @@ def network(
     T,  # time steps
 ):
     "The `ModelSpec` a scale takes for a student of the paper."
-    if name not in STUDENTS: raise unknown("student of ESKD", name, STUDENTS)
-    if name == "ResNet-18": return studies.eskd_model(scale, T)
+    if name not in STUDENTS:
+        raise unknown("student of ESKD", name, STUDENTS)
+    if name == "ResNet-18":
+        return studies.eskd_model(scale, T)
     width, args, *_ = sizes(scale, name)
     return ModelSpec(STUDENTS[name], T, width, "rate", args)
 
 # %% ../../nbs/lib/89_papers.eskd.ipynb #d1d72d94
-DEEP = dict(epochs=100, batch_size=512, lr=0.2, weight_decay=2e-5, decay_norm=False)
+DEEP = {"epochs": 100, "batch_size": 512, "lr": 0.2, "weight_decay": 2e-5, "decay_norm": False}
 
 
 def data(
@@ -50,14 +76,24 @@ def data(
     dataset,  # "CIFAR-10", "CIFAR-100", "ImageNet" or "CIFAR10-DVS"
 ):
     "The `DataSpec` a scale takes for a data set of the paper."
-    if dataset == EVENTS: return studies.recordings(scale).replace(**{"smoke": {"subset": 700}, "small": {"size": HALF}}.get(scale, {}))
-    return ckdsnn.data(scale, IMAGENET) if dataset == IMAGENET else studies.eskd_data(scale, dataset)
+    if dataset == EVENTS:
+        return studies.recordings(scale).replace(
+            **{"smoke": {"subset": 700}, "small": {"size": HALF}}.get(scale, {})
+        )
+    return (
+        ckdsnn.data(scale, IMAGENET) if dataset == IMAGENET else studies.eskd_data(scale, dataset)
+    )
 
 
 def optim(scale, dataset, gradient="bptt"):
     "The budget of a student."
-    if (scale, dataset) == ("smoke", EVENTS): return OptimSpec(epochs=4, batch_size=16, lr=0.05, warmup=1, gradient=gradient)
-    return optim_at(scale, half=True, **DEEP).replace(gradient=gradient) if dataset == IMAGENET else studies.eskd_optim(scale, gradient)
+    if (scale, dataset) == ("smoke", EVENTS):
+        return OptimSpec(epochs=4, batch_size=16, lr=0.05, warmup=1, gradient=gradient)
+    return (
+        optim_at(scale, half=True, **DEEP).replace(gradient=gradient)
+        if dataset == IMAGENET
+        else studies.eskd_optim(scale, gradient)
+    )
 
 
 def teacher(
@@ -67,64 +103,145 @@ def teacher(
 ):
     "The `RunSpec` of the ordinary network."
     large = scale in ("medium", "paper")
-    if name == "ResNet-18": return studies.eskd_teacher(scale, dataset)
+    if name == "ResNet-18":
+        return studies.eskd_teacher(scale, dataset)
     if name == "Spikingformer-4-256":
-        made, like = ckdsnn.teacher(scale, "Spikformer-4-384", dataset), studies.eskd_teacher(scale, dataset)
+        made, like = (
+            ckdsnn.teacher(scale, "Spikformer-4-384", dataset),
+            studies.eskd_teacher(scale, dataset),
+        )
         return made.replace(data=like.data, optim=like.optim) if scale == "small" else made
-    if name in TIMM and large: return RunSpec(data(scale, dataset), ModelSpec(TIMM[name], args={"pretrained": True}), OptimSpec(epochs=1, batch_size=256, lr=0.0, weight_decay=0.0))
-    if name in TIMM and name != "ResNet-34†": return ckdsnn.teacher(scale, "ResNet34", IMAGENET)
-    small, all_images = (sizes(scale, name), {"subset": None, "val": 0.02} if scale == "small" and dataset != EVENTS else {})
-    model = ModelSpec("resnet50_imagenet", width=small[2], args=small[3]) if name in TIMM else ModelSpec("resnet34", width=small[2], args=small[3])
-    if dataset == EVENTS: model = ModelSpec("resnet19_rate", width=small[0], args={k: v for k, v in small[1].items() if k == "depth"})
+    if name in TIMM and large:
+        return RunSpec(
+            data(scale, dataset),
+            ModelSpec(TIMM[name], args={"pretrained": True}),
+            OptimSpec(epochs=1, batch_size=256, lr=0.0, weight_decay=0.0),
+        )
+    if name in TIMM and name != "ResNet-34†":
+        return ckdsnn.teacher(scale, "ResNet34", IMAGENET)
+    small, all_images = (
+        sizes(scale, name),
+        {"subset": None, "val": 0.02} if scale == "small" and dataset != EVENTS else {},
+    )
+    model = (
+        ModelSpec("resnet50_imagenet", width=small[2], args=small[3])
+        if name in TIMM
+        else ModelSpec("resnet34", width=small[2], args=small[3])
+    )
+    if dataset == EVENTS:
+        model = ModelSpec(
+            "resnet19_rate",
+            width=small[0],
+            args={k: v for k, v in small[1].items() if k == "depth"},
+        )
     budget = optim(scale, dataset)
-    if scale == "small" and dataset != EVENTS: budget = budget.replace(epochs=6, nesterov=True)
+    if scale == "small" and dataset != EVENTS:
+        budget = budget.replace(epochs=6, nesterov=True)
     return RunSpec(data(scale, dataset).replace(**all_images), model, budget)
 
 # %% ../../nbs/lib/89_papers.eskd.ipynb #c255daa4
 def student(
-    scale, name, dataset,  # as for `teacher`
+    scale,
+    name,
+    dataset,  # as for `teacher`
     T,  # the paper's time steps
     way="ESKD",  # of `studies.WAYS`
     seed=0,
     **args,  # options of the method "eskd"
 ):
     "The `RunSpec` of a spiking student, alone or under its teacher."
-    if way not in studies.WAYS: raise unknown("way to train", way, studies.WAYS)
+    if way not in studies.WAYS:
+        raise unknown("way to train", way, studies.WAYS)
     gradient, own = studies.WAYS[way]
     how = None if own is None else {**own, **args}
-    if name == "ResNet-18": return studies.eskd_student(scale, T, gradient, how, seed, dataset)
+    if name == "ResNet-18":
+        return studies.eskd_student(scale, T, gradient, how, seed, dataset)
     method, of = ("none", None) if how is None else ("eskd", teacher(scale, name, dataset))
-    return RunSpec(data(scale, dataset), network(scale, name, steps(scale, dataset, T)), optim(scale, dataset, gradient), method, "paper", how or {}, of, seed)
+    return RunSpec(
+        data(scale, dataset),
+        network(scale, name, steps(scale, dataset, T)),
+        optim(scale, dataset, gradient),
+        method,
+        "paper",
+        how or {},
+        of,
+        seed,
+    )
 
 
 SEEDS = {"smoke": 1, "small": 1, "medium": 1, "paper": 5}
-def seeds(scale, name): return 3 if (scale, name) == ("small", "ResNet-18") else 1 if name.startswith("ResNet-34") else SEEDS[scale]
+
+
+def seeds(scale, name):
+    return (
+        3
+        if (scale, name) == ("small", "ResNet-18")
+        else 1
+        if name.startswith("ResNet-34")
+        else SEEDS[scale]
+    )
 
 # %% ../../nbs/lib/89_papers.eskd.ipynb #2ca16c84
-_STANDIN = {"smoke": {IMAGENET: "ImageNet is replaced by the digits of scikit-learn (1,797 scans, enlarged to 12×12)", None: "CIFAR-10 and CIFAR-100 are both replaced by the digits of scikit-learn (1,797 scans, enlarged to 12×12); the two are the same runs"},
-            "small": {IMAGENET: "ImageNet is replaced by 20 classes of Tiny-ImageNet at 64×64 pixels (10,000 training images)", None: "CIFAR-10 and CIFAR-100 are both 5,000 images of CIFAR-10 (JPEG) at 16×16 pixels, teachers see all; the two are the same runs"}}
+_STANDIN = {
+    "smoke": {
+        IMAGENET: "ImageNet is replaced by the digits of scikit-learn (1,797 scans, enlarged to 12×12)",
+        None: "CIFAR-10 and CIFAR-100 are both replaced by the digits of scikit-learn (1,797 scans, enlarged to 12×12); the two are the same runs",
+    },
+    "small": {
+        IMAGENET: "ImageNet is replaced by 20 classes of Tiny-ImageNet at 64×64 pixels (10,000 training images)",
+        None: "CIFAR-10 and CIFAR-100 are both 5,000 images of CIFAR-10 (JPEG) at 16×16 pixels, teachers see all; the two are the same runs",
+    },
+}
 FIXED = "neuron: decay 0.2, soft detached reset, sigmoid of slope 4, as in the code of rate-based backpropagation (paper: decay and slope not said); gradients are not divided by T (that code divides)"
-_ON = {"ResNet-18": "CIFAR-100", "ResNet-19": "CIFAR-100", "Spikingformer-4-256": "CIFAR-100"}  # elsewhere ImageNet
+_ON = {
+    "ResNet-18": "CIFAR-100",
+    "ResNet-19": "CIFAR-100",
+    "Spikingformer-4-256": "CIFAR-100",
+}  # elsewhere ImageNet
 
 
-def _threshold(scale, name): return [f"{name} fires at a threshold of {v['v_threshold']:g}; that and its width were chosen by looking at the test accuracy at smoke scale" for v in [sizes(scale, name)[1].get("neuron_args")] if v]
+def _threshold(scale, name):
+    return [
+        f"{name} fires at a threshold of {v['v_threshold']:g}; that and its width were chosen by looking at the test accuracy at smoke scale"
+        for v in [sizes(scale, name)[1].get("neuron_args")]
+        if v
+    ]
 
 
 def _seeds_in_words(scale, *names):
     n = {name: seeds(scale, name) for name in names}
-    said = f"{n[names[0]]} seed{'s' * (n[names[0]] > 1)}" if len(set(n.values())) == 1 else ", ".join(f"{k} {v} seed{'s' * (v > 1)}" for k, v in n.items())
+    said = (
+        f"{n[names[0]]} seed{'s' * (n[names[0]] > 1)}"
+        if len(set(n.values())) == 1
+        else ", ".join(f"{k} {v} seed{'s' * (v > 1)}" for k, v in n.items())
+    )
     return f"{said}{': small gaps are chance' if 1 in n.values() else ''} (paper: five runs, one on ImageNet; ours is the accuracy after the last epoch)"
 
 
 def _pair(scale, name):
-    s, t = student(scale, name, _ON.get(name, IMAGENET), 4).model, teacher(scale, name, _ON.get(name, IMAGENET)).model
-    said = lambda m: f"{m.name} at {m.width:g} of its width" + "".join(f", {k} {v:g}" if isinstance(v, float) else f", {k} {v}" for k, v in m.args.items() if k != "neuron_args")
+    s, t = (
+        student(scale, name, _ON.get(name, IMAGENET), 4).model,
+        teacher(scale, name, _ON.get(name, IMAGENET)).model,
+    )
+
+    def said(m):
+        return f"{m.name} at {m.width:g} of its width" + "".join(
+            f", {k} {v:g}" if isinstance(v, float) else f", {k} {v}"
+            for k, v in m.args.items()
+            if k != "neuron_args"
+        )
+
     return f"{name}: {said(s)}, under {said(t)}"
 
 
 def _training(scale, name):
     d = _ON.get(name, IMAGENET)
-    s, theirs = student(scale, name, d, 4), "100 epochs of batch 512, rate 0.2, weight decay 2e-5, cosine" if d == IMAGENET else "300 epochs of batch 128, rate 0.1, weight decay 5e-4, cosine, AutoAugment and Cutout"
+    s, theirs = (
+        student(scale, name, d, 4),
+        "100 epochs of batch 512, rate 0.2, weight decay 2e-5, cosine"
+        if d == IMAGENET
+        else "300 epochs of batch 128, rate 0.1, weight decay 5e-4, cosine, AutoAugment and Cutout",
+    )
     return f"students on {d if d == IMAGENET else 'CIFAR'}: {budget_in_words(s.optim, s.data)} (paper: {theirs})"
 
 
@@ -134,17 +251,51 @@ def conditions(
 ):
     "Data, networks, steps and budget of a scale, in sentences."
     table, of = _STANDIN.get(scale, {}), {n: teacher(scale, n, _ON.get(n, IMAGENET)) for n in names}
-    stand = list(dict.fromkeys(table[IMAGENET if n not in _ON else None] for n in names)) if table else []
-    fewer = ["time steps on ImageNet: 2 (paper: 4)"] if scale in FEWER and any(n not in _ON for n in names) else []
+    stand = (
+        list(dict.fromkeys(table[IMAGENET if n not in _ON else None] for n in names))
+        if table
+        else []
+    )
+    fewer = (
+        ["time steps on ImageNet: 2 (paper: 4)"]
+        if scale in FEWER and any(n not in _ON for n in names)
+        else []
+    )
     tuned = "default weights of timm (paper: of timm, which are not said), one epoch at rate 0 renews running statistics"
-    teachers = dict.fromkeys(f"teacher {t.model.name}: {tuned if t.optim.lr == 0 else budget_in_words(t.optim, t.data)}" for t in of.values())
-    unsaid = ["crop and flip before AutoAugment, and no weight decay on biases and BatchNorms, as in the code of rate-based backpropagation (paper: not said)"] if scale == "paper" and any(n in _ON for n in names) else ["no weight decay on biases and BatchNorms, as in the code of rate-based backpropagation (paper: not said)"] if scale == "paper" else []
+    teachers = dict.fromkeys(
+        f"teacher {t.model.name}: {tuned if t.optim.lr == 0 else budget_in_words(t.optim, t.data)}"
+        for t in of.values()
+    )
+    unsaid = (
+        [
+            "crop and flip before AutoAugment, and no weight decay on biases and BatchNorms, as in the code of rate-based backpropagation (paper: not said)"
+        ]
+        if scale == "paper" and any(n in _ON for n in names)
+        else [
+            "no weight decay on biases and BatchNorms, as in the code of rate-based backpropagation (paper: not said)"
+        ]
+        if scale == "paper"
+        else []
+    )
     kd = "distillation is half cross-entropy, half KL without temperature (α = 0.5), β_k = 1/n_b; C_k is two 1×1 convolutions with BatchNorm, 0.17 M at full size (paper: only its size is said)"
-    return [*stand, *(_pair(scale, n) for n in names), *fewer, *dict.fromkeys(_training(scale, n) for n in names), *teachers, *unsaid, FIXED, kd, *(f for n in names for f in _threshold(scale, n)), _seeds_in_words(scale, *names)]
+    return [
+        *stand,
+        *(_pair(scale, n) for n in names),
+        *fewer,
+        *dict.fromkeys(_training(scale, n) for n in names),
+        *teachers,
+        *unsaid,
+        FIXED,
+        kd,
+        *(f for n in names for f in _threshold(scale, n)),
+        _seeds_in_words(scale, *names),
+    ]
 
 # %% ../../nbs/lib/89_papers.eskd.ipynb #ba8d0aad
 def _cell(scale, at, column, name, dataset, way="ESKD", T=None, **args):
-    made = lambda s: student(scale, name, dataset, T or at["T"], way, s, **args)
+    def made(s):
+        return student(scale, name, dataset, T or at["T"], way, s, **args)
+
     return Cell(at, column, seeded(seeds(scale, name), made))
 
 
@@ -155,11 +306,45 @@ def table01(
     cells = []
     for r in published("eskd/table01").records:
         at, d = {k: r[k] for k in ("method", "model", "T")}, r["column"]
-        if r["value"] is None: cells.append(Cell(at, d, note="–"))
-        elif r["method"] in ("Ours", "RateBP"): cells.append(_cell(check_scale(scale), at, d, r["model"], d, "ESKD" if r["method"] == "Ours" else "rates"))
-        elif r["method"] == "SEW ResNet": cells.append(Cell(at, d, ((ckdsnn.student(scale, "ResNet34", IMAGENET, steps(scale, IMAGENET, 4), "none"),),)))
-    facts = ["of the published methods RateBP (the same student on rates, alone) and SEW ResNet (its own neuron, gradients through time) are run here, on our budget; the others stand with the paper's number alone"]
-    return Grid("eskd/table01", scale, cells, [*conditions(scale, "ResNet-18", "ResNet-19", "ResNet-34", "ResNet-34†", "ResNet-34*"), *facts])
+        if r["value"] is None:
+            cells.append(Cell(at, d, note="–"))
+        elif r["method"] in ("Ours", "RateBP"):
+            cells.append(
+                _cell(
+                    check_scale(scale),
+                    at,
+                    d,
+                    r["model"],
+                    d,
+                    "ESKD" if r["method"] == "Ours" else "rates",
+                )
+            )
+        elif r["method"] == "SEW ResNet":
+            cells.append(
+                Cell(
+                    at,
+                    d,
+                    (
+                        (
+                            ckdsnn.student(
+                                scale, "ResNet34", IMAGENET, steps(scale, IMAGENET, 4), "none"
+                            ),
+                        ),
+                    ),
+                )
+            )
+    facts = [
+        "of the published methods RateBP (the same student on rates, alone) and SEW ResNet (its own neuron, gradients through time) are run here, on our budget; the others stand with the paper's number alone"
+    ]
+    return Grid(
+        "eskd/table01",
+        scale,
+        cells,
+        [
+            *conditions(scale, "ResNet-18", "ResNet-19", "ResNet-34", "ResNet-34†", "ResNet-34*"),
+            *facts,
+        ],
+    )
 
 
 def table02(
@@ -168,14 +353,27 @@ def table02(
     "Grid of Table 2: CIFAR10-DVS."
     at = {"method": "Ours", "model": "ResNet-19", "T": 4}
     s, t = student(check_scale(scale), "ResNet-19", EVENTS, 4), teacher(scale, "ResNet-19", EVENTS)
-    what = {"smoke": "CIFAR10-DVS is replaced by SIMULATED events of the 8×8 digits of scikit-learn (700 of them), in four frames", "small": "CIFAR10-DVS is replaced by SIMULATED events of 10,000 images of CIFAR-10 (JPEG) at 16×16 pixels, in four frames"}
-    facts = [*([what[scale]] if scale in what else []), f"students: {budget_in_words(s.optim, s.data)} (paper: 300 epochs, rate 0.1, cosine)", f"teacher: {t.model.name} with ReLU at {t.model.width:g} of its width, which sees the mean over the frames, on the same budget; student at {s.model.width:g}",
-             *_threshold(scale, "ResNet-19"), "three stages, so two hybrid models, M_0 and M_1 (paper: not said how many)", FIXED, _seeds_in_words(scale, "ResNet-19")]
+    what = {
+        "smoke": "CIFAR10-DVS is replaced by SIMULATED events of the 8×8 digits of scikit-learn (700 of them), in four frames",
+        "small": "CIFAR10-DVS is replaced by SIMULATED events of 10,000 images of CIFAR-10 (JPEG) at 16×16 pixels, in four frames",
+    }
+    facts = [
+        *([what[scale]] if scale in what else []),
+        f"students: {budget_in_words(s.optim, s.data)} (paper: 300 epochs, rate 0.1, cosine)",
+        f"teacher: {t.model.name} with ReLU at {t.model.width:g} of its width, which sees the mean over the frames, on the same budget; student at {s.model.width:g}",
+        *_threshold(scale, "ResNet-19"),
+        "three stages, so two hybrid models, M_0 and M_1 (paper: not said how many)",
+        FIXED,
+        _seeds_in_words(scale, "ResNet-19"),
+    ]
     return Grid("eskd/table02", scale, [_cell(scale, at, "accuracy", "ResNet-19", EVENTS)], facts)
 
 # %% ../../nbs/lib/89_papers.eskd.ipynb #c0c60e35
 _ABLATED = ("ResNet-18", "CIFAR-100")
-SCHEDULES = {"alpha": {"increase": "increase", "decrease": "decrease", "0.5": 0.5}, "beta": {"1/2^(n-k)": "decay", "1/n_b": "uniform"}}
+SCHEDULES = {
+    "alpha": {"increase": "increase", "decrease": "decrease", "0.5": 0.5},
+    "beta": {"1/2^(n-k)": "decay", "1/n_b": "uniform"},
+}
 DEFAULTS = {"alpha": 0.5, "beta": "uniform"}
 
 
@@ -183,8 +381,16 @@ def table03(
     scale,  # smoke, small, medium, paper
 ):
     "Grid of Table 3: which hybrid models there are."
-    made = lambda args: lambda s: studies.eskd_student(scale, 4, "rate", args, s, _ABLATED[1])
-    cells = [Cell({"branches": b}, "accuracy", seeded(seeds(check_scale(scale), "ResNet-18"), made(args))) for b, args in studies.BRANCHES.items()]
+
+    def made(args):
+        return lambda s: studies.eskd_student(scale, 4, "rate", args, s, _ABLATED[1])
+
+    cells = [
+        Cell(
+            {"branches": b}, "accuracy", seeded(seeds(check_scale(scale), "ResNet-18"), made(args))
+        )
+        for b, args in studies.BRANCHES.items()
+    ]
     return Grid("eskd/table03", scale, cells, conditions(scale, "ResNet-18"))
 
 
@@ -196,8 +402,20 @@ def table04(
     for b, beta in SCHEDULES["beta"].items():
         for a, alpha in SCHEDULES["alpha"].items():
             args = {k: v for k, v in (("alpha", alpha), ("beta", beta)) if v != DEFAULTS[k]}
-            cells.append(_cell(check_scale(scale), {"beta": b, "alpha": a}, "accuracy", *_ABLATED, T=4, **args))
-    return Grid("eskd/table04", scale, cells, [*conditions(scale, "ResNet-18"), "1/2^(n-k) is 1/8, 1/4 and 1/2 for M_0, M_1 and M_2 (paper: n is not said)"])
+            cells.append(
+                _cell(
+                    check_scale(scale), {"beta": b, "alpha": a}, "accuracy", *_ABLATED, T=4, **args
+                )
+            )
+    return Grid(
+        "eskd/table04",
+        scale,
+        cells,
+        [
+            *conditions(scale, "ResNet-18"),
+            "1/2^(n-k) is 1/8, 1/4 and 1/2 for M_0, M_1 and M_2 (paper: n is not said)",
+        ],
+    )
 
 # %% ../../nbs/lib/89_papers.eskd.ipynb #f9c480ed
 _LONG = {"R18": "ResNet-18", "R19": "ResNet-19", "R34": "ResNet-34"}
@@ -211,7 +429,11 @@ def table05(
     for r in published("eskd/table05").records:
         at, name = {k: r[k] for k in ("dataset", "teacher", "student", "T")}, _LONG[r["student"]]
         own = seeded(1, lambda s: teacher(scale, name, r["dataset"])) if r["T"] == "-" else ()
-        cells.append(Cell(at, r["column"], own) if own else _cell(check_scale(scale), at, "accuracy", name, r["dataset"]))
+        cells.append(
+            Cell(at, r["column"], own)
+            if own
+            else _cell(check_scale(scale), at, "accuracy", name, r["dataset"])
+        )
     return Grid("eskd/table05", scale, cells, conditions(scale, "ResNet-18", "ResNet-19"))
 
 
@@ -219,12 +441,23 @@ def table06(
     scale,  # smoke, small, medium, paper
 ):
     "Grid of Supplement Table B: a Spikingformer under a ViT."
-    ways, name, cells = {"RateBP": "rates", "Vanilla KD": "rates + KD", "Ours": "ESKD"}, "Spikingformer-4-256", []
+    ways, name, cells = (
+        {"RateBP": "rates", "Vanilla KD": "rates + KD", "Ours": "ESKD"},
+        "Spikingformer-4-256",
+        [],
+    )
     for r in [r for r in published("eskd/table06").records if r["value"] is not None]:
         at = {k: r[k] for k in ("dataset", "method", "teacher", "student", "T")}
-        if r["column"] == "teacher accuracy": cells.append(Cell(at, r["column"], ((teacher(check_scale(scale), name, r["dataset"]),),)))
-        else: cells.append(_cell(scale, at, "accuracy", name, r["dataset"], ways[r["method"]]))
-    facts = ["stages pair by depth, their grids are resized, and the class token comes from the student's rates (paper: not said)", "optimiser and budget of the ResNets (paper: not said)"]
+        if r["column"] == "teacher accuracy":
+            cells.append(
+                Cell(at, r["column"], ((teacher(check_scale(scale), name, r["dataset"]),),))
+            )
+        else:
+            cells.append(_cell(scale, at, "accuracy", name, r["dataset"], ways[r["method"]]))
+    facts = [
+        "stages pair by depth, their grids are resized, and the class token comes from the student's rates (paper: not said)",
+        "optimiser and budget of the ResNets (paper: not said)",
+    ]
     return Grid("eskd/table06", scale, cells, [*conditions(scale, name), *facts])
 
 
@@ -234,11 +467,32 @@ def gaps(
     "Student minus teacher as a `DataFrame`, a row a student: as printed, from the paper's own numbers, and ours."
     import pandas as pd
 
-    of = {(r["dataset"], r["student"]): r for r in report.rows if r["column"] == "teacher accuracy" and r["paper"] is not None}
-    printed = {tuple(r[k] for k in report.paper.index): r["extra"] for r in report.paper.records if r["column"] == "accuracy"}
-    minus = lambda a, b, k: None if a[k] is None or b[k] is None else a[k] - b[k]
-    rows = [{**{k: r[k] for k in report.paper.index if k != "teacher"}, "printed": printed[tuple(r[k] for k in report.paper.index)], "paper": minus(r, t, "paper"), "ours": minus(r, t, "ours")}
-            for r in report.rows if r["column"] == "accuracy" for t in [of[r["dataset"], r["student"]]] if r.get("method") != "RateBP"]
+    of = {
+        (r["dataset"], r["student"]): r
+        for r in report.rows
+        if r["column"] == "teacher accuracy" and r["paper"] is not None
+    }
+    printed = {
+        tuple(r[k] for k in report.paper.index): r["extra"]
+        for r in report.paper.records
+        if r["column"] == "accuracy"
+    }
+
+    def minus(a, b, k):
+        return None if a[k] is None or b[k] is None else a[k] - b[k]
+
+    rows = [
+        {
+            **{k: r[k] for k in report.paper.index if k != "teacher"},
+            "printed": printed[tuple(r[k] for k in report.paper.index)],
+            "paper": minus(r, t, "paper"),
+            "ours": minus(r, t, "ours"),
+        }
+        for r in report.rows
+        if r["column"] == "accuracy"
+        for t in [of[r["dataset"], r["student"]]]
+        if r.get("method") != "RateBP"
+    ]
     return pd.DataFrame(rows).astype({"paper": float, "ours": float}).round(2)
 
 # %% ../../nbs/lib/89_papers.eskd.ipynb #241d77f6
@@ -251,13 +505,37 @@ def settings(
     "Supplement Table C from the specs as a `DataFrame`: a row a dataset, model and teacher."
     import pandas as pd
 
-    places = list(dict.fromkeys((r["dataset"], r["model"], r["teacher"]) for r in published("eskd/table07").records))
+    places = list(
+        dict.fromkeys(
+            (r["dataset"], r["model"], r["teacher"]) for r in published("eskd/table07").records
+        )
+    )
     rows = []
     for dataset, model, of in places:
-        name = {"SEW-ResNet-34": "ResNet-34*"}.get(model, ("ResNet-34†" if of == "ResNet-50" else "ResNet-34") if "PreAct" in model else model)
+        name = {"SEW-ResNet-34": "ResNet-34*"}.get(
+            model,
+            ("ResNet-34†" if of == "ResNet-50" else "ResNet-34") if "PreAct" in model else model,
+        )
         s = student(scale, name, dataset, 4)
-        rows.append({"dataset": dataset, "model": model, "teacher": of, "lr": s.optim.lr, "weight decay": s.optim.weight_decay, "epochs": s.optim.epochs, "scheduler": _NAMES[s.optim.schedule],
-                     "optimizer": "SGDM" if s.optim.momentum else "SGD", "batch": s.optim.batch_size, "T": s.model.T, "student": f"{s.model.name} ×{s.model.width:g}", "teacher network": f"{s.teacher.model.name} ×{s.teacher.model.width:g}", "data": s.data.name, "augmentation": s.data.augment, "held out (%)": 100 * s.data.val})
+        rows.append(
+            {
+                "dataset": dataset,
+                "model": model,
+                "teacher": of,
+                "lr": s.optim.lr,
+                "weight decay": s.optim.weight_decay,
+                "epochs": s.optim.epochs,
+                "scheduler": _NAMES[s.optim.schedule],
+                "optimizer": "SGDM" if s.optim.momentum else "SGD",
+                "batch": s.optim.batch_size,
+                "T": s.model.T,
+                "student": f"{s.model.name} ×{s.model.width:g}",
+                "teacher network": f"{s.teacher.model.name} ×{s.teacher.model.width:g}",
+                "data": s.data.name,
+                "augmentation": s.data.augment,
+                "held out (%)": 100 * s.data.val,
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -269,10 +547,22 @@ def as_printed(
 
     of, rows = frame.set_index(["dataset", "model", "teacher"]), []
     for r in [r for r in published("eskd/table07").records if r["column"] != "teacher accuracy"]:
-        place, printed = {k: r[k] for k in of.index.names}, r["text"] if r["value"] is None else r["value"]
+        place, printed = (
+            {k: r[k] for k in of.index.names},
+            r["text"] if r["value"] is None else r["value"],
+        )
         ours = of.loc[tuple(place.values()), r["column"]]
         text = [v if isinstance(v, str) else f"{v:g}" for v in (printed, ours)]
-        rows.append({**place, "setting": r["column"], "printed": printed, "ours": ours, "agree": printed == ours, "shown": text[1] if printed == ours else f"{text[0]} → {text[1]}"})
+        rows.append(
+            {
+                **place,
+                "setting": r["column"],
+                "printed": printed,
+                "ours": ours,
+                "agree": printed == ours,
+                "shown": text[1] if printed == ours else f"{text[0]} → {text[1]}",
+            }
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/lib/89_papers.eskd.ipynb #f7a680ed

@@ -8,6 +8,7 @@ __all__ = ['SHOWN_T', 'PARTS', 'CURVE_CLAIMS', 'WAY', 'LOOK_T', 'LOOKERS', 'MAP_
            'cost_verdicts', 'growth', 'looker', 'figure05', 'map_readings', 'map_rows', 'against_bptt']
 
 # %% ../../nbs/lib/89_papers.eskd_views.ipynb #8d7fbee9
+import itertools
 from statistics import mean
 
 from . import eskd
@@ -24,36 +25,68 @@ def figure01(
     scale,  # smoke, small, medium, paper
 ):
     "Grid of Figure 1: a teacher, and its student under ESKD."
-    cells = [Cell({"method": "Teacher"}, "accuracy", ((eskd.teacher(check_scale(scale), "ResNet-18", "CIFAR-100"),),)),
-             Cell({"method": "ESKD"}, "accuracy", ((eskd.student(scale, "ResNet-18", "CIFAR-100", 4),),))]
-    facts = ["the paper's figure is a drawing; ours is made of the calls of one training step", "adapters are not kept with a student, so those of the figure are fitted again, on training images, while both networks stay as they are"]
+    cells = [
+        Cell(
+            {"method": "Teacher"},
+            "accuracy",
+            ((eskd.teacher(check_scale(scale), "ResNet-18", "CIFAR-100"),),),
+        ),
+        Cell(
+            {"method": "ESKD"}, "accuracy", ((eskd.student(scale, "ResNet-18", "CIFAR-100", 4),),)
+        ),
+    ]
+    facts = [
+        "the paper's figure is a drawing; ours is made of the calls of one training step",
+        "adapters are not kept with a student, so those of the figure are fitted again, on training images, while both networks stay as they are",
+    ]
     return Grid("eskd/figure01", scale, cells, [*facts, *eskd.conditions(scale, "ResNet-18")])
 
 
 def _watched(number, scale, dataset, *facts):
     n = eskd.seeds(check_scale(scale), "ResNet-18")
-    cells = [Cell({"method": "ESKD", "T": T}, "accuracy", seeded(n, lambda s, T=T: eskd.student(scale, "ResNet-18", dataset, T, seed=s))) for T in SHOWN_T]
-    return Grid(f"eskd/figure{number:02}", scale, cells, [*facts, *eskd.conditions(scale, "ResNet-18")])
+    cells = [
+        Cell(
+            {"method": "ESKD", "T": T},
+            "accuracy",
+            seeded(n, lambda s, T=T: eskd.student(scale, "ResNet-18", dataset, T, seed=s)),
+        )
+        for T in SHOWN_T
+    ]
+    return Grid(
+        f"eskd/figure{number:02}", scale, cells, [*facts, *eskd.conditions(scale, "ResNet-18")]
+    )
 
 
 def figure02(
     scale,  # smoke, small, medium, paper
 ):
     "Grid of Figure 2: cosine similarity by epoch, at T = 2, 4 and 6."
-    return _watched(2, scale, "CIFAR-100", "cosine over all numbers of an image's feature, then the mean over 256 held-out images (paper: not said); the student spikes, C_k uses its running statistics")
+    return _watched(
+        2,
+        scale,
+        "CIFAR-100",
+        "cosine over all numbers of an image's feature, then the mean over 256 held-out images (paper: not said); the student spikes, C_k uses its running statistics",
+    )
 
 
 def figure03(
     scale,  # smoke, small, medium, paper
 ):
     "Grid of Figure 3: accuracy of the hybrid models by epoch, at T = 2, 4 and 6."
-    return _watched(3, scale, "CIFAR-10", "accuracy on held-out training images; the student spikes, its rates enter C_k, which uses its running statistics")
+    return _watched(
+        3,
+        scale,
+        "CIFAR-10",
+        "accuracy on held-out training images; the student spikes, its rates enter C_k, which uses its running statistics",
+    )
 
 # %% ../../nbs/lib/89_papers.eskd_views.ipynb #5637c665
 def _read(own, student):
-    rose = [b > a for a, b in zip(own, own[1:])]
+    rose = [b > a for a, b in itertools.pairwise(own)]
     found = {"first": own[0], "end": own[-1], "rose in (%)": 100 * mean(rose) if rose else None}
-    return found | ({"distance to S": mean(abs(a - b) for a, b in zip(own, student))} if student else {})
+    return found | (
+        {"distance to S": mean(abs(a - b) for a, b in zip(own, student))} if student else {}
+    )
 
 
 def curve_rows(
@@ -63,10 +96,18 @@ def curve_rows(
     import pandas as pd
 
     each = []
-    for (T, run), f in frame.groupby(["T", "run"], sort=False):
-        curves = {p: g.sort_values("epoch").value.tolist() for p, g in f.groupby("part", sort=False)}
-        each += [{"method": p, "T": T, "column": c, "value": v} for p, own in curves.items() for c, v in _read(own, curves.get("S") if p != "S" else None).items() if v is not None]
-    if not each: return []
+    for (T, _run), f in frame.groupby(["T", "run"], sort=False):
+        curves = {
+            p: g.sort_values("epoch").value.tolist() for p, g in f.groupby("part", sort=False)
+        }
+        each += [
+            {"method": p, "T": T, "column": c, "value": v}
+            for p, own in curves.items()
+            for c, v in _read(own, curves.get("S") if p != "S" else None).items()
+            if v is not None
+        ]
+    if not each:
+        return []
     of = pd.DataFrame(each).groupby(["method", "T", "column"], sort=False).value
     return of.agg(value="mean", std="std", n="count").reset_index().to_dict("records")
 
@@ -78,10 +119,19 @@ def curve_table(
     import pandas as pd
 
     frame = pd.DataFrame(rows, columns=["method", "T", "column", "value"])
-    return frame.pivot(index=["T", "method"], columns="column", values="value").reindex(columns=list(dict.fromkeys(frame.column)))
+    return frame.pivot(index=["T", "method"], columns="column", values="value").reindex(
+        columns=list(dict.fromkeys(frame.column))
+    )
 
 # %% ../../nbs/lib/89_papers.eskd_views.ipynb #ccbfcbc8
-PARTS = {"S": "#000000", "MH": "#e69f00", "M0": "#88ccee", "M1": "#0072b2", "M2": "#882255", "Mfc": "#117733"}
+PARTS = {
+    "S": "#000000",
+    "MH": "#e69f00",
+    "M0": "#88ccee",
+    "M1": "#0072b2",
+    "M2": "#882255",
+    "Mfc": "#117733",
+}
 
 
 def curve_panels(
@@ -92,38 +142,89 @@ def curve_panels(
     import matplotlib.pyplot as plt
 
     steps = sorted(frame["T"].unique())
-    fig, axes = plt.subplots(1, max(1, len(steps)), figsize=(2.5 * max(1, len(steps)) + 0.8, 2.4), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(
+        1,
+        max(1, len(steps)),
+        figsize=(2.5 * max(1, len(steps)) + 0.8, 2.4),
+        sharey=True,
+        squeeze=False,
+    )
     of = frame.groupby(["T", "part", "epoch"], sort=False).value
     numbers = of.mean().rename("mean").to_frame().assign(std=of.std(), n=of.count()).reset_index()
     for ax, T in zip(axes[0], steps):
         for p, f in numbers[numbers["T"] == T].groupby("part", sort=False):
-            for _, one in frame[(frame["T"] == T) & (frame.part == p)].groupby("run"): ax.plot(one.epoch, one.value, color=PARTS.get(p, "#7f7f7f"), lw=0.6, alpha=0.35)
-            ax.plot(f.epoch, f["mean"], marker="o" if len(f) < 15 else "", ms=3, lw=1.6, ls="--" if p == "S" else "-", color=PARTS.get(p, "#7f7f7f"), label={"S": "SNN"}.get(p, p))
+            for _, one in frame[(frame["T"] == T) & (frame.part == p)].groupby("run"):
+                ax.plot(one.epoch, one.value, color=PARTS.get(p, "#7f7f7f"), lw=0.6, alpha=0.35)
+            ax.plot(
+                f.epoch,
+                f["mean"],
+                marker="o" if len(f) < 15 else "",
+                ms=3,
+                lw=1.6,
+                ls="--" if p == "S" else "-",
+                color=PARTS.get(p, "#7f7f7f"),
+                label={"S": "SNN"}.get(p, p),
+            )
         ax.set(title=f"T = {T}", xlabel="epoch")
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0][0].set_ylabel(ylabel)
-    if steps: fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper")
+    if steps:
+        fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper")
     return fig, numbers
 
 # %% ../../nbs/lib/89_papers.eskd_views.ipynb #f10543d3
 _D = "Section 4.4"
 
 
-def _of(k, column): return {"method": k, "column": column}
-def _curve(n, id, text, better, worse, lower=False, by="T"): return Claim(f"eskd/figure{n:02}", id, text, _D, better, worse, by, lower=lower)
+def _of(k, column):
+    return {"method": k, "column": column}
+
+
+def _curve(n, id, text, better, worse, lower=False, by="T"):
+    return Claim(f"eskd/figure{n:02}", id, text, _D, better, worse, by, lower=lower)
 
 
 _ALL = ("M0", "M1", "M2")
 CURVE_CLAIMS = (
-    _curve(2, "rises", "Similarity is higher after the last epoch than after the first, for every M_k and T", _of(_ALL, "end"), _of(_ALL, "first"), by="T method"),
-    _curve(2, "m1>m0", "M1 ends with a higher similarity than M0 at every T", _of("M1", "end"), _of("M0", "end")),
-    _curve(2, "m0>m2", "M0 ends with a higher similarity than M2 at every T", _of("M0", "end"), _of("M2", "end")),
+    _curve(
+        2,
+        "rises",
+        "Similarity is higher after the last epoch than after the first, for every M_k and T",
+        _of(_ALL, "end"),
+        _of(_ALL, "first"),
+        by="T method",
+    ),
+    _curve(
+        2,
+        "m1>m0",
+        "M1 ends with a higher similarity than M0 at every T",
+        _of("M1", "end"),
+        _of("M0", "end"),
+    ),
+    _curve(
+        2,
+        "m0>m2",
+        "M0 ends with a higher similarity than M2 at every T",
+        _of("M0", "end"),
+        _of("M2", "end"),
+    ),
     _curve(3, "m0-lower", "M0 ends below the SNN at every T", _of("S", "end"), _of("M0", "end")),
-    *(_curve(3, f"{k.lower()}-near", f"{k} is nearer to the SNN than M0 is, mean over the epochs", _of(k, "distance to S"), _of("M0", "distance to S"), lower=True) for k in ("M1", "M2")),
+    *(
+        _curve(
+            3,
+            f"{k.lower()}-near",
+            f"{k} is nearer to the SNN than M0 is, mean over the epochs",
+            _of(k, "distance to S"),
+            _of("M0", "distance to S"),
+            lower=True,
+        )
+        for k in ("M1", "M2")
+    ),
 )
 
 
-def curve_claims(number): return [c for c in CURVE_CLAIMS if c.key == f"eskd/figure{number:02}"]
+def curve_claims(number):
+    return [c for c in CURVE_CLAIMS if c.key == f"eskd/figure{number:02}"]
 
 # %% ../../nbs/lib/89_papers.eskd_views.ipynb #aada008c
 WAY = {"bptt": "through time", "rate": "rates", "eskd": "ESKD"}
@@ -138,9 +239,16 @@ def cost_frame(
     found = {}
     for r in [r for r in kept["rows"] if r["what"] == "rate"]:
         for unit in ("ms", "mib"):
-            for name, v in r.get(unit, {}).items(): found.setdefault(tuple(name.split(", T=")), {})[unit] = v
-    rows = [{"way": WAY[g], "T": int(T), "ms": v.get("ms"), "MiB": v.get("mib")} for (g, T), v in found.items() if g in WAY]
-    return pd.DataFrame(rows, columns=["way", "T", "ms", "MiB"]).sort_values(["way", "T"], ignore_index=True)
+            for name, v in r.get(unit, {}).items():
+                found.setdefault(tuple(name.split(", T=")), {})[unit] = v
+    rows = [
+        {"way": WAY[g], "T": int(T), "ms": v.get("ms"), "MiB": v.get("mib")}
+        for (g, T), v in found.items()
+        if g in WAY
+    ]
+    return pd.DataFrame(rows, columns=["way", "T", "ms", "MiB"]).sort_values(
+        ["way", "T"], ignore_index=True
+    )
 
 
 def cost_panels(
@@ -152,17 +260,50 @@ def cost_panels(
     fig, axes = plt.subplots(1, 2, figsize=(7.2, 2.5))
     for ax, column, label in zip(axes, ("ms", "MiB"), ("time of a step (ms)", "peak memory (MiB)")):
         for way, f in frame.groupby("way", sort=False):
-            ax.plot(f["T"], f[column], "o-", color={"ESKD": COLOURS["ESKD"], "rates": COLOURS["KD"]}.get(way, COLOURS["Baseline"]), label=way)
+            ax.plot(
+                f["T"],
+                f[column],
+                "o-",
+                color={"ESKD": COLOURS["ESKD"], "rates": COLOURS["KD"]}.get(
+                    way, COLOURS["Baseline"]
+                ),
+                label=way,
+            )
         for T, values in frame.groupby("T")[column]:
             for i, v in enumerate(sorted(values)):
-                where, ha = ((0, 4), "center") if i == len(values) - 1 else ((0, -10), "center") if i == 0 else ((6, -3), "left")
-                ax.annotate(f"{v:.0f}", (T, v), where, textcoords="offset points", ha=ha, fontsize=7, bbox={"fc": "white", "ec": "none", "pad": 0.3})
-        ax.set(xlabel="time steps T", ylabel=label, xticks=sorted(frame["T"].unique()), ylim=(0, 1.15 * frame[column].max() if len(frame) else 1))
-    if len(frame): axes[0].legend(loc="upper left")
+                where, ha = (
+                    ((0, 4), "center")
+                    if i == len(values) - 1
+                    else ((0, -10), "center")
+                    if i == 0
+                    else ((6, -3), "left")
+                )
+                ax.annotate(
+                    f"{v:.0f}",
+                    (T, v),
+                    where,
+                    textcoords="offset points",
+                    ha=ha,
+                    fontsize=7,
+                    bbox={"fc": "white", "ec": "none", "pad": 0.3},
+                )
+        ax.set(
+            xlabel="time steps T",
+            ylabel=label,
+            xticks=sorted(frame["T"].unique()),
+            ylim=(0, 1.15 * frame[column].max() if len(frame) else 1),
+        )
+    if len(frame):
+        axes[0].legend(loc="upper left")
     return fig
 
 # %% ../../nbs/lib/89_papers.eskd_views.ipynb #cf4e398c
-_SAYS = {2: "slightly more", 4: "less", 6: "less", 8: "less"}  # what the paper says of its method beside BPTT
+_SAYS = {
+    2: "slightly more",
+    4: "less",
+    6: "less",
+    8: "less",
+}  # what the paper says of its method beside BPTT
 
 
 def cost_verdicts(
@@ -171,20 +312,50 @@ def cost_verdicts(
     "A row a claim as a `DataFrame`: what of, T, what the paper says of ESKD, through time / ESKD here (quartiles, how often), what that says, and through time / rates alone."
     import pandas as pd
 
-    found = {(unit, r["name"].rpartition(" / ")[2], int(r["name"].split("T=")[1].split(":")[0])): r for r in kept["rows"] if r["what"] == "rate" and ": through time / " in r["name"] for unit in ("ms", "mib") if unit in r}
+    found = {
+        (unit, r["name"].rpartition(" / ")[2], int(r["name"].split("T=")[1].split(":")[0])): r
+        for r in kept["rows"]
+        if r["what"] == "rate" and ": through time / " in r["name"]
+        for unit in ("ms", "mib")
+        if unit in r
+    }
     rows = []
     for unit, what in (("ms", "time"), ("mib", "memory")):
         for T, says in _SAYS.items():
             own, alone = (found.get((unit, way, T)) for way in ("ESKD", "rates"))
-            ratio = lambda r: f"{r['ratio']:.2f} ({r['low']:.2f} to {r['high']:.2f}, n = {r['n']})" if r else ""
-            rows.append({"of a step": what, "T": T, "paper": f"{says} than BPTT", "BPTT / ESKD, here": ratio(own), "ESKD": _than(own) if own else "not measured", "BPTT / rates alone, here": ratio(alone)})
+
+            def ratio(r):
+                return (
+                    f"{r['ratio']:.2f} ({r['low']:.2f} to {r['high']:.2f}, n = {r['n']})"
+                    if r
+                    else ""
+                )
+
+            rows.append(
+                {
+                    "of a step": what,
+                    "T": T,
+                    "paper": f"{says} than BPTT",
+                    "BPTT / ESKD, here": ratio(own),
+                    "ESKD": _than(own) if own else "not measured",
+                    "BPTT / rates alone, here": ratio(alone),
+                }
+            )
     return pd.DataFrame(rows)
 
 
-def _than(r): return "less than BPTT" if r["low"] > 1 else "more than BPTT" if r["high"] < 1 else "not told apart"
+def _than(r):
+    return (
+        "less than BPTT"
+        if r["low"] > 1
+        else "more than BPTT"
+        if r["high"] < 1
+        else "not told apart"
+    )
 
 
-def _way(r): return r["name"].rpartition(", ")[2].partition(":")[0]
+def _way(r):
+    return r["name"].rpartition(", ")[2].partition(":")[0]
 
 
 def growth(
@@ -193,8 +364,22 @@ def growth(
     "A row a way and quantity as a `DataFrame`: T = 8 over T = 2, quartiles, how often; linear growth would be 4."
     import pandas as pd
 
-    rows = [r for r in kept["rows"] if r["what"] == "rate" and r["name"].endswith("T=8 / T=2") and _way(r) in WAY]
-    made = [{"of a step": "memory" if "memory" in r["name"] else "time", "way": WAY[_way(r)], "T = 8 over T = 2": r["ratio"], "from": r["low"], "to": r["high"], "n": r["n"]} for r in rows]
+    rows = [
+        r
+        for r in kept["rows"]
+        if r["what"] == "rate" and r["name"].endswith("T=8 / T=2") and _way(r) in WAY
+    ]
+    made = [
+        {
+            "of a step": "memory" if "memory" in r["name"] else "time",
+            "way": WAY[_way(r)],
+            "T = 8 over T = 2": r["ratio"],
+            "from": r["low"],
+            "to": r["high"],
+            "n": r["n"],
+        }
+        for r in rows
+    ]
     return pd.DataFrame(made, columns=["of a step", "way", "T = 8 over T = 2", "from", "to", "n"])
 
 # %% ../../nbs/lib/89_papers.eskd_views.ipynb #b92981ba
@@ -202,7 +387,10 @@ LOOK_T = {"smoke": 2}  # elsewhere 4
 LOOKERS = {"ESKD": "ESKD", "rates alone": "rates"}
 
 
-def _enlarged(spec): return spec.replace(data=spec.data.replace(size=32), teacher=spec.teacher and _enlarged(spec.teacher), probes={})
+def _enlarged(spec):
+    return spec.replace(
+        data=spec.data.replace(size=32), teacher=spec.teacher and _enlarged(spec.teacher), probes={}
+    )
 
 
 def looker(
@@ -212,7 +400,11 @@ def looker(
 ):
     "The `RunSpec` of a network whose maps are drawn."
     place = ("ResNet-34", IMAGENET) if scale in ("medium", "paper") else ("ResNet-18", "CIFAR-10")
-    made = eskd.teacher(scale, *place) if method == "Teacher" else eskd.student(scale, *place, LOOK_T.get(scale, 4), LOOKERS[method], seed)
+    made = (
+        eskd.teacher(scale, *place)
+        if method == "Teacher"
+        else eskd.student(scale, *place, LOOK_T.get(scale, 4), LOOKERS[method], seed)
+    )
     return made if scale in ("medium", "paper") else _enlarged(made)
 
 
@@ -220,13 +412,23 @@ def figure05(
     scale,  # smoke, small, medium, paper
 ):
     "Grid of Supplement Figure A: a teacher, its student under ESKD, and the student on rates alone."
-    cells = [Cell({"method": "Teacher"}, "accuracy", ((looker(check_scale(scale), "Teacher"),),)), *(Cell({"method": m}, "accuracy", ((looker(scale, m),),)) for m in LOOKERS)]
+    cells = [
+        Cell({"method": "Teacher"}, "accuracy", ((looker(check_scale(scale), "Teacher"),),)),
+        *(Cell({"method": m}, "accuracy", ((looker(scale, m),),)) for m in LOOKERS),
+    ]
     s = looker(scale, "ESKD")
-    what = {"smoke": "the digits of scikit-learn (1,797 scans), enlarged to 32×32", "small": "5,000 images of CIFAR-10 (JPEG)"}.get(scale, "ImageNet")
-    facts = [f"data: {what} (paper: ImageNet); {s.model.name} at {s.model.width:g} of its width, T = {s.model.T}, under {s.teacher.model.name} (paper: ResNet-34; T not said)",
-             f"students: {budget_in_words(s.optim, s.data)}", "adapters are not kept with a student: they are fitted again, on training images, while both networks stay as they are",
-             "maps are for the class of the label (paper: not said); the first test image of each class, none was chosen (paper: two random images)",
-             "the student on rates alone is ours, to see what distillation adds", "one seed (paper: not said)"]
+    what = {
+        "smoke": "the digits of scikit-learn (1,797 scans), enlarged to 32×32",
+        "small": "5,000 images of CIFAR-10 (JPEG)",
+    }.get(scale, "ImageNet")
+    facts = [
+        f"data: {what} (paper: ImageNet); {s.model.name} at {s.model.width:g} of its width, T = {s.model.T}, under {s.teacher.model.name} (paper: ResNet-34; T not said)",
+        f"students: {budget_in_words(s.optim, s.data)}",
+        "adapters are not kept with a student: they are fitted again, on training images, while both networks stay as they are",
+        "maps are for the class of the label (paper: not said); the first test image of each class, none was chosen (paper: two random images)",
+        "the student on rates alone is ours, to see what distillation adds",
+        "one seed (paper: not said)",
+    ]
     return Grid("eskd/figure05", scale, cells, facts)
 
 # %% ../../nbs/lib/89_papers.eskd_views.ipynb #88f08490
@@ -234,11 +436,13 @@ def map_readings(
     pick,  # called with a seed: {method: network}, one of them "Teacher"
     seeds,  # the seeds
     data,  # an `ImageData`
-    x, y,  # images and labels
+    x,
+    y,  # images and labels
     steps=60,  # for the adapters
 ):
     "`(distiller of the first seed, frame)`: likeness of every network's map to the ANN's and to the SNN's, a row a map and seed."
     import pandas as pd
+
     from snnkd_nb.reports.hybrids import cams, refit
     from snnkd_nb.reports.maps import class_map, mean_likeness
 
@@ -247,59 +451,157 @@ def map_readings(
         nets = pick(seed)
         distiller = refit(nets["ESKD"], nets["Teacher"], data, steps, seed=seed)[0]
         maps, first = cams(distiller, x, y), first or distiller
-        if "rates alone" in nets: maps["rates alone"] = class_map(nets["rates alone"], x, y)
+        if "rates alone" in nets:
+            maps["rates alone"] = class_map(nets["rates alone"], x, y)
         other = mean_likeness({n: m for n, m in maps.items() if n != "ANN"}, "SNN").set_index("map")
-        parts.append(_over_chance(mean_likeness(maps, "ANN").assign(seed=seed, **{f"{c}, SNN": lambda f, c=c: f["map"].map(other[c]) for c in ("pearson", "pearson, another image")})))
+        parts.append(
+            _over_chance(
+                mean_likeness(maps, "ANN").assign(
+                    seed=seed,
+                    **{
+                        f"{c}, SNN": lambda f, c=c: f["map"].map(other[c])
+                        for c in ("pearson", "pearson, another image")
+                    },
+                )
+            )
+        )
     return first, pd.concat(parts, ignore_index=True)
 
 
-def _over_chance(frame): return frame.assign(**{f"{c} over chance": frame[c] - frame[chance] for c, chance in (("pearson", "pearson, another image"), ("pearson, SNN", "pearson, another image, SNN"))})
+def _over_chance(frame):
+    return frame.assign(
+        **{
+            f"{c} over chance": frame[c] - frame[chance]
+            for c, chance in (
+                ("pearson", "pearson, another image"),
+                ("pearson, SNN", "pearson, another image, SNN"),
+            )
+        }
+    )
 
 # %% ../../nbs/lib/89_papers.eskd_views.ipynb #e0ef03f3
 def map_rows(
     frame,  # of `map_readings`
 ):
     "Rows for `judge`: method, column, value, std, n."
-    from snnkd_nb.reports.dots import readings
 
-    return readings(frame, "map", ("pearson", "pearson, another image", "pearson over chance", "pearson, SNN", "pearson, SNN over chance"))
+    return readings(
+        frame,
+        "map",
+        (
+            "pearson",
+            "pearson, another image",
+            "pearson over chance",
+            "pearson, SNN",
+            "pearson, SNN over chance",
+        ),
+    )
 
 
 _V = "Supplement 4, Figure A"
-def _map(id, text, better, worse, lower=False): return Claim("eskd/figure05", id, text, _V, dict(zip(("method", "column"), better)), dict(zip(("method", "column"), worse)), lower=lower)
 
 
-_RAW = ("pearson", "pearson over chance")  # as it is, and what of it is there for the same image only
+def _map(id, text, better, worse, lower=False):
+    return Claim(
+        "eskd/figure05",
+        id,
+        text,
+        _V,
+        dict(zip(("method", "column"), better)),
+        dict(zip(("method", "column"), worse)),
+        lower=lower,
+    )
+
+
+_RAW = (
+    "pearson",
+    "pearson over chance",
+)  # as it is, and what of it is there for the same image only
 MAP_CLAIMS = (
-    _map("alike", "The SNN's map is more like the ANN's map of the same image than of another", ("SNN", "pearson"), ("SNN", "pearson, another image")),
-    *(_map(f"taught-{c}", f"The SNN's map is more like the ANN's than that of the same SNN without distillation: {c}", ("SNN", c), ("rates alone", c)) for c in _RAW),
-    *(_map(f"away-{b.lower()}-{c}", f"{a}'s map is more like the ANN's than the {b}'s: {c}".replace("the M", "M"), (a, c), (b, c)) for a, b in (("M0", "M1"), ("M1", "M2"), ("M2", "SNN")) for c in _RAW),
-    *(_map(f"towards-{b.lower()}-{c}", f"{b}'s map is more like the SNN's than {a}'s: {c}", (b, c.replace("pearson", "pearson, SNN")), (a, c.replace("pearson", "pearson, SNN"))) for a, b in (("M0", "M1"), ("M1", "M2")) for c in _RAW),
+    _map(
+        "alike",
+        "The SNN's map is more like the ANN's map of the same image than of another",
+        ("SNN", "pearson"),
+        ("SNN", "pearson, another image"),
+    ),
+    *(
+        _map(
+            f"taught-{c}",
+            f"The SNN's map is more like the ANN's than that of the same SNN without distillation: {c}",
+            ("SNN", c),
+            ("rates alone", c),
+        )
+        for c in _RAW
+    ),
+    *(
+        _map(
+            f"away-{b.lower()}-{c}",
+            f"{a}'s map is more like the ANN's than the {b}'s: {c}".replace("the M", "M"),
+            (a, c),
+            (b, c),
+        )
+        for a, b in (("M0", "M1"), ("M1", "M2"), ("M2", "SNN"))
+        for c in _RAW
+    ),
+    *(
+        _map(
+            f"towards-{b.lower()}-{c}",
+            f"{b}'s map is more like the SNN's than {a}'s: {c}",
+            (b, c.replace("pearson", "pearson, SNN")),
+            (a, c.replace("pearson", "pearson, SNN")),
+        )
+        for a, b in (("M0", "M1"), ("M1", "M2"))
+        for c in _RAW
+    ),
 )
 
 # %% ../../nbs/lib/89_papers.eskd_views.ipynb #da06bc49
 def against_bptt(
     steps=(1, 2, 4, 8),  # time steps
-    name="resnet20", width=0.25, size=16, batch=16,  # network and random images
+    name="resnet20",
+    width=0.25,
+    size=16,
+    batch=16,  # network and random images
     seed=0,
     **options,  # of the network
 ):
     "Gradient of the cross-entropy on rates against that through time as a `DataFrame`: T, cosine, ratio of lengths, and both of the classifier alone."
     import pandas as pd
-    import torch
     import torch.nn.functional as F
+
     from snnkd_nb.losses.base import mean_logits
     from snnkd_nb.models.zoo import create_model
 
     rows = []
     for T in steps:
         torch.manual_seed(seed)
-        net, x, y = create_model(name, T=T, neuron="rate", width=width, image_size=size, **options).train(), torch.randn(batch, 3, size, size), torch.arange(batch) % 10
+        net, x, y = (
+            create_model(name, T=T, neuron="rate", width=width, image_size=size, **options).train(),
+            torch.randn(batch, 3, size, size),
+            torch.arange(batch) % 10,
+        )
         found = {}
-        for net.gradient in ("bptt", "rate"): found[net.gradient] = torch.autograd.grad(F.cross_entropy(mean_logits(net(x)), y), list(net.parameters()))
+        for net.gradient in ("bptt", "rate"):
+            found[net.gradient] = torch.autograd.grad(
+                F.cross_entropy(mean_logits(net(x)), y), list(net.parameters())
+            )
         flat = {g: torch.cat([v.flatten() for v in grads]) for g, grads in found.items()}
-        of = lambda a, b: (F.cosine_similarity(a, b, 0).item(), (b.norm() / a.norm()).item())
-        rows.append(dict(zip(("T", "cosine", "length", "cosine, classifier", "length, classifier"), (T, *of(*flat.values()), *of(found["bptt"][-2].flatten(), found["rate"][-2].flatten())))))
+
+        def of(a, b):
+            return (F.cosine_similarity(a, b, 0).item(), (b.norm() / a.norm()).item())
+
+        rows.append(
+            dict(
+                zip(
+                    ("T", "cosine", "length", "cosine, classifier", "length, classifier"),
+                    (
+                        T,
+                        *of(*flat.values()),
+                        *of(found["bptt"][-2].flatten(), found["rate"][-2].flatten()),
+                    ),
+                )
+            )
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/lib/89_papers.eskd_views.ipynb #bb910b8e

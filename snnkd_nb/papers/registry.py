@@ -6,7 +6,11 @@
 __all__ = ['PAPERS', 'Artefact', 'artefacts', 'studies', 'artefact', 'match', 'modules_of', 'specs_for']
 
 # %% ../../nbs/lib/89_papers.registry.ipynb #0d27ae5d
-import fnmatch, functools, importlib, pkgutil, re
+import fnmatch
+import functools
+import importlib
+import pkgutil
+import re
 from dataclasses import dataclass, field
 
 from ..core import root, unknown
@@ -100,13 +104,15 @@ def _page(key):
     paper, name = key.split("/")
     number = int(name[-2:]) if key.startswith("dsas/figure") else 0
     first = next((f for f in (9, 14) if f <= number < f + 5), None)
-    if first is None: return key, {}
+    if first is None:
+        return key, {}
     return f"{paper}/figure{first:02}", {"dataset": _DATASETS[number - first]}
 
 # %% ../../nbs/lib/89_papers.registry.ipynb #4291614e
 @dataclass(frozen=True)
 class Artefact:
     "A table, figure or diagram of a paper."
+
     id: str  # e.g. "sastc/table02"
     kind: str  # table, figure, diagram
     where: str  # the paper's own number
@@ -116,13 +122,20 @@ class Artefact:
     params: dict = field(default_factory=dict)  # what the notebook is given for this artefact
 
     @property
-    def paper(self): return self.id.split("/")[0]
+    def paper(self):
+        return self.id.split("/")[0]
+
     @property
-    def path(self): return root() / "nbs" / ("" if self.paper == "studies" else "papers") / f"{self.page}.ipynb"
+    def path(self):
+        return root() / "nbs" / ("" if self.paper == "studies" else "papers") / f"{self.page}.ipynb"
+
     @property
-    def built(self): return self.path.is_file()
+    def built(self):
+        return self.path.is_file()
+
     @property
-    def notebook(self): return self.path.relative_to(root()).as_posix() if self.built else None
+    def notebook(self):
+        return self.path.relative_to(root()).as_posix() if self.built else None
 
 # %% ../../nbs/lib/89_papers.registry.ipynb #044bedef
 @functools.cache
@@ -135,11 +148,14 @@ def artefacts():
 def studies():
     "What no paper asked: every notebook in nbs/studies."
     found = sorted(p.stem for p in (root() / "nbs" / "studies").glob("*.ipynb"))
-    return [Artefact(f"studies/{n}", "study", "ours", _title(n), "-", f"studies/{n}") for n in found]
+    return [
+        Artefact(f"studies/{n}", "study", "ours", _title(n), "-", f"studies/{n}") for n in found
+    ]
 
 
 def _title(study):
-    with open(root() / "nbs" / "studies" / f"{study}.ipynb", encoding="utf-8") as f: found = re.search(r'"# (.+?)(\\n)?"', f.read(2000))
+    with open(root() / "nbs" / "studies" / f"{study}.ipynb", encoding="utf-8") as f:
+        found = re.search(r'"# (.+?)(\\n)?"', f.read(2000))
     return found[1] if found else "a question no paper asked"
 
 
@@ -148,7 +164,8 @@ def artefact(
 ):
     "The artefact (or study) of a key; raises `UserError` naming the nearest keys."
     found = {a.id: a for a in [*artefacts(), *studies()]}
-    if key not in found: raise unknown("artefact", key, found)
+    if key not in found:
+        raise unknown("artefact", key, found)
     return found[key]
 
 # %% ../../nbs/lib/89_papers.registry.ipynb #55ee2198
@@ -159,8 +176,13 @@ def match(
     everything, chosen = [*artefacts(), *studies()], set()
     keys = [a.id for a in everything]
     for p in patterns:
-        hits = [a.id for a in artefacts()] if p == "all" else fnmatch.filter(keys, f"{p}/*" if p in (*PAPERS, "studies") else p)
-        if not hits: raise unknown("artefact", p, [*keys, *PAPERS, "all"])
+        hits = (
+            [a.id for a in artefacts()]
+            if p == "all"
+            else fnmatch.filter(keys, f"{p}/*" if p in (*PAPERS, "studies") else p)
+        )
+        if not hits:
+            raise unknown("artefact", p, [*keys, *PAPERS, "all"])
         chosen.update(hits)
     return [a for a in everything if a.id in chosen]
 
@@ -171,7 +193,11 @@ def modules_of(
     "The modules of `snnkd_nb.papers` that belong to a paper: its own, and those named after it."
     import snnkd_nb.papers
 
-    return sorted(m.name for m in pkgutil.iter_modules(snnkd_nb.papers.__path__) if m.name == paper or m.name.startswith(f"{paper}_"))
+    return sorted(
+        m.name
+        for m in pkgutil.iter_modules(snnkd_nb.papers.__path__)
+        if m.name == paper or m.name.startswith(f"{paper}_")
+    )
 
 
 def specs_for(
@@ -181,5 +207,14 @@ def specs_for(
     "The `RunSpec`s and `SearchSpec`s an artefact needs at a scale, each once; runs on what a search finds are known when it is stored."
     check_scale(scale)
     paper, name = artefact(key).id.split("/")
-    make = next(filter(None, (getattr(importlib.import_module(f"snnkd_nb.papers.{m}"), name, None) for m in modules_of(paper))), None)
+    make = next(
+        filter(
+            None,
+            (
+                getattr(importlib.import_module(f"snnkd_nb.papers.{m}"), name, None)
+                for m in modules_of(paper)
+            ),
+        ),
+        None,
+    )
     return make(scale).needs if make else []

@@ -21,12 +21,21 @@ from ..spec import DataSpec, ModelSpec, RunSpec
 # %% ../../nbs/lib/89_papers.sastc_maps.ipynb #390d22e1
 DEEP = {"ResNet-18": "resnet18_imagenet", "ResNet-34": "resnet34_imagenet"}
 _SMALLER = {"smoke": (0.125, {"stem": "small", "depth": 0.34}), "small": (0.25, {})}
-STEPS = {"smoke": {4: 2, 10: 4, 16: 4}, "small": {4: 2, 10: 4, 16: 4}}  # the paper's time steps -> ours; elsewhere the paper's
+STEPS = {
+    "smoke": {4: 2, 10: 4, 16: 4},
+    "small": {4: 2, 10: 4, 16: 4},
+}  # the paper's time steps -> ours; elsewhere the paper's
 BETA = 50.0  # on ImageNet, where the paper's learning rate is ours
 
 
-def steps(scale, T): return STEPS.get(scale, {}).get(T, T)
-def calibrated(scale, beta, *rest): return sastc.calibration(scale, beta, *rest) | {"beta": beta / 100 if scale == "smoke" else beta}
+def steps(scale, T):
+    return STEPS.get(scale, {}).get(T, T)
+
+
+def calibrated(scale, beta, *rest):
+    return sastc.calibration(scale, beta, *rest) | {
+        "beta": beta / 100 if scale == "smoke" else beta
+    }
 
 
 def imagenet(
@@ -37,56 +46,149 @@ def imagenet(
     pair=None,  # the pair of layers of feature KD
 ):
     "The `RunSpec` of a spiking student on ImageNet or its stand-in."
-    if name not in DEEP: raise unknown("student of SASTC on ImageNet", name, DEEP)
+    if name not in DEEP:
+        raise unknown("student of SASTC on ImageNet", name, DEEP)
     width, args = _SMALLER.get(scale, (1.0, {}))
-    optim = optim_at(scale, half=True, epochs=90, batch_size=256, lr=0.1, weight_decay=1e-4, schedule="multistep", milestones=(30, 60))
+    optim = optim_at(
+        scale,
+        half=True,
+        epochs=90,
+        batch_size=256,
+        lr=0.1,
+        weight_decay=1e-4,
+        schedule="multistep",
+        milestones=(30, 60),
+    )
     teacher = ckdsnn.teacher(scale, "ResNet34", IMAGENET)
     model = ModelSpec(DEEP[name], steps(scale, 4), width, args=args)
-    how = {"pairs": [pair]} if pair else calibrated(scale, BETA, model, teacher.model, optim.batch_size) if method == "SASTC" else {}
-    spec = RunSpec(ckdsnn.data(scale, IMAGENET), model, optim, sastc.METHODS[method], "paper", how, None if method == "Baseline" else teacher, seed)
-    return sastc.watched(spec, teacher, **sastc.KEPT[method]) if name == "ResNet-18" else spec  # Tables 1 and 5 show its mismatch
+    how = (
+        {"pairs": [pair]}
+        if pair
+        else calibrated(scale, BETA, model, teacher.model, optim.batch_size)
+        if method == "SASTC"
+        else {}
+    )
+    spec = RunSpec(
+        ckdsnn.data(scale, IMAGENET),
+        model,
+        optim,
+        sastc.METHODS[method],
+        "paper",
+        how,
+        None if method == "Baseline" else teacher,
+        seed,
+    )
+    return (
+        sastc.watched(spec, teacher, **sastc.KEPT[method]) if name == "ResNet-18" else spec
+    )  # Tables 1 and 5 show its mismatch
 
 # %% ../../nbs/lib/89_papers.sastc_maps.ipynb #f22c489d
 def table03(
     scale,  # smoke, small, medium, paper
 ):
     "Grid of Table 3: the methods on ImageNet."
-    pairs = [[f"stage{i}"] * 2 for i in range(4, 4 - (1 if check_scale(scale) == "smoke" else 2), -1)]
-    one = lambda m, n="ResNet-18", p=None: lambda s: imagenet(scale, n, m, s, p)
-    arms = {m: [one(m)] for m in sastc.METHODS} | {"Feature KD": [one("Feature KD", p=p) for p in pairs]}
-    at = lambda m, n, T, *makers: Cell({"method": m, "architecture": n, "T": T}, "accuracy", seeded(1, *makers))
+    pairs = [
+        [f"stage{i}"] * 2 for i in range(4, 4 - (1 if check_scale(scale) == "smoke" else 2), -1)
+    ]
+
+    def one(m, n="ResNet-18", p=None):
+        return lambda s: imagenet(scale, n, m, s, p)
+
+    arms = {m: [one(m)] for m in sastc.METHODS} | {
+        "Feature KD": [one("Feature KD", p=p) for p in pairs]
+    }
+
+    def at(m, n, T, *makers):
+        return Cell({"method": m, "architecture": n, "T": T}, "accuracy", seeded(1, *makers))
+
     teacher = ckdsnn.teacher(scale, "ResNet34", IMAGENET)
-    cells = [*(at(m, "ResNet-18", 4, *makers) for m, makers in arms.items()), at("SASTC", "ResNet-34", 4, one("SASTC", "ResNet-34")), at("Teacher (ANN)", "ResNet-34", 1, lambda s: teacher)]
-    return Grid("sastc/table03", scale, cells, [*on_imagenet(scale), f"feature KD is the mean over {len(pairs)} single pair{'s' * (len(pairs) > 1)} of stages of equal depth (paper: over different ones, which are not named)"])
+    cells = [
+        *(at(m, "ResNet-18", 4, *makers) for m, makers in arms.items()),
+        at("SASTC", "ResNet-34", 4, one("SASTC", "ResNet-34")),
+        at("Teacher (ANN)", "ResNet-34", 1, lambda s: teacher),
+    ]
+    return Grid(
+        "sastc/table03",
+        scale,
+        cells,
+        [
+            *on_imagenet(scale),
+            f"feature KD is the mean over {len(pairs)} single pair{'s' * (len(pairs) > 1)} of stages of equal depth (paper: over different ones, which are not named)",
+        ],
+    )
 
 
 def on_imagenet(scale):
     "What was run, in sentences."
     s, t = imagenet(scale, "ResNet-18", "SASTC"), ckdsnn.teacher(scale, "ResNet34", IMAGENET)
-    what = {"smoke": "ImageNet is replaced by the digits of scikit-learn (1,797 scans, enlarged to 12×12)", "small": "ImageNet is replaced by 20 classes of Tiny-ImageNet at 64×64 pixels (10,000 training images)"}
+    what = {
+        "smoke": "ImageNet is replaced by the digits of scikit-learn (1,797 scans, enlarged to 12×12)",
+        "small": "ImageNet is replaced by 20 classes of Tiny-ImageNet at 64×64 pixels (10,000 training images)",
+    }
     T = [f"time steps on ImageNet, the paper's → ours: 4 → {s.model.T}"] if s.model.T != 4 else []
-    narrow = [f"students at {s.model.width:g} of their width, the teacher at {t.model.width:g}; {'both with a third or half of their blocks' if scale == 'smoke' else 'all blocks'}"] if s.model.width < 1 else []
-    return [*([what[scale]] if scale in what else []), *T, *narrow, f"the teacher is {t.model.name}, trained or tuned for {t.optim.epochs} epoch{'s' * (t.optim.epochs > 1)} at peak rate {t.optim.lr:g}",
-            f"students on ImageNet: {budget_in_words(s.optim, s.data)} (paper: 90 epochs of batch 256, rate 0.1 in steps)",
-            f"β = {BETA / 100 if scale == 'smoke' else BETA:g}{' on the last three stages' if scale == 'smoke' else ''} (paper: {BETA:g})", "the paper does not describe its networks beyond their names: ours have TET's neurons", "one seed, as in the paper"]
+    narrow = (
+        [
+            f"students at {s.model.width:g} of their width, the teacher at {t.model.width:g}; {'both with a third or half of their blocks' if scale == 'smoke' else 'all blocks'}"
+        ]
+        if s.model.width < 1
+        else []
+    )
+    return [
+        *([what[scale]] if scale in what else []),
+        *T,
+        *narrow,
+        f"the teacher is {t.model.name}, trained or tuned for {t.optim.epochs} epoch{'s' * (t.optim.epochs > 1)} at peak rate {t.optim.lr:g}",
+        f"students on ImageNet: {budget_in_words(s.optim, s.data)} (paper: 90 epochs of batch 256, rate 0.1 in steps)",
+        f"β = {BETA / 100 if scale == 'smoke' else BETA:g}{' on the last three stages' if scale == 'smoke' else ''} (paper: {BETA:g})",
+        "the paper does not describe its networks beyond their names: ours have TET's neurons",
+        "one seed, as in the paper",
+    ]
 
 # %% ../../nbs/lib/89_papers.sastc_maps.ipynb #300ddb03
 def table04(
     scale,  # smoke, small, medium, paper
 ):
     "Grid of Table 4: SASTC beside published methods on static images."
-    at = lambda m, n: {"dataset": "ImageNet", "method": m, "architecture": n, "T": 4}
-    cells = [Cell(at("Ours", n), "accuracy", ((imagenet(check_scale(scale), n, "SASTC"),),)) for n in DEEP]
-    cells.append(Cell(at("SEW ResNet", "SEW-ResNet-34"), "accuracy", ((ckdsnn.student(scale, "ResNet34", IMAGENET, steps(scale, 4), "none"),),)))
-    facts = ["of the published methods TET's (its ResNet-19, T = 6), SEW's (SEW-ResNet-34) and the ordinary ResNet-19 are run here, on our budget; the others stand with the paper's number alone",
-             "the teacher of the CIFAR rows is not named: WRN-28-4 on CIFAR-10, ResNet-32x4 on CIFAR-100, by comparison with Table 2"]
+
+    def at(m, n):
+        return {"dataset": "ImageNet", "method": m, "architecture": n, "T": 4}
+
+    cells = [
+        Cell(at("Ours", n), "accuracy", ((imagenet(check_scale(scale), n, "SASTC"),),))
+        for n in DEEP
+    ]
+    cells.append(
+        Cell(
+            at("SEW ResNet", "SEW-ResNet-34"),
+            "accuracy",
+            ((ckdsnn.student(scale, "ResNet34", IMAGENET, steps(scale, 4), "none"),),),
+        )
+    )
+    facts = [
+        "of the published methods TET's (its ResNet-19, T = 6), SEW's (SEW-ResNet-34) and the ordinary ResNet-19 are run here, on our budget; the others stand with the paper's number alone",
+        "the teacher of the CIFAR rows is not named: WRN-28-4 on CIFAR-10, ResNet-32x4 on CIFAR-100, by comparison with Table 2",
+    ]
     other = ["T = 3 and 7 on CIFAR-10 wait for larger scales"] if scale in STEPS else []
     common = [f for f in sastc.conditions(scale) if not f.startswith("feature KD")]
-    return Grid("sastc/table04", scale, [*sastc.beside(scale), *cells], [*common, *other, *sastc.sizes(scale, "ResNet-18"), *(f if "ImageNet" in f else f"ImageNet: {f}" for f in on_imagenet(scale)), *facts])
+    return Grid(
+        "sastc/table04",
+        scale,
+        [*sastc.beside(scale), *cells],
+        [
+            *common,
+            *other,
+            *sastc.sizes(scale, "ResNet-18"),
+            *(f if "ImageNet" in f else f"ImageNet: {f}" for f in on_imagenet(scale)),
+            *facts,
+        ],
+    )
 
 # %% ../../nbs/lib/89_papers.sastc_maps.ipynb #d1268885
 GESTURE = "DVS-Gesture"
-ON_EVENTS = {"DVS-CIFAR10": ("VGGSNN", 10, "vggsnn", "vggsnn"), GESTURE: ("ResNet-18", 16, "resnet19_tet", "resnet19_sastc")}  # architecture, T, student, teacher
+ON_EVENTS = {
+    "DVS-CIFAR10": ("VGGSNN", 10, "vggsnn", "vggsnn"),
+    GESTURE: ("ResNet-18", 16, "resnet19_tet", "resnet19_sastc"),
+}  # architecture, T, student, teacher
 
 
 def events(
@@ -96,19 +198,43 @@ def events(
     seed=0,
 ):
     "The `RunSpec` of a network on recordings."
-    if dataset not in ON_EVENTS: raise unknown("event data of SASTC", dataset, ON_EVENTS)
+    if dataset not in ON_EVENTS:
+        raise unknown("event data of SASTC", dataset, ON_EVENTS)
     _, T, student, teacher = ON_EVENTS[dataset]
     data = ckdsnn.data(scale, EVENTS)
-    if dataset == GESTURE and scale not in STEPS: data = DataSpec("dvs-gesture:dvs-gesture", size=64, args={"frames": T})
-    optim = optim_at(scale, epochs=300, batch_size=64, lr=0.1, schedule="multistep", milestones=(150, 180, 210, 260)).replace(**{"batch_size": 16} if scale == "smoke" else {})
+    if dataset == GESTURE and scale not in STEPS:
+        data = DataSpec("dvs-gesture:dvs-gesture", size=64, args={"frames": T})
+    optim = optim_at(
+        scale,
+        epochs=300,
+        batch_size=64,
+        lr=0.1,
+        schedule="multistep",
+        milestones=(150, 180, 210, 260),
+    ).replace(**{"batch_size": 16} if scale == "smoke" else {})
     shallow = {"depth": 0.34} if scale == "smoke" and dataset == GESTURE else {}
     args = shallow | ({"neuron_args": {"v_threshold": 0.5}} if scale in STEPS else {})
     width = sastc.WIDTHS.get(scale, (1.0, 1.0))
     of = RunSpec(data, ModelSpec(teacher, width=width[1], args=shallow), optim)
-    if method is None: return of
+    if method is None:
+        return of
     model = ModelSpec(student, steps(scale, T), width[0], args=args)
-    how = sastc.calibration(scale, 1.0, model, of.model, optim.batch_size) | {"beta": EVENT_BETAS if scale == "paper" else EVENT_BETA} if method == "SASTC" else {}
-    return RunSpec(data, model, optim, {"TET": "tet"}.get(method, sastc.METHODS["SASTC"]), "paper", how, of if method == "SASTC" else None, seed)
+    how = (
+        sastc.calibration(scale, 1.0, model, of.model, optim.batch_size)
+        | {"beta": EVENT_BETAS if scale == "paper" else EVENT_BETA}
+        if method == "SASTC"
+        else {}
+    )
+    return RunSpec(
+        data,
+        model,
+        optim,
+        {"TET": "tet"}.get(method, sastc.METHODS["SASTC"]),
+        "paper",
+        how,
+        of if method == "SASTC" else None,
+        seed,
+    )
 
 
 EVENT_BETAS = (0.01, 0.1, 1.0)  # the paper's, each for a third of the epochs
@@ -119,17 +245,44 @@ def table06(
     scale,  # smoke, small, medium, paper
 ):
     "Grid of Table 6: SASTC and TET on event data."
-    rows = [(d, "Ours", ON_EVENTS[d][0], ON_EVENTS[d][1], "SASTC") for d in (GESTURE, "DVS-CIFAR10")] + [("DVS-CIFAR10", "TET", "VGGSNN", 10, "TET")]
-    cells = [Cell({"dataset": d, "method": m, "architecture": a, "T": T}, "accuracy", ((events(check_scale(scale), d, how),),)) for d, m, a, T, how in rows]
+    rows = [
+        (d, "Ours", ON_EVENTS[d][0], ON_EVENTS[d][1], "SASTC") for d in (GESTURE, "DVS-CIFAR10")
+    ] + [("DVS-CIFAR10", "TET", "VGGSNN", 10, "TET")]
+    cells = [
+        Cell(
+            {"dataset": d, "method": m, "architecture": a, "T": T},
+            "accuracy",
+            ((events(check_scale(scale), d, how),),),
+        )
+        for d, m, a, T, how in rows
+    ]
     s, t = events(scale, "DVS-CIFAR10"), events(scale, "DVS-CIFAR10", None)
-    what = {"smoke": "both data sets are replaced by SIMULATED events of the 8×8 digits of scikit-learn (700 of them), in four frames", "small": "both data sets are replaced by SIMULATED events of 10,000 images of CIFAR-10 (JPEG), in four frames"}
+    what = {
+        "smoke": "both data sets are replaced by SIMULATED events of the 8×8 digits of scikit-learn (700 of them), in four frames",
+        "small": "both data sets are replaced by SIMULATED events of 10,000 images of CIFAR-10 (JPEG), in four frames",
+    }
     third = ", ResNets with a third of their blocks" if scale == "smoke" else ""
-    own = [what[scale], f"students at {s.model.width:g} of their width with a firing threshold of {s.model.args['neuron_args']['v_threshold']:g}, teachers at {t.model.width:g}{third}"] if scale in STEPS else []
+    own = (
+        [
+            what[scale],
+            f"students at {s.model.width:g} of their width with a firing threshold of {s.model.args['neuron_args']['v_threshold']:g}, teachers at {t.model.width:g}{third}",
+        ]
+        if scale in STEPS
+        else []
+    )
     theirs = "0.01, 0.1 and 1 for a third of the epochs each"
-    beta = f"β is the paper's: {theirs}" if scale == "paper" else f"β = {EVENT_BETA:g} throughout (paper: {theirs})"
-    facts = [f"students and teachers: {budget_in_words(s.optim, s.data)} (paper: 300 epochs, rate 0.1 in steps; batch, augmentation and weight decay are not stated for events)",
-             "the paper names no ANN teacher here: ours is an ordinary network of the student's family that sees the mean over the frames", beta,
-             "DVS-Gesture's ResNet-18 is TET's ResNet-19, as on CIFAR; TET is run with our budget; the other methods stand with the paper's number alone", "one seed (paper: not said)"]
+    beta = (
+        f"β is the paper's: {theirs}"
+        if scale == "paper"
+        else f"β = {EVENT_BETA:g} throughout (paper: {theirs})"
+    )
+    facts = [
+        f"students and teachers: {budget_in_words(s.optim, s.data)} (paper: 300 epochs, rate 0.1 in steps; batch, augmentation and weight decay are not stated for events)",
+        "the paper names no ANN teacher here: ours is an ordinary network of the student's family that sees the mean over the frames",
+        beta,
+        "DVS-Gesture's ResNet-18 is TET's ResNet-19, as on CIFAR; TET is run with our budget; the other methods stand with the paper's number alone",
+        "one seed (paper: not said)",
+    ]
     return Grid("sastc/table06", scale, cells, [*own, *facts])
 
 # %% ../../nbs/lib/89_papers.sastc_maps.ipynb #333411d2
@@ -141,10 +294,29 @@ PAIRS_T = 2
 def _panel(scale, name, of):
     teacher = sastc.teacher(scale, "CIFAR-10", of)
     s, t = sastc.layers(sastc.network(scale, name, 1)), sastc.layers(teacher.model)
-    at = lambda m, i=0, j=0: {"panel": f"{name} & {of}", "method": m, "s": i, "a": j}
-    single = lambda a, b: seeded(1, lambda k: sastc.student(scale, "CIFAR-10", name, PAIRS_T, "Feature KD", teacher, k, [a, b]))
-    alone = sastc.arms(scale, "CIFAR-10", name, PAIRS_T, teacher, methods=("Baseline", "KD", "SASTC"), n=1)
-    return [*(Cell(at(m), "accuracy", g) for m, g in alone.items()), *(Cell(at("pair", i, j), "accuracy", single(a, b)) for i, a in enumerate(s, 1) for j, b in enumerate(t, 1))]
+
+    def at(m, i=0, j=0):
+        return {"panel": f"{name} & {of}", "method": m, "s": i, "a": j}
+
+    def single(a, b):
+        return seeded(
+            1,
+            lambda k: sastc.student(
+                scale, "CIFAR-10", name, PAIRS_T, "Feature KD", teacher, k, [a, b]
+            ),
+        )
+
+    alone = sastc.arms(
+        scale, "CIFAR-10", name, PAIRS_T, teacher, methods=("Baseline", "KD", "SASTC"), n=1
+    )
+    return [
+        *(Cell(at(m), "accuracy", g) for m, g in alone.items()),
+        *(
+            Cell(at("pair", i, j), "accuracy", single(a, b))
+            for i, a in enumerate(s, 1)
+            for j, b in enumerate(t, 1)
+        ),
+    ]
 
 
 def figure02(
@@ -152,13 +324,30 @@ def figure02(
 ):
     "Grid of Figure 2: the student under every single pair of layers, alone, under KD and under SASTC."
     cells = [c for name, of in COMBINATIONS for c in _panel(check_scale(scale), name, of)]
-    facts = [f"T = {PAIRS_T} (paper: not stated), one seed", "layers are the stem and the stages; of PyramidNet the second stage is left out, for the paper's figure has three layers there and its published code never records that one",
-             "single pairs are KD plus the squared distance of one pair, with weight 1 (paper: not stated)"]
+    facts = [
+        f"T = {PAIRS_T} (paper: not stated), one seed",
+        "layers are the stem and the stages; of PyramidNet the second stage is left out, for the paper's figure has three layers there and its published code never records that one",
+        "single pairs are KD plus the squared distance of one pair, with weight 1 (paper: not stated)",
+    ]
     drop = ("seed", "feature KD", "→")
-    return Grid("sastc/figure02", scale, cells, [*facts, *(f for f in sastc.conditions(scale) if not any(d in f for d in drop)), *sastc.sizes(scale, *sastc.STUDENTS)])
+    return Grid(
+        "sastc/figure02",
+        scale,
+        cells,
+        [
+            *facts,
+            *(f for f in sastc.conditions(scale) if not any(d in f for d in drop)),
+            *sastc.sizes(scale, *sastc.STUDENTS),
+        ],
+    )
 
 # %% ../../nbs/lib/89_papers.sastc_maps.ipynb #f980f36e
-BETAS = {"smoke": (100, 400, 700, 1300), "small": (100, 400, 700, 1300), "medium": (100, 300, 500, 700, 900, 1300, 1500), "paper": tuple(range(100, 1600, 100))}
+BETAS = {
+    "smoke": (100, 400, 700, 1300),
+    "small": (100, 400, 700, 1300),
+    "medium": (100, 300, 500, 700, 900, 1300, 1500),
+    "paper": tuple(range(100, 1600, 100)),
+}
 SWEPT = {"CIFAR-10": "ResNet-19", "CIFAR-100": "ResNet-32x4"}
 
 
@@ -170,31 +359,130 @@ def figure05(
     for dataset, of in SWEPT.items():
         t = sastc.teacher(scale, dataset, of)
         groups = sastc.arms(scale, dataset, "VGG-11", 3, t, n, methods=("Baseline", "KD"))
-        groups |= {f"β = {b}": sastc.arms(scale, dataset, "VGG-11", 3, t, n, methods=("SASTC",), beta=b)["SASTC"] for b in BETAS[scale]}
+        groups |= {
+            f"β = {b}": sastc.arms(scale, dataset, "VGG-11", 3, t, n, methods=("SASTC",), beta=b)[
+                "SASTC"
+            ]
+            for b in BETAS[scale]
+        }
         cells += [Cell({"panel": dataset, "method": m}, "accuracy", g) for m, g in groups.items()]
-        cells += [Cell({"panel": dataset, "method": f"β = {b}"}, "accuracy", note="larger scales") for b in BETAS["paper"] if b not in BETAS[scale]]
-    less = f"; ours is the number on the axis divided by {sastc.LESS[scale]:g}" if scale in sastc.LESS else ""
-    facts = [f"β = {', '.join(map(str, BETAS[scale]))} in the paper's numbers" + ("" if scale == "paper" else f" (paper: 100 to 1500 by hundreds{less})"), "the two panels have different teachers; below medium scale their data are the same"]
-    return Grid("sastc/figure05", scale, cells, [*facts, *(f for f in sastc.conditions(scale) if "feature KD" not in f and "→" not in f), *sastc.sizes(scale, "VGG-11")])
+        cells += [
+            Cell({"panel": dataset, "method": f"β = {b}"}, "accuracy", note="larger scales")
+            for b in BETAS["paper"]
+            if b not in BETAS[scale]
+        ]
+    less = (
+        f"; ours is the number on the axis divided by {sastc.LESS[scale]:g}"
+        if scale in sastc.LESS
+        else ""
+    )
+    facts = [
+        f"β = {', '.join(map(str, BETAS[scale]))} in the paper's numbers"
+        + ("" if scale == "paper" else f" (paper: 100 to 1500 by hundreds{less})"),
+        "the two panels have different teachers; below medium scale their data are the same",
+    ]
+    return Grid(
+        "sastc/figure05",
+        scale,
+        cells,
+        [
+            *facts,
+            *(f for f in sastc.conditions(scale) if "feature KD" not in f and "→" not in f),
+            *sastc.sizes(scale, "VGG-11"),
+        ],
+    )
 
 # %% ../../nbs/lib/89_papers.sastc_maps.ipynb #1a24da23
 _F, _S = "Mechanism Analysis, Figure 2", "Appendix 1, Sensitivity Analysis"
 _A, _B, _C = PANELS
 
 
-def _pairs_claim(id, text, better, worse, panel): return Claim("sastc/figure02", id, f"{panel}: {text}", _F, better | {"panel": panel}, worse | {"panel": panel})
-def _beta_claim(id, text, dataset, better, worse): return Claim("sastc/figure05", id, f"{dataset}: {text}", _S, {"panel": dataset, "method": better}, {"panel": dataset, "method": worse})
-def _betas(*without): return tuple(f"β = {b}" for b in BETAS["paper"] if b not in without)
+def _pairs_claim(id, text, better, worse, panel):
+    return Claim(
+        "sastc/figure02",
+        id,
+        f"{panel}: {text}",
+        _F,
+        better | {"panel": panel},
+        worse | {"panel": panel},
+    )
+
+
+def _beta_claim(id, text, dataset, better, worse):
+    return Claim(
+        "sastc/figure05",
+        id,
+        f"{dataset}: {text}",
+        _S,
+        {"panel": dataset, "method": better},
+        {"panel": dataset, "method": worse},
+    )
+
+
+def _betas(*without):
+    return tuple(f"β = {b}" for b in BETAS["paper"] if b not in without)
 
 
 FIGURE_CLAIMS = (
-    *(_pairs_claim(f"kd>pairs-{i}", "single pairs are worse than KD (the paper: certain ones)", {"method": "KD"}, {"method": "pair"}, p) for i, p in enumerate(PANELS)),
-    _pairs_claim("layers23", "all pairs of the student's layers 2 and 3 are worse than KD", {"method": "KD"}, {"s": (2, 3)}, _A),
-    *(_pairs_claim(f"sastc>pairs-{i}", "SASTC beats single pairs (the paper: a large number of them)", {"method": "SASTC"}, {"method": "pair"}, p) for i, p in enumerate(PANELS)),
-    _pairs_claim("5-3", "layer 5 with the teacher's layer 3 beats SASTC", {"s": 5, "a": 3}, {"method": "SASTC"}, _A),
-    _pairs_claim("4-3", "layer 4 with the teacher's layer 3 beats SASTC", {"s": 4, "a": 3}, {"method": "SASTC"}, _B),
-    _pairs_claim("2-3", "layer 2 does better with the teacher's layer 3 than with its layer 2", {"s": 2, "a": 3}, {"s": 2, "a": 2}, _C),
-    *(_beta_claim(f"all>{m.lower()}-{d}", f"SASTC beats {m} at every β" + (" but 100" if skip else ""), d, _betas(*skip), m) for d, skip in (("CIFAR-10", ()), ("CIFAR-100", (100,))) for m in ("KD", "Baseline")),
+    *(
+        _pairs_claim(
+            f"kd>pairs-{i}",
+            "single pairs are worse than KD (the paper: certain ones)",
+            {"method": "KD"},
+            {"method": "pair"},
+            p,
+        )
+        for i, p in enumerate(PANELS)
+    ),
+    _pairs_claim(
+        "layers23",
+        "all pairs of the student's layers 2 and 3 are worse than KD",
+        {"method": "KD"},
+        {"s": (2, 3)},
+        _A,
+    ),
+    *(
+        _pairs_claim(
+            f"sastc>pairs-{i}",
+            "SASTC beats single pairs (the paper: a large number of them)",
+            {"method": "SASTC"},
+            {"method": "pair"},
+            p,
+        )
+        for i, p in enumerate(PANELS)
+    ),
+    _pairs_claim(
+        "5-3",
+        "layer 5 with the teacher's layer 3 beats SASTC",
+        {"s": 5, "a": 3},
+        {"method": "SASTC"},
+        _A,
+    ),
+    _pairs_claim(
+        "4-3",
+        "layer 4 with the teacher's layer 3 beats SASTC",
+        {"s": 4, "a": 3},
+        {"method": "SASTC"},
+        _B,
+    ),
+    _pairs_claim(
+        "2-3",
+        "layer 2 does better with the teacher's layer 3 than with its layer 2",
+        {"s": 2, "a": 3},
+        {"s": 2, "a": 2},
+        _C,
+    ),
+    *(
+        _beta_claim(
+            f"all>{m.lower()}-{d}",
+            f"SASTC beats {m} at every β" + (" but 100" if skip else ""),
+            d,
+            _betas(*skip),
+            m,
+        )
+        for d, skip in (("CIFAR-10", ()), ("CIFAR-100", (100,)))
+        for m in ("KD", "Baseline")
+    ),
     _beta_claim("worse-100", "SASTC at β = 100 is no better than KD", "CIFAR-100", "KD", "β = 100"),
     _beta_claim("best-1300", "β = 1300 is the best", "CIFAR-10", "β = 1300", _betas(1300)),
     _beta_claim("best-700", "β = 700 is the best", "CIFAR-100", "β = 700", _betas(700)),
@@ -206,7 +494,8 @@ def figure_claims(
 ):
     "What the text says about a figure that prints no numbers."
     found = [c for c in FIGURE_CLAIMS if c.key == key]
-    if not found: raise unknown("figure with claims", key, sorted({c.key for c in FIGURE_CLAIMS}))
+    if not found:
+        raise unknown("figure with claims", key, sorted({c.key for c in FIGURE_CLAIMS}))
     return found
 
 # %% ../../nbs/lib/89_papers.sastc_maps.ipynb #467c81c4
@@ -225,18 +514,51 @@ def pair_numbers(
 
 
 def _points(ax, pairs, lines):
-    for a, rows in pairs.groupby("a"): ax.plot(rows.s + 0.14 * (a - 2.5), rows.value, "o", ms=5, color=TEACHER_LAYERS[a - 1], mec="#08306b", mew=0.4, label=f"teacher's layer {a}")
-    for m, v in lines.items(): ax.axhline(v, color=COLOURS[m], lw=1.6, ls="--" if m == "Baseline" else "-", label=m, zorder=1)
-    ax.set(xlim=(0.5, pairs.s.max() + 0.5), xticks=sorted(pairs.s.unique()), title=pairs.panel.iloc[0])
+    for a, rows in pairs.groupby("a"):
+        ax.plot(
+            rows.s + 0.14 * (a - 2.5),
+            rows.value,
+            "o",
+            ms=5,
+            color=TEACHER_LAYERS[a - 1],
+            mec="#08306b",
+            mew=0.4,
+            label=f"teacher's layer {a}",
+        )
+    for m, v in lines.items():
+        ax.axhline(
+            v, color=COLOURS[m], lw=1.6, ls="--" if m == "Baseline" else "-", label=m, zorder=1
+        )
+    ax.set(
+        xlim=(0.5, pairs.s.max() + 0.5), xticks=sorted(pairs.s.unique()), title=pairs.panel.iloc[0]
+    )
     ax.grid(axis="x", visible=False)
 
 
 def _gains(ax, pairs, most):
     table = pairs.pivot(index="a", columns="s", values="minus_kd")
     shown = ax.imshow(table, cmap="RdBu", vmin=-most, vmax=most, aspect="auto", origin="lower")
-    for (i, j), v in ((at, table.iloc[at]) for at in [(i, j) for i in range(table.shape[0]) for j in range(table.shape[1])]):
-        if v == v: ax.text(j, i, f"{v:+.1f}", ha="center", va="center", fontsize=7, color="white" if abs(v) > 0.7 * most else "black")
-    ax.set(xticks=range(table.shape[1]), xticklabels=table.columns, yticks=range(table.shape[0]), yticklabels=table.index, xlabel="student's layer")
+    for (i, j), v in (
+        (at, table.iloc[at])
+        for at in [(i, j) for i in range(table.shape[0]) for j in range(table.shape[1])]
+    ):
+        if v == v:
+            ax.text(
+                j,
+                i,
+                f"{v:+.1f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if abs(v) > 0.7 * most else "black",
+            )
+    ax.set(
+        xticks=range(table.shape[1]),
+        xticklabels=table.columns,
+        yticks=range(table.shape[0]),
+        yticklabels=table.index,
+        xlabel="student's layer",
+    )
     ax.grid(visible=False)
     return shown
 
@@ -249,14 +571,24 @@ def pair_panels(
 
     pairs = frame[frame.method == "pair"]
     panels = [p for p in PANELS if p in set(pairs.panel)]
-    fig, axes = plt.subplots(2, max(1, len(panels)), figsize=(1.2 + 2.9 * max(1, len(panels)), 4.6), squeeze=False, gridspec_kw={"height_ratios": [3, 2]}, layout="constrained")
+    fig, axes = plt.subplots(
+        2,
+        max(1, len(panels)),
+        figsize=(1.2 + 2.9 * max(1, len(panels)), 4.6),
+        squeeze=False,
+        gridspec_kw={"height_ratios": [3, 2]},
+        layout="constrained",
+    )
     most = max(1.0, float(pairs.minus_kd.abs().max())) if pairs.minus_kd.notna().any() else 1.0
     for (top, below), p in zip(axes.T, panels):
         own = frame[frame.panel == p]
         _points(top, own[own.method == "pair"], own[own.method != "pair"].set_index("method").value)
         shown = _gains(below, own[own.method == "pair"], most)
-    axes[0][0].set_ylabel("test accuracy (%)"), axes[1][0].set_ylabel("teacher's layer")
-    if panels: fig.colorbar(shown, ax=list(axes[1]), label="points over KD", shrink=0.9), fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    axes[0][0].set_ylabel("test accuracy (%)")
+    axes[1][0].set_ylabel("teacher's layer")
+    if panels:
+        fig.colorbar(shown, ax=list(axes[1]), label="points over KD", shrink=0.9)
+        fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return fig
 
 # %% ../../nbs/lib/89_papers.sastc_maps.ipynb #f7259d1d
@@ -275,15 +607,33 @@ def beta_panels(
     import matplotlib.pyplot as plt
 
     panels = list(dict.fromkeys(frame.panel))
-    fig, axes = plt.subplots(1, max(1, len(panels)), figsize=(3.4 * max(1, len(panels)), 2.8), sharey=True, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        1,
+        max(1, len(panels)),
+        figsize=(3.4 * max(1, len(panels)), 2.8),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
     for ax, p in zip(axes[0], panels):
         of = frame[frame.panel == p].groupby("method", sort=False).value.mean()
-        for m in [m for m in ("Baseline", "KD") if m in of]: ax.axhline(of[m], color=COLOURS[m], ls="--" if m == "Baseline" else "-", label=m)
+        for m in [m for m in ("Baseline", "KD") if m in of]:
+            ax.axhline(of[m], color=COLOURS[m], ls="--" if m == "Baseline" else "-", label=m)
         own = of[[m for m in of.index if m.startswith("β")]]
-        ax.plot([float(m.removeprefix("β = ")) for m in own.index], own, "o-", color=COLOURS["SASTC"], label="SASTC")
-        ax.set(title="\n".join(filter(None, [f"{p}, VGG-11 & {SWEPT[p]}", (on or {}).get(p)])), xlabel="β (the paper's numbers)")
+        ax.plot(
+            [float(m.removeprefix("β = ")) for m in own.index],
+            own,
+            "o-",
+            color=COLOURS["SASTC"],
+            label="SASTC",
+        )
+        ax.set(
+            title="\n".join(filter(None, [f"{p}, VGG-11 & {SWEPT[p]}", (on or {}).get(p)])),
+            xlabel="β (the paper's numbers)",
+        )
     axes[0][0].set_ylabel("test accuracy (%)")
-    if panels: fig.legend(*axes[0][-1].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    if panels:
+        fig.legend(*axes[0][-1].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return fig
 
 # %% ../../nbs/lib/89_papers.sastc_maps.ipynb #96878305

@@ -9,7 +9,18 @@ __all__ = ['APART', 'ARTEFACTS', 'table07', 'table08', 'table09', 'table10', 'ad
 from statistics import mean, stdev
 
 from ..core import unknown
-from .sastc import BY_STEPS, LONGER, METHODS, ROBUST, arms, conditions, fellow, optim, sizes, teacher
+from snnkd_nb.papers.sastc import (
+    BY_STEPS,
+    LONGER,
+    METHODS,
+    ROBUST,
+    arms,
+    conditions,
+    fellow,
+    optim,
+    sizes,
+    teacher,
+)
 from ..published.format import published
 from ..reports.grid import Cell, Grid, check_scale, seeded
 
@@ -24,20 +35,44 @@ def _corrupted(scale, row, **corrupt):
 APART = "the row without corruption is not Table 2's: at small scale its teacher has seen the students' 5,000 images alone, and Table 2's all 50,000"
 
 
-def _longer(scale): return f" for {LONGER} times their epochs" if scale == "small" else ""
+def _longer(scale):
+    return f" for {LONGER} times their epochs" if scale == "small" else ""
 
 
 def _robust(scale, number, cells, *facts):
-    common = [f for f in conditions(scale) if "→" not in f and not (number == 9 and f.startswith("feature KD"))]
-    return Grid(f"sastc/table{number:02}", scale, cells, [*common, *facts, *([APART] if scale == "small" and number != 9 else []), *sizes(scale, "VGG-11")])
+    common = [
+        f
+        for f in conditions(scale)
+        if "→" not in f and not (number == 9 and f.startswith("feature KD"))
+    ]
+    return Grid(
+        f"sastc/table{number:02}",
+        scale,
+        cells,
+        [
+            *common,
+            *facts,
+            *([APART] if scale == "small" and number != 9 else []),
+            *sizes(scale, "VGG-11"),
+        ],
+    )
 
 
 def table07(
     scale,  # smoke, small, medium, paper
 ):
     "Grid of Table 7: 0 to 50 % of the training labels replaced."
-    cells = [c for p in range(0, 60, 10) for c in _corrupted(check_scale(scale), {"noise": p}, **({"label_noise": p / 100} if p else {}))]
-    facts = ["a noisy label is another class, drawn evenly; the held-out images carry noise like the rest (the paper says: perturbed at random)", f"the teacher is one run at every noise level, trained on the students' images and labels{_longer(scale)}"]
+    cells = [
+        c
+        for p in range(0, 60, 10)
+        for c in _corrupted(
+            check_scale(scale), {"noise": p}, **({"label_noise": p / 100} if p else {})
+        )
+    ]
+    facts = [
+        "a noisy label is another class, drawn evenly; the held-out images carry noise like the rest (the paper says: perturbed at random)",
+        f"the teacher is one run at every noise level, trained on the students' images and labels{_longer(scale)}",
+    ]
     return _robust(scale, 7, cells, *facts)
 
 # %% ../../nbs/lib/88_papers.sastc_robust.ipynb #ccc9687b
@@ -45,9 +80,24 @@ def table08(
     scale,  # smoke, small, medium, paper
 ):
     "Grid of Appendix 1, Table 1: 25 to 100 % of the training images of every class."
-    said = "fewer images are seen more often, so that steps are as many at every share" if scale == "small" else "epochs stay, so fewer images are fewer steps"
-    cells = [c for p in (25, 50, 75, 100) for c in _corrupted(check_scale(scale), {"images": p}, **({"shots": p / 100} if p < 100 else {}))]
-    return _robust(scale, 8, cells, f"the teacher is one run at every share, trained on the students' images{_longer(scale)}; {said}")
+    said = (
+        "fewer images are seen more often, so that steps are as many at every share"
+        if scale == "small"
+        else "epochs stay, so fewer images are fewer steps"
+    )
+    cells = [
+        c
+        for p in (25, 50, 75, 100)
+        for c in _corrupted(
+            check_scale(scale), {"images": p}, **({"shots": p / 100} if p < 100 else {})
+        )
+    ]
+    return _robust(
+        scale,
+        8,
+        cells,
+        f"the teacher is one run at every share, trained on the students' images{_longer(scale)}; {said}",
+    )
 
 
 def table09(
@@ -57,10 +107,19 @@ def table09(
     dataset, name, of = ROBUST
     t, own, cells = teacher(check_scale(scale), dataset, of), optim(scale).batch_size, []
     for b in (16, 32, 64, 128, 256):
-        groups = arms(scale, dataset, name, 3, t, methods=("Baseline", "KD", "SASTC"), batch=b if b != own else None)
+        groups = arms(
+            scale,
+            dataset,
+            name,
+            3,
+            t,
+            methods=("Baseline", "KD", "SASTC"),
+            batch=b if b != own else None,
+        )
         cells += [Cell({"method": m, "batch_size": b}, "accuracy", g) for m, g in groups.items()]
     fact = f"batches are those of the rows, not the {own} of the line above; epochs and learning rate are the same at every batch size, the teacher is the one of batch {t.optim.batch_size}; SASTC's embeddings read rows of the Gram matrix, so their input is the batch size"
-    if scale == "smoke": fact += f"; a batch of 256 leaves {5 * optim(scale).epochs} steps in all, too few to learn"
+    if scale == "smoke":
+        fact += f"; a batch of 256 leaves {5 * optim(scale).epochs} steps in all, too few to learn"
     return _robust(scale, 9, cells, fact)
 
 # %% ../../nbs/lib/88_papers.sastc_robust.ipynb #aeb66ee7
@@ -70,10 +129,16 @@ def table10(
     "Grid of Appendix 1, Table 3: accuracy (and energy) by time steps."
     dataset, name, of = BY_STEPS
     t = teacher(check_scale(scale), dataset, of)
-    cells = [Cell({"method": m, "T": T}, "accuracy", g) for T in (2, 3, 7) for m, g in arms(scale, dataset, name, T, t).items()]
+    cells = [
+        Cell({"method": m, "T": T}, "accuracy", g)
+        for T in (2, 3, 7)
+        for m, g in arms(scale, dataset, name, T, t).items()
+    ]
     cells.append(Cell({"method": "ANN", "T": "-"}, "accuracy", ((t,),)))
-    facts = ["energy is for one image, the mean over the first 256 test images (paper: 1,024 samples), in µJ; below medium scale our networks are smaller by orders of magnitude, so that only shares of the ordinary network's energy compare",
-             "no early stopping (the paper stops after 20 epochs without gain in this table)"]
+    facts = [
+        "energy is for one image, the mean over the first 256 test images (paper: 1,024 samples), in µJ; below medium scale our networks are smaller by orders of magnitude, so that only shares of the ordinary network's energy compare",
+        "no early stopping (the paper stops after 20 epochs without gain in this table)",
+    ]
     return Grid("sastc/table10", scale, cells, [*conditions(scale), *facts, *sizes(scale, name)])
 
 
@@ -83,13 +148,22 @@ def add_energy(
     convention="45nm",  # whose µJ stand in the column energy
 ):
     "The report with our energies in it, mean ± std over the seeds; a difference where the networks are the paper's."
-    if len(frame) and convention not in frame: raise unknown("convention", convention, list(frame))
+    if len(frame) and convention not in frame:
+        raise unknown("convention", convention, list(frame))
     for r in [r for r in report.rows if r["column"] == "energy" and len(frame)]:
         mine = frame[(frame["method"] == r["method"]) & (frame["T"].astype(str) == str(r["T"]))]
         v = mine.groupby("seed")[convention].mean().tolist()
-        if not v: continue
+        if not v:
+            continue
         gap = mean(v) - r["paper"] if report.grid.scale in ("medium", "paper") else None
-        r |= {"ours": mean(v), "std": stdev(v) if len(v) > 1 else None, "n": len(v), "delta": gap, "note": "", "runs": " ".join(mine["run"])}
+        r |= {
+            "ours": mean(v),
+            "std": stdev(v) if len(v) > 1 else None,
+            "n": len(v),
+            "delta": gap,
+            "note": "",
+            "runs": " ".join(mine["run"]),
+        }
     report.remarks += shares_in_words(report) if len(frame) else []
     return report
 
@@ -102,16 +176,38 @@ def shares(
 
     rows = [r for r in report.rows if r["column"] == "energy"]
     ann = rows[-1]
-    share = lambda r, k: 100 * r[k] / ann[k] if r[k] is not None and ann[k] else float("nan")
-    made = [{"method": r["method"], "T": r["T"], "paper": share(r, "paper"), "ours": share(r, "ours")} for r in rows[:-1]]
-    return pd.DataFrame(made).pivot(index="method", columns="T", values=["paper", "ours"]).loc[list(METHODS)].round(2)
+
+    def share(r, k):
+        return 100 * r[k] / ann[k] if r[k] is not None and ann[k] else float("nan")
+
+    made = [
+        {"method": r["method"], "T": r["T"], "paper": share(r, "paper"), "ours": share(r, "ours")}
+        for r in rows[:-1]
+    ]
+    return (
+        pd.DataFrame(made)
+        .pivot(index="method", columns="T", values=["paper", "ours"])
+        .loc[list(METHODS)]
+        .round(2)
+    )
 
 
 def shares_in_words(report):
     "The same in a sentence a method, where both are known."
     f = shares(report)
-    said = {m: [f"{r['paper', T]:g} → {r['ours', T]:g} at T = {T}" for T in dict.fromkeys(f.columns.get_level_values(1)) if r["ours", T] == r["ours", T]] for m, r in f.iterrows()}
-    return ["Energy in % of the ordinary network's, paper → ours: " + "; ".join(f"{m} {', '.join(of)}" for m, of in said.items() if of) + "."]
+    said = {
+        m: [
+            f"{r['paper', T]:g} → {r['ours', T]:g} at T = {T}"
+            for T in dict.fromkeys(f.columns.get_level_values(1))
+            if r["ours", T] == r["ours", T]
+        ]
+        for m, r in f.iterrows()
+    }
+    return [
+        "Energy in % of the ordinary network's, paper → ours: "
+        + "; ".join(f"{m} {', '.join(of)}" for m, of in said.items() if of)
+        + "."
+    ]
 
 # %% ../../nbs/lib/88_papers.sastc_robust.ipynb #387336c3
 ARTEFACTS = {f.__name__: f for f in (table07, table08, table09, table10)}

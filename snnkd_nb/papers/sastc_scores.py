@@ -22,12 +22,21 @@ from ..reports.grid import Cell, Grid, check_scale, seeded
 
 # %% ../../nbs/lib/89_papers.sastc_scores.ipynb #ded8d02f
 COLUMNS = {"Baseline": "Baseline", "KD": "KD", "FT": "Feature KD", "SASTC": "SASTC"}
-LAST = {"smoke": 2, "small": 3, "medium": 10, "paper": 10}  # epochs at the end whose scores are averaged
+LAST = {
+    "smoke": 2,
+    "small": 3,
+    "medium": 10,
+    "paper": 10,
+}  # epochs at the end whose scores are averaged
 
 
 def teacher_of(scale, dataset):
     "The `RunSpec` of the teacher of a row."
-    return ckdsnn.teacher(scale, "ResNet34", IMAGENET) if dataset == "ImageNet" else sastc.teacher(scale, dataset, "ResNet-32x4")
+    return (
+        ckdsnn.teacher(scale, "ResNet34", IMAGENET)
+        if dataset == "ImageNet"
+        else sastc.teacher(scale, dataset, "ResNet-32x4")
+    )
 
 
 def scored(
@@ -36,15 +45,29 @@ def scored(
     dataset,  # "CIFAR-100" or "ImageNet"
 ):
     "{column: groups} of a row, with the score by epoch."
-    if dataset == "ImageNet": groups = {c.index["method"]: c.groups for c in sastc_maps.table03(scale).cells if c.index["architecture"] == student}
-    else: groups = sastc.arms(scale, dataset, student, 3, teacher_of(scale, dataset))
+    if dataset == "ImageNet":
+        groups = {
+            c.index["method"]: c.groups
+            for c in sastc_maps.table03(scale).cells
+            if c.index["architecture"] == student
+        }
+    else:
+        groups = sastc.arms(scale, dataset, student, 3, teacher_of(scale, dataset))
     return {c: groups[m] for c, m in COLUMNS.items()}
 
 
 def _table(number, scale):
     key, table = f"sastc/table{number:02}", published("sastc/table01")
-    rows, columns = dict.fromkeys(tuple(r[k] for k in table.index) for r in table.records), published(key).columns
-    cells = [Cell({"student": s, "dataset": d, "T": T}, c, g) for s, d, T in rows for c, g in scored(check_scale(scale), s, d).items() if c in columns]
+    rows, columns = (
+        dict.fromkeys(tuple(r[k] for k in table.index) for r in table.records),
+        published(key).columns,
+    )
+    cells = [
+        Cell({"student": s, "dataset": d, "T": T}, c, g)
+        for s, d, T in rows
+        for c, g in scored(check_scale(scale), s, d).items()
+        if c in columns
+    ]
     return Grid(key, scale, cells, score_in_words(scale))
 
 
@@ -62,20 +85,34 @@ def table05(
     return _table(5, scale)
 
 # %% ../../nbs/lib/89_papers.sastc_scores.ipynb #4052b90c
-def _without(facts, *words): return [f for f in facts if not any(w in f for w in words)]
+def _without(facts, *words):
+    return [f for f in facts if not any(w in f for w in words)]
 
 
 def score_in_words(scale):
     "How the score is taken, and what was run, in sentences."
-    one, deep = sastc.optim(scale).epochs, sastc_maps.imagenet(scale, "ResNet-18", "KD").optim.epochs
+    one, deep = (
+        sastc.optim(scale).epochs,
+        sastc_maps.imagenet(scale, "ResNet-18", "KD").optim.epochs,
+    )
     of = f"{one} (ImageNet: {deep})" if deep != one else f"{one}"
-    how = ["the score is the natural logarithm of eq. 1 on un-normalised Gram matrices, a mean over all time steps and all pairs of a student's and a teacher's layer, stems included (paper: \"log-scale\"; neither base nor pairs nor normalisation are named)",
-           f"one fixed batch of 128 random test images (paper: not said); mean over the last {LAST[scale]} of {of} epochs (paper: the last 10)",
-           "over all pairs of layers a network's score with itself is not the lowest there is; over pairs of equal depth it would be",
-           "a student alone is compared with the teacher the others learn from; FT is feature KD, whose runs of single pairs of layers are averaged"]
-    deep = [f if "ImageNet" in f else f"ImageNet: {f}" for f in _without(sastc_maps.on_imagenet(scale), "beyond their names", "one seed")]
-    return [*how, *_without(sastc.conditions(scale), "→", "best test epoch"), *sastc.sizes(scale, "VGG-11", "ResNet-18"), *deep,
-            f"{sastc.SEEDS[scale]} seed{'s' * (sastc.SEEDS[scale] > 1)} on CIFAR-100, one on ImageNet (paper: not said)"]
+    how = [
+        "the score is the natural logarithm of eq. 1 on un-normalised Gram matrices, a mean over all time steps and all pairs of a student's and a teacher's layer, stems included (paper: \"log-scale\"; neither base nor pairs nor normalisation are named)",
+        f"one fixed batch of 128 random test images (paper: not said); mean over the last {LAST[scale]} of {of} epochs (paper: the last 10)",
+        "over all pairs of layers a network's score with itself is not the lowest there is; over pairs of equal depth it would be",
+        "a student alone is compared with the teacher the others learn from; FT is feature KD, whose runs of single pairs of layers are averaged",
+    ]
+    deep = [
+        f if "ImageNet" in f else f"ImageNet: {f}"
+        for f in _without(sastc_maps.on_imagenet(scale), "beyond their names", "one seed")
+    ]
+    return [
+        *how,
+        *_without(sastc.conditions(scale), "→", "best test epoch"),
+        *sastc.sizes(scale, "VGG-11", "ResNet-18"),
+        *deep,
+        f"{sastc.SEEDS[scale]} seed{'s' * (sastc.SEEDS[scale] > 1)} on CIFAR-100, one on ImageNet (paper: not said)",
+    ]
 
 
 def score(scale):
@@ -93,12 +130,30 @@ def figure01(
     dataset, name, of = sastc.ROBUST
     t = sastc.teacher(check_scale(scale), dataset, of)
     own = scored(scale, name, dataset)["SASTC"]
-    facts = ["the paper's figure is a drawing; attention by epoch is not in it", "the attention by epoch was measured on a fixed batch of test images while the student was trained; the overview's calibration is trained afterwards, and on all layers"]
-    return Grid("sastc/figure01", scale, [Cell({"method": "Teacher"}, "accuracy", ((t,),)), Cell({"method": "SASTC"}, "accuracy", own)],
-                [*facts, *_without(sastc.conditions(scale), "→", "best test epoch", "feature KD"), *sastc.sizes(scale, name)])
+    facts = [
+        "the paper's figure is a drawing; attention by epoch is not in it",
+        "the attention by epoch was measured on a fixed batch of test images while the student was trained; the overview's calibration is trained afterwards, and on all layers",
+    ]
+    return Grid(
+        "sastc/figure01",
+        scale,
+        [
+            Cell({"method": "Teacher"}, "accuracy", ((t,),)),
+            Cell({"method": "SASTC"}, "accuracy", own),
+        ],
+        [
+            *facts,
+            *_without(sastc.conditions(scale), "→", "best test epoch", "feature KD"),
+            *sastc.sizes(scale, name),
+        ],
+    )
 
 # %% ../../nbs/lib/89_papers.sastc_scores.ipynb #c3da4997
-SPREADS = {"steps": ["student", "teacher"], "student layers": ["t", "teacher"], "teacher layers": ["student", "t"]}
+SPREADS = {
+    "steps": ["student", "teacher"],
+    "student layers": ["t", "teacher"],
+    "teacher layers": ["student", "t"],
+}
 
 
 def attention_spread(
@@ -107,9 +162,18 @@ def attention_spread(
     "Largest difference of two weights that differ in one respect alone, as a `DataFrame`: a row an epoch; columns steps, student layers, teacher layers."
     import pandas as pd
 
-    apart = lambda f, keys: float((f.groupby(keys).weight.max() - f.groupby(keys).weight.min()).max())
-    rows = {e: {what: apart(f, keys) for what, keys in SPREADS.items()} for e, f in frame.groupby("epoch")}
-    return pd.DataFrame.from_dict(rows, orient="index", columns=list(SPREADS)).rename_axis("epoch").rename_axis(columns="largest difference between")
+    def apart(f, keys):
+        return float((f.groupby(keys).weight.max() - f.groupby(keys).weight.min()).max())
+
+    rows = {
+        e: {what: apart(f, keys) for what, keys in SPREADS.items()}
+        for e, f in frame.groupby("epoch")
+    }
+    return (
+        pd.DataFrame.from_dict(rows, orient="index", columns=list(SPREADS))
+        .rename_axis("epoch")
+        .rename_axis(columns="largest difference between")
+    )
 
 # %% ../../nbs/lib/89_papers.sastc_scores.ipynb #85449ff7
 FISHER_T = 3
@@ -120,15 +184,33 @@ def figure04(
 ):
     "Grid of Appendix 1, Figure 1: Fisher information by epoch and time step under every method."
     t = sastc.teacher(check_scale(scale), "CIFAR-10", "ResNet-19")
-    looked = {m: tuple(tuple(sastc.watched(s, t, fisher={}) for s in g) for g in groups) for m, groups in sastc.arms(scale, "CIFAR-10", "VGG-11", FISHER_T, t).items()}
+    looked = {
+        m: tuple(tuple(sastc.watched(s, t, fisher={}) for s in g) for g in groups)
+        for m, groups in sastc.arms(scale, "CIFAR-10", "VGG-11", FISHER_T, t).items()
+    }
     cells = [Cell({"method": m}, "accuracy", groups) for m, groups in looked.items()]
-    facts = [f"T = {FISHER_T} (paper: not stated); the trace is of the empirical matrix over all trained weights, at the images' own labels, in evaluation mode, on a fixed batch of 32 training images (paper: neither how many nor which)",
-             f"the first value is taken after the first epoch, the last after {sastc.optim(scale).epochs} (paper: 240, where curves are stable)"]
-    return Grid("sastc/figure04", scale, cells, [*facts, *_without(sastc.conditions(scale), "→", "best test epoch"), f"{sastc.SEEDS[scale]} seed{'s' * (sastc.SEEDS[scale] > 1)} (paper: not said)", *sastc.sizes(scale, "VGG-11")])
+    facts = [
+        f"T = {FISHER_T} (paper: not stated); the trace is of the empirical matrix over all trained weights, at the images' own labels, in evaluation mode, on a fixed batch of 32 training images (paper: neither how many nor which)",
+        f"the first value is taken after the first epoch, the last after {sastc.optim(scale).epochs} (paper: 240, where curves are stable)",
+    ]
+    return Grid(
+        "sastc/figure04",
+        scale,
+        cells,
+        [
+            *facts,
+            *_without(sastc.conditions(scale), "→", "best test epoch"),
+            f"{sastc.SEEDS[scale]} seed{'s' * (sastc.SEEDS[scale] > 1)} (paper: not said)",
+            *sastc.sizes(scale, "VGG-11"),
+        ],
+    )
 
 # %% ../../nbs/lib/89_papers.sastc_scores.ipynb #f6373f53
 LOOKED_AT = ("stage4", "stage4")  # the pair of feature KD on ImageNet
-LAST_TWO = {"student_layers": ["stage2", "stage3"], "teacher_layers": ["stage2", "stage3"]}  # of SASTC at smoke scale
+LAST_TWO = {
+    "student_layers": ["stage2", "stage3"],
+    "teacher_layers": ["stage2", "stage3"],
+}  # of SASTC at smoke scale
 
 
 def looking(
@@ -138,12 +220,27 @@ def looking(
 ):
     "The `RunSpec` of a network whose maps are drawn."
     large = scale in ("medium", "paper")
-    if method == "Teacher": return teacher_of(scale, "ImageNet") if large else ckdsnn_maps.teacher(scale) if scale == "smoke" else studies.corrupted(scale, "clean")
-    if large: return sastc_maps.imagenet(scale, "ResNet-18", method, seed, list(LOOKED_AT) if method == "Feature KD" else None)
+    if method == "Teacher":
+        return (
+            teacher_of(scale, "ImageNet")
+            if large
+            else ckdsnn_maps.teacher(scale)
+            if scale == "smoke"
+            else studies.corrupted(scale, "clean")
+        )
+    if large:
+        return sastc_maps.imagenet(
+            scale, "ResNet-18", method, seed, list(LOOKED_AT) if method == "Feature KD" else None
+        )
     base = studies.calibrated(scale, "clean", studies.CALIBRATED[method], seed)
-    if scale == "small": return base
+    if scale == "small":
+        return base
     args = {**base.method_args, **(LAST_TWO if method == "SASTC" else {})}
-    return base.replace(data=base.data.replace(size=16), teacher=base.teacher and ckdsnn_maps.teacher(scale), method_args=args)
+    return base.replace(
+        data=base.data.replace(size=16),
+        teacher=base.teacher and ckdsnn_maps.teacher(scale),
+        method_args=args,
+    )
 
 
 def figure03(
@@ -151,13 +248,26 @@ def figure03(
 ):
     "Grid of Figure 3: the teacher and its student under every method."
     n = 3 if check_scale(scale) == "small" else 1
-    cells = [Cell({"method": m}, "accuracy", seeded(1 if m == "Teacher" else n, lambda s, m=m: looking(scale, m, s))) for m in ("Teacher", *sastc.METHODS)]
+    cells = [
+        Cell(
+            {"method": m},
+            "accuracy",
+            seeded(1 if m == "Teacher" else n, lambda s, m=m: looking(scale, m, s)),
+        )
+        for m in ("Teacher", *sastc.METHODS)
+    ]
     s, t = looking(scale, "SASTC"), looking(scale, "Teacher")
-    what = {"smoke": "scikit-learn's 8×8 digits, enlarged to 16×16", "small": "10,000 images of CIFAR-10 (JPEG), a re-encoding, at 16×16 pixels"}.get(scale, "ImageNet")
-    facts = [f"data: {what} (paper: ImageNet)", f"student: {s.model.name} at {s.model.width:g} of its width{', two thirds of its blocks, threshold 0.5' if scale == 'small' else ''}, T = {s.model.T} (paper: ResNet-18 or 34, T = 4); teacher: {t.model.name} at {t.model.width:g} of its width{', as many blocks' if scale == 'small' else ''}",
-             f"β = {s.method_args['beta']:g}{', the last two stages are calibrated' if scale == 'smoke' else ''} (paper: 50 on ImageNet, all layers); {n} seed{'s' * (n > 1)}",
-             f"a student's map is Kim and Panda's, from the intervals between spikes of its last stage, summed over the steps, with γ = 0.5 (paper: names the method alone){'; at T = 2 it counts the neurons that fire twice' if s.model.T == 2 else ''}; the teacher has no spikes, so its map is Grad-CAM for the right class",
-             "the panel shows the first test images of each class, none was chosen; the paper does not say how its images were"]
+    what = {
+        "smoke": "scikit-learn's 8×8 digits, enlarged to 16×16",
+        "small": "10,000 images of CIFAR-10 (JPEG), a re-encoding, at 16×16 pixels",
+    }.get(scale, "ImageNet")
+    facts = [
+        f"data: {what} (paper: ImageNet)",
+        f"student: {s.model.name} at {s.model.width:g} of its width{', two thirds of its blocks, threshold 0.5' if scale == 'small' else ''}, T = {s.model.T} (paper: ResNet-18 or 34, T = 4); teacher: {t.model.name} at {t.model.width:g} of its width{', as many blocks' if scale == 'small' else ''}",
+        f"β = {s.method_args['beta']:g}{', the last two stages are calibrated' if scale == 'smoke' else ''} (paper: 50 on ImageNet, all layers); {n} seed{'s' * (n > 1)}",
+        f"a student's map is Kim and Panda's, from the intervals between spikes of its last stage, summed over the steps, with γ = 0.5 (paper: names the method alone){'; at T = 2 it counts the neurons that fire twice' if s.model.T == 2 else ''}; the teacher has no spikes, so its map is Grad-CAM for the right class",
+        "the panel shows the first test images of each class, none was chosen; the paper does not say how its images were",
+    ]
     return Grid("sastc/figure03", scale, cells, facts)
 
 # %% ../../nbs/lib/89_papers.sastc_scores.ipynb #5332f72e
@@ -166,7 +276,18 @@ def score_frame(
     runs,  # `RunSpec` -> `Record` or None
 ):
     "The scores by epoch as a `DataFrame`: panel, method, seed, epoch, value, run."
-    named = lambda c: "; ".join(filter(None, [f"{c.index['student']}, {c.index['dataset']}, T = {c.index['T']}", sastc.here(c.specs[0], grid.scale)]))
+
+    def named(c):
+        return "; ".join(
+            filter(
+                None,
+                [
+                    f"{c.index['student']}, {c.index['dataset']}, T = {c.index['T']}",
+                    sastc.here(c.specs[0], grid.scale),
+                ],
+            )
+        )
+
     cells = [Cell({"panel": named(c), "method": c.column}, c.column, c.groups) for c in grid.cells]
     return by_epoch(replace(grid, cells=cells), runs, "stm").drop(columns="part")
 
@@ -179,14 +300,29 @@ def score_panels(
     import matplotlib.pyplot as plt
 
     panels = list(dict.fromkeys(frame.panel))
-    fig, axes = plt.subplots(1, max(1, len(panels)), figsize=(3.1 * max(1, len(panels)), 3.2), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        1,
+        max(1, len(panels)),
+        figsize=(3.1 * max(1, len(panels)), 3.2),
+        squeeze=False,
+        layout="constrained",
+    )
     for ax, p in zip(axes[0], panels):
         own = frame[frame.panel == p]
         for m, f in own.groupby("method", sort=False):
             line = f.groupby("epoch").value.mean()
-            ax.plot(line.index, line, "o-", ms=2.5, color=COLOURS.get(COLUMNS.get(m, m), "#7f7f7f"), label=f"{m}  {f[f.epoch > f.epoch.max() - last].value.mean():.3f}")
-        ax.set(title=p.replace("; ", "\n"), xlabel="epoch"), ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
-        ax.xaxis.get_major_locator().set_params(integer=True), ax.yaxis.get_major_formatter().set_useOffset(False)
+            ax.plot(
+                line.index,
+                line,
+                "o-",
+                ms=2.5,
+                color=COLOURS.get(COLUMNS.get(m, m), "#7f7f7f"),
+                label=f"{m}  {f[f.epoch > f.epoch.max() - last].value.mean():.3f}",
+            )
+        ax.set(title=p.replace("; ", "\n"), xlabel="epoch")
+        ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.yaxis.get_major_formatter().set_useOffset(False)
     axes[0][0].set_ylabel("STM score (ln)")
     return fig
 
@@ -194,10 +330,12 @@ def score_panels(
 def full_size(dataset):
     "`(network, pixels)` of the paper's teacher of a row, without weights."
     import torch
+
     from snnkd_nb.models.zoo import create_model
 
     name, size = ("resnet34_imagenet", 224) if dataset == "ImageNet" else ("resnet32x4", 32)
-    with torch.device("meta"): return create_model(name, image_size=size), size
+    with torch.device("meta"):
+        return create_model(name, image_size=size), size
 
 
 def magnitudes(
@@ -210,12 +348,27 @@ def magnitudes(
     rows = []
     for r in [r for r in report.rows if r["column"] == "Baseline"]:
         mine = nets.get(teacher_of(report.grid.scale, r["dataset"]))
-        for place, (net, size), value in (("paper", full_size(r["dataset"]), r["paper"]), ("ours", (mine, mine and mine.image_size), r["ours"])):
-            if net is None or value is None: continue
+        for place, (net, size), value in (
+            ("paper", full_size(r["dataset"]), r["paper"]),
+            ("ours", (mine, mine and mine.image_size), r["ours"]),
+        ):
+            if net is None or value is None:
+                continue
             shape = max(net.feature_shapes(size).values(), key=math.prod)
             by_size = 2 * math.log(math.prod(shape))
-            rows.append({"student": r["student"], "dataset": r["dataset"], "whose": place, "teacher's largest layer": "×".join(map(str, shape)), "n": math.prod(shape),
-                         "score": value, "2 ln n": by_size, "rest": value - by_size, "one product": math.exp((value - by_size) / 2)})
+            rows.append(
+                {
+                    "student": r["student"],
+                    "dataset": r["dataset"],
+                    "whose": place,
+                    "teacher's largest layer": "×".join(map(str, shape)),
+                    "n": math.prod(shape),
+                    "score": value,
+                    "2 ln n": by_size,
+                    "rest": value - by_size,
+                    "one product": math.exp((value - by_size) / 2),
+                }
+            )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/lib/89_papers.sastc_scores.ipynb #f8dc9223
@@ -229,7 +382,12 @@ def teachers(
 def _silent(teacher, x, normalise):
     from snnkd_nb.metrics.mismatch import layers_of, relations
 
-    return math.log(mean(float(a.square().mean()) for a in relations(teacher, x, layers_of(teacher), normalise).values()))
+    return math.log(
+        mean(
+            float(a.square().mean())
+            for a in relations(teacher, x, layers_of(teacher), normalise).values()
+        )
+    )
 
 
 def by_normalisation(
@@ -239,6 +397,7 @@ def by_normalisation(
 ):
     "The score of the trained networks under every normalisation as a `DataFrame`: student, dataset, matrices, a column a method, and that of silence."
     import pandas as pd
+
     from snnkd_nb.data.corrupt import load_spec
     from snnkd_nb.metrics.mismatch import NORMALISE, fixed_batch, stm_score
 
@@ -250,8 +409,11 @@ def by_normalisation(
         for n in NORMALISE if found else ():
             row = rows.setdefault((c.index["student"], c.index["dataset"], n), {})
             row[c.column] = mean(stm_score(nets[s], nets[of], x, n)[0] for s in found)
-            if "silent" not in row: row["silent"] = _silent(nets[of], x, n)
-    frame = pd.DataFrame([{"student": a, "dataset": b, "matrices": n, **row} for (a, b, n), row in rows.items()])
+            if "silent" not in row:
+                row["silent"] = _silent(nets[of], x, n)
+    frame = pd.DataFrame(
+        [{"student": a, "dataset": b, "matrices": n, **row} for (a, b, n), row in rows.items()]
+    )
     return frame[[*(k for k in frame if k != "silent"), *(["silent"] if len(frame) else [])]]
 
 # %% ../../nbs/lib/89_papers.sastc_scores.ipynb #85214c35

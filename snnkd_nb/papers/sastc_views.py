@@ -18,17 +18,41 @@ from ..reports.dots import readings
 _G = "Appendix 1, Figure 1"
 
 
-def _falls(m): return Claim("sastc/figure04", f"faster-{m.lower().replace(' ', '-')}", f"SASTC's falls more rapidly than {m}'s", _G, {"column": "early", "method": "SASTC"}, {"column": "early", "method": m}, "t")
+def _falls(m):
+    return Claim(
+        "sastc/figure04",
+        f"faster-{m.lower().replace(' ', '-')}",
+        f"SASTC's falls more rapidly than {m}'s",
+        _G,
+        {"column": "early", "method": "SASTC"},
+        {"column": "early", "method": m},
+        "t",
+    )
 
 
-FISHER_CLAIMS = (*(Claim("sastc/figure04", f"lower-{m.lower().replace(' ', '-')}", f"{m} ends with less Fisher information than the student alone", _G, {"column": "end", "method": m}, {"column": "end", "method": "Baseline"}, "t", lower=True)
-                   for m in ("KD", "Feature KD", "SASTC")), *map(_falls, ("KD", "Feature KD")))
+FISHER_CLAIMS = (
+    *(
+        Claim(
+            "sastc/figure04",
+            f"lower-{m.lower().replace(' ', '-')}",
+            f"{m} ends with less Fisher information than the student alone",
+            _G,
+            {"column": "end", "method": m},
+            {"column": "end", "method": "Baseline"},
+            "t",
+            lower=True,
+        )
+        for m in ("KD", "Feature KD", "SASTC")
+    ),
+    *map(_falls, ("KD", "Feature KD")),
+)
 
 # %% ../../nbs/lib/89_papers.sastc_views.ipynb #a982f7d2
 def _fall(run, last):
     first, end = run.value.iloc[0], run.value[run.epoch > run.epoch.max() - last].mean()
     found = {"first": first, "end": end}
-    if not (run.value > 0).all(): return found  # a network without any gradient has no fall
+    if not (run.value > 0).all():
+        return found  # a network without any gradient has no fall
     drop = math.log(first / end)
     made = [math.log(first / v) / drop if drop > 1e-9 else 0.0 for v in run.value]
     return found | {"early": mean(min(1.0, max(0.0, m)) for m in made)}
@@ -43,8 +67,20 @@ def fisher_rows(
 
     rows = []
     for (m, t), f in frame.groupby(["method", "part"], sort=False):
-        each = pd.DataFrame([_fall(run.sort_values("epoch"), last) for _, run in f.groupby("run", sort=False)])
-        rows += [{"method": m, "t": int(t), "column": c, "value": v.mean(), "std": v.std(), "n": int(v.count())} for c, v in each.items()]
+        each = pd.DataFrame(
+            [_fall(run.sort_values("epoch"), last) for _, run in f.groupby("run", sort=False)]
+        )
+        rows += [
+            {
+                "method": m,
+                "t": int(t),
+                "column": c,
+                "value": v.mean(),
+                "std": v.std(),
+                "n": int(v.count()),
+            }
+            for c, v in each.items()
+        ]
     return rows
 
 
@@ -67,19 +103,36 @@ def added_parameters(
     "What calibration trains beside the student and takes away with the teacher, as a `DataFrame`: a row a student and teacher of Table 2; student, embeddings and projections, in parameters."
     import pandas as pd
     import torch
+
     from snnkd_nb.losses.sastc import Calibration
     from snnkd_nb.models.zoo import create_model
 
-    count = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())
-    made = lambda m: create_model(m.name, T=m.T, width=m.width, image_size=size, **m.args)
+    def count(*modules):
+        return sum(p.numel() for m in modules for p in m.parameters())
+
+    def made(m):
+        return create_model(m.name, T=m.T, width=m.width, image_size=size, **m.args)
+
     rows = []
     for s, t in dict.fromkeys(c[1:] for c in sastc.COMBINATIONS):
         models = sastc.network(scale, s, 2), sastc.network(scale, t)
         with torch.device("meta"):
             nets = [made(m) for m in models]
-            channels = [[net.feature_shapes(size)[n][0] for n in sastc.layers(m)] for net, m in zip(nets, models)]
+            channels = [
+                [net.feature_shapes(size)[n][0] for n in sastc.layers(m)]
+                for net, m in zip(nets, models)
+            ]
             c = Calibration(*channels, sastc.optim(scale).batch_size)
-        rows.append({"student": s, "teacher": t, "pairs of layers": len(channels[0]) * len(channels[1]), "student's own": count(nets[0]), "embeddings": count(c.query, c.key), "projections": count(c.projections)})
+        rows.append(
+            {
+                "student": s,
+                "teacher": t,
+                "pairs of layers": len(channels[0]) * len(channels[1]),
+                "student's own": count(nets[0]),
+                "embeddings": count(c.query, c.key),
+                "projections": count(c.projections),
+            }
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/lib/89_papers.sastc_views.ipynb #a1414336
@@ -103,11 +156,18 @@ def activation_maps(
 ):
     "`{'teacher CAM': (B, h, w), 'Baseline': …}`."
     import torch
+
     from snnkd_nb.reports.maps import class_map
 
-    of = lambda f: torch.cat([f(a, b) for a, b in zip(x.split(size), y.split(size))])
+    def of(f):
+        return torch.cat([f(a, b) for a, b in zip(x.split(size), y.split(size))])
+
     maps = {"teacher CAM": of(lambda a, b: class_map(nets["Teacher"], a, b))}
-    return maps | {n: of(lambda a, b, net=net: interval_map(net, a)) for n, net in nets.items() if n != "Teacher"}
+    return maps | {
+        n: of(lambda a, b, net=net: interval_map(net, a))
+        for n, net in nets.items()
+        if n != "Teacher"
+    }
 
 
 def brightest(
@@ -123,24 +183,52 @@ def brightest(
 def likeness_by_seed(
     pick,  # called with a seed: {method: network}, one of them "Teacher"
     seeds,  # the seeds
-    x, y,  # images and labels
+    x,
+    y,  # images and labels
 ):
     "`mean_likeness` to the teacher's map under every seed, with the share of the brightest fifth and of images without any map."
     import pandas as pd
+
     from snnkd_nb.reports.maps import mean_likeness
 
     def of(seed):
         maps = activation_maps(pick(seed), x, y)
-        own = {n: {"in the brightest fifth": float(brightest(m).mean()), "empty maps": float((m.flatten(1).amax(1) == 0).float().mean())} for n, m in maps.items()}
-        return mean_likeness(maps, "teacher CAM").assign(seed=seed, **{c: lambda f, c=c: [own[n][c] for n in f["map"]] for c in ("in the brightest fifth", "empty maps")})
+        own = {
+            n: {
+                "in the brightest fifth": float(brightest(m).mean()),
+                "empty maps": float((m.flatten(1).amax(1) == 0).float().mean()),
+            }
+            for n, m in maps.items()
+        }
+        return mean_likeness(maps, "teacher CAM").assign(
+            seed=seed,
+            **{
+                c: lambda f, c=c: [own[n][c] for n in f["map"]]
+                for c in ("in the brightest fifth", "empty maps")
+            },
+        )
 
     return pd.concat([of(s) for s in seeds], ignore_index=True)
 
 
 _H = "Mechanism Analysis, Figure 3"
-MAP_CLAIMS = tuple(Claim("sastc/figure03", f"{c.split()[-1]}-{m.lower().replace(' ', '-')}", f"SASTC's maps are {what} than {m}'s", _H, {"column": c, "method": "SASTC"}, {"column": c, "method": m})
-                   for c, what in (("pearson", "more like the teacher's, by correlation,"), ("iou", "more like the teacher's, by overlap,"), ("in the brightest fifth", "less scattered"))
-                   for m in ("Baseline", "KD", "Feature KD"))
+MAP_CLAIMS = tuple(
+    Claim(
+        "sastc/figure03",
+        f"{c.split()[-1]}-{m.lower().replace(' ', '-')}",
+        f"SASTC's maps are {what} than {m}'s",
+        _H,
+        {"column": c, "method": "SASTC"},
+        {"column": c, "method": m},
+    )
+    for c, what in (
+        ("pearson", "more like the teacher's, by correlation,"),
+        ("iou", "more like the teacher's, by overlap,"),
+        ("in the brightest fifth", "less scattered"),
+    )
+    for m in ("Baseline", "KD", "Feature KD")
+)
 
 
-def map_rows(frame): return readings(frame, "map", ("pearson", "iou", "in the brightest fifth"))
+def map_rows(frame):
+    return readings(frame, "map", ("pearson", "iou", "in the brightest fifth"))

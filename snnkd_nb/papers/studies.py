@@ -15,7 +15,16 @@ from statistics import mean, stdev
 
 from ..published.format import Claim, estimate, told_apart
 from ..reports.compare import gain
-from ..reports.grid import HALF, Cell, Grid, budget_in_words, check_scale, data_at, optim_at, seeded
+from snnkd_nb.reports.grid import (
+    HALF,
+    Cell,
+    Grid,
+    budget_in_words,
+    check_scale,
+    data_at,
+    optim_at,
+    seeded,
+)
 from ..spec import ALONE, DataSpec, ModelSpec, OptimSpec, RunSpec
 
 # %% ../../nbs/lib/88_papers.studies.ipynb #4cbae950
@@ -27,16 +36,29 @@ def teacher(
     scale,  # smoke, small, medium, paper
 ):
     "The `RunSpec` of the ordinary ResNet-20 of double width."
-    data, optim = data_at(scale, "CIFAR-10").replace(subset=None, val=0.02), optim_at(scale, epochs=200, batch_size=128)
+    data, optim = (
+        data_at(scale, "CIFAR-10").replace(subset=None, val=0.02),
+        optim_at(scale, epochs=200, batch_size=128),
+    )
     optim = optim.replace(epochs=10, nesterov=True) if scale == "small" else optim
-    return RunSpec(data, ModelSpec("resnet20", width=2.0 * CHANNELS.get(scale, 1.0), **SHRINK.get(scale, {})), optim)
+    return RunSpec(
+        data,
+        ModelSpec("resnet20", width=2.0 * CHANNELS.get(scale, 1.0), **SHRINK.get(scale, {})),
+        optim,
+    )
 
 
 def student(scale, method, seed):
     "The `RunSpec` of the spiking ResNet-20, T = 2, alone or under its teacher."
     model = ModelSpec("resnet20", T=2, width=CHANNELS.get(scale, 1.0), **SHRINK.get(scale, {}))
-    return RunSpec(data_at(scale, "CIFAR-10"), model, optim_at(scale, epochs=200, batch_size=128), method,
-                   teacher=teacher(scale) if method not in ALONE else None, seed=seed)
+    return RunSpec(
+        data_at(scale, "CIFAR-10"),
+        model,
+        optim_at(scale, epochs=200, batch_size=128),
+        method,
+        teacher=teacher(scale) if method not in ALONE else None,
+        seed=seed,
+    )
 
 # %% ../../nbs/lib/88_papers.studies.ipynb #6afb482a
 METHODS = {"Baseline": "none", "KD": "kd"}
@@ -48,19 +70,37 @@ def conditions(
 ):
     "What was run, in sentences made from the specs."
     s = s or student(scale, "kd", 0)
-    t, px = s.teacher, f", {s.data.size}×{s.data.size} pixels" if s.data.size and scale != "smoke" else ""
-    name = {"smoke": "scikit-learn's 8×8 digits", "small": "CIFAR-10 (JPEG), a re-encoding"}.get(scale, "CIFAR-10") + px
-    held = lambda spec: f"{100 * spec.data.val:g} % of them held out for model selection"
-    return [f"data: {name}; augmentation {s.data.augment}",
-            f"students: {s.data.subset or 'all'} training images, {held(s)}, {s.optim.epochs} epochs of batch {s.optim.batch_size}, {s.optim.precision}",
-            f"teacher: all training images, {held(t)}, {t.optim.epochs} epochs; the students never see its further images"]
+    t, px = (
+        s.teacher,
+        f", {s.data.size}×{s.data.size} pixels" if s.data.size and scale != "smoke" else "",
+    )
+    name = {"smoke": "scikit-learn's 8×8 digits", "small": "CIFAR-10 (JPEG), a re-encoding"}.get(
+        scale, "CIFAR-10"
+    ) + px
+
+    def held(spec):
+        return f"{100 * spec.data.val:g} % of them held out for model selection"
+
+    return [
+        f"data: {name}; augmentation {s.data.augment}",
+        f"students: {s.data.subset or 'all'} training images, {held(s)}, {s.optim.epochs} epochs of batch {s.optim.batch_size}, {s.optim.precision}",
+        f"teacher: all training images, {held(t)}, {t.optim.epochs} epochs; the students never see its further images",
+    ]
 
 
 def compared(key, scale, methods, seeds):
     "The grid of a teacher and of the same student under several methods."
     check_scale(scale)
-    arms = [Cell({"method": n}, "accuracy", seeded(seeds, lambda s, m=m: student(scale, m, s))) for n, m in methods.items()]
-    return Grid(key, scale, [Cell({"method": "Teacher"}, "accuracy", ((teacher(scale),),)), *arms], conditions(scale))
+    arms = [
+        Cell({"method": n}, "accuracy", seeded(seeds, lambda s, m=m: student(scale, m, s)))
+        for n, m in methods.items()
+    ]
+    return Grid(
+        key,
+        scale,
+        [Cell({"method": "Teacher"}, "accuracy", ((teacher(scale),),)), *arms],
+        conditions(scale),
+    )
 
 
 def kd(
@@ -71,7 +111,16 @@ def kd(
     return compared("studies/kd", scale, METHODS, seeds)
 
 # %% ../../nbs/lib/88_papers.studies.ipynb #eac56635
-MAPS = {"Baseline": ("none", {}), "KD": ("kd", {}), "KD, τ = 2": ("kd", {"temp": 2.0}), "KDSNN": ("kdsnn", {}), "BKD": ("bkd", {}), "SAMD": ("samd", {}), "NLD": ("nld", {}), "CKDSNN": ("ckdsnn", {})}
+MAPS = {
+    "Baseline": ("none", {}),
+    "KD": ("kd", {}),
+    "KD, τ = 2": ("kd", {"temp": 2.0}),
+    "KDSNN": ("kdsnn", {}),
+    "BKD": ("bkd", {}),
+    "SAMD": ("samd", {}),
+    "NLD": ("nld", {}),
+    "CKDSNN": ("ckdsnn", {}),
+}
 
 
 def ckdsnn(
@@ -79,14 +128,39 @@ def ckdsnn(
     seeds=3,  # number of seeds of each arm
 ):
     "Grid of the study: teacher, and the student under each of `MAPS`."
-    cells = [Cell({"method": n}, "accuracy", seeded(seeds, lambda s, m=m, kw=kw: student(scale, m, s).replace(method_args=kw))) for n, (m, kw) in MAPS.items()]
-    facts = ["temperatures: KD and KDSNN 4, as is common; NLD and CKDSNN 2, the paper's τ; so KD at τ = 2 is NLD without its noise",
-             "BKD is BKDSNN's feature loss alone, without its weighted logits; SAMD compares maps that each image brings to [0, 1] (losses.ckdsnn)"]
-    return Grid("studies/ckdsnn", scale, [Cell({"method": "Teacher"}, "accuracy", ((teacher(check_scale(scale)),),)), *cells], [*conditions(scale), *facts])
+    cells = [
+        Cell(
+            {"method": n},
+            "accuracy",
+            seeded(seeds, lambda s, m=m, kw=kw: student(scale, m, s).replace(method_args=kw)),
+        )
+        for n, (m, kw) in MAPS.items()
+    ]
+    facts = [
+        "temperatures: KD and KDSNN 4, as is common; NLD and CKDSNN 2, the paper's τ; so KD at τ = 2 is NLD without its noise",
+        "BKD is BKDSNN's feature loss alone, without its weighted logits; SAMD compares maps that each image brings to [0, 1] (losses.ckdsnn)",
+    ]
+    return Grid(
+        "studies/ckdsnn",
+        scale,
+        [Cell({"method": "Teacher"}, "accuracy", ((teacher(check_scale(scale)),),)), *cells],
+        [*conditions(scale), *facts],
+    )
 
 
-COMPARED = (("KD", "Baseline"), ("SAMD", "Baseline"), ("BKD", "Baseline"), ("NLD", "Baseline"), ("NLD", "KD, τ = 2"), ("CKDSNN", "KD, τ = 2"), ("CKDSNN", "KD"),
-            ("CKDSNN", "KDSNN"), ("CKDSNN", "BKD"), ("CKDSNN", "SAMD"), ("CKDSNN", "NLD"))
+COMPARED = (
+    ("KD", "Baseline"),
+    ("SAMD", "Baseline"),
+    ("BKD", "Baseline"),
+    ("NLD", "Baseline"),
+    ("NLD", "KD, τ = 2"),
+    ("CKDSNN", "KD, τ = 2"),
+    ("CKDSNN", "KD"),
+    ("CKDSNN", "KDSNN"),
+    ("CKDSNN", "BKD"),
+    ("CKDSNN", "SAMD"),
+    ("CKDSNN", "NLD"),
+)
 
 
 def shares(
@@ -100,8 +174,19 @@ def shares(
     for c in grid.cells:
         found = [runs[s].history for s in c.specs if runs.get(s)]
         terms = (k := [*found[0]])[k.index("loss") + 1 : k.index("train_acc")] if found else []
-        part = lambda term, e: mean(100 * h[term][e] / h["loss"][e] for h in found)
-        rows += [{"method": c.index["method"], "term": t, "first epoch (%)": part(t, 0), "last epoch (%)": part(t, -1)} for t in terms]
+
+        def part(term, e):
+            return mean(100 * h[term][e] / h["loss"][e] for h in found)
+
+        rows += [
+            {
+                "method": c.index["method"],
+                "term": t,
+                "first epoch (%)": part(t, 0),
+                "last epoch (%)": part(t, -1),
+            }
+            for t in terms
+        ]
     return pd.DataFrame(rows, columns=["method", "term", "first epoch (%)", "last epoch (%)"])
 
 # %% ../../nbs/lib/88_papers.studies.ipynb #3ca8f1d8
@@ -112,12 +197,22 @@ SASTC_BETA = 13.0  # the highest in `sastc_beta` at small scale; a hundredth of 
 FEATURE_WEIGHT = 130.0  # likewise, of feature KD; the largest that was tried
 FROZEN = "SASTC, attention frozen"
 TUNED = f"Feature KD, weight {FEATURE_WEIGHT:g}"
-CONTROLS = {TUNED: ("kd+feature", {"weight": FEATURE_WEIGHT}), FROZEN: ("kd+sastc", {"route": "none"})}  # what else could make the difference
+CONTROLS = {
+    TUNED: ("kd+feature", {"weight": FEATURE_WEIGHT}),
+    FROZEN: ("kd+sastc", {"route": "none"}),
+}  # what else could make the difference
 
 
 def _halved(spec, width):
-    model = spec.model.replace(width=width, args={"depth": 0.67, **({"neuron_args": {"v_threshold": 0.5}} if spec.model.T else {})})
-    return spec.replace(data=spec.data.replace(size=HALF), model=model, optim=optim_at("small", half=True).replace(nesterov=not spec.model.T))
+    model = spec.model.replace(
+        width=width,
+        args={"depth": 0.67, **({"neuron_args": {"v_threshold": 0.5}} if spec.model.T else {})},
+    )
+    return spec.replace(
+        data=spec.data.replace(size=HALF),
+        model=model,
+        optim=optim_at("small", half=True).replace(nesterov=not spec.model.T),
+    )
 
 
 def corrupted(
@@ -126,22 +221,37 @@ def corrupted(
 ):
     "The `RunSpec` of the teacher: for clean images one that has seen all of them, elsewhere one that has seen what its students see."
     base, change = teacher(scale), SETTINGS[setting]
-    if scale == "small": base = _halved(base, 1.0)
-    if not change: return base
+    if scale == "small":
+        base = _halved(base, 1.0)
+    if not change:
+        return base
     made = base.replace(data=_plain(scale, "none", 0).data.replace(**change))
     return _longer(made, 4) if scale == "small" and "shots" in change else made
 
 
-def _plain(scale, method, seed): return _halved(student(scale, method, seed), 0.5) if scale == "small" else student(scale, method, seed)
-def _longer(spec, times): return spec.replace(optim=spec.optim.replace(epochs=times * spec.optim.epochs))
+def _plain(scale, method, seed):
+    return (
+        _halved(student(scale, method, seed), 0.5)
+        if scale == "small"
+        else student(scale, method, seed)
+    )
+
+
+def _longer(spec, times):
+    return spec.replace(optim=spec.optim.replace(epochs=times * spec.optim.epochs))
 
 # %% ../../nbs/lib/88_papers.studies.ipynb #ae857e7d
 def calibrated(scale, setting, method, seed, **options):
     "The `RunSpec` of a student under one method, and its options, in one setting."
     base = _plain(scale, method, seed)
-    if scale == "small" and "shots" in SETTINGS[setting]: base = _longer(base, 3)
+    if scale == "small" and "shots" in SETTINGS[setting]:
+        base = _longer(base, 3)
     own = {"beta": SASTC_BETA, "batch_size": base.optim.batch_size} if "sastc" in method else {}
-    return base.replace(data=base.data.replace(**SETTINGS[setting]), method_args=own | options, teacher=base.teacher and corrupted(scale, setting))
+    return base.replace(
+        data=base.data.replace(**SETTINGS[setting]),
+        method_args=own | options,
+        teacher=base.teacher and corrupted(scale, setting),
+    )
 
 
 def sastc(
@@ -153,17 +263,29 @@ def sastc(
     cells = []
     for p in SETTINGS:
         ways = {m: (how, {}) for m, how in CALIBRATED.items()} | CONTROLS
-        arms = {m: seeded(n, lambda s, p=p, how=how, kw=kw: calibrated(scale, p, how, s, **kw)) for m, (how, kw) in ways.items()}
-        cells += [Cell({"panel": p, "method": m}, "accuracy", g) for m, g in {"Teacher": ((corrupted(scale, p),),), **arms}.items()]
+        arms = {
+            m: seeded(n, lambda s, p=p, how=how, kw=kw: calibrated(scale, p, how, s, **kw))
+            for m, (how, kw) in ways.items()
+        }
+        cells += [
+            Cell({"panel": p, "method": m}, "accuracy", g)
+            for m, g in {"Teacher": ((corrupted(scale, p),),), **arms}.items()
+        ]
     noisy, few = (corrupted(scale, p) for p in list(SETTINGS)[1:])
     under = calibrated(scale, "clean", "kd", 0)
     what = f"the same {few.data.subset} images" if few.data.subset else "the same images"
-    facts = [f"on noisy labels and few images, teacher and students see {what} (or the same quarter of them) and the same labels",
-             f"that teacher is trained {noisy.optim.epochs} epochs on noisy labels, {few.optim.epochs} on few images; students {under.optim.epochs} and {calibrated(scale, FEW, 'kd', 0).optim.epochs}", "the held-out images of the noisy setting are noisy, too; test images are clean",
-             f"SASTC: the stem and all stages, β = {SASTC_BETA:g}, chosen in studies/sastc_beta (paper: 1300 at a tenth of the learning rate); feature KD: all stages of equal depth in one run, weight 1",
-             f"two controls: feature KD with the weight {FEATURE_WEIGHT:g}, chosen as β was; SASTC whose embeddings stay as they were drawn (route=\"none\"), so that nothing is learned about which layer to attend to"]
-    if scale == "small": facts += ["the kept records of the controls come from another processor than the others', where their teachers were trained again; no mismatch is kept for them, for raw scores depend on the teacher",
-                                  f"student: two thirds of the blocks of ResNet-20, half its channels, threshold 0.5, batch {under.optim.batch_size}; teacher: as many blocks, all channels"]
+    facts = [
+        f"on noisy labels and few images, teacher and students see {what} (or the same quarter of them) and the same labels",
+        f"that teacher is trained {noisy.optim.epochs} epochs on noisy labels, {few.optim.epochs} on few images; students {under.optim.epochs} and {calibrated(scale, FEW, 'kd', 0).optim.epochs}",
+        "the held-out images of the noisy setting are noisy, too; test images are clean",
+        f"SASTC: the stem and all stages, β = {SASTC_BETA:g}, chosen in studies/sastc_beta (paper: 1300 at a tenth of the learning rate); feature KD: all stages of equal depth in one run, weight 1",
+        f'two controls: feature KD with the weight {FEATURE_WEIGHT:g}, chosen as β was; SASTC whose embeddings stay as they were drawn (route="none"), so that nothing is learned about which layer to attend to',
+    ]
+    if scale == "small":
+        facts += [
+            "the kept records of the controls come from another processor than the others', where their teachers were trained again; no mismatch is kept for them, for raw scores depend on the teacher",
+            f"student: two thirds of the blocks of ResNet-20, half its channels, threshold 0.5, batch {under.optim.batch_size}; teacher: as many blocks, all channels",
+        ]
     return Grid("studies/sastc", scale, cells, [*conditions(scale, under), *facts])
 
 # %% ../../nbs/lib/88_papers.studies.ipynb #a6fb5a66
@@ -175,12 +297,32 @@ def sastc_beta(
 ):
     "Grid of the pilot: KD, SASTC under several β, and feature KD under the same weights, on a quarter of the images, two seeds."
     check_scale(scale)
-    one = lambda how, **kw: seeded(2, lambda s: calibrated(scale, FEW, how, 100 + s, **kw))
-    arms = {"KD": one("kd")} | {f"β = {b:g}": one("kd+sastc", beta=b) for b in BETAS} | {f"feature {b:g}": one("kd+feature", weight=b) for b in BETAS}
+
+    def one(how, **kw):
+        return seeded(2, lambda s: calibrated(scale, FEW, how, 100 + s, **kw))
+
+    arms = (
+        {"KD": one("kd")}
+        | {f"β = {b:g}": one("kd+sastc", beta=b) for b in BETAS}
+        | {f"feature {b:g}": one("kd+feature", weight=b) for b in BETAS}
+    )
     cells = [Cell({"panel": FEW, "method": m}, "validation accuracy", g) for m, g in arms.items()]
-    facts = ["β is SASTC's; \"feature\" is feature KD with that weight", "a quarter of the images, of which a tenth is held out and decides; the teacher has learned from the same", "seeds 100 and 101; the study has others", "test images decide nothing here"]
-    if scale == "small": facts += ["the paper's own 1300 is not among them: at ten times its learning rate both runs ended at epoch 3, with a loss that is not finite"]
-    return Grid("studies/sastc_beta", scale, cells, [*conditions(scale, calibrated(scale, FEW, "kd", 0)), *facts])
+    facts = [
+        'β is SASTC\'s; "feature" is feature KD with that weight',
+        "a quarter of the images, of which a tenth is held out and decides; the teacher has learned from the same",
+        "seeds 100 and 101; the study has others",
+        "test images decide nothing here",
+    ]
+    if scale == "small":
+        facts += [
+            "the paper's own 1300 is not among them: at ten times its learning rate both runs ended at epoch 3, with a loss that is not finite"
+        ]
+    return Grid(
+        "studies/sastc_beta",
+        scale,
+        cells,
+        [*conditions(scale, calibrated(scale, FEW, "kd", 0)), *facts],
+    )
 
 
 def highest(
@@ -190,8 +332,13 @@ def highest(
     mean, lines = frame.groupby("method", sort=False).value.mean(), []
     for kind, taken in (("β =", SASTC_BETA), ("feature", FEATURE_WEIGHT)):
         own = mean[mean.index.str.startswith(kind)]
-        if own.empty: lines.append(f"{kind.removesuffix(' =')}: not run")
-        else: lines.append(f"highest mean: {own.idxmax()} ({own.max():.2f} %); the study takes {kind} {taken:g}" + ("" if own.idxmax() == f"{kind} {taken:g}" else ", chosen at small scale"))
+        if own.empty:
+            lines.append(f"{kind.removesuffix(' =')}: not run")
+        else:
+            lines.append(
+                f"highest mean: {own.idxmax()} ({own.max():.2f} %); the study takes {kind} {taken:g}"
+                + ("" if own.idxmax() == f"{kind} {taken:g}" else ", chosen at small scale")
+            )
     return "\n".join(lines)
 
 # %% ../../nbs/lib/88_papers.studies.ipynb #4c68d1ff
@@ -208,12 +355,26 @@ def gains(
 
 
 def _mismatch(setting, at):
-    if "SASTC" not in at.index or len(at) < 2: return []
+    if "SASTC" not in at.index or len(at) < 2:
+        return []
     other = at.STM.drop("SASTC").idxmin()
-    of = lambda m: estimate({"value": at.STM[m], "std": at["STM std"][m], "n": at.n[m]})
+
+    def of(m):
+        return estimate({"value": at.STM[m], "std": at["STM std"][m], "n": at.n[m]})
+
     gap = of("SASTC") - of(other)
-    note = "one seed" if None in gap.errors else "lower" if told_apart(gap) and gap.value < 0 else "higher" if told_apart(gap) else "not told apart"
-    return [f"{setting}: STM of SASTC {at.STM['SASTC']:.3f}, lowest of the others {at.STM[other]:.3f} ({other}): {note}."]
+    note = (
+        "one seed"
+        if None in gap.errors
+        else "lower"
+        if told_apart(gap) and gap.value < 0
+        else "higher"
+        if told_apart(gap)
+        else "not told apart"
+    )
+    return [
+        f"{setting}: STM of SASTC {at.STM['SASTC']:.3f}, lowest of the others {at.STM[other]:.3f} ({other}): {note}."
+    ]
 
 
 def with_mismatch(
@@ -229,33 +390,72 @@ def with_mismatch(
     x, scores = fixed_batch(load_spec(grid.specs[0].data), images)[0], []
     for c in grid.cells:
         of = corrupted(grid.scale, c.index["panel"])
-        own = [stm_score(nets[s], nets[of], x)[0] for s in c.specs if s != of and s in nets and of in nets]
-        scores.append((mean(own) if own else float("nan"), stdev(own) if len(own) > 1 else float("nan")))
-    made = table.rename(columns={"panel": "setting"}).astype({"mean": float, "std": float}).assign(STM=[m for m, _ in scores], **{"STM std": [s for _, s in scores]})
+        own = [
+            stm_score(nets[s], nets[of], x)[0]
+            for s in c.specs
+            if s != of and s in nets and of in nets
+        ]
+        scores.append(
+            (mean(own) if own else float("nan"), stdev(own) if len(own) > 1 else float("nan"))
+        )
+    made = (
+        table.rename(columns={"panel": "setting"})
+        .astype({"mean": float, "std": float})
+        .assign(STM=[m for m, _ in scores], **{"STM std": [s for _, s in scores]})
+    )
     return made[[*(k for k in made if k != "runs"), "runs"]]
 
 # %% ../../nbs/lib/88_papers.studies.ipynb #55dce71c
 NARROWER = {"smoke": 0.125, "small": 0.125}  # of student and teacher; elsewhere 1
 LETTER = {"positions": []}  # no hybrid model: the teacher's logits alone
-WAYS = {"BPTT": ("bptt", None), "BPTT + KD": ("bptt", LETTER), "rates": ("rate", None), "rates + KD": ("rate", LETTER), "ESKD": ("rate", {})}  # gradient, options of the method
-BRANCHES = {"none": None, "yA": LETTER, "yA + H, 0, 1, 2, fc": {"positions": ["H", 0, 1, 2, "fc"]}, "yA + 0, 1, 2, fc": {"positions": [0, 1, 2, "fc"]}, "yA + 0, 1, 2": {},
-            **{f"yA + {a}, {b}": {"positions": [a, b]} for a, b in ((1, 2), (0, 2), (0, 1))}}  # as Table 3 of the paper names them
-HYBRID_PROBES = {"cosine": {}, "hybrids": {}}  # after every epoch, wherever the hybrid models are the paper's
+WAYS = {
+    "BPTT": ("bptt", None),
+    "BPTT + KD": ("bptt", LETTER),
+    "rates": ("rate", None),
+    "rates + KD": ("rate", LETTER),
+    "ESKD": ("rate", {}),
+}  # gradient, options of the method
+BRANCHES = {
+    "none": None,
+    "yA": LETTER,
+    "yA + H, 0, 1, 2, fc": {"positions": ["H", 0, 1, 2, "fc"]},
+    "yA + 0, 1, 2, fc": {"positions": [0, 1, 2, "fc"]},
+    "yA + 0, 1, 2": {},
+    **{f"yA + {a}, {b}": {"positions": [a, b]} for a, b in ((1, 2), (0, 2), (0, 1))},
+}  # as Table 3 of the paper names them
+HYBRID_PROBES = {
+    "cosine": {},
+    "hybrids": {},
+}  # after every epoch, wherever the hybrid models are the paper's
 
 
 def eskd_optim(scale, gradient="bptt"):
     "The paper's budget, or that of the scale."
-    made = optim_at(scale, half=True, epochs=300, batch_size=128, lr=0.1, decay_norm=False).replace(gradient=gradient)
+    made = optim_at(scale, half=True, epochs=300, batch_size=128, lr=0.1, decay_norm=False).replace(
+        gradient=gradient
+    )
     return made.replace(epochs=8) if scale == "small" else made
 
 
 def eskd_data(scale, dataset="CIFAR-10"):
     "Digits at 12×12, so that stages have an extent; 5,000 real images of half resolution; else the paper's, augmented as there."
-    if scale == "smoke": return DataSpec("digits", size=12)
-    return data_at(scale, "CIFAR-10", subset=5_000, half=True) if scale == "small" else data_at(scale, dataset, augment="crop+flip+autoaugment+cutout")
+    if scale == "smoke":
+        return DataSpec("digits", size=12)
+    return (
+        data_at(scale, "CIFAR-10", subset=5_000, half=True)
+        if scale == "small"
+        else data_at(scale, dataset, augment="crop+flip+autoaugment+cutout")
+    )
 
 
-def eskd_model(scale, T=None): return ModelSpec("resnet18", T, NARROWER.get(scale, 1.0), "rate" if T else "tet", SHRINK.get(scale, {}).get("args", {}))
+def eskd_model(scale, T=None):
+    return ModelSpec(
+        "resnet18",
+        T,
+        NARROWER.get(scale, 1.0),
+        "rate" if T else "tet",
+        SHRINK.get(scale, {}).get("args", {}),
+    )
 
 
 def eskd_teacher(
@@ -264,7 +464,14 @@ def eskd_teacher(
 ):
     "The `RunSpec` of the ordinary ResNet-18; at small scale it sees all images."
     made = RunSpec(eskd_data(scale, dataset), eskd_model(scale), eskd_optim(scale))
-    return made if scale != "small" else made.replace(data=made.data.replace(subset=None, val=0.02), optim=made.optim.replace(epochs=6, nesterov=True))
+    return (
+        made
+        if scale != "small"
+        else made.replace(
+            data=made.data.replace(subset=None, val=0.02),
+            optim=made.optim.replace(epochs=6, nesterov=True),
+        )
+    )
 
 
 def eskd_student(
@@ -277,18 +484,34 @@ def eskd_student(
 ):
     "The `RunSpec` of the spiking ResNet-18."
     alone = args is None
-    return RunSpec(eskd_data(scale, dataset), eskd_model(scale, T), eskd_optim(scale, gradient), "none" if alone else "eskd", "paper", args or {},
-                   None if alone else eskd_teacher(scale, dataset), seed, HYBRID_PROBES if args == {} else {})
+    return RunSpec(
+        eskd_data(scale, dataset),
+        eskd_model(scale, T),
+        eskd_optim(scale, gradient),
+        "none" if alone else "eskd",
+        "paper",
+        args or {},
+        None if alone else eskd_teacher(scale, dataset),
+        seed,
+        HYBRID_PROBES if args == {} else {},
+    )
 
 # %% ../../nbs/lib/88_papers.studies.ipynb #99811b0f
 def eskd_conditions(scale):
     "What was run, in sentences made from the specs."
     t, s = eskd_teacher(scale), eskd_student(scale, 4, args={})
-    what = {"smoke": "scikit-learn's 8×8 digits, enlarged to 12×12", "small": "5,000 images of CIFAR-10 (JPEG), a re-encoding, at 16×16 pixels; the teacher sees all"}.get(scale, "CIFAR-10")
-    return [f"data: {what}", f"ResNet-18 at {s.model.width:g} of its width{', half of its blocks' if s.model.args else ''}, teacher and students alike",
-            f"students: {budget_in_words(s.optim, s.data)}", f"teacher: {budget_in_words(t.optim, t.data)}",
-            "neuron: LIF with decay 0.2, soft reset that is detached, sigmoid surrogate of slope 4, those of rate-based backpropagation's published code",
-            "KD is the paper's: half cross-entropy, half KL without temperature; gradients of rates are not divided by T (the published code divides)"]
+    what = {
+        "smoke": "scikit-learn's 8×8 digits, enlarged to 12×12",
+        "small": "5,000 images of CIFAR-10 (JPEG), a re-encoding, at 16×16 pixels; the teacher sees all",
+    }.get(scale, "CIFAR-10")
+    return [
+        f"data: {what}",
+        f"ResNet-18 at {s.model.width:g} of its width{', half of its blocks' if s.model.args else ''}, teacher and students alike",
+        f"students: {budget_in_words(s.optim, s.data)}",
+        f"teacher: {budget_in_words(t.optim, t.data)}",
+        "neuron: LIF with decay 0.2, soft reset that is detached, sigmoid surrogate of slope 4, those of rate-based backpropagation's published code",
+        "KD is the paper's: half cross-entropy, half KL without temperature; gradients of rates are not divided by T (the published code divides)",
+    ]
 
 
 def eskd(
@@ -298,18 +521,58 @@ def eskd(
     "Grid of the study: five ways to train at T = 2 and 4, and the places of hybrid models at T = 4."
     n = seeds or (1 if check_scale(scale) == "smoke" else 3)
     teacher = Cell({"panel": "", "method": "Teacher"}, "accuracy", ((eskd_teacher(scale),),))
-    at = lambda panel, m, T, gradient, args: Cell({"panel": panel, "method": m}, "accuracy", seeded(n, lambda s: eskd_student(scale, T, gradient, args, s)))
+
+    def at(panel, m, T, gradient, args):
+        return Cell(
+            {"panel": panel, "method": m},
+            "accuracy",
+            seeded(n, lambda s: eskd_student(scale, T, gradient, args, s)),
+        )
+
     ways = [at(f"T = {T}", m, T, *how) for T in (2, 4) for m, how in WAYS.items()]
     places = [at("hybrid models, T = 4", m, 4, "rate", args) for m, args in BRANCHES.items()]
-    return Grid("studies/eskd", scale, [Cell({**teacher.index, "panel": "T = 2"}, "accuracy", teacher.groups), *ways, *places], eskd_conditions(scale))
+    return Grid(
+        "studies/eskd",
+        scale,
+        [Cell({**teacher.index, "panel": "T = 2"}, "accuracy", teacher.groups), *ways, *places],
+        eskd_conditions(scale),
+    )
 
 # %% ../../nbs/lib/88_papers.studies.ipynb #1aa9cca0
-def _over(T, a, b): return Claim("studies/eskd", f"{a}>{b}-{T}", f"T = {T}: {a} better than {b}", "ours", {"panel": f"T = {T}", "method": a}, {"panel": f"T = {T}", "method": b})
+def _over(T, a, b):
+    return Claim(
+        "studies/eskd",
+        f"{a}>{b}-{T}",
+        f"T = {T}: {a} better than {b}",
+        "ours",
+        {"panel": f"T = {T}", "method": a},
+        {"panel": f"T = {T}", "method": b},
+    )
 
 
-ESKD_CLAIMS = (*(_over(T, a, b) for T in (2, 4) for a, b in (("rates", "BPTT"), ("rates + KD", "rates"), ("ESKD", "rates + KD"), ("ESKD", "BPTT + KD"))),
-               Claim("studies/eskd", "best", "Hybrid models behind stages 1 to 3 better than elsewhere", "ours", {"panel": "hybrid models, T = 4", "method": "yA + 0, 1, 2"},
-                     {"panel": "hybrid models, T = 4", "method": tuple(b for b in BRANCHES if b != "yA + 0, 1, 2")}))
+ESKD_CLAIMS = (
+    *(
+        _over(T, a, b)
+        for T in (2, 4)
+        for a, b in (
+            ("rates", "BPTT"),
+            ("rates + KD", "rates"),
+            ("ESKD", "rates + KD"),
+            ("ESKD", "BPTT + KD"),
+        )
+    ),
+    Claim(
+        "studies/eskd",
+        "best",
+        "Hybrid models behind stages 1 to 3 better than elsewhere",
+        "ours",
+        {"panel": "hybrid models, T = 4", "method": "yA + 0, 1, 2"},
+        {
+            "panel": "hybrid models, T = 4",
+            "method": tuple(b for b in BRANCHES if b != "yA + 0, 1, 2"),
+        },
+    ),
+)
 
 # %% ../../nbs/lib/88_papers.studies.ipynb #93c21c38
 NETWORKS = {"VGGSNN": "vggsnn", "ResNet-19": "resnet19_sastc"}
@@ -317,16 +580,29 @@ NETWORKS = {"VGGSNN": "vggsnn", "ResNet-19": "resnet19_sastc"}
 
 def recordings(scale):
     "The event data a scale takes, four frames a recording."
-    if scale == "smoke": return DataSpec("digits-events", args={"frames": 4})
-    if scale == "small": return DataSpec("events:folder:cifar10-jpeg", subset=10_000, augment="flip+roll", args={"frames": 4})
+    if scale == "smoke":
+        return DataSpec("digits-events", args={"frames": 4})
+    if scale == "small":
+        return DataSpec(
+            "events:folder:cifar10-jpeg", subset=10_000, augment="flip+roll", args={"frames": 4}
+        )
     return DataSpec("cifar10-dvs:cifar10-dvs", size=48, augment="flip+roll", args={"frames": 4})
 
 
 def network(scale, name, seed):
     "The `RunSpec` of one network on recordings."
     wide = {"smoke": 0.125, "small": 0.25}.get(scale, 1.0)
-    optim = OptimSpec(epochs=10, batch_size=16, lr=0.05, warmup=1) if scale == "smoke" else optim_at(scale, epochs=300, batch_size=64)
-    return RunSpec(recordings(scale), ModelSpec(name, T=4, width=wide, args={"neuron_args": {"v_threshold": 0.5}}), optim, seed=seed)
+    optim = (
+        OptimSpec(epochs=10, batch_size=16, lr=0.05, warmup=1)
+        if scale == "smoke"
+        else optim_at(scale, epochs=300, batch_size=64)
+    )
+    return RunSpec(
+        recordings(scale),
+        ModelSpec(name, T=4, width=wide, args={"neuron_args": {"v_threshold": 0.5}}),
+        optim,
+        seed=seed,
+    )
 
 
 def events(
@@ -336,9 +612,14 @@ def events(
     "Grid of the study: spiking networks trained on recordings."
     check_scale(scale)
     spec = network(scale, "vggsnn", 0)
-    cells = [Cell({"method": n}, "accuracy", seeded(seeds, lambda s, m=m: network(scale, m, s))) for n, m in NETWORKS.items()]
-    facts = [f"data: {spec.data.name}, {spec.data.args['frames']} frames a recording; augmentation {spec.data.augment}",
-             f"networks {spec.model.width:g} times as wide as published, T = {spec.model.T}, firing threshold {spec.model.args['neuron_args']['v_threshold']:g}",
-             f"training: {budget_in_words(spec.optim, spec.data)}",
-             "width, threshold, rate and number of epochs were chosen by looking at the test accuracy at smoke scale: a demonstration, no held-out result"]
+    cells = [
+        Cell({"method": n}, "accuracy", seeded(seeds, lambda s, m=m: network(scale, m, s)))
+        for n, m in NETWORKS.items()
+    ]
+    facts = [
+        f"data: {spec.data.name}, {spec.data.args['frames']} frames a recording; augmentation {spec.data.augment}",
+        f"networks {spec.model.width:g} times as wide as published, T = {spec.model.T}, firing threshold {spec.model.args['neuron_args']['v_threshold']:g}",
+        f"training: {budget_in_words(spec.optim, spec.data)}",
+        "width, threshold, rate and number of epochs were chosen by looking at the test accuracy at smoke scale: a demonstration, no held-out result",
+    ]
     return Grid("studies/events", scale, cells, facts)

@@ -35,13 +35,23 @@ def genomes(
 ):
     "Different random genomes of CIFAR-10's space, as text, in the order in which they were drawn."
     name, changes = space(check_scale(scale), "CIFAR-10")
-    where, rng, found, n = create_space(name, image_size=_PIXELS.get(scale, 32), **changes), np.random.default_rng(seed), {}, n or COUNT.get(scale, 48)
+    where, rng, found, n = (
+        create_space(name, image_size=_PIXELS.get(scale, 32), **changes),
+        np.random.default_rng(seed),
+        {},
+        n or COUNT.get(scale, 48),
+    )
     need(n <= where.size(), f"n = {n}: space {name!r} has {where.size()} genomes")
-    while len(found) < n: found.setdefault(genome_text(where.sample(rng)))
+    while len(found) < n:
+        found.setdefault(genome_text(where.sample(rng)))
     return list(found)
 
 # %% ../../nbs/lib/89_papers.studies_proxy.ipynb #ba36bf5d
-STEPS, NEURON, OPTIONS = 2, "tet", {"v_threshold": 0.5}  # below medium scale; elsewhere the paper's four steps and neuron
+STEPS, NEURON, OPTIONS = (
+    2,
+    "tet",
+    {"v_threshold": 0.5},
+)  # below medium scale; elsewhere the paper's four steps and neuron
 EPOCHS = 2  # at small scale
 
 
@@ -49,12 +59,18 @@ def teacher(
     scale,  # smoke, small, medium, paper
 ):
     "The `RunSpec` of the teacher of all students."
-    return studies.corrupted(scale, "clean") if scale in CHANGED else dsas.teacher(scale, "CIFAR-10")
+    return (
+        studies.corrupted(scale, "clean") if scale in CHANGED else dsas.teacher(scale, "CIFAR-10")
+    )
 
 
 def budget(scale):
     "The `OptimSpec` of all students."
-    return optim_at("small", half=True).replace(epochs=EPOCHS) if scale == "small" else dsas.optim(scale, searched=True)
+    return (
+        optim_at("small", half=True).replace(epochs=EPOCHS)
+        if scale == "small"
+        else dsas.optim(scale, searched=True)
+    )
 
 
 def student(
@@ -63,12 +79,33 @@ def student(
     seed=0,
 ):
     "The `RunSpec` of a genome under the teacher: logits MSE beside the cross-entropy."
-    model = ModelSpec("dsas", STEPS, neuron=NEURON, args={"genome": genome, "neuron_args": OPTIONS}) if scale in CHANGED else ModelSpec("dsas", 4, neuron="dsas", args={"genome": genome})
-    return RunSpec(dsas.data(scale, "CIFAR-10"), model, budget(scale), "logits-mse", teacher=teacher(scale), seed=seed)
+    model = (
+        ModelSpec("dsas", STEPS, neuron=NEURON, args={"genome": genome, "neuron_args": OPTIONS})
+        if scale in CHANGED
+        else ModelSpec("dsas", 4, neuron="dsas", args={"genome": genome})
+    )
+    return RunSpec(
+        dsas.data(scale, "CIFAR-10"),
+        model,
+        budget(scale),
+        "logits-mse",
+        teacher=teacher(scale),
+        seed=seed,
+    )
 
 # %% ../../nbs/lib/89_papers.studies_proxy.ipynb #c0e83e9c
-METRICS = {"AS": -1, "MAS": -1, "TGS": -1, "MAS+TGS": -1, "SNASNet": 1, "SNASNet (mean)": 1}  # what is judged; -1: a distance, low is good
-SIZES = {"parameters": 1, "blocks": 1}  # what can be counted without a network: more is taken for better
+METRICS = {
+    "AS": -1,
+    "MAS": -1,
+    "TGS": -1,
+    "MAS+TGS": -1,
+    "SNASNet": 1,
+    "SNASNet (mean)": 1,
+}  # what is judged; -1: a distance, low is good
+SIZES = {
+    "parameters": 1,
+    "blocks": 1,
+}  # what can be counted without a network: more is taken for better
 PROXIES = METRICS | SIZES
 
 
@@ -79,7 +116,18 @@ def scoring(
     name, changes = space(scale, "CIFAR-10")
     model = student(scale, genomes(scale, 1)[0]).model
     args = {"seeds": [0, 1, 2], **({"neuron_args": OPTIONS} if scale in CHANGED else {})}
-    return SearchSpec(dsas.data(scale, "CIFAR-10").replace(augment="none"), teacher(scale), name, changes, "as+mas+tgs+snasnet", args, model.T, model.neuron, 32 if scale == "smoke" else 128 if scale == "paper" else 64, 3)
+    return SearchSpec(
+        dsas.data(scale, "CIFAR-10").replace(augment="none"),
+        teacher(scale),
+        name,
+        changes,
+        "as+mas+tgs+snasnet",
+        args,
+        model.T,
+        model.neuron,
+        32 if scale == "smoke" else 128 if scale == "paper" else 64,
+        3,
+    )
 
 
 def scores(
@@ -89,9 +137,17 @@ def scores(
 ):
     "`{genome: Score}`, computed with one thread, each once for this teacher and these batches."
     how, texts = scoring(scale), texts or genomes(scale)
-    scorer = Scorer(net, *batches_of(how, load_spec(how.data)), metric=how.metric, T=how.T, neuron=how.neuron, **to_dict(how)["metric_args"])
+    scorer = Scorer(
+        net,
+        *batches_of(how, load_spec(how.data)),
+        metric=how.metric,
+        T=how.T,
+        neuron=how.neuron,
+        **to_dict(how)["metric_args"],
+    )
     memo = Memo(scorer.key, cache_dir() / "scores")
-    with Pool(scorer) as pool: memo.put(dict(pool.scores([t for t in texts if memo.get(t) is None])))
+    with Pool(scorer) as pool:
+        memo.put(dict(pool.scores([t for t in texts if memo.get(t) is None])))
     return {t: memo.get(t) for t in texts}
 
 # %% ../../nbs/lib/89_papers.studies_proxy.ipynb #3afd9486
@@ -102,8 +158,18 @@ def values(
 ):
     "A genome's proxies: metric -> number."
     p, blocks = score.parts, len(genome.split())
-    found = {"AS": p["as"], "MAS": p["mas"], "TGS": p["tgs"], "MAS+TGS": p["mas"] + p["tgs"], "SNASNet": -p["snasnet"]}
-    return found | {"SNASNet (mean)": -p["snasnet"] - how.batch * np.log(2 * blocks * how.T), "parameters": score.parameters, "blocks": blocks}
+    found = {
+        "AS": p["as"],
+        "MAS": p["mas"],
+        "TGS": p["tgs"],
+        "MAS+TGS": p["mas"] + p["tgs"],
+        "SNASNet": -p["snasnet"],
+    }
+    return found | {
+        "SNASNet (mean)": -p["snasnet"] - how.batch * np.log(2 * blocks * how.T),
+        "parameters": score.parameters,
+        "blocks": blocks,
+    }
 
 
 def joined(
@@ -118,7 +184,16 @@ def joined(
     done = {g: runs[s] for g in genomes(scale) if runs.get(s := student(scale, g))}
     net = nets.get(teacher(scale))
     found = scores(scale, net, list(done)) if net is not None and done else {}
-    rows = [{"genome": g, **values(g, s, scoring(scale)), "accuracy": done[g].metrics[metric], "dead": s.dead, "run": done[g].id} for g, s in found.items()]
+    rows = [
+        {
+            "genome": g,
+            **values(g, s, scoring(scale)),
+            "accuracy": done[g].metrics[metric],
+            "dead": s.dead,
+            "run": done[g].id,
+        }
+        for g, s in found.items()
+    ]
     return pd.DataFrame(rows, columns=["genome", *PROXIES, "accuracy", "dead", "run"])
 
 # %% ../../nbs/lib/89_papers.studies_proxy.ipynb #14284376
@@ -136,35 +211,85 @@ def assessed(
     picks, best = resamples(len(frame), times, seed), frame.accuracy.to_numpy()
     y, z = pairs(best), pairs(frame.parameters)
     y_, z_ = again(y, picks), again(z, picks)
-    rows = [_row(name, sign * frame[name].to_numpy(float), best, y, z, y_, z_, picks) for name, sign in PROXIES.items()] if len(frame) else []
-    return pd.DataFrame(rows, columns=["metric", *(f"{k}{e}" for k in ("tau", "partial", "lead") for e in ("", " low", " high")), "chosen", "place", "top"])
+    rows = (
+        [
+            _row(name, sign * frame[name].to_numpy(float), best, y, z, y_, z_, picks)
+            for name, sign in PROXIES.items()
+        ]
+        if len(frame)
+        else []
+    )
+    return pd.DataFrame(
+        rows,
+        columns=[
+            "metric",
+            *(f"{k}{e}" for k in ("tau", "partial", "lead") for e in ("", " low", " high")),
+            "chosen",
+            "place",
+            "top",
+        ],
+    )
 
 
 def _row(name, x, best, y, z, y_, z_, picks):
-    of = lambda x, y, z: (t := kendall(x, y), partial(t, kendall(x, z), (s := kendall(y, z))), t - s)
+    def of(x, y, z):
+        return (
+            t := kendall(x, y),
+            partial(t, kendall(x, z), (s := kendall(y, z))),
+            t - s,
+        )
+
     here, there = of(pairs(x), y, z), of(again(pairs(x), picks), y_, z_)
     parts = {k: (v, *interval(r)) for k, v, r in zip(("tau", "partial", "lead"), here, there)}
-    if name == "parameters": parts["partial"] = parts["lead"] = (np.nan,) * 3
+    if name == "parameters":
+        parts["partial"] = parts["lead"] = (np.nan,) * 3
     order = np.argsort(-x, kind="stable")
     told = {f"{k}{e}": u for k, v in parts.items() for e, u in zip(("", " low", " high"), v)}
-    return {"metric": name, **told, "chosen": best[order[0]], "place": 1 + int((best > best[order[0]]).sum()), "top": best[order[:TOP]].mean()}
+    return {
+        "metric": name,
+        **told,
+        "chosen": best[order[0]],
+        "place": 1 + int((best > best[order[0]]).sum()),
+        "top": best[order[:TOP]].mean(),
+    }
 
 # %% ../../nbs/lib/89_papers.studies_proxy.ipynb #abf3d770
 def verdict(
-    low, high,  # an interval
+    low,
+    high,  # an interval
 ):
     "holds (above 0), fails (below 0), not told apart, or not judged."
-    if not (np.isfinite(low) and np.isfinite(high)): return "not judged"
+    if not (np.isfinite(low) and np.isfinite(high)):
+        return "not judged"
     return "holds" if low > 0 else "fails" if high < 0 else "not told apart"
 
 
-def with_interval(row, key): return f"{row[key]:+.2f} [{row[key + ' low']:+.2f}, {row[key + ' high']:+.2f}]" if np.isfinite(row[key]) else ""
+def with_interval(row, key):
+    return (
+        f"{row[key]:+.2f} [{row[key + ' low']:+.2f}, {row[key + ' high']:+.2f}]"
+        if np.isfinite(row[key])
+        else ""
+    )
 
 
-CHANCE = {"holds": "orders students better than chance: of two it names the better one in {share:.0f} of 100 cases", "fails": "orders students the wrong way round: of two it names the better one in only {share:.0f} of 100 cases",
-          "not told apart": "is not told apart from chance", "not judged": "cannot be judged: it does not vary, or accuracy does not"}
-GIVEN = {"holds": "given the parameters it still does", "fails": "given the parameters it points the wrong way", "not told apart": "given the parameters nothing is left that is told apart from chance", "not judged": "given the parameters nothing is left"}
-OVER = {"holds": "better than counting parameters", "fails": "worse than counting parameters", "not told apart": "not told apart from counting parameters", "not judged": "not compared with counting parameters"}
+CHANCE = {
+    "holds": "orders students better than chance: of two it names the better one in {share:.0f} of 100 cases",
+    "fails": "orders students the wrong way round: of two it names the better one in only {share:.0f} of 100 cases",
+    "not told apart": "is not told apart from chance",
+    "not judged": "cannot be judged: it does not vary, or accuracy does not",
+}
+GIVEN = {
+    "holds": "given the parameters it still does",
+    "fails": "given the parameters it points the wrong way",
+    "not told apart": "given the parameters nothing is left that is told apart from chance",
+    "not judged": "given the parameters nothing is left",
+}
+OVER = {
+    "holds": "better than counting parameters",
+    "fails": "worse than counting parameters",
+    "not told apart": "not told apart from counting parameters",
+    "not judged": "not compared with counting parameters",
+}
 
 
 def said(
@@ -173,7 +298,8 @@ def said(
     "What one proxy is worth, in a sentence."
     of = {k: verdict(row[f"{k} low"], row[f"{k} high"]) for k in ("tau", "partial", "lead")}
     text = f"{row['metric']}: τ = {with_interval(row, 'tau') or 'none'}, {CHANCE[of['tau']].format(share=50 * (1 + row['tau']))}"
-    if row["metric"] != "parameters": text += f"; {GIVEN[of['partial']]} ({with_interval(row, 'partial') or 'none'}); {OVER[of['lead']]}"
+    if row["metric"] != "parameters":
+        text += f"; {GIVEN[of['partial']]} ({with_interval(row, 'partial') or 'none'}); {OVER[of['lead']]}"
     return f"{text}. It would choose {row['chosen']:.2f} %, place {row['place']}."
 
 # %% ../../nbs/lib/89_papers.studies_proxy.ipynb #558e84b4
@@ -182,19 +308,43 @@ def worth(
     table,  # of `assessed`
 ):
     "What the scores are worth: a line in all, one on what can be seen at all, one on what was drawn, and one for each proxy."
-    if table.empty: return ["Not run."]
-    of = lambda key, v: [r["metric"] for r in table.to_dict("records") if r["metric"] in METRICS and verdict(r[f"{key} low"], r[f"{key} high"]) == v]
+    if table.empty:
+        return ["Not run."]
+
+    def of(key, v):
+        return [
+            r["metric"]
+            for r in table.to_dict("records")
+            if r["metric"] in METRICS and verdict(r[f"{key} low"], r[f"{key} high"]) == v
+        ]
+
     good, bad = of("tau", "holds"), of("tau", "fails")
-    lines = [f"{_names(good)} told apart from chance in the right direction" if good else "No score is told apart from chance in the right direction"]
-    if bad: lines[0] += f"; {_names(bad)} told apart from it in the wrong one"
-    lines[0] += f". Given the parameters, {_names(of('partial', 'holds'), 'none is')}. Better than counting parameters: {', '.join(of('lead', 'holds')) or 'none'}."
-    lines.append(f"With {len(frame)} students an interval reaches {((table['tau high'] - table['tau low']) / 2).median():.2f} to either side of τ (the median over the scores): a weaker order is not seen.")
+    lines = [
+        f"{_names(good)} told apart from chance in the right direction"
+        if good
+        else "No score is told apart from chance in the right direction"
+    ]
+    if bad:
+        lines[0] += f"; {_names(bad)} told apart from it in the wrong one"
+    lines[0] += (
+        f". Given the parameters, {_names(of('partial', 'holds'), 'none is')}. Better than counting parameters: {', '.join(of('lead', 'holds')) or 'none'}."
+    )
+    lines.append(
+        f"With {len(frame)} students an interval reaches {((table['tau high'] - table['tau low']) / 2).median():.2f} to either side of τ (the median over the scores): a weaker order is not seen."
+    )
     acc, dead = frame.accuracy, int((frame.dead != "").sum())
-    lines.append(f"{len(frame)} students, {dead} of them dead before training: accuracy {acc.min():.2f} to {acc.max():.2f} %, mean {acc.mean():.2f} %, which is what a blind choice gets on average.")
+    lines.append(
+        f"{len(frame)} students, {dead} of them dead before training: accuracy {acc.min():.2f} to {acc.max():.2f} %, mean {acc.mean():.2f} %, which is what a blind choice gets on average."
+    )
     return lines + [said(r) for r in table.to_dict("records")]
 
 
-def _names(found, none=""): return f"{' and '.join(filter(None, [', '.join(found[:-1]), found[-1]]))} {'are' if len(found) > 1 else 'is'}" if found else none
+def _names(found, none=""):
+    return (
+        f"{' and '.join(filter(None, [', '.join(found[:-1]), found[-1]]))} {'are' if len(found) > 1 else 'is'}"
+        if found
+        else none
+    )
 
 # %% ../../nbs/lib/89_papers.studies_proxy.ipynb #3446bee5
 def shown(
@@ -203,9 +353,25 @@ def shown(
     "The table for readers: τ, partial τ and lead with their intervals, as text."
     import pandas as pd
 
-    names = {"tau": "τ [95 %]", "partial": "τ given parameters", "lead": "τ minus that of parameters"}
-    rows = [{"score": r["metric"], **{v: with_interval(r, k) for k, v in names.items()}, "it would choose (%)": f"{r['chosen']:.2f}", "place": r["place"], f"its first {TOP} (%)": f"{r['top']:.2f}"} for r in table.to_dict("records")]
-    return pd.DataFrame(rows, columns=["score", *names.values(), "it would choose (%)", "place", f"its first {TOP} (%)"])
+    names = {
+        "tau": "τ [95 %]",
+        "partial": "τ given parameters",
+        "lead": "τ minus that of parameters",
+    }
+    rows = [
+        {
+            "score": r["metric"],
+            **{v: with_interval(r, k) for k, v in names.items()},
+            "it would choose (%)": f"{r['chosen']:.2f}",
+            "place": r["place"],
+            f"its first {TOP} (%)": f"{r['top']:.2f}",
+        }
+        for r in table.to_dict("records")
+    ]
+    return pd.DataFrame(
+        rows,
+        columns=["score", *names.values(), "it would choose (%)", "place", f"its first {TOP} (%)"],
+    )
 
 
 def verdicts(
@@ -214,8 +380,17 @@ def verdicts(
     "A row a statement for `reports.compare.save_claims`: claim, ours."
     import pandas as pd
 
-    texts = {"tau": "orders random students by their distilled accuracy better than chance", "partial": "still does when the number of parameters is given", "lead": "does so better than counting parameters"}
-    rows = [{"claim": f"{r['metric']} {t}", "ours": verdict(r[f"{k} low"], r[f"{k} high"])} for r in table.to_dict("records") if r["metric"] in METRICS for k, t in texts.items()]
+    texts = {
+        "tau": "orders random students by their distilled accuracy better than chance",
+        "partial": "still does when the number of parameters is given",
+        "lead": "does so better than counting parameters",
+    }
+    rows = [
+        {"claim": f"{r['metric']} {t}", "ours": verdict(r[f"{k} low"], r[f"{k} high"])}
+        for r in table.to_dict("records")
+        if r["metric"] in METRICS
+        for k, t in texts.items()
+    ]
     return pd.DataFrame(rows, columns=["claim", "ours"])
 
 # %% ../../nbs/lib/89_papers.studies_proxy.ipynb #169e6a80
@@ -226,16 +401,33 @@ def scatters(
     "The matplotlib figure; networks that are dead, whose score is infinite, are left out of it and counted."
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(2, len(PROXIES) // 2, figsize=(7.8, 3.8), sharey=True, layout="constrained")
+    fig, axes = plt.subplots(
+        2, len(PROXIES) // 2, figsize=(7.8, 3.8), sharey=True, layout="constrained"
+    )
     for ax, (name, sign) in zip(axes.flat, PROXIES.items()):
-        seen, row = frame[np.isfinite(frame[name].astype(float))], table[table.metric == name].to_dict("records")
-        dots = ax.scatter(seen[name].astype(float) / (1e3 if name == "parameters" else 1), seen.accuracy, c=seen.parameters.astype(float) / 1e3, s=16, cmap="viridis", vmin=0)
+        seen, row = (
+            frame[np.isfinite(frame[name].astype(float))],
+            table[table.metric == name].to_dict("records"),
+        )
+        dots = ax.scatter(
+            seen[name].astype(float) / (1e3 if name == "parameters" else 1),
+            seen.accuracy,
+            c=seen.parameters.astype(float) / 1e3,
+            s=16,
+            cmap="viridis",
+            vmin=0,
+        )
         lost = f", {len(frame) - len(seen)} dead" if len(seen) < len(frame) else ""
-        ax.set(xlabel=f"{name}{' (low is good)' if sign < 0 else ' (thousands)' if name == 'parameters' else ''}{lost}", title=f"τ = {with_interval(row[0], 'tau')}" if row else "")
+        ax.set(
+            xlabel=f"{name}{' (low is good)' if sign < 0 else ' (thousands)' if name == 'parameters' else ''}{lost}",
+            title=f"τ = {with_interval(row[0], 'tau')}" if row else "",
+        )
         ax.title.set_size(8)
         ax.locator_params(axis="x", nbins=3)
-        if sign < 0: ax.invert_xaxis()
-    for ax in axes[:, 0]: ax.set_ylabel("test accuracy (%)")
+        if sign < 0:
+            ax.invert_xaxis()
+    for ax in axes[:, 0]:
+        ax.set_ylabel("test accuracy (%)")
     fig.colorbar(dots, ax=axes, shrink=0.7, label="parameters (thousands)")
     return fig
 
@@ -245,21 +437,34 @@ def conditions(
 ):
     "What was run, in sentences made from the specs."
     s, t, how = student(scale, genomes(scale, 1)[0]), teacher(scale), scoring(scale)
-    what = {"smoke": "scikit-learn's 8×8 digits", "small": f"CIFAR-10 (JPEG), a re-encoding, {s.data.size}×{s.data.size} pixels; students get {s.data.subset} images, the teacher all"}.get(scale, "CIFAR-10")
-    where = create_space(how.space, image_size=_PIXELS.get(scale, 32), **to_dict(how).get("space_args", {}))
-    lines = [f"data: {what}",
-             f"{len(genomes(scale))} genomes drawn from {where.size():.1e}: channels {', '.join(map(str, where.channels))}; {where.normal[0]} to {where.normal[1]} normal and {where.limits['d'][0]} to {where.limits['d'][1]} downsample blocks; a pair of counts first, then an arrangement, then channels, each uniformly",
-             f"students: T = {s.model.T}, one training each, {budget_in_words(s.optim, s.data)}; logits MSE beside the cross-entropy, weight 1 each; neuron {s.model.neuron}{', threshold ' + format(OPTIONS['v_threshold'], 'g') if scale in CHANGED else ''}; one surrogate for all layers (the paper: slopes by the teacher's gradients)",
-             f"teacher: {t.model.name}, {budget_in_words(t.optim, t.data)}",
-             f"scores: mean over {how.batches} batches of {how.batch} training images and {len(how.metric_args['seeds'])} draws of the weights, at the students' T and threshold; MAS over three layers, rows normalised; MAS+TGS is their sum; SNASNet's published batch is 256",
-             "intervals: percentile bootstrap over the students, 5,000 resamples, 95 %; no correction for the number of scores"]
+    what = {
+        "smoke": "scikit-learn's 8×8 digits",
+        "small": f"CIFAR-10 (JPEG), a re-encoding, {s.data.size}×{s.data.size} pixels; students get {s.data.subset} images, the teacher all",
+    }.get(scale, "CIFAR-10")
+    where = create_space(
+        how.space, image_size=_PIXELS.get(scale, 32), **to_dict(how).get("space_args", {})
+    )
+    lines = [
+        f"data: {what}",
+        f"{len(genomes(scale))} genomes drawn from {where.size():.1e}: channels {', '.join(map(str, where.channels))}; {where.normal[0]} to {where.normal[1]} normal and {where.limits['d'][0]} to {where.limits['d'][1]} downsample blocks; a pair of counts first, then an arrangement, then channels, each uniformly",
+        f"students: T = {s.model.T}, one training each, {budget_in_words(s.optim, s.data)}; logits MSE beside the cross-entropy, weight 1 each; neuron {s.model.neuron}{', threshold ' + format(OPTIONS['v_threshold'], 'g') if scale in CHANGED else ''}; one surrogate for all layers (the paper: slopes by the teacher's gradients)",
+        f"teacher: {t.model.name}, {budget_in_words(t.optim, t.data)}",
+        f"scores: mean over {how.batches} batches of {how.batch} training images and {len(how.metric_args['seeds'])} draws of the weights, at the students' T and threshold; MAS over three layers, rows normalised; MAS+TGS is their sum; SNASNet's published batch is 256",
+        "intervals: percentile bootstrap over the students, 5,000 resamples, 95 %; no correction for the number of scores",
+    ]
     return lines + PILOT.get(scale, [])
 
 
-PILOT = {"small": ["neuron, threshold and rate were chosen on held-out images with three genomes that are not among these, one training of one or two epochs each, which is little to go by. After one epoch the first had 18.2 % with this neuron, 10.0 % with DSAS's "
-                   "at the same threshold (19.4 % after two, in another training), 9.5 % at a rate of 0.03 and 20.1 % at 0.3; a second had 10.9 % after one epoch with DSAS's; at DSAS's own threshold of 1 these two had 12.9 and 12.7 % after two. A third had 39.8 % after two with this neuron",
-                   "the order is that of a short training: it need not be the one after 300 epochs"],
-         "smoke": ["neuron and threshold are those of small scale, where they were chosen; the rate was chosen at smoke scale by test accuracy (papers.dsas): a demonstration"]}
+PILOT = {
+    "small": [
+        "neuron, threshold and rate were chosen on held-out images with three genomes that are not among these, one training of one or two epochs each, which is little to go by. After one epoch the first had 18.2 % with this neuron, 10.0 % with DSAS's "
+        "at the same threshold (19.4 % after two, in another training), 9.5 % at a rate of 0.03 and 20.1 % at 0.3; a second had 10.9 % after one epoch with DSAS's; at DSAS's own threshold of 1 these two had 12.9 and 12.7 % after two. A third had 39.8 % after two with this neuron",
+        "the order is that of a short training: it need not be the one after 300 epochs",
+    ],
+    "smoke": [
+        "neuron and threshold are those of small scale, where they were chosen; the rate was chosen at smoke scale by test accuracy (papers.dsas): a demonstration"
+    ],
+}
 
 
 def dsas_proxy(
@@ -268,4 +473,9 @@ def dsas_proxy(
     "Grid of the study: the teacher, and every genome under it."
     check_scale(scale)
     cells = [Cell({"method": g}, "accuracy", ((student(scale, g),),)) for g in genomes(scale)]
-    return Grid("studies/dsas_proxy", scale, [Cell({"method": "Teacher"}, "accuracy", ((teacher(scale),),)), *cells], conditions(scale))
+    return Grid(
+        "studies/dsas_proxy",
+        scale,
+        [Cell({"method": "Teacher"}, "accuracy", ((teacher(scale),),)), *cells],
+        conditions(scale),
+    )

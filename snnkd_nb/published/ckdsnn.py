@@ -11,7 +11,14 @@ from .format import Claim, Contradiction, PublishedTable, Stated
 # %% ../../nbs/lib/84_published.ckdsnn.ipynb #881ea39a
 _OURS = "single number, repetitions not said, best epoch on the test set in the published code; others quoted from their papers"
 
-table01 = PublishedTable("ckdsnn/table01", "Table 1", "Comparison with State-of-the-Arts", "CIFAR-10 and CIFAR-100 by T, beside published methods", _OURS, "top-1 (%)", """
+table01 = PublishedTable(
+    "ckdsnn/table01",
+    "Table 1",
+    "Comparison with State-of-the-Arts",
+    "CIFAR-10 and CIFAR-100 by T, beside published methods",
+    _OURS,
+    "top-1 (%)",
+    """
 method        | T  || accuracy@model={ResNet20,ResNet19,Spikformer-4-384},dataset={CIFAR-10,CIFAR-100}
 QCFS          | 64 || 92.35 | 55.37 | -     | -     | -     | -
 SEW-R         | 4  || 89.07 | 60.16 | 93.24 | 70.84 | -     | -
@@ -26,9 +33,18 @@ EnOFSNN       | 1  || 92.66 | 70.38 | 95.37 | 77.08 | -     | -
 CKDSNN (Ours) | 1  || 92.85 | 72.45 | 96.11 | 79.11 | 96.93 | 83.07
               | 2  || 93.53 | 73.67 | 97.13 | 83.21 | 96.98 | 84.53
               | 4  || 94.78 | 73.88 | 97.81 | 83.88 | 97.54 | 84.88
-""", note="Groups in the print: conversion (QCFS), direct training (SEW-R to Spikformer), distillation (the rest). Venues are left out. The width of ResNet20 is not said.")
+""",
+    note="Groups in the print: conversion (QCFS), direct training (SEW-R to Spikformer), distillation (the rest). Venues are left out. The width of ResNet20 is not said.",
+)
 
-table02 = PublishedTable("ckdsnn/table02", "Table 2", "Comparison with State-of-the-Arts", "ImageNet beside published methods", _OURS, "top-1 (%)", """
+table02 = PublishedTable(
+    "ckdsnn/table02",
+    "Table 2",
+    "Comparison with State-of-the-Arts",
+    "ImageNet beside published methods",
+    _OURS,
+    "top-1 (%)",
+    """
 method        | T  || accuracy@model={ResNet18,ResNet34}
 QCFS          | 64 || -     | 72.35
 SEW-R         | 4  || 63.18 | 67.04
@@ -38,9 +54,18 @@ KDSNN         | 4  || 63.42 | 67.18
 EnOFSNN       | 4  || 65.31 | 67.40
 BKDSNN        | 4  || 65.60 | 71.24
 CKDSNN (Ours) | 4  || 66.92 | 73.05
-""", note="The text also speaks of ResNet-50, which has no column.")
+""",
+    note="The text also speaks of ResNet-50, which has no column.",
+)
 
-table04 = PublishedTable("ckdsnn/table04", "Table 4", "Comparison with State-of-the-Arts", "CIFAR10-DVS beside published methods", _OURS, "top-1 (%)", """
+table04 = PublishedTable(
+    "ckdsnn/table04",
+    "Table 4",
+    "Comparison with State-of-the-Arts",
+    "CIFAR10-DVS beside published methods",
+    _OURS,
+    "top-1 (%)",
+    """
 method        | model    | T  || accuracy
 STBP          | ResNet19 | 4  || 67.80
 SEW-R         | WideNet  | 16 || 74.40
@@ -48,25 +73,44 @@ KDSNN         | ResNet20 | 10 || 78.31
 BKDSNN        | ResNet20 | 10 || 79.53
 EnOFSNN       | ResNet20 | 10 || 80.50
 CKDSNN (Ours) | ResNet20 | 10 || 81.55
-""")
+""",
+)
 
 # %% ../../nbs/lib/84_published.ckdsnn.ipynb #a680a31c
-table03 = PublishedTable("ckdsnn/table03", "Table 3", "Ablation Study", "How the two maps are brought to one scale: ResNet-19, CIFAR-100", "single number, repetitions not said; T = 1 by comparison with Table 1", "top-1 (%)", """
+table03 = PublishedTable(
+    "ckdsnn/table03",
+    "Table 3",
+    "Ablation Study",
+    "How the two maps are brought to one scale: ResNet-19, CIFAR-100",
+    "single number, repetitions not said; T = 1 by comparison with Table 1",
+    "top-1 (%)",
+    """
 scaling   || accuracy
 none      || 75.56
 L2-norm   || 76.48
 Z-score   || 74.78
 Softmax   || 79.11
-""", note="'none' is printed 'w/o Scaled'.")
+""",
+    note="'none' is printed 'w/o Scaled'.",
+)
 
-table05 = PublishedTable("ckdsnn/table05", "Table 5", "Efficiency Analysis", "Firing rate, operations, power and accuracy: ResNet-34, ImageNet", "single number, convention of energy not said", "firing rate and top-1 in %, SOPs in G, power in mJ", """
+table05 = PublishedTable(
+    "ckdsnn/table05",
+    "Table 5",
+    "Efficiency Analysis",
+    "Firing rate, operations, power and accuracy: ResNet-34, ImageNet",
+    "single number, convention of energy not said",
+    "firing rate and top-1 in %, SOPs in G, power in mJ",
+    """
 method        | T || fire rate | SOPs | power | accuracy
 SEW-R         | 4 || 18.0      | 4.14 | 4.03  | 67.04
 KDSNN         | 4 || 16.0      | 4.13 | 4.01  | 67.18
 BKDSNN        | 4 || 15.0      | 4.02 | 3.98  | 71.24
 CKDSNN (Ours) | 3 || 10.0      | 3.92 | 3.88  | 72.71
               | 4 || 13.0      | 4.01 | 3.96  | 73.05
-""", note="Repaired: the text at hand runs the last two lines together.")
+""",
+    note="Repaired: the text at hand runs the last two lines together.",
+)
 
 TABLES = (table01, table02, table03, table04, table05)
 
@@ -74,50 +118,253 @@ TABLES = (table01, table02, table03, table04, table05)
 _O, _P = {"method": "CKDSNN (Ours)"}, "Comparison with State-of-the-Arts"
 
 
-def _ours(T=None): return _O | {"column": "accuracy"} | ({"T": T} if T else {})
-def _rest(table): return {"method": tuple(dict.fromkeys(r["method"] for r in table.records if r["method"] != "CKDSNN (Ours)"))}
+def _ours(T=None):
+    return _O | {"column": "accuracy"} | ({"T": T} if T else {})
+
+
+def _rest(table):
+    return {
+        "method": tuple(
+            dict.fromkeys(r["method"] for r in table.records if r["method"] != "CKDSNN (Ours)")
+        )
+    }
 
 
 CLAIMS = (
-    *(Claim("ckdsnn/table01", f"t{T}>enof", f"At T = {T} better than EnOF at the same T", _P, _ours(T), {"method": "EnOFSNN", "T": T}, "model dataset", paper=p) for T, p in ((1, "holds"), (2, "partly 3/4"))),
-    *(Claim("ckdsnn/table01", f"t4>{m.lower()}", f"At T = 4 better than {m}", _P, _ours(4), {"method": m}, "model dataset") for m in ("KDSNN", "BKDSNN")),
-    Claim("ckdsnn/table01", "rises", "Accuracy rises with T", _P, _ours(), by="model dataset", over="T"),
-    Claim("ckdsnn/table02", "ours>all", "Better than every published method on ImageNet", _P, _ours(), _rest(table02), "model"),
-    Claim("ckdsnn/table03", "softmax", "Softmax is the best scaling, by 2 points at least", "Ablation Study", {"scaling": "Softmax"}, {"scaling": ("none", "L2-norm", "Z-score")}, "column", margin=2.0),
-    Claim("ckdsnn/table04", "ours>all", "Better than every published method on CIFAR10-DVS", _P, _ours(), _rest(table04), "column"),
-    Claim("ckdsnn/table05", "accuracy", "More accurate than every published method, with 3 or 4 steps", "Efficiency Analysis", _ours(), _rest(table05), "column"),
-    Claim("ckdsnn/table05", "cheaper", "Lower firing rate, operations and power than every published method", "Efficiency Analysis", _O | {"column": ("fire rate", "SOPs", "power")}, _rest(table05), "column", lower=True),
+    *(
+        Claim(
+            "ckdsnn/table01",
+            f"t{T}>enof",
+            f"At T = {T} better than EnOF at the same T",
+            _P,
+            _ours(T),
+            {"method": "EnOFSNN", "T": T},
+            "model dataset",
+            paper=p,
+        )
+        for T, p in ((1, "holds"), (2, "partly 3/4"))
+    ),
+    *(
+        Claim(
+            "ckdsnn/table01",
+            f"t4>{m.lower()}",
+            f"At T = 4 better than {m}",
+            _P,
+            _ours(4),
+            {"method": m},
+            "model dataset",
+        )
+        for m in ("KDSNN", "BKDSNN")
+    ),
+    Claim(
+        "ckdsnn/table01",
+        "rises",
+        "Accuracy rises with T",
+        _P,
+        _ours(),
+        by="model dataset",
+        over="T",
+    ),
+    Claim(
+        "ckdsnn/table02",
+        "ours>all",
+        "Better than every published method on ImageNet",
+        _P,
+        _ours(),
+        _rest(table02),
+        "model",
+    ),
+    Claim(
+        "ckdsnn/table03",
+        "softmax",
+        "Softmax is the best scaling, by 2 points at least",
+        "Ablation Study",
+        {"scaling": "Softmax"},
+        {"scaling": ("none", "L2-norm", "Z-score")},
+        "column",
+        margin=2.0,
+    ),
+    Claim(
+        "ckdsnn/table04",
+        "ours>all",
+        "Better than every published method on CIFAR10-DVS",
+        _P,
+        _ours(),
+        _rest(table04),
+        "column",
+    ),
+    Claim(
+        "ckdsnn/table05",
+        "accuracy",
+        "More accurate than every published method, with 3 or 4 steps",
+        "Efficiency Analysis",
+        _ours(),
+        _rest(table05),
+        "column",
+    ),
+    Claim(
+        "ckdsnn/table05",
+        "cheaper",
+        "Lower firing rate, operations and power than every published method",
+        "Efficiency Analysis",
+        _O | {"column": ("fire rate", "SOPs", "power")},
+        _rest(table05),
+        "column",
+        lower=True,
+    ),
 )
 
 # %% ../../nbs/lib/84_published.ckdsnn.ipynb #58ab4f06
-def _r19(method, dataset): return dict(method=method, T=1, model="ResNet19", dataset=dataset, column="accuracy")
+def _r19(method, dataset):
+    return {"method": method, "T": 1, "model": "ResNet19", "dataset": dataset, "column": "accuracy"}
 
 
-def _in(model, method): return dict(method=method, model=model, column="accuracy")
+def _in(model, method):
+    return {"method": method, "model": model, "column": "accuracy"}
 
 
 _ME = "CKDSNN (Ours)"
 STATED = (
-    Stated("ckdsnn/table01", "c10-gain", _P, "ResNet-19, T = 1, CIFAR-10 over EnOF", "0.74", _r19(_ME, "CIFAR-10"), _r19("EnOFSNN", "CIFAR-10")),
-    Stated("ckdsnn/table01", "c100-gain", _P, "ResNet-19, T = 1, CIFAR-100 over EnOF", "1.03", _r19(_ME, "CIFAR-100"), _r19("EnOFSNN", "CIFAR-100")),
-    Stated("ckdsnn/table01", "c10", _P, "ResNet-19, T = 1, CIFAR-10", "96.11", _r19(_ME, "CIFAR-10")),
-    Stated("ckdsnn/table01", "c100", _P, "ResNet-19, T = 1, CIFAR-100", "78.15", _r19(_ME, "CIFAR-100")),
-    Stated("ckdsnn/table02", "r18-gain", _P, "ResNet-18 on ImageNet over BKDSNN", "1.32", _in("ResNet18", _ME), _in("ResNet18", "BKDSNN")),
-    Stated("ckdsnn/table02", "r34-gain", _P, "ResNet-34 on ImageNet over BKDSNN", "1.81", _in("ResNet34", _ME), _in("ResNet34", "BKDSNN")),
-    Stated("ckdsnn/table04", "dvs-gain", _P, "CIFAR10-DVS over EnOF", "1.05", dict(method=_ME, column="accuracy"), dict(method="EnOFSNN", column="accuracy")),
-    *(Stated("ckdsnn/table03", f"softmax-{s.lower()}", "Ablation Study", f"softmax over {s}: around 2 to 3 points", "2..3", dict(scaling="Softmax"), dict(scaling=s)) for s in ("none", "L2-norm", "Z-score")),
-    Stated("ckdsnn/table03", "best", "Table 3", "softmax is Table 1's ResNet-19 at T = 1", "79.11", dict(key="ckdsnn/table01", **_r19(_ME, "CIFAR-100"))),
-    Stated("ckdsnn/table05", "gain", "Efficiency Analysis", "over BKDSNN at T = 4", "1.81", dict(method=_ME, T=4, column="accuracy"), dict(method="BKDSNN", column="accuracy")),
-    *(Stated("ckdsnn/table05", m.lower(), "Table 5", f"{m} is Table 2's", s, dict(key="ckdsnn/table02", **_in("ResNet34", m))) for m, s in (("SEW-R", "67.04"), ("KDSNN", "67.18"), ("BKDSNN", "71.24"), (_ME, "73.05"))),
+    Stated(
+        "ckdsnn/table01",
+        "c10-gain",
+        _P,
+        "ResNet-19, T = 1, CIFAR-10 over EnOF",
+        "0.74",
+        _r19(_ME, "CIFAR-10"),
+        _r19("EnOFSNN", "CIFAR-10"),
+    ),
+    Stated(
+        "ckdsnn/table01",
+        "c100-gain",
+        _P,
+        "ResNet-19, T = 1, CIFAR-100 over EnOF",
+        "1.03",
+        _r19(_ME, "CIFAR-100"),
+        _r19("EnOFSNN", "CIFAR-100"),
+    ),
+    Stated(
+        "ckdsnn/table01", "c10", _P, "ResNet-19, T = 1, CIFAR-10", "96.11", _r19(_ME, "CIFAR-10")
+    ),
+    Stated(
+        "ckdsnn/table01", "c100", _P, "ResNet-19, T = 1, CIFAR-100", "78.15", _r19(_ME, "CIFAR-100")
+    ),
+    Stated(
+        "ckdsnn/table02",
+        "r18-gain",
+        _P,
+        "ResNet-18 on ImageNet over BKDSNN",
+        "1.32",
+        _in("ResNet18", _ME),
+        _in("ResNet18", "BKDSNN"),
+    ),
+    Stated(
+        "ckdsnn/table02",
+        "r34-gain",
+        _P,
+        "ResNet-34 on ImageNet over BKDSNN",
+        "1.81",
+        _in("ResNet34", _ME),
+        _in("ResNet34", "BKDSNN"),
+    ),
+    Stated(
+        "ckdsnn/table04",
+        "dvs-gain",
+        _P,
+        "CIFAR10-DVS over EnOF",
+        "1.05",
+        {"method": _ME, "column": "accuracy"},
+        {"method": "EnOFSNN", "column": "accuracy"},
+    ),
+    *(
+        Stated(
+            "ckdsnn/table03",
+            f"softmax-{s.lower()}",
+            "Ablation Study",
+            f"softmax over {s}: around 2 to 3 points",
+            "2..3",
+            {"scaling": "Softmax"},
+            {"scaling": s},
+        )
+        for s in ("none", "L2-norm", "Z-score")
+    ),
+    Stated(
+        "ckdsnn/table03",
+        "best",
+        "Table 3",
+        "softmax is Table 1's ResNet-19 at T = 1",
+        "79.11",
+        dict(key="ckdsnn/table01", **_r19(_ME, "CIFAR-100")),
+    ),
+    Stated(
+        "ckdsnn/table05",
+        "gain",
+        "Efficiency Analysis",
+        "over BKDSNN at T = 4",
+        "1.81",
+        {"method": _ME, "T": 4, "column": "accuracy"},
+        {"method": "BKDSNN", "column": "accuracy"},
+    ),
+    *(
+        Stated(
+            "ckdsnn/table05",
+            m.lower(),
+            "Table 5",
+            f"{m} is Table 2's",
+            s,
+            dict(key="ckdsnn/table02", **_in("ResNet34", m)),
+        )
+        for m, s in (("SEW-R", "67.04"), ("KDSNN", "67.18"), ("BKDSNN", "71.24"), (_ME, "73.05"))
+    ),
 )
 
 # %% ../../nbs/lib/84_published.ckdsnn.ipynb #7b3978ca
 CONTRADICTIONS = (
-    Contradiction("ckdsnn", (_P, "Table 1"), ("78.15, a gain of 1.03", "79.11, a gain of 2.03"), "ResNet-19 on CIFAR-100 at T = 1; 78.15 fits neither gain.", ("table01:c100", "table01:c100-gain")),
-    Contradiction("ckdsnn", ("Ablation Study", "Table 3"), ("around 2 to 3 points", "2.63, 3.55 and 4.33 points"), "Softmax over the other scalings.", ("table03:softmax-none", "table03:softmax-z-score")),
-    Contradiction("ckdsnn", (_P, "Table 2"), ("ResNet-50 teacher, a gain of 1.52", "no ResNet-50 column"), "Of three gains named for ImageNet two can be checked."),
-    Contradiction("ckdsnn", ("Model Configuration", "Table 4"), ("ResNet-19", "ResNet20"), "The network used on CIFAR10-DVS."),
-    Contradiction("ckdsnn", (_P, "Table 1"), ("better than all earlier work, more so with more steps", "ResNet20, CIFAR-10, T = 2: 93.53; EnOF 93.86"), "One published student is better."),
-    Contradiction("ckdsnn", ("Table 1", "Table 4"), ("AAAI'21", "NIPS'21"), "Venue of STBP, the same reference."),
-    Contradiction("ckdsnn", ("Spike activation map, text", "Equation 3"), ("averaging", "a sum over T and channels"), "The scale matters, since a softmax follows."),
+    Contradiction(
+        "ckdsnn",
+        (_P, "Table 1"),
+        ("78.15, a gain of 1.03", "79.11, a gain of 2.03"),
+        "ResNet-19 on CIFAR-100 at T = 1; 78.15 fits neither gain.",
+        ("table01:c100", "table01:c100-gain"),
+    ),
+    Contradiction(
+        "ckdsnn",
+        ("Ablation Study", "Table 3"),
+        ("around 2 to 3 points", "2.63, 3.55 and 4.33 points"),
+        "Softmax over the other scalings.",
+        ("table03:softmax-none", "table03:softmax-z-score"),
+    ),
+    Contradiction(
+        "ckdsnn",
+        (_P, "Table 2"),
+        ("ResNet-50 teacher, a gain of 1.52", "no ResNet-50 column"),
+        "Of three gains named for ImageNet two can be checked.",
+    ),
+    Contradiction(
+        "ckdsnn",
+        ("Model Configuration", "Table 4"),
+        ("ResNet-19", "ResNet20"),
+        "The network used on CIFAR10-DVS.",
+    ),
+    Contradiction(
+        "ckdsnn",
+        (_P, "Table 1"),
+        (
+            "better than all earlier work, more so with more steps",
+            "ResNet20, CIFAR-10, T = 2: 93.53; EnOF 93.86",
+        ),
+        "One published student is better.",
+    ),
+    Contradiction(
+        "ckdsnn",
+        ("Table 1", "Table 4"),
+        ("AAAI'21", "NIPS'21"),
+        "Venue of STBP, the same reference.",
+    ),
+    Contradiction(
+        "ckdsnn",
+        ("Spike activation map, text", "Equation 3"),
+        ("averaging", "a sum over T and channels"),
+        "The scale matters, since a softmax follows.",
+    ),
 )

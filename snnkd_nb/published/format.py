@@ -8,7 +8,10 @@ __all__ = ['PAPERS', 'parse_cell', 'expand', 'parse_table', 'matches', 'Publishe
            'published_keys', 'published', 'value', 'claims', 'stated', 'contradictions']
 
 # %% ../../nbs/lib/80_published.format.ipynb #8baed029
-import functools, importlib, itertools, re
+import functools
+import importlib
+import itertools
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -27,7 +30,8 @@ def parse_cell(
 ):
     "A cell as `value`, `std`, `extra` (each a float or None) and `text`; raises `UserError` where it is none of the forms above."
     m = _CELL.fullmatch(text)
-    if not (m or words or text == "-" or _SEVERAL.fullmatch(text)): raise UserError(f"{text!r} is not a number")
+    if not (m or words or text == "-" or _SEVERAL.fullmatch(text)):
+        raise UserError(f"{text!r} is not a number")
     numbers = [g and float(g) for g in m.groups()] if m else [None] * 3
     return dict(zip(("value", "std", "extra"), numbers), text=text)
 
@@ -39,7 +43,8 @@ class _Column:
     words: bool
 
 
-def _typed(text): return int(text) if re.fullmatch(r"\d+", text) else text
+def _typed(text):
+    return int(text) if re.fullmatch(r"\d+", text) else text
 
 
 def expand(
@@ -47,32 +52,48 @@ def expand(
 ):
     "The columns a header stands for, the last braces running fastest."
     parts = re.split(r"[{}]", header)
-    texts = ("".join(x) for x in itertools.product(*(p.split(",") if i % 2 else [p] for i, p in enumerate(parts))))
+    texts = (
+        "".join(x)
+        for x in itertools.product(*(p.split(",") if i % 2 else [p] for i, p in enumerate(parts)))
+    )
     pairs = [t.partition("@") for t in texts]
-    return [_Column(n.removesuffix(":text"), {k: _typed(v) for k, v in (a.split("=") for a in at.split(",") if a)}, n.endswith(":text"))
-            for n, _, at in pairs]
+    return [
+        _Column(
+            n.removesuffix(":text"),
+            {k: _typed(v) for k, v in (a.split("=") for a in at.split(",") if a)},
+            n.endswith(":text"),
+        )
+        for n, _, at in pairs
+    ]
 
 # %% ../../nbs/lib/80_published.format.ipynb #2031d34e
 def _split(n, line):
     left, bar, right = line.partition("||")
-    if not bar: raise UserError(f"line {n}: no || between index and values")
+    if not bar:
+        raise UserError(f"line {n}: no || between index and values")
     return n, [c.strip() for c in left.split("|")], [c.strip() for c in right.split("|")]
 
 
 def _header(lines):
-    if not lines: raise UserError("line 1: no header")
+    if not lines:
+        raise UserError("line 1: no header")
     n, left, right = lines[0]
     columns = [c for h in right for c in expand(h)]
-    if len({tuple(c.at) for c in columns}) > 1: raise UserError(f"line {n}: every column or none carries a part of the index")
+    if len({tuple(c.at) for c in columns}) > 1:
+        raise UserError(f"line {n}: every column or none carries a part of the index")
     return left, columns
 
 
 def _line(n, left, right, names, columns, above):
-    if len(left) != len(names): raise UserError(f"line {n}: {len(left)} index cells, the header has {len(names)}")
-    if len(right) != len(columns): raise UserError(f"line {n}: {len(right)} values, the header has {len(columns)}")
-    if not above and ('"' in right or "" in left): raise UserError(f"line {n}: nothing above to repeat")
-    return [t or a for t, a in zip(left, above[0] if above else left)], \
-        [a if t == '"' else t for t, a in zip(right, above[1] if above else right)]
+    if len(left) != len(names):
+        raise UserError(f"line {n}: {len(left)} index cells, the header has {len(names)}")
+    if len(right) != len(columns):
+        raise UserError(f"line {n}: {len(right)} values, the header has {len(columns)}")
+    if not above and ('"' in right or "" in left):
+        raise UserError(f"line {n}: nothing above to repeat")
+    return [t or a for t, a in zip(left, above[0] if above else left)], [
+        a if t == '"' else t for t, a in zip(right, above[1] if above else right)
+    ]
 
 # %% ../../nbs/lib/80_published.format.ipynb #174a7f94
 def parse_table(
@@ -86,10 +107,13 @@ def parse_table(
         above = left, right = _line(n, left, right, names, columns, above)
         for c, cell in zip(columns, right):
             at = dict(zip(names, map(_typed, left))) | c.at | {"column": c.name}
-            if tuple(at.values()) in seen: raise UserError(f"line {n}: {at} stands in line {seen[tuple(at.values())]} already")
+            if tuple(at.values()) in seen:
+                raise UserError(f"line {n}: {at} stands in line {seen[tuple(at.values())]} already")
             seen[tuple(at.values())] = n
-            try: records += [at | parse_cell(cell, c.words)] if cell else []
-            except UserError as e: raise UserError(f"line {n}, column {c.name}: {e}") from None
+            try:
+                records += [at | parse_cell(cell, c.words)] if cell else []
+            except UserError as e:
+                raise UserError(f"line {n}, column {c.name}: {e}") from None
     return (*names, *columns[0].at), tuple(dict.fromkeys(c.name for c in columns)), records
 
 # %% ../../nbs/lib/80_published.format.ipynb #afd4d8f7
@@ -98,12 +122,15 @@ def matches(
     at,  # name -> value, or a tuple of values; compared as text
 ):
     "Whether a record stands at the given place."
-    return all(str(record.get(k)) in map(str, v if isinstance(v, tuple) else (v,)) for k, v in at.items())
+    return all(
+        str(record.get(k)) in map(str, v if isinstance(v, tuple) else (v,)) for k, v in at.items()
+    )
 
 # %% ../../nbs/lib/80_published.format.ipynb #2d5b941b
 @dataclass(frozen=True)
 class PublishedTable:
     "A table as a paper printed it."
+
     key: str  # e.g. "sastc/table02"
     where: str  # the paper's own name, e.g. "Appendix 1 Table 1"
     place: str  # section
@@ -116,22 +143,33 @@ class PublishedTable:
 
     @functools.cached_property
     def _parsed(self):
-        try: return parse_table(self.rows)
-        except UserError as e: raise UserError(f"{self.key} {e}") from None
+        try:
+            return parse_table(self.rows)
+        except UserError as e:
+            raise UserError(f"{self.key} {e}") from None
 
     @property
-    def index(self): return self._parsed[0]
+    def index(self):
+        return self._parsed[0]
+
     @property
-    def columns(self): return self._parsed[1]
+    def columns(self):
+        return self._parsed[1]
+
     @property
-    def records(self): return self._parsed[2]
+    def records(self):
+        return self._parsed[2]
 
     def value(self, field="value", **at):
         "The number at a place; the place may leave out what is not needed to tell it apart."
         for k in at:
-            if k not in (*self.index, "column"): raise unknown(f"index of {self.key}", k, (*self.index, "column"))
+            if k not in (*self.index, "column"):
+                raise unknown(f"index of {self.key}", k, (*self.index, "column"))
         found = [r for r in self.records if matches(r, at)]
-        if len(found) != 1: raise UserError(f"{self.key}: {len(found)} cells at {at}; its index is {', '.join(self.index)} and column ({', '.join(self.columns)})")
+        if len(found) != 1:
+            raise UserError(
+                f"{self.key}: {len(found)} cells at {at}; its index is {', '.join(self.index)} and column ({', '.join(self.columns)})"
+            )
         return found[0][field]
 
     def frame(self, field="text"):
@@ -139,7 +177,8 @@ class PublishedTable:
         import pandas as pd
 
         wide = {}
-        for r in self.records: wide.setdefault(tuple(r[k] for k in self.index), {})[r["column"]] = r[field]
+        for r in self.records:
+            wide.setdefault(tuple(r[k] for k in self.index), {})[r["column"]] = r[field]
         lines = pd.MultiIndex.from_tuples(wide, names=self.index)
         out = pd.DataFrame(list(wide.values()), index=lines, columns=list(self.columns))
         return out.fillna("") if field == "text" else out
@@ -148,6 +187,7 @@ class PublishedTable:
 @dataclass(frozen=True)
 class Claim:
     "A comparison a paper draws from one of its tables."
+
     key: str  # the table
     id: str  # short name, unique in the table
     text: str  # the claim, in our words
@@ -163,17 +203,20 @@ class Claim:
 # %% ../../nbs/lib/80_published.format.ipynb #efcb78e8
 class Estimate(NamedTuple):
     "A mean over seeds, or a sum of such means, with what is known of its error."
+
     value: float
     errors: tuple = ()  # (squared standard error, degrees of freedom) of every mean in it; None of a single seed; empty: not asked for
 
-    def __sub__(self, other): return Estimate(self.value - other.value, self.errors + other.errors)
+    def __sub__(self, other):
+        return Estimate(self.value - other.value, self.errors + other.errors)
 
 
 def estimate(
     record,  # a dict with `value`, and of ours `n` and `std`
 ):
     "Its `Estimate`; None where there is no number. A published number has no `n`, and its error is not asked for."
-    if record["value"] is None: return None
+    if record["value"] is None:
+        return None
     n, std = record.get("n"), record.get("std")
     return Estimate(record["value"], () if not n else (None,) if n == 1 else ((std**2 / n, n - 1),))
 
@@ -181,11 +224,13 @@ def estimate(
 def _pick(records, at, names):
     out = {}
     for r in records:
-        if matches(r, at) and r.get("text") != "-": out.setdefault(tuple(str(r[k]) for k in names), []).append(estimate(r))
+        if matches(r, at) and r.get("text") != "-":
+            out.setdefault(tuple(str(r[k]) for k in names), []).append(estimate(r))
     return out
 
 
-def _minus(x, y): return None if x is None or y is None else x - y
+def _minus(x, y):
+    return None if x is None or y is None else x - y
 
 # %% ../../nbs/lib/80_published.format.ipynb #9acc868b
 def told_apart(
@@ -194,7 +239,8 @@ def told_apart(
 ):
     "Whether a difference of means over seeds is above or below the margin by more than chance (Welch, p < 0.05)."
     errors = [e for e in gap.errors if e and e[0] > 0]
-    if not errors: return True
+    if not errors:
+        return True
     from scipy.special import stdtr
 
     total = sum(e for e, _ in errors)
@@ -204,7 +250,8 @@ def told_apart(
 
 def _verdict(gap, claim):
     lead = Estimate(-gap.value if claim.lower else gap.value, gap.errors)
-    if None not in gap.errors and not told_apart(lead, claim.margin): return "not told apart"
+    if None not in gap.errors and not told_apart(lead, claim.margin):
+        return "not told apart"
     return "holds" if lead.value >= claim.margin else "fails"
 
 # %% ../../nbs/lib/80_published.format.ipynb #75e6151b
@@ -215,19 +262,30 @@ def _gaps(claim, records):
 
 def _steps(claim, records):
     names = [*claim.by.split(), claim.over]
-    a, b = _pick(records, claim.better, names), _pick(records, claim.worse, names) if claim.worse else None
+    a, b = (
+        _pick(records, claim.better, names),
+        _pick(records, claim.worse, names) if claim.worse else None,
+    )
     series = {}
     for k, (x, *_) in a.items():
         y = Estimate(0) if b is None else b.get(k, [None])[0]
         series.setdefault(k[:-1], []).append((float(k[-1]), _minus(x, y)))
-    return [_minus(s[1], r[1]) for v in series.values() for r, s in itertools.pairwise(sorted(v, key=lambda p: p[0]))]
+    return [
+        _minus(s[1], r[1])
+        for v in series.values()
+        for r, s in itertools.pairwise(sorted(v, key=lambda p: p[0]))
+    ]
 
 
 def _word(found):
     of = Counter(found)
-    if len(of) == 1: return found[0]
-    if "not told apart" not in of: return f"partly {of['holds']}/{len(found)}"
-    return ", ".join(f"{word} {of[word]}" for word in ("holds", "fails", "not told apart") if of[word])
+    if len(of) == 1:
+        return found[0]
+    if "not told apart" not in of:
+        return f"partly {of['holds']}/{len(found)}"
+    return ", ".join(
+        f"{word} {of[word]}" for word in ("holds", "fails", "not told apart") if of[word]
+    )
 
 
 def evaluate_claim(
@@ -241,20 +299,26 @@ def evaluate_claim(
     """
     gaps = _steps(claim, records) if claim.over else _gaps(claim, records)
     run = [g for g in gaps if g is not None]
-    if not run: return "not run"
-    word = _word([_verdict(g, claim) for g in run]) + (", one seed" if any(None in g.errors for g in run) else "")
+    if not run:
+        return "not run"
+    word = _word([_verdict(g, claim) for g in run]) + (
+        ", one seed" if any(None in g.errors for g in run) else ""
+    )
     return word if len(run) == len(gaps) else f"{word} ({len(run)} of {len(gaps)} run)"
 
 # %% ../../nbs/lib/80_published.format.ipynb #46015e1b
 @dataclass(frozen=True)
 class Stated:
     "A number a paper's text derives from its tables, or quotes from them."
+
     key: str  # the table
     id: str  # short name, unique in the table
     place: str  # where it is said
     text: str  # what is said, in our words
     says: str  # the number as printed
-    left: dict | float  # a place in the table (`key` in it: in another one), or a number of the text
+    left: (
+        dict | float
+    )  # a place in the table (`key` in it: in another one), or a number of the text
     right: dict | float | None = None  # what is subtracted
     how: str = "minus"  # or "percent": left as a percentage of right
 
@@ -264,7 +328,10 @@ def computed(
     find=None,  # function (key, **place) -> number; None: `value`
 ):
     "The number the tables give for what the text states."
-    def number(side): return (find or value)(**{"key": stated.key, **side}) if isinstance(side, dict) else side
+
+    def number(side):
+        return (find or value)(**{"key": stated.key, **side}) if isinstance(side, dict) else side
+
     x, y = number(stated.left), number(stated.right)
     return x if y is None else 100 * x / y if stated.how == "percent" else x - y
 
@@ -275,7 +342,8 @@ def holds(
 ):
     "Whether the statement agrees with the tables to its last printed digit."
     got, says = computed(stated, find), stated.says
-    if says[0] == ">": return got > float(says[1:])
+    if says[0] == ">":
+        return got > float(says[1:])
     low, _, high = says.partition("..")
     slack = 0 if high else 0.5 * 10 ** -len(says.partition(".")[2])
     return float(low) - slack - 1e-9 <= got <= float(high or low) + slack + 1e-9
@@ -292,6 +360,7 @@ def lookup(
 @dataclass(frozen=True)
 class Contradiction:
     "Places of one paper that do not agree."
+
     paper: str  # its key
     places: tuple  # where
     values: tuple  # what is printed there, in the same order
@@ -311,11 +380,13 @@ PAPERS = ("dsas", "sastc", "eskd", "ckdsnn")
 
 
 def _module(paper):
-    if paper not in PAPERS: raise unknown("paper", paper, PAPERS)
+    if paper not in PAPERS:
+        raise unknown("paper", paper, PAPERS)
     return importlib.import_module(f"snnkd_nb.published.{paper}")
 
 
-def _all(name, paper): return [x for p in ([paper] if paper else PAPERS) for x in getattr(_module(p), name)]
+def _all(name, paper):
+    return [x for p in ([paper] if paper else PAPERS) for x in getattr(_module(p), name)]
 
 
 def published_keys(
@@ -330,7 +401,8 @@ def published(
 ):
     "The `PublishedTable` of a key."
     for t in _module(key.partition("/")[0]).TABLES:
-        if t.key == key: return t
+        if t.key == key:
+            return t
     raise unknown("published table", key, published_keys(key.partition("/")[0]))
 
 # %% ../../nbs/lib/80_published.format.ipynb #58060a40
@@ -346,7 +418,11 @@ def claims(
     key=None,  # of a table or a paper; None: all
 ):
     "The claims the papers draw from their tables."
-    return [c for c in _all("CLAIMS", key and key.partition("/")[0]) if not key or key in (c.key, c.key.partition("/")[0])]
+    return [
+        c
+        for c in _all("CLAIMS", key and key.partition("/")[0])
+        if not key or key in (c.key, c.key.partition("/")[0])
+    ]
 
 
 def stated(

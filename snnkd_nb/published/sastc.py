@@ -15,27 +15,46 @@ _IMAGENET = "single trial; the published code takes the best epoch on the valida
 _OTHERS = "own number as elsewhere in the paper; others quoted from their papers"
 
 table01 = PublishedTable(
-    "sastc/table01", "Table 1", "Spatio-Temporal Mismatch Problem", "Mismatch (STM) score of a directly trained SNN, logit KD and feature KD",
-    "mean over the last 10 epochs; number of trials unknown", "log of the STM score (eq. 1), lower is better", """
+    "sastc/table01",
+    "Table 1",
+    "Spatio-Temporal Mismatch Problem",
+    "Mismatch (STM) score of a directly trained SNN, logit KD and feature KD",
+    "mean over the last 10 epochs; number of trials unknown",
+    "log of the STM score (eq. 1), lower is better",
+    """
 student   | dataset   | T || Baseline | KD    | FT
 VGG-11    | CIFAR-100 | 3 || 16.58    | 16.49 | 16.46
 ResNet-18 | CIFAR-100 | 3 || 16.97    | 16.85 | 16.73
 ResNet-18 | ImageNet  | 4 || 22.81    | 22.97 | 22.68
-""", note="Teachers: ResNet-32x4 (CIFAR-100), ResNet-34 (ImageNet). FT is feature KD.")
+""",
+    note="Teachers: ResNet-32x4 (CIFAR-100), ResNet-34 (ImageNet). FT is feature KD.",
+)
 
 table05 = PublishedTable(
-    "sastc/table05", "Table 5", "Mechanism Analysis and Ablation Study", "Mismatch (STM) score of Table 1 with SASTC beside it",
-    "mean over the last 10 epochs; number of trials unknown", "log of the STM score (eq. 1), lower is better", """
+    "sastc/table05",
+    "Table 5",
+    "Mechanism Analysis and Ablation Study",
+    "Mismatch (STM) score of Table 1 with SASTC beside it",
+    "mean over the last 10 epochs; number of trials unknown",
+    "log of the STM score (eq. 1), lower is better",
+    """
 student   | dataset   | T || Baseline | KD    | FT    | SASTC
 VGG-11    | CIFAR-100 | 3 || 16.58    | 16.49 | 16.46 | 16.30
 ResNet-18 | CIFAR-100 | 3 || 16.97    | 16.85 | 16.73 | 16.11
 ResNet-18 | ImageNet  | 4 || 22.81    | 22.97 | 22.68 | 22.09
-""", note="Teachers as in Table 1.")
+""",
+    note="Teachers as in Table 1.",
+)
 
 # %% ../../nbs/lib/82_published.sastc.ipynb #575783e4
 table02 = PublishedTable(
-    "sastc/table02", "Table 2", "Comparison to Conventional ANN-to-SNN Distillation Methods",
-    "Students alone, under logit KD, under feature KD and under SASTC, for thirteen student-teacher pairs and T = 2, 3, 7", _CIFAR, "top-1 (%)", """
+    "sastc/table02",
+    "Table 2",
+    "Comparison to Conventional ANN-to-SNN Distillation Methods",
+    "Students alone, under logit KD, under feature KD and under SASTC, for thirteen student-teacher pairs and T = 2, 3, 7",
+    _CIFAR,
+    "top-1 (%)",
+    """
 dataset   | student   | teacher       || {Baseline,KD,Feature KD,SASTC}@T={2,3,7}
 CIFAR-10  | VGG-11    | ResNet-19     || 92.48 | 92.80 | 93.16 | 93.01 | 92.92 | 93.22 | 93.28 | 93.48 | 93.60 | 93.55 | 93.73 | 93.92
           |           | Pyramidnet-20 || "     | "     | "     | 92.98 | 93.07 | 93.52 | 93.04 | 93.28 | 93.36 | 93.52 | 93.70 | 93.64
@@ -50,11 +69,19 @@ CIFAR-100 | VGG-11    | VGG-13        || 68.70 | 69.76 | 70.00 | 73.44 | 74.52 |
           |           | WRN-40-2      || "     | "     | "     | 74.24 | 75.16 | 75.48 | 74.31 | 75.07 | 75.48 | 74.48 | 75.60 | 75.72
           | ResNet-18 | ResNet-32x4   || 70.56 | 75.72 | 76.40 | 77.68 | 78.00 | 78.64 | 77.01 | 77.96 | 78.09 | 80.28 | 80.24 | 80.68
           |           | WRN-40-2      || "     | "     | "     | 77.56 | 78.00 | 79.12 | 77.14 | 77.68 | 78.24 | 77.76 | 78.36 | 78.84
-""", note="The baseline is printed once per student. Feature KD is the mean over single pairs of layers.")
+""",
+    note="The baseline is printed once per student. Feature KD is the mean over single pairs of layers.",
+)
 
 # %% ../../nbs/lib/82_published.sastc.ipynb #b2a65b7d
 table03 = PublishedTable(
-    "sastc/table03", "Table 3", "Comparison to Conventional ANN-to-SNN Distillation Methods", "The methods on ImageNet", _IMAGENET, "top-1 (%)", """
+    "sastc/table03",
+    "Table 3",
+    "Comparison to Conventional ANN-to-SNN Distillation Methods",
+    "The methods on ImageNet",
+    _IMAGENET,
+    "top-1 (%)",
+    """
 method        | architecture | T || accuracy
 Baseline      | ResNet-18    | 4 || 60.50
 KD            | ResNet-18    | 4 || 61.37
@@ -62,10 +89,17 @@ Feature KD    | ResNet-18    | 4 || 61.01
 SASTC         | ResNet-18    | 4 || 62.52
               | ResNet-34    | 4 || 68.69
 Teacher (ANN) | ResNet-34    | 1 || 73.48
-""")
+""",
+)
 
 table06 = PublishedTable(
-    "sastc/table06", "Table 6", "Extension to Neuromorphic Datasets", "SASTC beside published SNN training methods on event data", _OTHERS, "top-1 (%)", """
+    "sastc/table06",
+    "Table 6",
+    "Extension to Neuromorphic Datasets",
+    "SASTC beside published SNN training methods on event data",
+    _OTHERS,
+    "top-1 (%)",
+    """
 dataset     | method            | architecture | T  || accuracy
 DVS-Gesture | PLIF              | c128k3s1-BN-PLIF-MPk2s2*5-DPFC512-PLIF-DP-FC110-PLIF-APk10s10 | 20 || 97.57
             | STBP-tdBN         | CIFARNet | 40 || 96.87
@@ -78,11 +112,19 @@ DVS-CIFAR10 | STBP-tdBN         | ResNet-19 | 10 || 67.80
             | TET               | VGGSNN | 10 || 83.17
             | SSCL-SNN          | ResNet-19 | 10 || 80.00
             | Ours              | VGGSNN | 10 || 83.60
-""", note="The ANN teachers are not named.")
+""",
+    note="The ANN teachers are not named.",
+)
 
 # %% ../../nbs/lib/82_published.sastc.ipynb #cd3be228
 table04 = PublishedTable(
-    "sastc/table04", "Table 4", "Comparison to Existing SNN Training Methods", "SASTC beside published SNN training methods on static images", _OTHERS, "top-1 (%)", """
+    "sastc/table04",
+    "Table 4",
+    "Comparison to Existing SNN Training Methods",
+    "SASTC beside published SNN training methods on static images",
+    _OTHERS,
+    "top-1 (%)",
+    """
 dataset   | method               | architecture       | T    || accuracy
 CIFAR-10  | Norm (Sengupta 2019) | VGG-16             | 2500 || 91.55
           | Norm (Han 2020)      | VGG-16             | 2048 || 93.63
@@ -126,42 +168,72 @@ ImageNet  | Hybrid               | ResNet-34          | 250  || 61.48
           | MS-ResNet            | ResNet-18          | 6    || 63.10
           | Ours                 | ResNet-18          | 4    || 62.52
           |                      | ResNet-34          | 4    || 68.69
-""", note="Repaired: in the text at hand the names of the data sets stand some lines late; each now begins with the first line "
-          "after the ANN of the one before. The line 71.12 (T = 6) is read as STBP-tdBn's, whose name stands at the middle of its three lines.")
+""",
+    note="Repaired: in the text at hand the names of the data sets stand some lines late; each now begins with the first line "
+    "after the ANN of the one before. The line 71.12 (T = 6) is read as STBP-tdBn's, whose name stands at the middle of its three lines.",
+)
 
 # %% ../../nbs/lib/82_published.sastc.ipynb #41199cf6
 table07 = PublishedTable(
-    "sastc/table07", "Table 7", "Application to Robust Representation", "A part of the training labels replaced: VGG-11 under ResNet-32x4 on CIFAR-100, T = 3", _CIFAR, "top-1 (%)", """
+    "sastc/table07",
+    "Table 7",
+    "Application to Robust Representation",
+    "A part of the training labels replaced: VGG-11 under ResNet-32x4 on CIFAR-100, T = 3",
+    _CIFAR,
+    "top-1 (%)",
+    """
 method     || accuracy@noise={0,10,20,30,40,50}
 Teacher    || 79.42 | 76.51 | 73.63 | 70.57 | 68.08 | 64.27
 Baseline   || 69.76 | 66.84 | 64.00 | 61.40 | 59.84 | 54.48
 KD         || 74.32 | 73.64 | 72.64 | 72.36 | 71.36 | 70.80
 Feature KD || 73.96 | 63.68 | 63.36 | 63.24 | 62.96 | 61.84
 SASTC      || 77.08 | 75.49 | 74.77 | 74.62 | 74.32 | 73.87
-""", note="noise: % of training labels perturbed. Per cent signs left out. How the teacher was trained under noise is not said.")
+""",
+    note="noise: % of training labels perturbed. Per cent signs left out. How the teacher was trained under noise is not said.",
+)
 
 table08 = PublishedTable(
-    "sastc/table08", "Appendix 1 Table 1", "Appendix 1, Application to Few-Shot Learning", "A part of the training images of every class: VGG-11 under ResNet-32x4 on CIFAR-100, T = 3", _CIFAR, "top-1 (%)", """
+    "sastc/table08",
+    "Appendix 1 Table 1",
+    "Appendix 1, Application to Few-Shot Learning",
+    "A part of the training images of every class: VGG-11 under ResNet-32x4 on CIFAR-100, T = 3",
+    _CIFAR,
+    "top-1 (%)",
+    """
 method     || accuracy@images={25,50,75,100}
 Teacher    || 60.97 | 70.87 | 75.04 | 79.42
 Baseline   || 46.48 | 60.32 | 66.76 | 69.76
 KD         || 56.41 | 66.94 | 71.62 | 74.32
 Feature KD || 50.14 | 57.97 | 61.87 | 73.96
 SASTC      || 66.19 | 72.19 | 74.44 | 77.08
-""", note="images: % of the training images of each class. Per cent signs left out.")
+""",
+    note="images: % of the training images of each class. Per cent signs left out.",
+)
 
 table09 = PublishedTable(
-    "sastc/table09", "Appendix 1 Table 2", "Appendix 1, Batch Size Analysis", "Batch size: VGG-11 under ResNet-32x4 on CIFAR-100, T = 3", _CIFAR, "top-1 (%)", """
+    "sastc/table09",
+    "Appendix 1 Table 2",
+    "Appendix 1, Batch Size Analysis",
+    "Batch size: VGG-11 under ResNet-32x4 on CIFAR-100, T = 3",
+    _CIFAR,
+    "top-1 (%)",
+    """
 method   || accuracy@batch_size={16,32,64,128,256}
 Baseline || 72.96 | 73.52 | 73.48 | 73.24 | 72.44
 KD       || 72.96 | 73.52 | 74.60 | 74.32 | 73.60
 SASTC    || 74.56 | 75.80 | 76.4  | 76.36 | 76.24
-""")
+""",
+)
 
 # %% ../../nbs/lib/82_published.sastc.ipynb #5dad7900
 table10 = PublishedTable(
-    "sastc/table10", "Appendix 1 Table 3", "Appendix 1, Comparison of Computation Efficiency", "Accuracy and energy by T: ResNet-18 under ResNet-32x4 on CIFAR-100",
-    "energy: mean spiking operations of 1,024 samples; accuracy as in Table 2", "accuracy in %, energy in uJ", """
+    "sastc/table10",
+    "Appendix 1 Table 3",
+    "Appendix 1, Comparison of Computation Efficiency",
+    "Accuracy and energy by T: ResNet-18 under ResNet-32x4 on CIFAR-100",
+    "energy: mean spiking operations of 1,024 samples; accuracy as in Table 2",
+    "accuracy in %, energy in uJ",
+    """
 method     | T || accuracy | energy
 Baseline   | 2 || 70.56    | 388.3
            | 3 || 75.72    | 571.1
@@ -176,21 +248,36 @@ SASTC      | 2 || 79.40    | 614.1
            | 3 || 80.24    | 841.5
            | 7 || 80.68    | 1965.6
 ANN        | - || 79.22    | 12511.2
-""", note="Repaired: in the text at hand method names stand one line late, and Feature KD's accuracies are printed twice. "
-          "The table's own note, 'SNNs adopt three time steps', does not fit its three columns.")
+""",
+    note="Repaired: in the text at hand method names stand one line late, and Feature KD's accuracies are printed twice. "
+    "The table's own note, 'SNNs adopt three time steps', does not fit its three columns.",
+)
 
 table11 = PublishedTable(
-    "sastc/table11", "Appendix 2 Table 1", "Appendix 2", "Training and inference time on ImageNet", "measured on four GPUs (RTX 3090 or A800); per what is not said", "training in hours, inference in minutes", """
+    "sastc/table11",
+    "Appendix 2 Table 1",
+    "Appendix 2",
+    "Training and inference time on ImageNet",
+    "measured on four GPUs (RTX 3090 or A800); per what is not said",
+    "training in hours, inference in minutes",
+    """
 method       | architecture | T || training (h) | inference (min)
 Baseline     | ResNet-18    | 4 || 1.34         | 1.01
 KD           | ResNet-18    | 4 || 1.36         | 1.01
 Feature      | ResNet-18    | 4 || 1.97         | 1.12
 SASTC (Ours) | ResNet-18    | 4 || 2.50         | 1.07
              | ResNet-34    | 4 || 4.01         | 1.93
-""")
+""",
+)
 
 table12 = PublishedTable(
-    "sastc/table12", "Appendix 2 Table 2", "Appendix 2", "Training and inference time per epoch on CIFAR", "measured on four GPUs (RTX 3090 or A800)", "not printed, presumably seconds", """
+    "sastc/table12",
+    "Appendix 2 Table 2",
+    "Appendix 2",
+    "Training and inference time per epoch on CIFAR",
+    "measured on four GPUs (RTX 3090 or A800)",
+    "not printed, presumably seconds",
+    """
 dataset | student | teacher || {Baseline,KD,Feature KD,SASTC}@T={2,3,7},time={train,infer}
 CIFAR-10 | VGG-11 | ResNet-19 || 36.77|12.11|37.70|12.46|48.17|12.64|43.50|19.18|46.50|19.57|62.16|19.84|74.21|10.18|81.42|10.49|120.49|13.88|99.78|13.24|102.24|13.78|117.35|14.99
  |  | Pyramidnet-20 || "|"|"|"|"|"|41.98|19.60|45.11|19.48|60.80|19.57|73.73|10.14|80.26|10.54|135.68|13.07|99.23|13.37|103.36|12.54|123.66|15.40
@@ -205,10 +292,25 @@ CIFAR-100 | VGG-11 | VGG-13 || 69.21|12.71|73.25|13.12|90.11|13.41|86.77|13.61|9
  |  | WRN-40-2 || "|"|"|"|"|"|88.67|18.46|103.43|18.45|157.44|18.69|100.89|12.41|124.88|12.76|170.62|13.01|121.88|12.90|125.64|12.74|156.59|13.04
  | ResNet-18 | ResNet-32x4 ||  | | | | | |88.22|13.58|98.57|18.47|259.07|18.90|91.74|14.06|103.78|14.52|145.46|14.83|114.85|20.03|157.89|20.24|192.65|18.48
  |  | WRN-40-2 ||  | | | | | |87.99|13.06|99.79|17.00|350.14|17.99|93.12|14.01|101.29|14.17|136.13|15.84|115.23|19.65|157.81|20.32|181.89|18.99
-""", note="The header is cut off in the text at hand; the order is read from Table 2 (KD, Feature KD, SASTC; T = 2, 3, 7). "
-          "The baselines of WRN-16-2 and of ResNet-18 on CIFAR-100 are not in it.")
+""",
+    note="The header is cut off in the text at hand; the order is read from Table 2 (KD, Feature KD, SASTC; T = 2, 3, 7). "
+    "The baselines of WRN-16-2 and of ResNet-18 on CIFAR-100 are not in it.",
+)
 
-TABLES = (table01, table02, table03, table04, table05, table06, table07, table08, table09, table10, table11, table12)
+TABLES = (
+    table01,
+    table02,
+    table03,
+    table04,
+    table05,
+    table06,
+    table07,
+    table08,
+    table09,
+    table10,
+    table11,
+    table12,
+)
 
 # %% ../../nbs/lib/82_published.sastc.ipynb #602d92bb
 _COMBO = "dataset student teacher T"
@@ -217,94 +319,608 @@ _F, _A1, _B, _T = table08.place, table10.place, "Appendix 1, Sensitivity Analysi
 
 
 def _beats(key, other, by, text, place, name="method", paper="holds", **where):
-    return Claim(key, f"sastc>{other.lower().replace(' ', '-')}", text, place, {name: "SASTC"}, {name: other} | where, by, paper=paper)
+    return Claim(
+        key,
+        f"sastc>{other.lower().replace(' ', '-')}",
+        text,
+        place,
+        {name: "SASTC"},
+        {name: other} | where,
+        by,
+        paper=paper,
+    )
 
 
 CLAIMS = (
-    Claim(table01.key, "kd-little", "Feature KD lowers the mismatch a little", _P, {"column": "FT"}, {"column": "Baseline"}, "student dataset", lower=True),
-    _beats(table02.key, "Baseline", _COMBO, "SASTC beats the student alone, for every pair and T", _M, "column"),
-    _beats(table02.key, "KD", _COMBO, "SASTC beats logit KD, for every pair and T", _M, "column", paper="partly 38/39"),
-    _beats(table02.key, "Feature KD", _COMBO, "SASTC beats feature KD, for every pair and T", _M, "column", paper="partly 35/39"),
-    Claim(table02.key, "kd>feature-c100", "On CIFAR-100 feature KD is worse than logit KD for all pairs", _M, {"column": "KD", "dataset": "CIFAR-100"}, {"column": "Feature KD"}, _COMBO, paper="partly 11/15"),
-    Claim(table02.key, "kd>feature-wrn", "WRN-16-2 under ResNet-19: feature KD is worse than logit KD", _M, {"column": "KD", "student": "WRN-16-2", "teacher": "ResNet-19"}, {"column": "Feature KD"}, _COMBO, paper="partly 2/3"),
-    _beats(table03.key, "Baseline", "architecture T", "SASTC beats the student alone on ImageNet", _M),
+    Claim(
+        table01.key,
+        "kd-little",
+        "Feature KD lowers the mismatch a little",
+        _P,
+        {"column": "FT"},
+        {"column": "Baseline"},
+        "student dataset",
+        lower=True,
+    ),
+    _beats(
+        table02.key,
+        "Baseline",
+        _COMBO,
+        "SASTC beats the student alone, for every pair and T",
+        _M,
+        "column",
+    ),
+    _beats(
+        table02.key,
+        "KD",
+        _COMBO,
+        "SASTC beats logit KD, for every pair and T",
+        _M,
+        "column",
+        paper="partly 38/39",
+    ),
+    _beats(
+        table02.key,
+        "Feature KD",
+        _COMBO,
+        "SASTC beats feature KD, for every pair and T",
+        _M,
+        "column",
+        paper="partly 35/39",
+    ),
+    Claim(
+        table02.key,
+        "kd>feature-c100",
+        "On CIFAR-100 feature KD is worse than logit KD for all pairs",
+        _M,
+        {"column": "KD", "dataset": "CIFAR-100"},
+        {"column": "Feature KD"},
+        _COMBO,
+        paper="partly 11/15",
+    ),
+    Claim(
+        table02.key,
+        "kd>feature-wrn",
+        "WRN-16-2 under ResNet-19: feature KD is worse than logit KD",
+        _M,
+        {"column": "KD", "student": "WRN-16-2", "teacher": "ResNet-19"},
+        {"column": "Feature KD"},
+        _COMBO,
+        paper="partly 2/3",
+    ),
+    _beats(
+        table03.key, "Baseline", "architecture T", "SASTC beats the student alone on ImageNet", _M
+    ),
     _beats(table03.key, "KD", "architecture T", "SASTC beats logit KD on ImageNet", _M),
     _beats(table03.key, "Feature KD", "architecture T", "SASTC beats feature KD on ImageNet", _M),
-    Claim(table03.key, "kd>feature", "Feature KD is worse than logit KD on ImageNet", _M, {"method": "KD"}, {"method": "Feature KD"}, "architecture T"),
-    Claim(table04.key, "ours>ann", "SASTC's SNN beats the ANN on CIFAR-10 and CIFAR-100", _X, {"method": "Ours"}, {"method": "ANN"}, "dataset"),
-    Claim(table04.key, "ours-t2>all-c10", "On CIFAR-10 SASTC at T = 2 beats every published method", _X, {"method": "Ours", "dataset": "CIFAR-10", "T": 2},
-          {"method": tuple(dict.fromkeys(r["method"] for r in table04.records if r["method"] not in ("Ours", "ANN")))}, "dataset", paper="partly 14/15"),
-    *(Claim(table05.key, f"sastc<{o.lower()}", f"SASTC has less mismatch than {o}", _N, {"column": "SASTC"}, {"column": o}, "student dataset", lower=True) for o in ("Baseline", "KD", "FT")),
-    Claim(table06.key, "ours>all", "SASTC beats every published method on event data", "Extension to Neuromorphic Datasets", {"method": "Ours"},
-          {"method": tuple(dict.fromkeys(r["method"] for r in table06.records if r["method"] != "Ours"))}, "dataset"),
-    _beats(table07.key, "Teacher", "noise", "SASTC beats its teacher under label noise", _R, paper="partly 4/6"),
-    *(_beats(table07.key, o, "noise", f"SASTC beats {o} at every noise level", _R) for o in ("Baseline", "KD", "Feature KD")),
-    *(_beats(table08.key, o, "images", f"SASTC beats {o} at every share of images", _F) for o in ("Baseline", "KD", "Feature KD")),
-    Claim(table08.key, "sastc>teacher", "SASTC beats its teacher with 25 % and 50 % of the images", _F, {"method": "SASTC", "images": (25, 50)}, {"method": "Teacher"}, "images"),
-    Claim(table08.key, "gap-baseline", "SASTC's gain over the baseline grows as images get fewer", _F, {"method": "SASTC"}, {"method": "Baseline"}, over="images", lower=True),
-    Claim(table08.key, "gap-kd", "SASTC's gain over KD grows as images get fewer", _F, {"method": "SASTC"}, {"method": "KD"}, over="images", lower=True),
-    *(_beats(table09.key, o, "batch_size", f"SASTC beats {o} at every batch size", "Appendix 1, Batch Size Analysis") for o in ("Baseline", "KD")),
-    *(Claim(table10.key, f"t2>{o.lower().replace(' ', '-')}-t7", f"SASTC at T = 2 is more accurate than {o} at T = 7", _A1,
-            {"method": "SASTC", "T": 2}, {"method": o, "T": 7, "column": "accuracy"}, "column") for o in ("Baseline", "KD", "Feature KD")),
-    Claim(table10.key, "energy-t2", "SASTC at T = 2 needs less energy than the others at T = 7", _A1,
-          {"method": "SASTC", "T": 2}, {"method": ("Baseline", "KD", "Feature KD"), "T": 7, "column": "energy"}, "column", lower=True),
+    Claim(
+        table03.key,
+        "kd>feature",
+        "Feature KD is worse than logit KD on ImageNet",
+        _M,
+        {"method": "KD"},
+        {"method": "Feature KD"},
+        "architecture T",
+    ),
+    Claim(
+        table04.key,
+        "ours>ann",
+        "SASTC's SNN beats the ANN on CIFAR-10 and CIFAR-100",
+        _X,
+        {"method": "Ours"},
+        {"method": "ANN"},
+        "dataset",
+    ),
+    Claim(
+        table04.key,
+        "ours-t2>all-c10",
+        "On CIFAR-10 SASTC at T = 2 beats every published method",
+        _X,
+        {"method": "Ours", "dataset": "CIFAR-10", "T": 2},
+        {
+            "method": tuple(
+                dict.fromkeys(
+                    r["method"] for r in table04.records if r["method"] not in ("Ours", "ANN")
+                )
+            )
+        },
+        "dataset",
+        paper="partly 14/15",
+    ),
+    *(
+        Claim(
+            table05.key,
+            f"sastc<{o.lower()}",
+            f"SASTC has less mismatch than {o}",
+            _N,
+            {"column": "SASTC"},
+            {"column": o},
+            "student dataset",
+            lower=True,
+        )
+        for o in ("Baseline", "KD", "FT")
+    ),
+    Claim(
+        table06.key,
+        "ours>all",
+        "SASTC beats every published method on event data",
+        "Extension to Neuromorphic Datasets",
+        {"method": "Ours"},
+        {
+            "method": tuple(
+                dict.fromkeys(r["method"] for r in table06.records if r["method"] != "Ours")
+            )
+        },
+        "dataset",
+    ),
+    _beats(
+        table07.key,
+        "Teacher",
+        "noise",
+        "SASTC beats its teacher under label noise",
+        _R,
+        paper="partly 4/6",
+    ),
+    *(
+        _beats(table07.key, o, "noise", f"SASTC beats {o} at every noise level", _R)
+        for o in ("Baseline", "KD", "Feature KD")
+    ),
+    *(
+        _beats(table08.key, o, "images", f"SASTC beats {o} at every share of images", _F)
+        for o in ("Baseline", "KD", "Feature KD")
+    ),
+    Claim(
+        table08.key,
+        "sastc>teacher",
+        "SASTC beats its teacher with 25 % and 50 % of the images",
+        _F,
+        {"method": "SASTC", "images": (25, 50)},
+        {"method": "Teacher"},
+        "images",
+    ),
+    Claim(
+        table08.key,
+        "gap-baseline",
+        "SASTC's gain over the baseline grows as images get fewer",
+        _F,
+        {"method": "SASTC"},
+        {"method": "Baseline"},
+        over="images",
+        lower=True,
+    ),
+    Claim(
+        table08.key,
+        "gap-kd",
+        "SASTC's gain over KD grows as images get fewer",
+        _F,
+        {"method": "SASTC"},
+        {"method": "KD"},
+        over="images",
+        lower=True,
+    ),
+    *(
+        _beats(
+            table09.key,
+            o,
+            "batch_size",
+            f"SASTC beats {o} at every batch size",
+            "Appendix 1, Batch Size Analysis",
+        )
+        for o in ("Baseline", "KD")
+    ),
+    *(
+        Claim(
+            table10.key,
+            f"t2>{o.lower().replace(' ', '-')}-t7",
+            f"SASTC at T = 2 is more accurate than {o} at T = 7",
+            _A1,
+            {"method": "SASTC", "T": 2},
+            {"method": o, "T": 7, "column": "accuracy"},
+            "column",
+        )
+        for o in ("Baseline", "KD", "Feature KD")
+    ),
+    Claim(
+        table10.key,
+        "energy-t2",
+        "SASTC at T = 2 needs less energy than the others at T = 7",
+        _A1,
+        {"method": "SASTC", "T": 2},
+        {"method": ("Baseline", "KD", "Feature KD"), "T": 7, "column": "energy"},
+        "column",
+        lower=True,
+    ),
 )
 
 # %% ../../nbs/lib/82_published.sastc.ipynb #b4990d7d
-def _at2(dataset, student, teacher, T, column): return dict(key=table02.key, dataset=dataset, student=student, teacher=teacher, T=T, column=column)
-def _c100(T, column, student="VGG-11"): return _at2("CIFAR-100", student, "ResNet-32x4", T, column)
-def _ours(dataset, T): return dict(dataset=dataset, method="Ours", T=T)
-def _other(dataset, method, T): return dict(dataset=dataset, method=method, T=T)
-def _t10(method, T, column): return dict(method=method, T=T, column=column)
+def _at2(dataset, student, teacher, T, column):
+    return {
+        "key": table02.key,
+        "dataset": dataset,
+        "student": student,
+        "teacher": teacher,
+        "T": T,
+        "column": column,
+    }
+
+
+def _c100(T, column, student="VGG-11"):
+    return _at2("CIFAR-100", student, "ResNet-32x4", T, column)
+
+
+def _ours(dataset, T):
+    return {"dataset": dataset, "method": "Ours", "T": T}
+
+
+def _other(dataset, method, T):
+    return {"dataset": dataset, "method": method, "T": T}
+
+
+def _t10(method, T, column):
+    return {"method": method, "T": T, "column": column}
 
 
 _WRN = ("CIFAR-10", "WRN-16-2", "ResNet-19", 2)
-_ANN = dict(method="ANN", column="accuracy")
+_ANN = {"method": "ANN", "column": "accuracy"}
 _E = table04.key
 STATED = (
-    Stated(table02.key, "c10-t2", "Abstract", "CIFAR-10 at T = 2", "95.12", _at2("CIFAR-10", "ResNet-18", "WRN-28-4", 2, "SASTC")),
-    Stated(table02.key, "c100-t2", "Abstract", "CIFAR-100 at T = 2", "79.40", _c100(2, "SASTC", "ResNet-18")),
-    Stated(table03.key, "imagenet", "Abstract", "ImageNet at T = 4", "68.69", dict(method="SASTC", architecture="ResNet-34")),
-    Stated(table06.key, "gesture", "Abstract", "DVS-Gesture", "97.92", dict(dataset="DVS-Gesture", method="Ours")),
-    Stated(table06.key, "dvs-cifar10", "Abstract", "DVS-CIFAR10", "83.60", dict(dataset="DVS-CIFAR10", method="Ours")),
+    Stated(
+        table02.key,
+        "c10-t2",
+        "Abstract",
+        "CIFAR-10 at T = 2",
+        "95.12",
+        _at2("CIFAR-10", "ResNet-18", "WRN-28-4", 2, "SASTC"),
+    ),
+    Stated(
+        table02.key,
+        "c100-t2",
+        "Abstract",
+        "CIFAR-100 at T = 2",
+        "79.40",
+        _c100(2, "SASTC", "ResNet-18"),
+    ),
+    Stated(
+        table03.key,
+        "imagenet",
+        "Abstract",
+        "ImageNet at T = 4",
+        "68.69",
+        {"method": "SASTC", "architecture": "ResNet-34"},
+    ),
+    Stated(
+        table06.key,
+        "gesture",
+        "Abstract",
+        "DVS-Gesture",
+        "97.92",
+        {"dataset": "DVS-Gesture", "method": "Ours"},
+    ),
+    Stated(
+        table06.key,
+        "dvs-cifar10",
+        "Abstract",
+        "DVS-CIFAR10",
+        "83.60",
+        {"dataset": "DVS-CIFAR10", "method": "Ours"},
+    ),
     Stated(table02.key, "count", _M, "seventeen combinations", "17", 13.0),
-    Stated(table02.key, "wrn-gain", _M, "WRN-16-2 & ResNet-19 over the baseline at T = 2", "4.72", _at2(*_WRN, "SASTC"), _at2(*_WRN, "Baseline")),
-    Stated(table02.key, "r18-gain", _M, "ResNet-18 & ResNet-32x4 over the baseline at T = 2", "8.84", _c100(2, "SASTC", "ResNet-18"), _c100(2, "Baseline", "ResNet-18")),
-    Stated(table10.key, "r18-gain", _M, "the same gain, from the appendix's accuracies", "8.84", _t10("SASTC", 2, "accuracy"), _t10("Baseline", 2, "accuracy")),
-    *(Stated(table03.key, i, _M, f"ResNet-18 on ImageNet over {m}", s, dict(method="SASTC", architecture="ResNet-18"), dict(method=m))
-      for i, m, s in (("gain-baseline", "Baseline", "2.02"), ("gain-kd", "KD", "1.15"), ("gain-feature", "Feature KD", "1.51"))),
-    Stated(_E, "c10-tet", _X, "CIFAR-10 at T = 2 over TET at T = 6", "0.62", _ours("CIFAR-10", 2), _other("CIFAR-10", "TET", 6)),
-    Stated(_E, "c10-tdbn", _X, "CIFAR-10 at T = 2 over STBP-tdBn at T = 6", "1.96", _ours("CIFAR-10", 2), _other("CIFAR-10", "STBP-tdBn", 6)),
-    *(Stated(_E, f"c100-tdbn-t{a}", _X, f"CIFAR-100 at T = {a} over STBP-tdBn at T = {b}", "9.56..9.99", _ours("CIFAR-100", a), _other("CIFAR-100", "STBP-tdBn", b)) for a, b in ((7, 6), (3, 4), (2, 2))),
-    *(Stated(_E, f"c100-tet-t{T}", _X, f"CIFAR-100 at T = {T} over TET at T = 6: lowest and highest gain", s, _ours("CIFAR-100", T), _other("CIFAR-100", "TET", 6)) for T, s in ((2, "4.68"), (7, "5.96"))),
-    Stated(_E, "ann-c10", _X, "largest gain over the ANN, CIFAR-10", "0.51", _ours("CIFAR-10", 7), _other("CIFAR-10", "ANN", 1)),
-    Stated(_E, "ann-c100", _X, "largest gain over the ANN, CIFAR-100", "5.33", _ours("CIFAR-100", 7), _other("CIFAR-100", "ANN", 1)),
-    *(Stated(_E, f"imagenet-{m[:3].lower()}", _X, f"ImageNet over {m}", s, dict(dataset="ImageNet", method="Ours", architecture="ResNet-34"), dict(dataset="ImageNet", method=m)) for m, s in (("TET", "3.90"), ("SEW ResNet", "1.65"))),
-    *(Stated(table07.key, f"clean-{c.lower().replace(' ', '-')}", "Table 7", f"{c} without noise is Table 2's", s, _c100(3, c)) for c, s in (("Baseline", "69.76"), ("KD", "74.32"), ("Feature KD", "73.96"), ("SASTC", "77.08"))),
-    *(Stated(table09.key, f"b128-{c.lower()}", "Appendix 1 Table 2", f"{c} at batch 128, the paper's own, is Table 2's", s, _c100(3, c)) for c, s in (("Baseline", "73.24"), ("KD", "74.32"), ("SASTC", "76.36"))),
-    *(Stated(table02.key, f"beta-c100-{o.lower()}", _B, f"CIFAR-100, beta 700, over {o}", s, _c100(3, "SASTC"), _c100(3, o)) for o, s in (("KD", "1.62"), ("Baseline", "6.18"))),
-    *(Stated(table02.key, f"beta-c10-{o.lower()}", _B, f"CIFAR-10, beta 1300, over {o}", s, _at2("CIFAR-10", "VGG-11", "ResNet-19", 3, "SASTC"), _at2("CIFAR-10", "VGG-11", "ResNet-19", 3, o)) for o, s in (("KD", "1.12"), ("Baseline", "1.24"))),
-    *(Stated(table10.key, f"ann-t{T}", _A1, f"accuracy over the ANN at T = {T}", s, _t10("SASTC", T, "accuracy"), _ANN) for T, s in ((2, "0.18"), (3, "1.02"), (7, "1.46"))),
-    *(Stated(table10.key, f"energy-t{T}", _A1, f"energy in % of the ANN's at T = {T}", s, _t10("SASTC", T, "energy"), dict(method="ANN", column="energy"), "percent") for T, s in ((2, "4.91"), (3, "6.73"), (7, "15.71"))),
-    *(Stated(table10.key, f"{c.lower().replace(' ', '-')}-t{T}", _T, f"{c} at T = {T} is Table 2's", s, _c100(T, c, "ResNet-18"))
-      for c, row in (("Baseline", ("70.56", "75.72", "76.40")), ("KD", ("77.68", "78.00", "78.64")), ("Feature KD", ("77.2", "78.16", "78.40")), ("SASTC", ("79.40", "80.24", "80.68"))) for T, s in zip((2, 3, 7), row)),
-    Stated(table10.key, "ann", _T, "ResNet-32x4 is Table 7's teacher", "79.22", dict(key=table07.key, method="Teacher", noise=0)),
+    Stated(
+        table02.key,
+        "wrn-gain",
+        _M,
+        "WRN-16-2 & ResNet-19 over the baseline at T = 2",
+        "4.72",
+        _at2(*_WRN, "SASTC"),
+        _at2(*_WRN, "Baseline"),
+    ),
+    Stated(
+        table02.key,
+        "r18-gain",
+        _M,
+        "ResNet-18 & ResNet-32x4 over the baseline at T = 2",
+        "8.84",
+        _c100(2, "SASTC", "ResNet-18"),
+        _c100(2, "Baseline", "ResNet-18"),
+    ),
+    Stated(
+        table10.key,
+        "r18-gain",
+        _M,
+        "the same gain, from the appendix's accuracies",
+        "8.84",
+        _t10("SASTC", 2, "accuracy"),
+        _t10("Baseline", 2, "accuracy"),
+    ),
+    *(
+        Stated(
+            table03.key,
+            i,
+            _M,
+            f"ResNet-18 on ImageNet over {m}",
+            s,
+            {"method": "SASTC", "architecture": "ResNet-18"},
+            {"method": m},
+        )
+        for i, m, s in (
+            ("gain-baseline", "Baseline", "2.02"),
+            ("gain-kd", "KD", "1.15"),
+            ("gain-feature", "Feature KD", "1.51"),
+        )
+    ),
+    Stated(
+        _E,
+        "c10-tet",
+        _X,
+        "CIFAR-10 at T = 2 over TET at T = 6",
+        "0.62",
+        _ours("CIFAR-10", 2),
+        _other("CIFAR-10", "TET", 6),
+    ),
+    Stated(
+        _E,
+        "c10-tdbn",
+        _X,
+        "CIFAR-10 at T = 2 over STBP-tdBn at T = 6",
+        "1.96",
+        _ours("CIFAR-10", 2),
+        _other("CIFAR-10", "STBP-tdBn", 6),
+    ),
+    *(
+        Stated(
+            _E,
+            f"c100-tdbn-t{a}",
+            _X,
+            f"CIFAR-100 at T = {a} over STBP-tdBn at T = {b}",
+            "9.56..9.99",
+            _ours("CIFAR-100", a),
+            _other("CIFAR-100", "STBP-tdBn", b),
+        )
+        for a, b in ((7, 6), (3, 4), (2, 2))
+    ),
+    *(
+        Stated(
+            _E,
+            f"c100-tet-t{T}",
+            _X,
+            f"CIFAR-100 at T = {T} over TET at T = 6: lowest and highest gain",
+            s,
+            _ours("CIFAR-100", T),
+            _other("CIFAR-100", "TET", 6),
+        )
+        for T, s in ((2, "4.68"), (7, "5.96"))
+    ),
+    Stated(
+        _E,
+        "ann-c10",
+        _X,
+        "largest gain over the ANN, CIFAR-10",
+        "0.51",
+        _ours("CIFAR-10", 7),
+        _other("CIFAR-10", "ANN", 1),
+    ),
+    Stated(
+        _E,
+        "ann-c100",
+        _X,
+        "largest gain over the ANN, CIFAR-100",
+        "5.33",
+        _ours("CIFAR-100", 7),
+        _other("CIFAR-100", "ANN", 1),
+    ),
+    *(
+        Stated(
+            _E,
+            f"imagenet-{m[:3].lower()}",
+            _X,
+            f"ImageNet over {m}",
+            s,
+            {"dataset": "ImageNet", "method": "Ours", "architecture": "ResNet-34"},
+            {"dataset": "ImageNet", "method": m},
+        )
+        for m, s in (("TET", "3.90"), ("SEW ResNet", "1.65"))
+    ),
+    *(
+        Stated(
+            table07.key,
+            f"clean-{c.lower().replace(' ', '-')}",
+            "Table 7",
+            f"{c} without noise is Table 2's",
+            s,
+            _c100(3, c),
+        )
+        for c, s in (
+            ("Baseline", "69.76"),
+            ("KD", "74.32"),
+            ("Feature KD", "73.96"),
+            ("SASTC", "77.08"),
+        )
+    ),
+    *(
+        Stated(
+            table09.key,
+            f"b128-{c.lower()}",
+            "Appendix 1 Table 2",
+            f"{c} at batch 128, the paper's own, is Table 2's",
+            s,
+            _c100(3, c),
+        )
+        for c, s in (("Baseline", "73.24"), ("KD", "74.32"), ("SASTC", "76.36"))
+    ),
+    *(
+        Stated(
+            table02.key,
+            f"beta-c100-{o.lower()}",
+            _B,
+            f"CIFAR-100, beta 700, over {o}",
+            s,
+            _c100(3, "SASTC"),
+            _c100(3, o),
+        )
+        for o, s in (("KD", "1.62"), ("Baseline", "6.18"))
+    ),
+    *(
+        Stated(
+            table02.key,
+            f"beta-c10-{o.lower()}",
+            _B,
+            f"CIFAR-10, beta 1300, over {o}",
+            s,
+            _at2("CIFAR-10", "VGG-11", "ResNet-19", 3, "SASTC"),
+            _at2("CIFAR-10", "VGG-11", "ResNet-19", 3, o),
+        )
+        for o, s in (("KD", "1.12"), ("Baseline", "1.24"))
+    ),
+    *(
+        Stated(
+            table10.key,
+            f"ann-t{T}",
+            _A1,
+            f"accuracy over the ANN at T = {T}",
+            s,
+            _t10("SASTC", T, "accuracy"),
+            _ANN,
+        )
+        for T, s in ((2, "0.18"), (3, "1.02"), (7, "1.46"))
+    ),
+    *(
+        Stated(
+            table10.key,
+            f"energy-t{T}",
+            _A1,
+            f"energy in % of the ANN's at T = {T}",
+            s,
+            _t10("SASTC", T, "energy"),
+            {"method": "ANN", "column": "energy"},
+            "percent",
+        )
+        for T, s in ((2, "4.91"), (3, "6.73"), (7, "15.71"))
+    ),
+    *(
+        Stated(
+            table10.key,
+            f"{c.lower().replace(' ', '-')}-t{T}",
+            _T,
+            f"{c} at T = {T} is Table 2's",
+            s,
+            _c100(T, c, "ResNet-18"),
+        )
+        for c, row in (
+            ("Baseline", ("70.56", "75.72", "76.40")),
+            ("KD", ("77.68", "78.00", "78.64")),
+            ("Feature KD", ("77.2", "78.16", "78.40")),
+            ("SASTC", ("79.40", "80.24", "80.68")),
+        )
+        for T, s in zip((2, 3, 7), row)
+    ),
+    Stated(
+        table10.key,
+        "ann",
+        _T,
+        "ResNet-32x4 is Table 7's teacher",
+        "79.22",
+        {"key": table07.key, "method": "Teacher", "noise": 0},
+    ),
 )
 
 # %% ../../nbs/lib/82_published.sastc.ipynb #c235202d
 CONTRADICTIONS = (
-    Contradiction("sastc", ("Abstract; Appendix 1 Table 3", "Table 2; Table 4"), ("79.40", "80.28"), "ResNet-18 under ResNet-32x4 on CIFAR-100 at T = 2.", ("table02:c100-t2", "table10:sastc-t2")),
-    Contradiction("sastc", ("text on Table 2", "Table 2"), ("8.84", "80.28 - 70.56 = 9.72"), "The text's gain fits the abstract's 79.40.", ("table02:r18-gain",)),
-    Contradiction("sastc", ("text on Table 4", "Table 4"), ("STBP-tdBn: 9.56 to 9.99", "9.56, 9.38 (T = 3 against 4), 10.87 (T = 2)"), "The 9.99 fits 79.40.", ("table04:c100-tdbn-t3", "table04:c100-tdbn-t2")),
-    Contradiction("sastc", ("text on Table 4", "Table 4"), ("TET: at least 4.68", "80.28 - 74.72 = 5.56"), "The 4.68 fits 79.40.", ("table04:c100-tet-t2",)),
-    Contradiction("sastc", ("text on Table 2", "Table 2"), ("seventeen combinations, four similar and nine heterogeneous", "13 combinations, three similar"), "Four and nine are thirteen; the text names three similar pairs.", ("table02:count",)),
-    Contradiction("sastc", ("Table 7; Appendix 1 Table 1", "Table 2"), ("Feature KD 73.96, SASTC 77.08", "73.88, 76.80"), "VGG-11 under ResNet-32x4 at T = 3 on clean data; 77.08 is Table 2's SASTC at T = 7.", ("table07:clean-feature-kd", "table07:clean-sastc")),
-    Contradiction("sastc", ("Appendix 1 Table 2", "Table 2; Table 7"), ("Baseline 73.24, SASTC 76.36", "69.76; 76.80 and 77.08"), "The same networks at batch 128, which is the paper's batch size.", ("table09:b128-baseline", "table09:b128-sastc")),
-    Contradiction("sastc", (_B, "Table 2"), ("+1.62 and +6.18", "+2.48 and +7.04"), "VGG-11 under ResNet-32x4, T = 3, at the beta the paper uses; the text's gains agree on 75.94.", ("table02:beta-c100-kd", "table02:beta-c100-baseline")),
-    Contradiction("sastc", (_B, "Table 2"), ("+1.12 and +1.24", "+0.81 and +0.93"), "VGG-11 under ResNet-19 on CIFAR-10, T = 3, at the beta the paper uses; the text's gains agree on 94.04.", ("table02:beta-c10-kd", "table02:beta-c10-baseline")),
-    Contradiction("sastc", (_T, "Table 2"), ("77.2, 78.16, 78.40", "77.01, 77.96, 78.09"), "Feature KD of ResNet-18 under ResNet-32x4.", ("table10:feature-kd-t2", "table10:feature-kd-t3", "table10:feature-kd-t7")),
-    Contradiction("sastc", (_T, "Table 7"), ("79.22", "79.42"), "Accuracy of the ResNet-32x4 teacher on CIFAR-100.", ("table10:ann",)),
-    Contradiction("sastc", ("Appendix 1 Table 3, caption", "Appendix 1, text on it"), ("ResNet-18 & ResNet-32x4", "VGG-11 & ResNet-32x4"), "The accuracies are ResNet-18's."),
-    Contradiction("sastc", ("Appendix 1, Running Time", "Appendix 2 Table 2"), ("T = 2: KD 3.6 h, SASTC 2.8 h", "KD 90.49, SASTC 108.09 per epoch"), "VGG-11 under ResNet-32x4; the same paragraph ends with SASTC needing more time."),
-    Contradiction("sastc", ("Notations and Background", "Training Details"), ("alpha typically 1", "temperature alpha 4"), "Equation 8 uses one alpha for both weight and temperature."),
+    Contradiction(
+        "sastc",
+        ("Abstract; Appendix 1 Table 3", "Table 2; Table 4"),
+        ("79.40", "80.28"),
+        "ResNet-18 under ResNet-32x4 on CIFAR-100 at T = 2.",
+        ("table02:c100-t2", "table10:sastc-t2"),
+    ),
+    Contradiction(
+        "sastc",
+        ("text on Table 2", "Table 2"),
+        ("8.84", "80.28 - 70.56 = 9.72"),
+        "The text's gain fits the abstract's 79.40.",
+        ("table02:r18-gain",),
+    ),
+    Contradiction(
+        "sastc",
+        ("text on Table 4", "Table 4"),
+        ("STBP-tdBn: 9.56 to 9.99", "9.56, 9.38 (T = 3 against 4), 10.87 (T = 2)"),
+        "The 9.99 fits 79.40.",
+        ("table04:c100-tdbn-t3", "table04:c100-tdbn-t2"),
+    ),
+    Contradiction(
+        "sastc",
+        ("text on Table 4", "Table 4"),
+        ("TET: at least 4.68", "80.28 - 74.72 = 5.56"),
+        "The 4.68 fits 79.40.",
+        ("table04:c100-tet-t2",),
+    ),
+    Contradiction(
+        "sastc",
+        ("text on Table 2", "Table 2"),
+        (
+            "seventeen combinations, four similar and nine heterogeneous",
+            "13 combinations, three similar",
+        ),
+        "Four and nine are thirteen; the text names three similar pairs.",
+        ("table02:count",),
+    ),
+    Contradiction(
+        "sastc",
+        ("Table 7; Appendix 1 Table 1", "Table 2"),
+        ("Feature KD 73.96, SASTC 77.08", "73.88, 76.80"),
+        "VGG-11 under ResNet-32x4 at T = 3 on clean data; 77.08 is Table 2's SASTC at T = 7.",
+        ("table07:clean-feature-kd", "table07:clean-sastc"),
+    ),
+    Contradiction(
+        "sastc",
+        ("Appendix 1 Table 2", "Table 2; Table 7"),
+        ("Baseline 73.24, SASTC 76.36", "69.76; 76.80 and 77.08"),
+        "The same networks at batch 128, which is the paper's batch size.",
+        ("table09:b128-baseline", "table09:b128-sastc"),
+    ),
+    Contradiction(
+        "sastc",
+        (_B, "Table 2"),
+        ("+1.62 and +6.18", "+2.48 and +7.04"),
+        "VGG-11 under ResNet-32x4, T = 3, at the beta the paper uses; the text's gains agree on 75.94.",
+        ("table02:beta-c100-kd", "table02:beta-c100-baseline"),
+    ),
+    Contradiction(
+        "sastc",
+        (_B, "Table 2"),
+        ("+1.12 and +1.24", "+0.81 and +0.93"),
+        "VGG-11 under ResNet-19 on CIFAR-10, T = 3, at the beta the paper uses; the text's gains agree on 94.04.",
+        ("table02:beta-c10-kd", "table02:beta-c10-baseline"),
+    ),
+    Contradiction(
+        "sastc",
+        (_T, "Table 2"),
+        ("77.2, 78.16, 78.40", "77.01, 77.96, 78.09"),
+        "Feature KD of ResNet-18 under ResNet-32x4.",
+        ("table10:feature-kd-t2", "table10:feature-kd-t3", "table10:feature-kd-t7"),
+    ),
+    Contradiction(
+        "sastc",
+        (_T, "Table 7"),
+        ("79.22", "79.42"),
+        "Accuracy of the ResNet-32x4 teacher on CIFAR-100.",
+        ("table10:ann",),
+    ),
+    Contradiction(
+        "sastc",
+        ("Appendix 1 Table 3, caption", "Appendix 1, text on it"),
+        ("ResNet-18 & ResNet-32x4", "VGG-11 & ResNet-32x4"),
+        "The accuracies are ResNet-18's.",
+    ),
+    Contradiction(
+        "sastc",
+        ("Appendix 1, Running Time", "Appendix 2 Table 2"),
+        ("T = 2: KD 3.6 h, SASTC 2.8 h", "KD 90.49, SASTC 108.09 per epoch"),
+        "VGG-11 under ResNet-32x4; the same paragraph ends with SASTC needing more time.",
+    ),
+    Contradiction(
+        "sastc",
+        ("Notations and Background", "Training Details"),
+        ("alpha typically 1", "temperature alpha 4"),
+        "Equation 8 uses one alpha for both weight and temperature.",
+    ),
 )

@@ -18,16 +18,33 @@ def by_epoch(
     runs,  # mapping `RunSpec` -> `Record` or None
     probe,  # name of a probe, e.g. "stm"
 ):
-    "A row for every run, epoch and value of a probe: the index of the cell, seed, epoch, part (\"\" for a single number), value."
+    'A row for every run, epoch and value of a probe: the index of the cell, seed, epoch, part ("" for a single number), value.'
     import pandas as pd
 
-    rows = [{**c.index, "seed": s.seed, "epoch": e, "part": name[len(probe) + 1 :], "value": v, "run": s.id}
-            for c in grid.cells for s in c.specs if runs.get(s)
-            for name, values in runs[s].history.items() if name == probe or name.startswith(probe + "_") for e, v in zip(runs[s].history.get("epoch", range(1, len(values) + 1)), values) if v is not None]
-    return pd.DataFrame(rows, columns=[*grid.cells[0].index, "seed", "epoch", "part", "value", "run"])
+    rows = [
+        {
+            **c.index,
+            "seed": s.seed,
+            "epoch": e,
+            "part": name[len(probe) + 1 :],
+            "value": v,
+            "run": s.id,
+        }
+        for c in grid.cells
+        for s in c.specs
+        if runs.get(s)
+        for name, values in runs[s].history.items()
+        if name == probe or name.startswith(probe + "_")
+        for e, v in zip(runs[s].history.get("epoch", range(1, len(values) + 1)), values)
+        if v is not None
+    ]
+    return pd.DataFrame(
+        rows, columns=[*grid.cells[0].index, "seed", "epoch", "part", "value", "run"]
+    )
 
 # %% ../../nbs/lib/87_reports.attention.ipynb #cbdb95c2
-def _mean_of(frame, keys): return frame.groupby(keys, sort=False).value.mean().reset_index()
+def _mean_of(frame, keys):
+    return frame.groupby(keys, sort=False).value.mean().reset_index()
 
 
 def stm_lines(
@@ -40,14 +57,28 @@ def stm_lines(
     import matplotlib.pyplot as plt
 
     fig, ax = plt.subplots(figsize=(4.6, 2.7))
-    late = frame[frame.epoch > frame.groupby("method").epoch.transform("max") - last].groupby("method").value.mean() if len(frame) else {}
+    late = (
+        frame[frame.epoch > frame.groupby("method").epoch.transform("max") - last]
+        .groupby("method")
+        .value.mean()
+        if len(frame)
+        else {}
+    )
     for m, f in frame.groupby("method", sort=False):
         colour = (COLOURS | (colours or {})).get(m, "#7f7f7f")
-        for _, one in f.groupby("run"): ax.plot(one.epoch, one.value, color=colour, lw=0.7, alpha=0.35)
-        ax.plot(*_mean_of(f, ["epoch"]).to_numpy().T, color=colour, lw=1.8, label=f"{m}  {late[m]:.3f}")
+        for _, one in f.groupby("run"):
+            ax.plot(one.epoch, one.value, color=colour, lw=0.7, alpha=0.35)
+        ax.plot(
+            *_mean_of(f, ["epoch"]).to_numpy().T, color=colour, lw=1.8, label=f"{m}  {late[m]:.3f}"
+        )
     ax.set(xlabel="epoch", ylabel=ylabel)
     ax.xaxis.get_major_locator().set_params(integer=True)
-    if len(frame): ax.legend(loc="upper left", bbox_to_anchor=(1, 1), title=f"mean of the last {min(last, frame.epoch.max())}")
+    if len(frame):
+        ax.legend(
+            loc="upper left",
+            bbox_to_anchor=(1, 1),
+            title=f"mean of the last {min(last, frame.epoch.max())}",
+        )
     return fig, _summary(frame, ["method", "epoch"]).assign(last=lambda f: f.method.map(late))
 
 
@@ -60,7 +91,11 @@ def _in_decades(ax):
     from matplotlib.ticker import LogLocator, NullFormatter
 
     ax.set_yscale("log")
-    ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter())
+    ax.yaxis.set(
+        major_locator=LogLocator(subs=(1, 2, 5)),
+        major_formatter="{x:g}",
+        minor_formatter=NullFormatter(),
+    )
 
 
 def fisher_curves(
@@ -72,18 +107,36 @@ def fisher_curves(
 
     numbers = _summary(frame.assign(t=frame.part.astype(int)), ["method", "t", "epoch"])
     steps = sorted(numbers.t.unique()) or [1]
-    fig, (*each, right) = plt.subplots(1, len(steps) + 1, figsize=(1.9 * len(steps) + 2.6, 2.8), sharey=True, layout="constrained")
+    fig, (*each, right) = plt.subplots(
+        1, len(steps) + 1, figsize=(1.9 * len(steps) + 2.6, 2.8), sharey=True, layout="constrained"
+    )
     for m, f in numbers.groupby("method", sort=False):
         colour = (COLOURS | (colours or {})).get(m, "#7f7f7f")
-        for ax, t in zip(each, steps): ax.plot(*f[f.t == t][["epoch", "mean"]].to_numpy().T, color=colour, lw=1.6, label=m)
+        for ax, t in zip(each, steps):
+            ax.plot(*f[f.t == t][["epoch", "mean"]].to_numpy().T, color=colour, lw=1.6, label=m)
         for epoch, style in ((f.epoch.min(), "--"), (f.epoch.max(), "-")):
-            right.plot(*f[f.epoch == epoch][["t", "mean"]].to_numpy().T, style, marker="o", ms=3.5, color=colour, lw=1.4)
-    for ax, title in zip((*each, right), (*(f"t = {t}" for t in steps), "dashed: first epoch,\nsolid: last")):
+            right.plot(
+                *f[f.epoch == epoch][["t", "mean"]].to_numpy().T,
+                style,
+                marker="o",
+                ms=3.5,
+                color=colour,
+                lw=1.4,
+            )
+    for ax, title in zip(
+        (*each, right), (*(f"t = {t}" for t in steps), "dashed: first epoch,\nsolid: last")
+    ):
         ax.set(title=title, xlabel="steps seen, t" if ax is right else "epoch")
         ax.xaxis.get_major_locator().set_params(integer=True)
-    if len(frame) and (frame.value > 0).all(): _in_decades(right)
+    if len(frame) and (frame.value > 0).all():
+        _in_decades(right)
     each[0].set_ylabel("Fisher information (trace)")
-    if len(frame): fig.legend(*each[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(each[0].lines))
+    if len(frame):
+        fig.legend(
+            *each[0].get_legend_handles_labels(),
+            loc="outside upper center",
+            ncols=len(each[0].lines),
+        )
     return fig, numbers
 
 # %% ../../nbs/lib/87_reports.attention.ipynb #a3ec3643
@@ -97,16 +150,27 @@ def attention_frame(
     import pandas as pd
 
     eta = eta.detach().float().mean(2) if eta.dim() == 4 else eta
-    need(tuple(eta.shape[1:]) == (len(student), len(teacher)), f"attention of shape {tuple(eta.shape)} over {len(student)} student and {len(teacher)} teacher layers: give (T, S, B, L) or (T, S, L)")
-    return pd.DataFrame([{**at, "student": s, "t": t + 1, "teacher": a, "weight": float(eta[t, i, j])}
-                         for t in range(len(eta)) for i, s in enumerate(student) for j, a in enumerate(teacher)])
+    need(
+        tuple(eta.shape[1:]) == (len(student), len(teacher)),
+        f"attention of shape {tuple(eta.shape)} over {len(student)} student and {len(teacher)} teacher layers: give (T, S, B, L) or (T, S, L)",
+    )
+    return pd.DataFrame(
+        [
+            {**at, "student": s, "t": t + 1, "teacher": a, "weight": float(eta[t, i, j])}
+            for t in range(len(eta))
+            for i, s in enumerate(student)
+            for j, a in enumerate(teacher)
+        ]
+    )
 
 # %% ../../nbs/lib/87_reports.attention.ipynb #db6a8442
 def _of_all(heads, teachers, parts):
     "{name: (student layer, step, teacher layer)} if the names are all of `<student layer>_<step>` over all teacher layers, else nothing."
     rows = [h.rpartition("_")[::2] for h in heads]
     steps = {s: [int(t) for other, t in rows if other == s and t.isdecimal()] for s, _ in rows}
-    whole = all(s and sorted(t) == list(range(1, len(rows) // len(steps) + 1)) for s, t in steps.items())
+    whole = all(
+        s and sorted(t) == list(range(1, len(rows) // len(steps) + 1)) for s, t in steps.items()
+    )
     names = {f"{s}_{t}_{a}": (s, int(t), a) for s, t in rows for a in teachers} if whole else {}
     return names if len(names) == len(heads) * len(teachers) and names.keys() == set(parts) else {}
 
@@ -118,8 +182,16 @@ def readings(
     found, known = [], set(parts)
     for m in re.finditer(r"(?=_(\d+)_)", parts[0]):
         head, of = parts[0][: m.end(1)], parts[0][m.end(1) + 1 :]
-        heads, teachers = [p[: -len(of) - 1] for p in parts if p.endswith(f"_{of}")], [p[len(head) + 1 :] for p in parts if p.startswith(f"{head}_")]
-        found += [_of_all([h for h in heads if all(f"{h}_{a}" in known for a in teachers)], teachers, parts), _of_all(heads, [a for a in teachers if all(f"{h}_{a}" in known for h in heads)], parts)]
+        heads, teachers = (
+            [p[: -len(of) - 1] for p in parts if p.endswith(f"_{of}")],
+            [p[len(head) + 1 :] for p in parts if p.startswith(f"{head}_")],
+        )
+        found += [
+            _of_all(
+                [h for h in heads if all(f"{h}_{a}" in known for a in teachers)], teachers, parts
+            ),
+            _of_all(heads, [a for a in teachers if all(f"{h}_{a}" in known for h in heads)], parts),
+        ]
     return [f for i, f in enumerate(found) if f and f not in found[:i]]
 
 
@@ -130,9 +202,14 @@ def _read(frame):
     weight = frame.groupby("part", sort=False).value.mean()
     ways = readings(list(weight.index))
     need(ways, f"no attention: {weight.index[0]!r} is not <student layer>_<step>_<teacher layer>")
-    off = lambda way: (weight.groupby(lambda p: way[p][:2]).sum() - 1).abs().max()
+
+    def off(way):
+        return (weight.groupby(lambda p: way[p][:2]).sum() - 1).abs().max()
+
     way = min(ways, key=off)
-    split = pd.DataFrame([way[p] for p in frame.part], columns=["student", "t", "teacher"], index=frame.index)
+    split = pd.DataFrame(
+        [way[p] for p in frame.part], columns=["student", "t", "teacher"], index=frame.index
+    )
     return pd.concat([frame[["epoch", "value"]], split], axis=1)
 
 
@@ -143,8 +220,18 @@ def attention_history(
     import pandas as pd
 
     need(len(frame), "no attention: nothing was recorded")
-    rows = pd.concat([_read(f) for _, f in frame.groupby(frame.run if "run" in frame else [0] * len(frame), sort=False)])
-    return rows.groupby(["epoch", "student", "t", "teacher"], sort=False).value.mean().rename("weight").reset_index()
+    rows = pd.concat(
+        [
+            _read(f)
+            for _, f in frame.groupby(frame.run if "run" in frame else [0] * len(frame), sort=False)
+        ]
+    )
+    return (
+        rows.groupby(["epoch", "student", "t", "teacher"], sort=False)
+        .value.mean()
+        .rename("weight")
+        .reset_index()
+    )
 
 # %% ../../nbs/lib/87_reports.attention.ipynb #2309f823
 def _some(epochs, panels):
@@ -152,7 +239,8 @@ def _some(epochs, panels):
     return [epochs[round(k * (len(epochs) - 1) / max(n - 1, 1))] for k in range(n)]
 
 
-def _order(frame, column): return list(dict.fromkeys(frame[column]))
+def _order(frame, column):
+    return list(dict.fromkeys(frame[column]))
 
 
 def _label(ax, rows, cols):
@@ -160,7 +248,8 @@ def _label(ax, rows, cols):
     ax.set_yticks(range(len(rows)), [f"{s}  t={t}" if t == 1 else f"t={t}" for s, t in rows])
     ax.grid(False)
     for k in range(1, len(rows)):
-        if rows[k][0] != rows[k - 1][0]: ax.axhline(k - 0.5, color="white", lw=1)
+        if rows[k][0] != rows[k - 1][0]:
+            ax.axhline(k - 0.5, color="white", lw=1)
 
 
 def attention_maps(
@@ -172,15 +261,32 @@ def attention_maps(
     "`(figure, numbers)`: rows (student layer, step) × columns teacher layer, a panel an epoch, all in the same colours; numbers are the rows drawn."
     import matplotlib.pyplot as plt
 
-    if by not in frame: raise unknown("column", by, frame.columns)
-    shown, cols, rows = _some(_order(frame, by), panels), _order(frame, "teacher"), list(dict.fromkeys(zip(frame.student, frame.t)))
+    if by not in frame:
+        raise unknown("column", by, frame.columns)
+    shown, cols, rows = (
+        _some(_order(frame, by), panels),
+        _order(frame, "teacher"),
+        list(dict.fromkeys(zip(frame.student, frame.t))),
+    )
     rows = sorted(rows, key=lambda r: (_order(frame, "student").index(r[0]), r[1]))
     drawn = frame[frame[by].isin(shown)].reset_index(drop=True)
     low, high = limits or (drawn.weight.min(), drawn.weight.max())
-    fig, axes = plt.subplots(1, len(shown), figsize=(0.3 * len(cols) * len(shown) + 1.9, 0.17 * len(rows) + 1.05), squeeze=False, sharey=True)
+    fig, axes = plt.subplots(
+        1,
+        len(shown),
+        figsize=(0.3 * len(cols) * len(shown) + 1.9, 0.17 * len(rows) + 1.05),
+        squeeze=False,
+        sharey=True,
+    )
     for ax, at in zip(axes[0], shown):
-        table = drawn[drawn[by] == at].pivot(index=["student", "t"], columns="teacher", values="weight").loc[rows, cols]
-        image = ax.imshow(table, cmap="cividis", vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+        table = (
+            drawn[drawn[by] == at]
+            .pivot(index=["student", "t"], columns="teacher", values="weight")
+            .loc[rows, cols]
+        )
+        image = ax.imshow(
+            table, cmap="cividis", vmin=low, vmax=high, aspect="auto", interpolation="nearest"
+        )
         ax.set_title(f"{by} {at}")
         _label(ax, rows, cols)
     axes[0][0].set_ylabel("student")

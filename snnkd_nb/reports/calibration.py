@@ -34,12 +34,19 @@ def calibrate(
 ):
     "`(calibration in evaluation mode, losses)`: SASTC's attention and projections for two networks that stay as they are."
     torch.manual_seed(seed_for(seed, "calibration"))
-    module, losses = Calibration(*([net.widths[n] for n in net.stage_names] for net in (student, teacher)), size), []
+    module, losses = (
+        Calibration(
+            *([net.widths[n] for n in net.stage_names] for net in (student, teacher)), size
+        ),
+        [],
+    )
     optimiser = torch.optim.SGD(module.parameters(), lr, momentum=0.9)
     for step in range(steps):
         x, _ = next(iter(data.loader("train", size, seed=seed, epoch=step)))
         loss = module(*(list(features_of(net, x)[1].values()) for net in (student, teacher)))
-        optimiser.zero_grad(), loss.backward(), optimiser.step()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
         losses.append(loss.item())
     return module.eval(), losses
 
@@ -47,6 +54,7 @@ def calibrate(
 @dataclass(frozen=True)
 class Calibrated:
     "Two networks and their calibration as they see one batch."
+
     students: dict  # stage -> (T, B, C, h, w)
     teachers: dict  # stage -> (B, C, h, w)
     attention: torch.Tensor  # (T, S, B, L)
@@ -55,10 +63,12 @@ class Calibrated:
     beta: float
 
     @property
-    def total(self): return self.terms["ce"] + self.terms["kd"] + self.beta * self.terms["sastc"]
+    def total(self):
+        return self.terms["ce"] + self.terms["kd"] + self.beta * self.terms["sastc"]
 
     @property
-    def eta(self): return self.attention.mean(2)
+    def eta(self):
+        return self.attention.mean(2)
 
 
 def seen_by(
@@ -78,10 +88,16 @@ def seen_by(
     return Calibrated(students, teachers, eta, d, {k: v.item() for k, v in terms.items()}, beta)
 
 # %% ../../nbs/lib/88_reports.calibration.ipynb #d0039ef7
-WIDE, TALL, TOP, LOW = 8.4, 6.8, 5.95, 3.9  # of the figure; heights of the two rows of networks; inches
+WIDE, TALL, TOP, LOW = (
+    8.4,
+    6.8,
+    5.95,
+    3.9,
+)  # of the figure; heights of the two rows of networks; inches
 
 
-def _columns(n): return np.linspace(1.75, WIDE - 1.85, n)
+def _columns(n):
+    return np.linspace(1.75, WIDE - 1.85, n)
 
 
 def made_of(
@@ -89,17 +105,43 @@ def made_of(
 ):
     "What a stage is made of, in words: its blocks, or how many convolutions."
     kinds = {type(m).__name__ for m in stage.children()}
-    if isinstance(stage, torch.nn.Sequential) and len(kinds) == 1: return f"{len(stage)} × {kinds.pop()}"
+    if isinstance(stage, torch.nn.Sequential) and len(kinds) == 1:
+        return f"{len(stage)} × {kinds.pop()}"
     return f"{sum(isinstance(m, torch.nn.Conv2d) for m in stage.modules())} × conv"
 
 
 def _network(ax, model, x, y, word):
-    boxes = [(n, made_of(getattr(model, n)) if hasattr(model, n) else made if made.count("→") < 3 else f"{made.split()[0]} → … → {made.split()[-1]}", shape) for n, made, shape in stage_boxes(model, x)]
+    boxes = [
+        (
+            n,
+            made_of(getattr(model, n))
+            if hasattr(model, n)
+            else made
+            if made.count("→") < 3
+            else f"{made.split()[0]} → … → {made.split()[-1]}",
+            shape,
+        )
+        for n, made, shape in stage_boxes(model, x)
+    ]
     at, w = [*_columns(len(boxes) - 1), WIDE - 0.62], min(1.0, 4 / (len(boxes) - 2))
     for k, (name, made, shape) in enumerate(boxes):
-        _box(ax, at[k], y, [name, made, shape], "linear" if k == len(boxes) - 1 else "neuron" if model.T else "block", w)
+        _box(
+            ax,
+            at[k],
+            y,
+            [name, made, shape],
+            "linear" if k == len(boxes) - 1 else "neuron" if model.T else "block",
+            w,
+        )
         _arrow(ax, (at[k - 1] + w / 2 if k else 0.86, y), (at[k] - w / 2, y))
-    _text(ax, 0.5, y + (0.48 if y > 4.5 else -0.48), word + (f", T = {model.T}" if model.T else ""), fontsize=8, weight="bold")
+    _text(
+        ax,
+        0.5,
+        y + (0.48 if y > 4.5 else -0.48),
+        word + (f", T = {model.T}" if model.T else ""),
+        fontsize=8,
+        weight="bold",
+    )
     return boxes
 
 
@@ -110,18 +152,38 @@ def _lines(ax, eta):
         foot = left[s] + 0.28 * (2 * (t + 0.5) / T - 1)
         for a, w in enumerate(eta[t, s].tolist()):
             best, share = a == int(eta[t, s].argmax()), (w - low) / max(high - low, 1e-9)
-            ax.plot([foot, right[a]], [LOW + 0.31, TOP - 0.31], color=COLOURS["SASTC"] if best else "#555555", lw=float(0.4 + 1.8 * share), alpha=float(0.25 + 0.6 * share), zorder=0, solid_capstyle="round")
-        _text(ax, foot, LOW + 0.38, str(t + 1), fontsize=5.5, color="#333333", bbox=dict(fc="white", ec="none", pad=0.6))
+            ax.plot(
+                [foot, right[a]],
+                [LOW + 0.31, TOP - 0.31],
+                color=COLOURS["SASTC"] if best else "#555555",
+                lw=float(0.4 + 1.8 * share),
+                alpha=float(0.25 + 0.6 * share),
+                zorder=0,
+                solid_capstyle="round",
+            )
+        _text(
+            ax,
+            foot,
+            LOW + 0.38,
+            str(t + 1),
+            fontsize=5.5,
+            color="#333333",
+            bbox={"fc": "white", "ec": "none", "pad": 0.6},
+        )
 
 # %% ../../nbs/lib/88_reports.calibration.ipynb #109a62be
 def layers_in_words(
     module,  # an `nn.Sequential`
 ):
-    "Its layers with their sizes, e.g. \"linear 32→16\"."
+    'Its layers with their sizes, e.g. "linear 32→16".'
+
     def word(m):
-        if isinstance(m, torch.nn.Linear): return f"linear {m.in_features}→{m.out_features}"
-        if isinstance(m, torch.nn.Conv2d): return f"conv {m.kernel_size[0]}×{m.kernel_size[1]}, {m.in_channels}→{m.out_channels}"
+        if isinstance(m, torch.nn.Linear):
+            return f"linear {m.in_features}→{m.out_features}"
+        if isinstance(m, torch.nn.Conv2d):
+            return f"conv {m.kernel_size[0]}×{m.kernel_size[1]}, {m.in_channels}→{m.out_channels}"
         return {"BatchNorm2d": "BN"}.get(type(m).__name__, type(m).__name__)
+
     return [word(m) for m in module]
 
 
@@ -131,41 +193,108 @@ def _pattern(fig, ax, x, y, m, label):
 
 
 def _pair(seen):
-    s = max((i for i, f in enumerate(seen.students.values()) if f.shape[-1] > 1), default=len(seen.students) - 1)
+    s = max(
+        (i for i, f in enumerate(seen.students.values()) if f.shape[-1] > 1),
+        default=len(seen.students) - 1,
+    )
     return s, int(seen.eta[-1, s].argmax())
 
 # %% ../../nbs/lib/88_reports.calibration.ipynb #da3fcbd4
 def _details(fig, ax, module, seen):
     s, a = _pair(seen)
     (name_s, f_s), (name_a, f_a) = list(seen.students.items())[s], list(seen.teachers.items())[a]
-    for y, f, name, mlp, n in ((2.55, f_a, name_a, module.key, a), (0.75, f_s[-1], f"{name_s}, t = {len(f_s)}", module.query, s)):
+    for y, f, name, mlp, n in (
+        (2.55, f_a, name_a, module.key, a),
+        (0.75, f_s[-1], f"{name_s}, t = {len(f_s)}", module.query, s),
+    ):
         letter = "K" if y > 2 else "Q"
         _pattern(fig, ax, 0.62, y, f[0].mean(0), f"f: {name}")
         _pattern(fig, ax, 1.75, y, gram(f, steps=False), f"A = R(f) R(f)′, {len(f)}×{len(f)}")
-        _box(ax, 3.3, y, [f"MLP {letter}", *layers_in_words(mlp.mlps[n % len(mlp.mlps)])[::2], "length one" if mlp.normalise else ""], "linear", 1.2, 0.78)
-        for b, c in ((0.95, 1.42), (2.08, 2.68)): _arrow(ax, (b, y), (c, y))
+        _box(
+            ax,
+            3.3,
+            y,
+            [
+                f"MLP {letter}",
+                *layers_in_words(mlp.mlps[n % len(mlp.mlps)])[::2],
+                "length one" if mlp.normalise else "",
+            ],
+            "linear",
+            1.2,
+            0.78,
+        )
+        for b, c in ((0.95, 1.42), (2.08, 2.68)):
+            _arrow(ax, (b, y), (c, y))
         _arrow(ax, (3.92, y), (4.4, 1.65 + (0.42 if y > 2 else -0.42)))
-    _box(ax, 0.62, 1.65, ["Proj", *layers_in_words(module.projections[s][a])[::3]], "conv", 1.12, 0.56)
-    _arrow(ax, (0.62, 1.08), (0.62, 1.36)), _arrow(ax, (1.19, 1.65), (1.62, 1.65)), _arrow(ax, (0.8, 2.22), (1.8, 1.89))
+    _box(
+        ax,
+        0.62,
+        1.65,
+        ["Proj", *layers_in_words(module.projections[s][a])[::3]],
+        "conv",
+        1.12,
+        0.56,
+    )
+    _arrow(ax, (0.62, 1.08), (0.62, 1.36))
+    _arrow(ax, (1.19, 1.65), (1.62, 1.65))
+    _arrow(ax, (0.8, 2.22), (1.8, 1.89))
     _box(ax, 2.05, 1.65, ["MSE", f"{seen.distances[-1, s, :, a].mean():.3f}"], "pool", 0.84, 0.44)
     _attention(fig, ax, seen)
-    _arrow(ax, (2.48, 1.65), (2.78, 1.65)), _arrow(ax, (4.45, 1.65), (4.1, 1.65))
-    _text(ax, 3.44, 1.65, f"Σ of η · MSE over pairs,\nmean over steps, images,\nlayers: {seen.terms['sastc']:.3g}", fontsize=6.5)
+    _arrow(ax, (2.48, 1.65), (2.78, 1.65))
+    _arrow(ax, (4.45, 1.65), (4.1, 1.65))
+    _text(
+        ax,
+        3.44,
+        1.65,
+        f"Σ of η · MSE over pairs,\nmean over steps, images,\nlayers: {seen.terms['sastc']:.3g}",
+        fontsize=6.5,
+    )
 
 
 def _attention(fig, ax, seen):
     T, S, L = seen.eta.shape
-    inner = _thumb(fig, ax, 5.15, 1.65, seen.eta.transpose(0, 1).flatten(0, 1).numpy(), 1.35, cmap="cividis", aspect="auto")
+    inner = _thumb(
+        fig,
+        ax,
+        5.15,
+        1.65,
+        seen.eta.transpose(0, 1).flatten(0, 1).numpy(),
+        1.35,
+        cmap="cividis",
+        aspect="auto",
+    )
     inner.set_yticks([T * k + (T - 1) / 2 for k in range(S)], list(seen.students), fontsize=6)
-    inner.yaxis.tick_right(), inner.set_xticks(range(L), list(seen.teachers), fontsize=6, rotation=45, ha="right")
-    inner.tick_params(length=0, pad=1), inner.grid(False)
-    for k in range(1, S): inner.axhline(T * k - 0.5, color="white", lw=0.8)
-    _text(ax, 5.15, 2.5, f"η = softmax of Q′K over the teacher's layers\n{seen.eta.min():.2f} (dark) to {seen.eta.max():.2f}", fontsize=6.5)
+    inner.yaxis.tick_right()
+    inner.set_xticks(range(L), list(seen.teachers), fontsize=6, rotation=45, ha="right")
+    inner.tick_params(length=0, pad=1)
+    inner.grid(False)
+    for k in range(1, S):
+        inner.axhline(T * k - 0.5, color="white", lw=0.8)
+    _text(
+        ax,
+        5.15,
+        2.5,
+        f"η = softmax of Q′K over the teacher's layers\n{seen.eta.min():.2f} (dark) to {seen.eta.max():.2f}",
+        fontsize=6.5,
+    )
 
 # %% ../../nbs/lib/88_reports.calibration.ipynb #2bd079ac
 def _sum(ax, seen):
-    lines = [("cross-entropy", seen.terms["ce"], ""), ("KD", seen.terms["kd"], "eq. 8"), ("SASTC", seen.terms["sastc"], f"eq. 6, × β = {seen.beta:g}")]
-    for k, (name, value, note) in enumerate(lines): _box(ax, 7.45, 2.65 - 0.62 * k, [name, f"{value:.4g}", note][: 3 if note else 2], "pool", 1.3, 0.52)
+    lines = [
+        ("cross-entropy", seen.terms["ce"], ""),
+        ("KD", seen.terms["kd"], "eq. 8"),
+        ("SASTC", seen.terms["sastc"], f"eq. 6, × β = {seen.beta:g}"),
+    ]
+    for k, (name, value, note) in enumerate(lines):
+        _box(
+            ax,
+            7.45,
+            2.65 - 0.62 * k,
+            [name, f"{value:.4g}", note][: 3 if note else 2],
+            "pool",
+            1.3,
+            0.52,
+        )
     _text(ax, 7.45, 0.72, f"total {seen.total:.4g}", fontsize=8, weight="bold")
     _arrow(ax, (7.45, 1.12), (7.45, 0.82))
 
@@ -188,10 +317,36 @@ def calibration_figure(
     fig = plt.figure(figsize=(WIDE, TALL), layout=PlaceHolderLayoutEngine(True, True))
     ax = fig.add_axes([0, 0, 1, 1], xlim=(0, WIDE), ylim=(0, TALL))
     ax.set_axis_off()
-    rows = [(w, b) for w, net, at in (("teacher", teacher, TOP), ("student", student, LOW)) for b in _network(ax, net, x, at, w)]
-    for at in (TOP, LOW): _thumb(fig, ax, 0.5, at, image, cmap="gray", vmin=0, vmax=1)
-    _lines(ax, seen.eta), _details(fig, ax, module, seen), _sum(ax, seen)
-    for y_at, letter in ((TALL - 0.15, "(a)"), (3.13, "(b)")): _text(ax, 0.18, y_at, letter, fontsize=9, weight="bold")
-    numbers = [{"row": r, "module": m, "made of": made, "puts out": shape} for r, (m, made, shape) in rows]
-    numbers += [{"row": "attention", "module": f"{r.student}, t = {r.t}", "made of": r.teacher, "puts out": f"{r.weight:.6g}"} for r in attention_frame(seen.attention, list(seen.students), list(seen.teachers)).itertuples()]
-    return fig, pd.DataFrame(numbers + [{"row": "loss", "module": k, "made of": "", "puts out": f"{v:.6g}"} for k, v in {**seen.terms, "beta": beta, "total": seen.total}.items()])
+    rows = [
+        (w, b)
+        for w, net, at in (("teacher", teacher, TOP), ("student", student, LOW))
+        for b in _network(ax, net, x, at, w)
+    ]
+    for at in (TOP, LOW):
+        _thumb(fig, ax, 0.5, at, image, cmap="gray", vmin=0, vmax=1)
+    _lines(ax, seen.eta)
+    _details(fig, ax, module, seen)
+    _sum(ax, seen)
+    for y_at, letter in ((TALL - 0.15, "(a)"), (3.13, "(b)")):
+        _text(ax, 0.18, y_at, letter, fontsize=9, weight="bold")
+    numbers = [
+        {"row": r, "module": m, "made of": made, "puts out": shape} for r, (m, made, shape) in rows
+    ]
+    numbers += [
+        {
+            "row": "attention",
+            "module": f"{r.student}, t = {r.t}",
+            "made of": r.teacher,
+            "puts out": f"{r.weight:.6g}",
+        }
+        for r in attention_frame(
+            seen.attention, list(seen.students), list(seen.teachers)
+        ).itertuples()
+    ]
+    return fig, pd.DataFrame(
+        numbers
+        + [
+            {"row": "loss", "module": k, "made of": "", "puts out": f"{v:.6g}"}
+            for k, v in {**seen.terms, "beta": beta, "total": seen.total}.items()
+        ]
+    )

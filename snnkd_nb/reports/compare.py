@@ -20,7 +20,8 @@ from .grid import Cell, summarise
 from ..spec import RunSpec
 
 # %% ../../nbs/lib/87_reports.compare.ipynb #34c5d00e
-def _at(record, names): return tuple(str(record[n]) for n in names)
+def _at(record, names):
+    return tuple(str(record[n]) for n in names)
 
 
 def _between(cell, runs, metric):
@@ -30,8 +31,14 @@ def _between(cell, runs, metric):
 
 
 def _steps(cell):
-    found = {s.model.T for s in cell.specs if isinstance(s, RunSpec) and s.model.T}  # a search has no steps
-    return found.pop() if len(found) == 1 and str(cell.index.get("T", "-")) not in ("-", *map(str, found)) else None
+    found = {
+        s.model.T for s in cell.specs if isinstance(s, RunSpec) and s.model.T
+    }  # a search has no steps
+    return (
+        found.pop()
+        if len(found) == 1 and str(cell.index.get("T", "-")) not in ("-", *map(str, found))
+        else None
+    )
 
 
 def join(
@@ -47,9 +54,22 @@ def join(
         cell = cells.pop((_at(r, paper.index), r["column"]), Cell({}, "", note="not ours to run"))
         ours, std, n = summarise(cell, runs, metric)
         delta = None if ours is None or r["value"] is None else ours - r["value"]
-        out.append({**{k: r[k] for k in paper.index}, "column": r["column"], "paper": r["value"], "paper_std": r["std"],
-                    "ours": ours, "std": std, "n": n, "delta": delta, "note": cell.note or ("" if n else "not run"),
-                    "runs": " ".join(s.id for s in cell.specs if runs.get(s)), "between": _between(cell, runs, metric), "steps": _steps(cell)})
+        out.append(
+            {
+                **{k: r[k] for k in paper.index},
+                "column": r["column"],
+                "paper": r["value"],
+                "paper_std": r["std"],
+                "ours": ours,
+                "std": std,
+                "n": n,
+                "delta": delta,
+                "note": cell.note or ("" if n else "not run"),
+                "runs": " ".join(s.id for s in cell.specs if runs.get(s)),
+                "between": _between(cell, runs, metric),
+                "steps": _steps(cell),
+            }
+        )
     assert not cells, f"cells without a published value: {list(cells)[:3]}"
     return out
 
@@ -57,6 +77,7 @@ def join(
 @dataclass(frozen=True)
 class Measure:
     "What a table shows where it is no accuracy."
+
     name: str  # one word
     says: str  # what it is, how it is averaged, which direction is better
     of: object  # function `Record` -> number; nan where there is none
@@ -68,34 +89,61 @@ class Measure:
         return {s: SimpleNamespace(metrics={self.name: v}) for s, v in found.items() if v == v}
 
 # %% ../../nbs/lib/87_reports.compare.ipynb #9ae6468d
-def _slack(claim): return f" (within {-claim.margin:g} points)" if claim.margin < -1e-3 else ""
+def _slack(claim):
+    return f" (within {-claim.margin:g} points)" if claim.margin < -1e-3 else ""
 
 
-def _number(v, std=None, digits=2): return f"{v:.{digits}f}" + (f" ± {std:.{digits}f}" if std is not None else "")
+def _number(v, std=None, digits=2):
+    return f"{v:.{digits}f}" + (f" ± {std:.{digits}f}" if std is not None else "")
 
 
 def _ours(r, digits):
-    if not r["n"]: return r["note"]
-    between = "; {} to {}".format(*(_number(v, digits=digits) for v in r["between"])) if r.get("between") else ""
-    return f"{_number(r['ours'], r['std'], digits)} ({r['n']}{between})" + (f" at T = {r['steps']}" if r.get("steps") else "")
+    if not r["n"]:
+        return r["note"]
+    between = (
+        "; {} to {}".format(*(_number(v, digits=digits) for v in r["between"]))
+        if r.get("between")
+        else ""
+    )
+    return f"{_number(r['ours'], r['std'], digits)} ({r['n']}{between})" + (
+        f" at T = {r['steps']}" if r.get("steps") else ""
+    )
 
 
-def _paper(r): return "" if r["paper"] is None else _number(r["paper"], r["paper_std"], digits=max(2, len(f"{r['paper']:g}".partition(".")[2])))
-def _delta(r): return "" if r["delta"] is None else f"{r['delta']:+.2f}"
+def _paper(r):
+    return (
+        ""
+        if r["paper"] is None
+        else _number(
+            r["paper"], r["paper_std"], digits=max(2, len(f"{r['paper']:g}".partition(".")[2]))
+        )
+    )
+
+
+def _delta(r):
+    return "" if r["delta"] is None else f"{r['delta']:+.2f}"
 
 # %% ../../nbs/lib/87_reports.compare.ipynb #21566245
 class Report:
     "Paper against ours for one artefact at one scale."
 
-    def __init__(self, grid, runs, metric="acc_last"):  # metric: a name of `METRICS`, or a `Measure`
+    def __init__(
+        self, grid, runs, metric="acc_last"
+    ):  # metric: a name of `METRICS`, or a `Measure`
         own = isinstance(metric, Measure)
-        if not own and metric not in METRICS: raise unknown("metric", metric, METRICS)
-        self.grid, self.metric, self.paper = grid, metric.name if own else metric, published(grid.key)
+        if not own and metric not in METRICS:
+            raise unknown("metric", metric, METRICS)
+        self.grid, self.metric, self.paper = (
+            grid,
+            metric.name if own else metric,
+            published(grid.key),
+        )
         self.says, self.digits = (metric.says, metric.digits) if own else (METRICS[metric], 2)
         self.rows = join(grid, metric.taken(runs), metric.name) if own else join(grid, runs, metric)
         self.remarks = []  # sentences under the table
         self.judged = metric.digits if own else None  # digits to which numbers are compared
-        if any(r["between"] for r in self.rows): self.says += "; of several trainings that are averaged, the lowest and the highest follow the number of seeds"
+        if any(r["between"] for r in self.rows):
+            self.says += "; of several trainings that are averaged, the lowest and the highest follow the number of seeds"
 
     def table(self):
         "The table as a `DataFrame`: for every column of the paper its number, ours ± std (n), and the difference."
@@ -105,7 +153,11 @@ class Report:
         wide = {}
         for r in self.rows:
             at = wide.setdefault(tuple(r[k] for k in self.paper.index), {})
-            at |= {(r["column"], "paper"): _paper(r), (r["column"], "ours"): _ours(r, self.digits), (r["column"], "Δ"): _delta(r)}
+            at |= {
+                (r["column"], "paper"): _paper(r),
+                (r["column"], "ours"): _ours(r, self.digits),
+                (r["column"], "Δ"): _delta(r),
+            }
         index = pd.MultiIndex.from_tuples(wide, names=self.paper.index)
         frame = pd.DataFrame(list(wide.values()), index=index).fillna("")
         return frame.set_axis(pd.MultiIndex.from_tuples(frame.columns), axis=1)
@@ -114,19 +166,34 @@ class Report:
         "The paper's claims about this table, each with what our numbers say of it."
         import pandas as pd
 
-        exact = lambda v: v if v is None or self.judged is None else round(v, self.judged)
+        def exact(v):
+            return v if v is None or self.judged is None else round(v, self.judged)
+
         ours = [{**r, "value": exact(r["ours"])} for r in self.rows]
         pd.set_option("display.max_colwidth", None)
-        rows = [{"claim": c.text + _slack(c), "place": c.place, "paper's numbers": evaluate_claim(c, self.paper.records),
-                 "ours": evaluate_claim(c, ours)} for c in claims(self.grid.key)]
+        rows = [
+            {
+                "claim": c.text + _slack(c),
+                "place": c.place,
+                "paper's numbers": evaluate_claim(c, self.paper.records),
+                "ours": evaluate_claim(c, ours),
+            }
+            for c in claims(self.grid.key)
+        ]
         return pd.DataFrame(rows, columns=["claim", "place", "paper's numbers", "ours"])
 
     def markdown(self):
         "The whole report as Markdown."
         p, g = self.paper, self.grid
         head = f"# {g.key}: {p.where}\n\n{p.caption}\n\nScale: {g.scale} · ours: {self.says} · paper: {p.protocol}\n"
-        if p.unit != "top-1 (%)": head += f"\nUnits of the paper's columns: {p.unit}\n"
-        parts = [head, *_warned(g), _md(self.table().reset_index()), *(f"{r}\n" for r in self.remarks)]
+        if p.unit != "top-1 (%)":
+            head += f"\nUnits of the paper's columns: {p.unit}\n"
+        parts = [
+            head,
+            *_warned(g),
+            _md(self.table().reset_index()),
+            *(f"{r}\n" for r in self.remarks),
+        ]
         return "\n".join([*parts, *_judged(self.claims(), g)]) + "\n"
 
     def save(self):
@@ -134,10 +201,15 @@ class Report:
         import pandas as pd
 
         path = place(self.grid.key, self.grid.scale, "results/tables")
-        if self.metric in METRICS and self.metric != "acc_last": path = path.with_name(f"{path.name}-{self.metric}")
+        if self.metric in METRICS and self.metric != "acc_last":
+            path = path.with_name(f"{path.name}-{self.metric}")
         atomic_write(path.with_name(path.name + ".md"), self.markdown())
-        if self.metric == "acc_last" or self.metric not in METRICS: save_claims(self.claims(), self.grid)
-        return atomic_write(path.with_name(path.name + ".csv"), csv_text(pd.DataFrame(self.rows).drop(columns=["between", "steps"])))
+        if self.metric == "acc_last" or self.metric not in METRICS:
+            save_claims(self.claims(), self.grid)
+        return atomic_write(
+            path.with_name(path.name + ".csv"),
+            csv_text(pd.DataFrame(self.rows).drop(columns=["between", "steps"])),
+        )
 
 # %% ../../nbs/lib/87_reports.compare.ipynb #0990e0f2
 def save_claims(
@@ -146,13 +218,33 @@ def save_claims(
 ):
     "Keep what our numbers say of the claims: results/tables/<key>-<scale>-claims.csv, and of a figure all that is to be known beside it as .md; nothing where there is no claim. Returns the frame."
     path = place(grid.key, grid.scale, "results/tables")
-    if len(frame): atomic_write(path.with_name(f"{path.name}-claims.csv"), csv_text(frame))
-    if len(frame) and "/figure" in grid.key: atomic_write(path.with_name(f"{path.name}.md"), "\n".join([f"# {grid.key}\n\nScale: {grid.scale} · picture and numbers: figures/{grid.key}-{grid.scale}.png and .csv\n", *_warned(grid), *_judged(frame, grid)]) + "\n")
+    if len(frame):
+        atomic_write(path.with_name(f"{path.name}-claims.csv"), csv_text(frame))
+    if len(frame) and "/figure" in grid.key:
+        atomic_write(
+            path.with_name(f"{path.name}.md"),
+            "\n".join(
+                [
+                    f"# {grid.key}\n\nScale: {grid.scale} · picture and numbers: figures/{grid.key}-{grid.scale}.png and .csv\n",
+                    *_warned(grid),
+                    *_judged(frame, grid),
+                ]
+            )
+            + "\n",
+        )
     return frame
 
 
-def _warned(grid): return [f"{WARNING[grid.scale]}\n"] if grid.scale in WARNING else []
-def _judged(frame, grid): return [*(["## Claims\n", _md(frame)] if len(frame) else []), "## Deviations\n", *(f"- {d}" for d in grid.deviations)]
+def _warned(grid):
+    return [f"{WARNING[grid.scale]}\n"] if grid.scale in WARNING else []
+
+
+def _judged(frame, grid):
+    return [
+        *(["## Claims\n", _md(frame)] if len(frame) else []),
+        "## Deviations\n",
+        *(f"- {d}" for d in grid.deviations),
+    ]
 
 
 def kept_claims(
@@ -165,13 +257,28 @@ def kept_claims(
     for scale in ("smoke", "small", "medium", "paper"):
         for path in sorted((root() / "results" / "tables" / paper).glob(f"*-{scale}-claims.csv")):
             key = f"{paper}/{path.name.partition('-')[0]}"
-            for r in pd.read_csv(path, dtype=str).fillna("").to_dict("records"): rows.setdefault((r["claim"], key), {})[scale] = r["ours"]
+            for r in pd.read_csv(path, dtype=str).fillna("").to_dict("records"):
+                rows.setdefault((r["claim"], key), {})[scale] = r["ours"]
     pd.set_option("display.max_rows", None)
     found = pd.DataFrame([{"claim": c, "checked in": k, **of} for (c, k), of in rows.items()])
-    return found.fillna("").sort_values("checked in", kind="stable", ignore_index=True) if len(found) else found
+    return (
+        found.fillna("").sort_values("checked in", kind="stable", ignore_index=True)
+        if len(found)
+        else found
+    )
 
 # %% ../../nbs/lib/87_reports.compare.ipynb #ca43774b
-VERDICTS = ("holds", "holds, one seed", "holds as far as run", "not told apart", "mixed", "fails", "fails, one seed", "fails as far as run", "not run")  # what a verdict can be, in short
+VERDICTS = (
+    "holds",
+    "holds, one seed",
+    "holds as far as run",
+    "not told apart",
+    "mixed",
+    "fails",
+    "fails, one seed",
+    "fails as far as run",
+    "not run",
+)  # what a verdict can be, in short
 
 
 def in_short(
@@ -179,7 +286,8 @@ def in_short(
 ):
     "One of `VERDICTS`."
     word, part = re.subn(r" \(.* run\)$", "", verdict)
-    if part and re.fullmatch("(holds|fails)(, one seed)?", word): return f"{word[:5]} as far as run"
+    if part and re.fullmatch("(holds|fails)(, one seed)?", word):
+        return f"{word[:5]} as far as run"
     return word if word in VERDICTS else "mixed"
 
 
@@ -191,25 +299,39 @@ def claims_in_words(
     seen, lines = kept_claims(paper), []
     for scale in [c for c in seen.columns if c in scales]:
         n = Counter(map(in_short, seen[scale][seen[scale] != ""]))
-        lines.append(f"{scale} scale, {n.total()} claims: {' · '.join(f'{w} ×{n[w]}' for w in VERDICTS if n[w])}")
+        lines.append(
+            f"{scale} scale, {n.total()} claims: {' · '.join(f'{w} ×{n[w]}' for w in VERDICTS if n[w])}"
+        )
     return "\n".join(lines)
 
 # %% ../../nbs/lib/87_reports.compare.ipynb #1e092a99
-METRICS = {"acc_last": "test accuracy after the last epoch (%), mean ± std (seeds)",
-           "acc_best_val": "test accuracy at the best validation epoch (%), mean ± std (seeds)",
-           "acc_best_test": "best test accuracy of any epoch (%), the papers' convention, mean ± std (seeds)"}
+METRICS = {
+    "acc_last": "test accuracy after the last epoch (%), mean ± std (seeds)",
+    "acc_best_val": "test accuracy at the best validation epoch (%), mean ± std (seeds)",
+    "acc_best_test": "best test accuracy of any epoch (%), the papers' convention, mean ± std (seeds)",
+}
 
-WARNING = {"smoke": "**Ours are scans of 8×8 digits, not the paper's images: compare our columns with each other; Δ says only where they stand.**",
-           "small": "**Ours are small networks on 10,000 images or fewer, which replace the data of the paper as said below: compare our columns with each other; Δ says only where they stand.**"}
+WARNING = {
+    "smoke": "**Ours are scans of 8×8 digits, not the paper's images: compare our columns with each other; Δ says only where they stand.**",
+    "small": "**Ours are small networks on 10,000 images or fewer, which replace the data of the paper as said below: compare our columns with each other; Δ says only where they stand.**",
+}
 
 
-UNITS = {"noise": "wrong labels (%)", "images": "images (%)", "batch_size": "batch size"}  # of index columns
+UNITS = {
+    "noise": "wrong labels (%)",
+    "images": "images (%)",
+    "batch_size": "batch size",
+}  # of index columns
 
 
 def _md(frame):
     names = [" ".join(x for x in c if x) if isinstance(c, tuple) else str(c) for c in frame.columns]
     names = [UNITS.get(n, n) for n in names]
-    lines = [names, ["---"] * len(names), *([str(v) for v in row] for row in frame.itertuples(index=False))]
+    lines = [
+        names,
+        ["---"] * len(names),
+        *([str(v) for v in row] for row in frame.itertuples(index=False)),
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 # %% ../../nbs/lib/87_reports.compare.ipynb #8143772f
@@ -221,9 +343,17 @@ def summary(
     "One row a cell as a `DataFrame`: its place, mean, std, n and run ids."
     import pandas as pd
 
-    if metric not in METRICS: raise unknown("metric", metric, METRICS)
+    if metric not in METRICS:
+        raise unknown("metric", metric, METRICS)
     names = ("mean", "std", "n")
-    rows = [{**c.index, **dict(zip(names, summarise(c, runs, metric))), "runs": " ".join(s.id for s in c.specs if runs.get(s))} for c in grid.cells]
+    rows = [
+        {
+            **c.index,
+            **dict(zip(names, summarise(c, runs, metric))),
+            "runs": " ".join(s.id for s in c.specs if runs.get(s)),
+        }
+        for c in grid.cells
+    ]
     return pd.DataFrame(rows)
 
 
@@ -234,7 +364,8 @@ def gain(
 ):
     "One line: by how many points one arm is above another, and whether that is more than chance over seeds; or that it has not been run."
     at = table.set_index("method").rename(columns={"mean": "value"}).dropna(subset="value")
-    if not {of, over} <= set(at.index): return f"{of} over {over}: not run."
+    if not {of, over} <= set(at.index):
+        return f"{of} over {over}: not run."
     gap = estimate(at.loc[of]) - estimate(at.loc[over])
     note = ", one seed" if None in gap.errors else "" if told_apart(gap) else ", not told apart"
     return f"{of} over {over}: {gap.value:+.2f} points{note}."
@@ -249,7 +380,11 @@ def curves(
 
     found = [(c.index["method"], s, runs[s]) for c in grid.cells for s in c.specs if runs[s]]
     empty = pd.DataFrame(columns=["method", "seed", "epoch", "test_acc", "val_acc"])
-    return pd.concat([pd.DataFrame(dict(r.history, method=m, seed=s.seed)) for m, s, r in found]) if found else empty
+    return (
+        pd.concat([pd.DataFrame(dict(r.history, method=m, seed=s.seed)) for m, s, r in found])
+        if found
+        else empty
+    )
 
 
 def save_summary(
@@ -260,7 +395,15 @@ def save_summary(
 ):
     "Write results/tables/<key>-<scale>.csv and .md; returns the path of the CSV."
     path = place(grid.key, grid.scale, "results/tables")
-    shown = frame.drop(columns="runs").map(lambda v: ("" if v != v else f"{v:.2f}") if isinstance(v, float) else v)
-    text = [f"# {grid.key}\n", f"Scale: {grid.scale} · {METRICS[metric]}\n", _md(shown), *(f"- {d}\n" for d in grid.deviations), conclusion + "\n" if conclusion else ""]
+    shown = frame.drop(columns="runs").map(
+        lambda v: ("" if v != v else f"{v:.2f}") if isinstance(v, float) else v
+    )
+    text = [
+        f"# {grid.key}\n",
+        f"Scale: {grid.scale} · {METRICS[metric]}\n",
+        _md(shown),
+        *(f"- {d}\n" for d in grid.deviations),
+        conclusion + "\n" if conclusion else "",
+    ]
     atomic_write(path.with_name(path.name + ".md"), "\n".join(t for t in text if t))
     return atomic_write(path.with_name(path.name + ".csv"), csv_text(frame))

@@ -22,15 +22,41 @@ def by_seed(
     "The accuracy of every arm and seed as a `DataFrame`: the index of the cell, seed, value, runs."
     import pandas as pd
 
-    rows = [{**c.index, "seed": g[0].seed, "value": mean(runs[s].metrics[metric] for s in g), "runs": " ".join(s.id for s in g)}
-            for c in grid.cells for g in c.groups if all(runs.get(s) for s in g)]
+    rows = [
+        {
+            **c.index,
+            "seed": g[0].seed,
+            "value": mean(runs[s].metrics[metric] for s in g),
+            "runs": " ".join(s.id for s in g),
+        }
+        for c in grid.cells
+        for g in c.groups
+        if all(runs.get(s) for s in g)
+    ]
     return pd.DataFrame(rows, columns=[*grid.cells[0].index, "seed", "value", "runs"])
 
 # %% ../../nbs/lib/87_reports.dots.ipynb #cdf65e3d
 def _arm(ax, i, values, colour):
     n = len(values)
-    ax.plot([i + 0.12 * (k - (n - 1) / 2) for k in range(n)], values, "o", ms=4, alpha=0.7, color=colour, mew=0)
-    ax.errorbar([i], [mean(values)], yerr=[stdev(values)] if n > 1 else None, fmt="_", ms=16, mew=2, capsize=3, color=colour)
+    ax.plot(
+        [i + 0.12 * (k - (n - 1) / 2) for k in range(n)],
+        values,
+        "o",
+        ms=4,
+        alpha=0.7,
+        color=colour,
+        mew=0,
+    )
+    ax.errorbar(
+        [i],
+        [mean(values)],
+        yerr=[stdev(values)] if n > 1 else None,
+        fmt="_",
+        ms=16,
+        mew=2,
+        capsize=3,
+        color=colour,
+    )
     ax.annotate(f"{mean(values):.1f}", (i + 0.3, mean(values)), va="center", fontsize=7)
 
 
@@ -46,16 +72,33 @@ def dots(
 
     panels, colours = list(dict.fromkeys(frame.panel)), COLOURS | (colours or {})
     arms = {p: list(dict.fromkeys(frame[frame.panel == p].method)) for p in panels}
-    wide = [max(len(a), 1.7) if len(panels) > 1 else max(len(a), 2) for a in arms.values()] or [2]  # one arm leaves room for the title
-    fig, axes = plt.subplots(1, max(1, len(panels)), figsize=(width * sum(wide) + 0.8, 2.6), sharey=True, squeeze=False, gridspec_kw={"width_ratios": wide})
+    wide = [max(len(a), 1.7) if len(panels) > 1 else max(len(a), 2) for a in arms.values()] or [
+        2
+    ]  # one arm leaves room for the title
+    fig, axes = plt.subplots(
+        1,
+        max(1, len(panels)),
+        figsize=(width * sum(wide) + 0.8, 2.6),
+        sharey=True,
+        squeeze=False,
+        gridspec_kw={"width_ratios": wide},
+    )
     for ax, p in zip(axes[0], panels):
-        for i, m in enumerate(arms[p]): _arm(ax, i, frame[(frame.panel == p) & (frame.method == m)].value.tolist(), colours.get(m, "#7f7f7f"))
+        for i, m in enumerate(arms[p]):
+            _arm(
+                ax,
+                i,
+                frame[(frame.panel == p) & (frame.method == m)].value.tolist(),
+                colours.get(m, "#7f7f7f"),
+            )
         ax.set(title=(titles or {}).get(p, p), xlim=(-0.5, len(arms[p]) - 0.3))
         ax.set_xticks(range(len(arms[p])), [fill(str(m), 14) for m in arms[p]])
         ax.grid(axis="x", visible=False)
     axes[0][0].set_ylabel(ylabel)
     of = frame.groupby(["panel", "method"]).value
-    return fig, frame.assign(mean=of.transform("mean"), std=of.transform("std"), n=of.transform("count"))
+    return fig, frame.assign(
+        mean=of.transform("mean"), std=of.transform("std"), n=of.transform("count")
+    )
 
 # %% ../../nbs/lib/87_reports.dots.ipynb #f62749d5
 def readings(
@@ -64,7 +107,12 @@ def readings(
     columns,  # columns of numbers
 ):
     "Rows for `judge`: method, column, value, std, n; n counts the rows of an arm."
-    return [{"method": m, "column": c, "value": v.mean(), "std": v.std(), "n": int(v.count())} for c in columns for m, v in frame.groupby(name, sort=False)[c] if v.count()]
+    return [
+        {"method": m, "column": c, "value": v.mean(), "std": v.std(), "n": int(v.count())}
+        for c in columns
+        for m, v in frame.groupby(name, sort=False)[c]
+        if v.count()
+    ]
 
 
 def judge(
@@ -75,8 +123,18 @@ def judge(
     import pandas as pd
 
     pd.set_option("display.max_colwidth", None)
-    return pd.DataFrame([{"claim": c.text, "place": c.place, "smallest lead": _lead(c, rows), "ours": evaluate_claim(c, rows)} for c in claims],
-                        columns=["claim", "place", "smallest lead", "ours"])
+    return pd.DataFrame(
+        [
+            {
+                "claim": c.text,
+                "place": c.place,
+                "smallest lead": _lead(c, rows),
+                "ours": evaluate_claim(c, rows),
+            }
+            for c in claims
+        ],
+        columns=["claim", "place", "smallest lead", "ours"],
+    )
 
 
 def judged(
@@ -86,10 +144,28 @@ def judged(
     metric="acc_last",  # which of our accuracies
 ):
     "`judge` of the arms of a figure, in points of accuracy."
-    return judge(claims, [{**c.index, "column": c.column, **dict(zip(("value", "std", "n"), summarise(c, runs, metric)))} for c in grid.cells])
+    return judge(
+        claims,
+        [
+            {
+                **c.index,
+                "column": c.column,
+                **dict(zip(("value", "std", "n"), summarise(c, runs, metric))),
+            }
+            for c in grid.cells
+        ],
+    )
 
 
 def _lead(claim, rows):
-    better, worse = ([r for r in rows if matches(r, at) and r["value"] is not None] for at in (claim.better, claim.worse))
-    gaps = [(b["value"] - a["value"] if claim.lower else a["value"] - b["value"]) for a in better for b in worse if all(a[k] == b[k] for k in claim.by.split())]
+    better, worse = (
+        [r for r in rows if matches(r, at) and r["value"] is not None]
+        for at in (claim.better, claim.worse)
+    )
+    gaps = [
+        (b["value"] - a["value"] if claim.lower else a["value"] - b["value"])
+        for a in better
+        for b in worse
+        if all(a[k] == b[k] for k in claim.by.split())
+    ]
     return f"{min(gaps):+.3g}" if gaps else ""

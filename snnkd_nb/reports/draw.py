@@ -6,6 +6,7 @@
 __all__ = ['COLOURS', 'GAP', 'LANE', 'FONT', 'SHAPES', 'dot', 'trunk', 'branches', 'columns', 'Layout', 'tall', 'layout', 'draw']
 
 # %% ../../nbs/lib/86_reports.draw.ipynb #3ea0d894
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,12 +14,22 @@ import numpy as np
 from .graph import nodes_of, size
 
 # %% ../../nbs/lib/86_reports.draw.ipynb #59607499
-COLOURS = {"conv": ("#d3e6f5", "#0072b2"), "block": ("#d3e6f5", "#0072b2"), "down": ("#fbe6bd", "#c98500"), "norm": ("#eeeeee", "#8c8c8c"),
-           "neuron": ("#fbdcc8", "#d55e00"), "pool": ("#cfece1", "#009e73"), "linear": ("#eedbe8", "#b0578d"), "sum": ("#ffffff", "#333333"),
-           "input": ("#ffffff", "#ffffff"), "other": ("#ffffff", "#8c8c8c")}
+COLOURS = {
+    "conv": ("#d3e6f5", "#0072b2"),
+    "block": ("#d3e6f5", "#0072b2"),
+    "down": ("#fbe6bd", "#c98500"),
+    "norm": ("#eeeeee", "#8c8c8c"),
+    "neuron": ("#fbdcc8", "#d55e00"),
+    "pool": ("#cfece1", "#009e73"),
+    "linear": ("#eedbe8", "#b0578d"),
+    "sum": ("#ffffff", "#333333"),
+    "input": ("#ffffff", "#ffffff"),
+    "other": ("#ffffff", "#8c8c8c"),
+}
 
 
-def _quoted(text): return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+def _quoted(text):
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
 
 
 def dot(
@@ -26,11 +37,22 @@ def dot(
     **kw,  # level and x of `trace`
 ):
     "The picture as DOT text."
-    nodes, lines = nodes_of(graph, **kw), ["digraph {", '  node [shape=box, style="rounded,filled", fontname="Helvetica", fontsize=10]', "  edge [fontname=\"Helvetica\", fontsize=8]"]
+    nodes, lines = (
+        nodes_of(graph, **kw),
+        [
+            "digraph {",
+            '  node [shape=box, style="rounded,filled", fontname="Helvetica", fontsize=10]',
+            '  edge [fontname="Helvetica", fontsize=8]',
+        ],
+    )
     for n in nodes:
         fill, edge = COLOURS[n.kind]
-        lines.append(f"  n{n.id} [label={_quoted(n.label)}, fillcolor={_quoted(fill)}, color={_quoted(edge)}{', shape=circle' if len(n.label) == 1 else ''}]")
-    lines += [f"  n{a} -> n{n.id} [label={_quoted(size(nodes[a]))}]" for n in nodes for a in n.inputs]
+        lines.append(
+            f"  n{n.id} [label={_quoted(n.label)}, fillcolor={_quoted(fill)}, color={_quoted(edge)}{', shape=circle' if len(n.label) == 1 else ''}]"
+        )
+    lines += [
+        f"  n{a} -> n{n.id} [label={_quoted(size(nodes[a]))}]" for n in nodes for a in n.inputs
+    ]
     return "\n".join([*lines, "}"]) + "\n"
 
 # %% ../../nbs/lib/86_reports.draw.ipynb #7c446077
@@ -39,9 +61,11 @@ def trunk(
 ):
     "Ids along the longest way to the node that makes the output."
     depth = []
-    for n in nodes: depth.append(1 + max((depth[i] for i in n.inputs), default=0))
+    for n in nodes:
+        depth.append(1 + max((depth[i] for i in n.inputs), default=0))
     way = [next((n.id for n in nodes if n.out), nodes[-1].id)]
-    while nodes[way[-1]].inputs: way.append(max(nodes[way[-1]].inputs, key=lambda i: depth[i]))
+    while nodes[way[-1]].inputs:
+        way.append(max(nodes[way[-1]].inputs, key=lambda i: depth[i]))
     return way[::-1]
 
 
@@ -50,11 +74,22 @@ def branches(
     way,  # the trunk
 ):
     "Ways off the trunk, each a list of ids that begins and ends at a node already placed."
-    placed, out = set(way), [[a, b.id] for b in nodes for a in b.inputs if {a, b.id} <= set(way) and way.index(b.id) - way.index(a) > 1]
+    placed, out = (
+        set(way),
+        [
+            [a, b.id]
+            for b in nodes
+            for a in b.inputs
+            if {a, b.id} <= set(way) and way.index(b.id) - way.index(a) > 1
+        ],
+    )
     for n in nodes:
-        if n.id in placed or not n.inputs: continue
+        if n.id in placed or not n.inputs:
+            continue
         path = [n.inputs[0], n.id]
-        while (after := next((m.id for m in nodes if path[-1] in m.inputs), None)) is not None and path[-1] not in placed:
+        while (
+            after := next((m.id for m in nodes if path[-1] in m.inputs), None)
+        ) is not None and path[-1] not in placed:
             placed.add(path[-1])
             path.append(after)
         out.append(path)
@@ -73,37 +108,54 @@ def columns(
         lo = row.get(p[0], max(0, hi - len(p) + 1))
         middle, step = (len(p) - 1) / 2, min(1, (hi - lo) / (len(p) - 1))
         row |= {i: (lo + hi) / 2 + (k - middle) * step for k, i in enumerate(p) if i not in row}
-        c = next(c for c in range(1, len(paths) + 1) if all(c != d or hi <= a or b <= lo for a, b, d in taken))
+        c = next(
+            c
+            for c in range(1, len(paths) + 1)
+            if all(c != d or hi <= a or b <= lo for a, b, d in taken)
+        )
         taken.append((lo, hi, c))
         out.append(c)
     return out
 
 # %% ../../nbs/lib/86_reports.draw.ipynb #0a919e4f
-GAP, LANE, FONT = 0.27, 0.3, {"family": "DejaVu Sans"}  # DejaVu comes with matplotlib: the same bytes everywhere
+GAP, LANE, FONT = (
+    0.27,
+    0.3,
+    {"family": "DejaVu Sans"},
+)  # DejaVu comes with matplotlib: the same bytes everywhere
 
 
 @dataclass(frozen=True)
 class Layout:
     "Where the boxes of a picture stand, in inches; the trunk is at x = 0 and y falls from 0."
+
     at: dict  # id -> (x, y)
     way: list  # ids of the trunk
     paths: list  # (branch, x of its column)
     width: float  # of a box
     right: float  # edge of the picture
 
-    def half(self, n): return 0.12 if _sign(n) else self.width / 2
-    def top(self, n): return self.at[n.id][1] + tall(n) / 2
-    def bottom(self, n): return self.at[n.id][1] - tall(n) / 2
+    def half(self, n):
+        return 0.12 if _sign(n) else self.width / 2
+
+    def top(self, n):
+        return self.at[n.id][1] + tall(n) / 2
+
+    def bottom(self, n):
+        return self.at[n.id][1] - tall(n) / 2
 
 
-def _sign(node): return node.kind == "sum" and len(node.label) == 1
+def _sign(node):
+    return node.kind == "sum" and len(node.label) == 1
 
 
 def tall(
     node,  # a `Node`
 ):
     "Height of its box in inches."
-    return 0.24 if _sign(node) or node.kind == "input" else 0.16 + 0.15 * (node.label.count("\n") + 1)
+    return (
+        0.24 if _sign(node) or node.kind == "input" else 0.16 + 0.15 * (node.label.count("\n") + 1)
+    )
 
 # %% ../../nbs/lib/86_reports.draw.ipynb #a70f6a43
 def layout(
@@ -115,7 +167,8 @@ def layout(
     column = columns(paths, row)
     width = max(1.1, 0.2 + 0.068 * max(len(line) for n in nodes for line in n.label.split("\n")))
     ys, xs, edge = [-tall(nodes[way[0]]) / 2], [0.0], width / 2
-    for a, b in zip(way, way[1:]): ys.append(ys[-1] - (tall(nodes[a]) + tall(nodes[b])) / 2 - GAP)
+    for a, b in itertools.pairwise(way):
+        ys.append(ys[-1] - (tall(nodes[a]) + tall(nodes[b])) / 2 - GAP)
     for c in range(1, max(column, default=0) + 1):
         wide = width if any(len(p) > 2 for p, d in zip(paths, column) if c == d) else LANE / 3
         xs.append(edge + LANE + wide / 2)
@@ -132,29 +185,67 @@ def _arrow(ax, points, r=0.08, head=True):
     from matplotlib.path import Path
 
     p, verts, codes = np.array(points, float), [points[0]], [Path.MOVETO]
-    near = lambda a, b: a + (b - a) * min(0.5, r / max(np.hypot(*(b - a)), 1e-9))
-    for a, b, c in zip(p, p[1:], p[2:]): verts += [near(b, a), b, near(b, c)]; codes += [Path.LINETO, Path.CURVE3, Path.CURVE3]
+
+    def near(a, b):
+        return a + (b - a) * min(0.5, r / max(np.hypot(*(b - a)), 1e-9))
+
+    for a, b, c in zip(p, p[1:], p[2:]):
+        verts += [near(b, a), b, near(b, c)]
+        codes += [Path.LINETO, Path.CURVE3, Path.CURVE3]
     path = Path([*verts, points[-1]], [*codes, Path.LINETO])
-    style = dict(arrowstyle="-|>" if head else "-", mutation_scale=7, shrinkA=0, shrinkB=0, lw=0.9, color="#333333", fill=True)
+    style = {
+        "arrowstyle": "-|>" if head else "-",
+        "mutation_scale": 7,
+        "shrinkA": 0,
+        "shrinkB": 0,
+        "lw": 0.9,
+        "color": "#333333",
+        "fill": True,
+    }
     ax.add_patch(FancyArrowPatch(path=path, **style | {"fill": head}, zorder=1))
 
 
 def _box(ax, n, place):
     from matplotlib.patches import Circle, FancyBboxPatch
 
-    (x, y), (fill, edge), style = place.at[n.id], COLOURS[n.kind], dict(lw=0.9, zorder=2)
+    (x, y), (fill, edge), style = place.at[n.id], COLOURS[n.kind], {"lw": 0.9, "zorder": 2}
     round_ = _sign(n)
-    shape = Circle((x, y), 0.12, fc=fill, ec=edge, **style) if round_ else FancyBboxPatch(
-        (x - place.half(n) + 0.05, y - tall(n) / 2 + 0.05), 2 * place.half(n) - 0.1, tall(n) - 0.1, boxstyle="round,pad=0.05", fc=fill, ec=edge, **style)
-    if n.kind != "input": ax.add_patch(shape)
-    ax.text(x, y, n.label, ha="center", va="center_baseline" if round_ else "center", fontsize=10 if round_ else 8, zorder=3, **FONT)
+    shape = (
+        Circle((x, y), 0.12, fc=fill, ec=edge, **style)
+        if round_
+        else FancyBboxPatch(
+            (x - place.half(n) + 0.05, y - tall(n) / 2 + 0.05),
+            2 * place.half(n) - 0.1,
+            tall(n) - 0.1,
+            boxstyle="round,pad=0.05",
+            fc=fill,
+            ec=edge,
+            **style,
+        )
+    )
+    if n.kind != "input":
+        ax.add_patch(shape)
+    ax.text(
+        x,
+        y,
+        n.label,
+        ha="center",
+        va="center_baseline" if round_ else "center",
+        fontsize=10 if round_ else 8,
+        zorder=3,
+        **FONT,
+    )
 
 
 def _branch(ax, nodes, place, path, column):
     "The arrows of a branch: off the trunk, down its column, and back."
     first, last = nodes[path[0]], nodes[path[-1]]
     fork = place.bottom(first) - 0.4 * GAP
-    line = [(place.at[first.id][0], fork), (column, fork)] if place.at[first.id][0] != column else [(column, place.bottom(first))]
+    line = (
+        [(place.at[first.id][0], fork), (column, fork)]
+        if place.at[first.id][0] != column
+        else [(column, place.bottom(first))]
+    )
     for i in path[1:-1] if last.id in place.way else path[1:]:
         _arrow(ax, [*line, (column, place.top(nodes[i]))])
         line = [(column, place.bottom(nodes[i]))]
@@ -168,19 +259,29 @@ def _notes(ax, nodes, place):
     small = dict(fontsize=6.5, color="#666666", ha="right", va="center", **FONT)
     for n in nodes:
         x, y = place.at[n.id]
-        if n.id in place.way and n.name: ax.text(x - place.width / 2 - 0.07, y, n.name, **small)
+        if n.id in place.way and n.name:
+            ax.text(x - place.width / 2 - 0.07, y, n.name, **small)
     shapes = [None, *(nodes[i].shape for i in place.way)]
     for i, before in zip(place.way, shapes):
-        if nodes[i].shape != before or nodes[i].kind in ("block", "down") or i == place.way[-1]: ax.text(-0.07, place.bottom(nodes[i]) - GAP / 2, size(nodes[i]), **small)
+        if nodes[i].shape != before or nodes[i].kind in ("block", "down") or i == place.way[-1]:
+            ax.text(-0.07, place.bottom(nodes[i]) - GAP / 2, size(nodes[i]), **small)
 
 
 def _paint(ax, nodes, place):
-    steps = {(a, b) for a, b in zip(place.way, place.way[1:])} | {(a, b) for p, _ in place.paths for a, b in zip(p, p[1:])}
-    for a, b in zip(place.way, place.way[1:]): _arrow(ax, [(0, place.bottom(nodes[a])), (0, place.top(nodes[b]))])
-    for path, column in place.paths: _branch(ax, nodes, place, path, column)
+    steps = {(a, b) for a, b in zip(place.way, place.way[1:])} | {
+        (a, b) for p, _ in place.paths for a, b in itertools.pairwise(p)
+    }
+    for a, b in zip(place.way, place.way[1:]):
+        _arrow(ax, [(0, place.bottom(nodes[a])), (0, place.top(nodes[b]))])
+    for path, column in place.paths:
+        _branch(ax, nodes, place, path, column)
     for n in (n for n in nodes if n.id in place.at):
         for a in n.inputs:
-            if (a, n.id) not in steps: _arrow(ax, [(place.at[a][0], place.bottom(nodes[a])), (place.at[n.id][0], place.top(n))])
+            if (a, n.id) not in steps:
+                _arrow(
+                    ax,
+                    [(place.at[a][0], place.bottom(nodes[a])), (place.at[n.id][0], place.top(n))],
+                )
         _box(ax, n, place)
     end = place.bottom(nodes[place.way[-1]])
     _arrow(ax, [(0, end), (0, end - GAP)])
@@ -201,15 +302,37 @@ def draw(
     left = [place.width / 2 + 0.15 + 0.06 * max(len(n.name) for n in g) for _, g, place in parts]
     widths = [a + max(place.right, 0.04 * len(t)) + 0.15 for a, (t, _, place) in zip(left, parts)]
     widths[-1] += max(0, 0.3 + 0.048 * len(note) - sum(widths))
-    low = min(place.bottom(n) for _, g, place in parts for n in g if n.id in place.at) - GAP - 0.08 - 0.2 * bool(note)
+    low = (
+        min(place.bottom(n) for _, g, place in parts for n in g if n.id in place.at)
+        - GAP
+        - 0.08
+        - 0.2 * bool(note)
+    )
     high = 0.1 + 0.25 * any(graphs)
-    fig = plt.figure(figsize=(sum(widths), high - low), facecolor="white", layout=PlaceHolderLayoutEngine(True, True))
+    fig = plt.figure(
+        figsize=(sum(widths), high - low),
+        facecolor="white",
+        layout=PlaceHolderLayoutEngine(True, True),
+    )
     for k, (title, nodes, place) in enumerate(parts):
-        ax = fig.add_axes([sum(widths[:k]) / sum(widths), 0, widths[k] / sum(widths), 1], xlim=(-left[k], widths[k] - left[k]), ylim=(low, high))
+        ax = fig.add_axes(
+            [sum(widths[:k]) / sum(widths), 0, widths[k] / sum(widths), 1],
+            xlim=(-left[k], widths[k] - left[k]),
+            ylim=(low, high),
+        )
         ax.set_axis_off()
         ax.text(0, 0.15, title, ha="center", va="center", fontsize=9, weight="bold", **FONT)
         _paint(ax, nodes, place)
-    if note: fig.text(0.15 / sum(widths), 0.1 / (high - low), note, fontsize=6.5, color="#666666", va="center", **FONT)
+    if note:
+        fig.text(
+            0.15 / sum(widths),
+            0.1 / (high - low),
+            note,
+            fontsize=6.5,
+            color="#666666",
+            va="center",
+            **FONT,
+        )
     return fig
 
 

@@ -33,7 +33,12 @@ def costs(
     "`{sops, acs, macs, <convention>: microjoule, …}` of one image."
     table = layer_table(model, x)
     joules = dict(zip(NAMES, energies(table).microjoule))
-    return {"sops": float(table.sops.sum()), "acs": float(table.acs.sum()), "macs": float(table.mac_ops.sum()), **joules}
+    return {
+        "sops": float(table.sops.sum()),
+        "acs": float(table.acs.sum()),
+        "macs": float(table.mac_ops.sum()),
+        **joules,
+    }
 
 # %% ../../nbs/lib/87_reports.efficiency.ipynb #e77cb50e
 def efficiency(
@@ -49,8 +54,32 @@ def efficiency(
     for cell, spec in [(c, s) for c in grid.cells for s in c.specs if runs.get(s)]:
         seen = x.setdefault(spec.data, test_batch(spec))
         m = runs[spec].metrics
-        rows.append({**cell.index, "ours T": spec.model.T or "ANN", "seed": spec.seed, "accuracy": m[metric], "fire rate": 100 * m.get("firing_rate", float("nan")), **costs(nets[spec], seen), "run": spec.id})
-    return pd.DataFrame(rows, columns=[*grid.cells[0].index, "ours T", "seed", "accuracy", "fire rate", "sops", "acs", "macs", *NAMES, "run"])
+        rows.append(
+            {
+                **cell.index,
+                "ours T": spec.model.T or "ANN",
+                "seed": spec.seed,
+                "accuracy": m[metric],
+                "fire rate": 100 * m.get("firing_rate", float("nan")),
+                **costs(nets[spec], seen),
+                "run": spec.id,
+            }
+        )
+    return pd.DataFrame(
+        rows,
+        columns=[
+            *grid.cells[0].index,
+            "ours T",
+            "seed",
+            "accuracy",
+            "fire rate",
+            "sops",
+            "acs",
+            "macs",
+            *NAMES,
+            "run",
+        ],
+    )
 
 
 def layers_of(
@@ -60,18 +89,29 @@ def layers_of(
     "`layer_table` of the last arm that has a network, first seed; empty where none has."
     import pandas as pd
 
-    found = [next(s for s in c.specs if s in nets) for c in grid.cells if any(s in nets for s in c.specs)]
+    found = [
+        next(s for s in c.specs if s in nets) for c in grid.cells if any(s in nets for s in c.specs)
+    ]
     return layer_table(nets[found[-1]], test_batch(found[-1])) if found else pd.DataFrame()
 
 # %% ../../nbs/lib/87_reports.efficiency.ipynb #cdd12926
-COLUMNS = {"accuracy": ("accuracy (%)", 1, 2), "fire rate": ("fire rate (%)", 1, 2), "sops": ("SOPs (M)", 1e-6, 3), "acs": ("ACs (M)", 1e-6, 3), "macs": ("MACs (M)", 1e-6, 3)}
+COLUMNS = {
+    "accuracy": ("accuracy (%)", 1, 2),
+    "fire rate": ("fire rate (%)", 1, 2),
+    "sops": ("SOPs (M)", 1e-6, 3),
+    "acs": ("ACs (M)", 1e-6, 3),
+    "macs": ("MACs (M)", 1e-6, 3),
+}
 COLUMNS |= {n: (f"{n} (µJ)", 1, 3) for n in NAMES}
 
 
 def _said(values, factor, digits):
     values = [v * factor for v in values if v == v]
-    if not values: return ""
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f} ({len(values)})" if len(values) > 1 else "")
+    if not values:
+        return ""
+    return f"{mean(values):.{digits}f}" + (
+        f" ± {stdev(values):.{digits}f} ({len(values)})" if len(values) > 1 else ""
+    )
 
 
 def efficiency_table(
@@ -81,8 +121,17 @@ def efficiency_table(
     "A row an arm: mean ± std (seeds) of every count, and of the energy under every convention."
     import pandas as pd
 
-    rows = [{**dict(zip(by, key)), "T": f["ours T"].iloc[0], **{name: _said(f[k], *how) for k, (name, *how) in COLUMNS.items()}} for key, f in frame.groupby(list(by), sort=False)]
-    return pd.DataFrame(rows, columns=[*by, "T", *(name for name, *_ in COLUMNS.values())]).set_index(list(by))
+    rows = [
+        {
+            **dict(zip(by, key)),
+            "T": f["ours T"].iloc[0],
+            **{name: _said(f[k], *how) for k, (name, *how) in COLUMNS.items()},
+        }
+        for key, f in frame.groupby(list(by), sort=False)
+    ]
+    return pd.DataFrame(
+        rows, columns=[*by, "T", *(name for name, *_ in COLUMNS.values())]
+    ).set_index(list(by))
 
 # %% ../../nbs/lib/87_reports.efficiency.ipynb #bf2f76d5
 UNITS = {"fire rate": ("fire rate", 1.0), "SOPs": ("sops", 1e-9), "accuracy": ("accuracy", 1.0)}
@@ -93,9 +142,21 @@ def _as_published(grid, frame, convention):
     paper, columns, out = published(grid.key), {**UNITS, "power": (convention, 1e-3)}, []
     for r in paper.records:
         name, factor = columns[r["column"]]
-        mine = frame[(frame["method"] == r["method"]) & (frame["T"] == r["T"])][name] if len(frame) else ()
+        mine = (
+            frame[(frame["method"] == r["method"]) & (frame["T"] == r["T"])][name]
+            if len(frame)
+            else ()
+        )
         spread = stdev(mine) * factor if len(mine) > 1 else None
-        out.append({**{k: r[k] for k in paper.index}, "column": r["column"], "value": mean(mine) * factor if len(mine) else None, "std": spread, "n": len(mine)})
+        out.append(
+            {
+                **{k: r[k] for k in paper.index},
+                "column": r["column"],
+                "value": mean(mine) * factor if len(mine) else None,
+                "std": spread,
+                "n": len(mine),
+            }
+        )
     return out
 
 
@@ -109,7 +170,16 @@ def efficiency_claims(
 
     pd.set_option("display.max_colwidth", None)
     ours = _as_published(grid, frame, convention)
-    return pd.DataFrame([{"claim": c.text, "paper's numbers": evaluate_claim(c, published(grid.key).records), f"ours (power: {convention})": evaluate_claim(c, ours)} for c in claims(grid.key)])
+    return pd.DataFrame(
+        [
+            {
+                "claim": c.text,
+                "paper's numbers": evaluate_claim(c, published(grid.key).records),
+                f"ours (power: {convention})": evaluate_claim(c, ours),
+            }
+            for c in claims(grid.key)
+        ]
+    )
 
 
 def implied(
@@ -118,7 +188,13 @@ def implied(
     "What the published power implies: pJ a SOP, and mJ beside 0.9 pJ a SOP with the MACs they would pay for at 4.6 pJ."
     frame = published(key).frame("value")[["SOPs", "power"]].astype(float)
     rest = frame.power - 0.9 * frame.SOPs
-    return frame.assign(**{"pJ a SOP": frame.power / frame.SOPs, "rest (mJ)": rest, "rest as MACs (M)": rest / 4.6e-3})
+    return frame.assign(
+        **{
+            "pJ a SOP": frame.power / frame.SOPs,
+            "rest (mJ)": rest,
+            "rest as MACs (M)": rest / 4.6e-3,
+        }
+    )
 
 # %% ../../nbs/lib/87_reports.efficiency.ipynb #624f2fed
 def save_efficiency(
@@ -129,9 +205,24 @@ def save_efficiency(
 ):
     "Write results/tables/<key>-<scale>.csv (a row a run) and .md (means); returns the path of the CSV."
     path, table = place(grid.key, grid.scale, "results/tables"), efficiency_table(frame)
-    lines = lambda f: "\n".join("| " + " | ".join(map(str, r)) + " |" for r in [f.columns, ["---"] * len(f.columns), *f.itertuples(index=False)])
-    text = [f"# {grid.key}: {published(grid.key).where}", f"Scale: {grid.scale} · {METRICS[metric]} · counts for one image over all its steps",
-            lines(table.T.reset_index(names="")), "## The paper's numbers", lines(published(grid.key).frame().reset_index()), "## Claims", lines(claims_), "## Deviations", "\n".join(f"- {d}" for d in grid.deviations)]
+
+    def lines(f):
+        return "\n".join(
+            "| " + " | ".join(map(str, r)) + " |"
+            for r in [f.columns, ["---"] * len(f.columns), *f.itertuples(index=False)]
+        )
+
+    text = [
+        f"# {grid.key}: {published(grid.key).where}",
+        f"Scale: {grid.scale} · {METRICS[metric]} · counts for one image over all its steps",
+        lines(table.T.reset_index(names="")),
+        "## The paper's numbers",
+        lines(published(grid.key).frame().reset_index()),
+        "## Claims",
+        lines(claims_),
+        "## Deviations",
+        "\n".join(f"- {d}" for d in grid.deviations),
+    ]
     atomic_write(path.with_name(path.name + ".md"), "\n\n".join(text) + "\n")
     save_claims(claims_.rename(columns=lambda c: "ours" if c.startswith("ours") else c), grid)
     return atomic_write(path.with_name(path.name + ".csv"), csv_text(frame))

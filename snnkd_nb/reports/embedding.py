@@ -20,7 +20,8 @@ def pooled_features(
 ):
     "(B, C): the mean of a stage over positions and steps."
     stage = stage or model.stage_names[-1]
-    with eval_mode(model): parts = [model(part, features=True)[1][stage].float() for part in x.split(size)]
+    with eval_mode(model):
+        parts = [model(part, features=True)[1][stage].float() for part in x.split(size)]
     mean = [f.mean((-2, -1)) for f in parts]
     return torch.cat([m.mean(0) if m.dim() == 3 else m for m in mean])
 
@@ -46,7 +47,9 @@ def tsne(
     from sklearn.manifold import TSNE
 
     f = torch.nn.functional.normalize(torch.as_tensor(features, dtype=torch.float64), dim=1).numpy()
-    return TSNE(perplexity=min(perplexity, (len(f) - 1) / 3), init="pca", random_state=seed, n_jobs=1).fit_transform(f)
+    return TSNE(
+        perplexity=min(perplexity, (len(f) - 1) / 3), init="pca", random_state=seed, n_jobs=1
+    ).fit_transform(f)
 
 # %% ../../nbs/lib/86_reports.embedding.ipynb #b87001f8
 def embedding_frame(
@@ -62,8 +65,22 @@ def embedding_frame(
     frames = []
     for name, f in features.items():
         plane = tsne(f, seed)
-        scores = {"silhouette": silhouette(f, labels), "silhouette of the plane": _planar(plane, labels)}
-        frames.append(pd.DataFrame({"method": name, "image": np.asarray(index), "class": [names[int(i)] for i in labels], "x": plane[:, 0], "y": plane[:, 1], **scores}))
+        scores = {
+            "silhouette": silhouette(f, labels),
+            "silhouette of the plane": _planar(plane, labels),
+        }
+        frames.append(
+            pd.DataFrame(
+                {
+                    "method": name,
+                    "image": np.asarray(index),
+                    "class": [names[int(i)] for i in labels],
+                    "x": plane[:, 0],
+                    "y": plane[:, 1],
+                    **scores,
+                }
+            )
+        )
     return pd.concat(frames, ignore_index=True)
 
 
@@ -74,7 +91,18 @@ def _planar(plane, labels):
 
 # %% ../../nbs/lib/86_reports.embedding.ipynb #84cd9c8c
 MARKS = "osD^v<>PX*"
-TEN = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c8c8c", "#b8a000", "#882255", "#000000")
+TEN = (
+    "#0072b2",
+    "#e69f00",
+    "#009e73",
+    "#cc79a7",
+    "#56b4e9",
+    "#d55e00",
+    "#8c8c8c",
+    "#b8a000",
+    "#882255",
+    "#000000",
+)
 
 
 def multiples(
@@ -85,13 +113,32 @@ def multiples(
     import matplotlib.pyplot as plt
 
     methods, classes = frame.method.unique(), sorted(frame["class"].unique())[:10]
-    fig, axes = plt.subplots(1, len(methods), figsize=(edge * len(methods), edge + 0.65), squeeze=False)
+    fig, axes = plt.subplots(
+        1, len(methods), figsize=(edge * len(methods), edge + 0.65), squeeze=False
+    )
     for ax, (name, f) in zip(axes[0], frame.groupby("method", sort=False)):
         for k, c in enumerate(classes):
             part = f[f["class"] == c]
-            ax.scatter(part.x, part.y, s=9, marker=MARKS[k], color=TEN[k], linewidths=0, alpha=0.85, label=c)
+            ax.scatter(
+                part.x,
+                part.y,
+                s=9,
+                marker=MARKS[k],
+                color=TEN[k],
+                linewidths=0,
+                alpha=0.85,
+                label=c,
+            )
         ax.set(xticks=[], yticks=[], aspect="equal")
         ax.set_title(f"{name}\nsilhouette {f.silhouette.iloc[0]:.2f}", fontsize=8)
         ax.set_adjustable("datalim")
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(classes), fontsize=7, markerscale=1.6, handletextpad=0.1, columnspacing=1.0)
+    fig.legend(
+        *axes[0, 0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=len(classes),
+        fontsize=7,
+        markerscale=1.6,
+        handletextpad=0.1,
+        columnspacing=1.0,
+    )
     return fig

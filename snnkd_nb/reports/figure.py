@@ -11,8 +11,18 @@ from io import BytesIO
 from ..core import atomic_write, root
 
 # %% ../../nbs/lib/86_reports.figure.ipynb #afec47df
-COLOURS = {"Teacher": "#4d4d4d", "Baseline": "#999999", "KD": "#0072b2", "Feature KD": "#56b4e9", "SASTC": "#d55e00",
-           "ESKD": "#009e73", "CKDSNN": "#cc79a7", "DSAS": "#e69f00", "KDSNN": "#44aa99", "BKDSNN": "#332288"}
+COLOURS = {
+    "Teacher": "#4d4d4d",
+    "Baseline": "#999999",
+    "KD": "#0072b2",
+    "Feature KD": "#56b4e9",
+    "SASTC": "#d55e00",
+    "ESKD": "#009e73",
+    "CKDSNN": "#cc79a7",
+    "DSAS": "#e69f00",
+    "KDSNN": "#44aa99",
+    "BKDSNN": "#332288",
+}
 
 
 def use_style():
@@ -21,8 +31,17 @@ def use_style():
     import seaborn as sns
 
     sns.set_theme(context="paper", style="whitegrid", palette=list(COLOURS.values())[2:])
-    plt.rcParams.update({"figure.dpi": 64, "savefig.dpi": 150, "svg.hashsalt": "snnkd_nb", "axes.spines.top": False,
-                         "axes.spines.right": False, "legend.frameon": False, "figure.constrained_layout.use": True})
+    plt.rcParams.update(
+        {
+            "figure.dpi": 64,
+            "savefig.dpi": 150,
+            "svg.hashsalt": "snnkd_nb",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "legend.frameon": False,
+            "figure.constrained_layout.use": True,
+        }
+    )
 
 # %% ../../nbs/lib/86_reports.figure.ipynb #cf88d2df
 def place(
@@ -63,8 +82,18 @@ def save_table(
 ):
     "Write results/tables/<key>.csv and .md; returns the path of the CSV."
     path = place(key, scale, "results/tables")
-    lines = ["| " + " | ".join(map(str, r)) + " |" for r in [frame.columns, ["---"] * len(frame.columns), *frame.fillna("").itertuples(index=False)]]
-    atomic_write(path.with_name(path.name + ".md"), "\n\n".join(filter(None, [f"# {key}", heading, "\n".join(lines)])) + "\n")
+    lines = [
+        "| " + " | ".join(map(str, r)) + " |"
+        for r in [
+            frame.columns,
+            ["---"] * len(frame.columns),
+            *frame.fillna("").itertuples(index=False),
+        ]
+    ]
+    atomic_write(
+        path.with_name(path.name + ".md"),
+        "\n\n".join(filter(None, [f"# {key}", heading, "\n".join(lines)])) + "\n",
+    )
     return atomic_write(path.with_name(path.name + ".csv"), csv_text(frame))
 
 # %% ../../nbs/lib/86_reports.figure.ipynb #12691986
@@ -80,12 +109,28 @@ def film_strips(
     import pandas as pd
 
     (T, B), first = x.shape[:2], int(images is not None)
-    fig, axes = plt.subplots(B, T + first, figsize=(1.1 * (T + first) + 0.9, 1.1 * B), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        B,
+        T + first,
+        figsize=(1.1 * (T + first) + 0.9, 1.1 * B),
+        squeeze=False,
+        layout="constrained",
+    )
     for i, row in enumerate(axes):
-        if first: row[0].imshow(np.moveaxis(np.asarray(images[i]), 0, -1), cmap="gray")
-        for t, ax in enumerate(row[first:]): shown = ax.imshow(x[t, i, 1] - x[t, i, 0], cmap="bwr", vmin=-most, vmax=most)
+        if first:
+            row[0].imshow(np.moveaxis(np.asarray(images[i]), 0, -1), cmap="gray")
+        for t, ax in enumerate(row[first:]):
+            shown = ax.imshow(x[t, i, 1] - x[t, i, 0], cmap="bwr", vmin=-most, vmax=most)
         row[0].set(ylabel=names[i])
-    for ax, title in zip(axes[0], ["image"] * first + [f"frame {t + 1}" for t in range(T)]): ax.set_title(title)
-    for ax in axes.flat: ax.set(xticks=[], yticks=[])
+    for ax, title in zip(axes[0], ["image"] * first + [f"frame {t + 1}" for t in range(T)]):
+        ax.set_title(title)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
     fig.colorbar(shown, ax=axes, shrink=0.7, label="brighter − darker events")
-    return fig, pd.DataFrame([{"recording": i, "class": names[i], "frame": t + 1, "events": int(x[t, i].sum())} for i in range(B) for t in range(T)])
+    return fig, pd.DataFrame(
+        [
+            {"recording": i, "class": names[i], "frame": t + 1, "events": int(x[t, i].sum())}
+            for i in range(B)
+            for t in range(T)
+        ]
+    )

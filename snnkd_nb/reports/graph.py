@@ -18,13 +18,25 @@ from ..models.blocks import eval_mode
 from ..spec import need
 
 # %% ../../nbs/lib/85_reports.graph.ipynb #af606ab4
-def _per_edge(v): return "×".join(map(str, v)) if isinstance(v, tuple) else f"{v}×{v}"
-def _by(stride): return f", /{stride}" if (stride := max(stride) if isinstance(stride, tuple) else stride) > 1 else ""
+def _per_edge(v):
+    return "×".join(map(str, v)) if isinstance(v, tuple) else f"{v}×{v}"
+
+
+def _by(stride):
+    return (
+        f", /{stride}"
+        if (stride := max(stride) if isinstance(stride, tuple) else stride) > 1
+        else ""
+    )
 
 
 def _pool(m):
     name = "max pool" if "Max" in type(m).__name__ else "average pool"
-    return f"global {name}" if "Adaptive" in type(m).__name__ else f"{name} {_per_edge(m.kernel_size)}{_by(m.stride)}"
+    return (
+        f"global {name}"
+        if "Adaptive" in type(m).__name__
+        else f"{name} {_per_edge(m.kernel_size)}{_by(m.stride)}"
+    )
 
 
 def kind_of(
@@ -32,12 +44,22 @@ def kind_of(
 ):
     "conv, linear, norm, neuron, pool or other."
     name = type(m).__name__
-    if hasattr(m, "v_threshold"): return "neuron"
-    if isinstance(m, nn.modules.conv._ConvNd): return "conv"
-    if isinstance(m, nn.Linear): return "linear"
-    if "Norm" in name: return "norm"
-    if "Pool" in name: return "pool"
-    return "neuron" if type(m).__module__ == "torch.nn.modules.activation" and not isinstance(m, nn.MultiheadAttention) else "other"
+    if hasattr(m, "v_threshold"):
+        return "neuron"
+    if isinstance(m, nn.modules.conv._ConvNd):
+        return "conv"
+    if isinstance(m, nn.Linear):
+        return "linear"
+    if "Norm" in name:
+        return "norm"
+    if "Pool" in name:
+        return "pool"
+    return (
+        "neuron"
+        if type(m).__module__ == "torch.nn.modules.activation"
+        and not isinstance(m, nn.MultiheadAttention)
+        else "other"
+    )
 
 
 def label_of(
@@ -45,18 +67,33 @@ def label_of(
 ):
     "What a layer is, in a few words, e.g. `3×3 conv, 64 → 128, /2`."
     kind, name = kind_of(m), type(m).__name__
-    if kind == "conv": return f"{_per_edge(m.kernel_size)} conv, {m.in_channels} → {m.out_channels}{_by(m.stride)}" + (f", {m.groups} groups" if m.groups > 1 else "")
-    if kind == "linear": return f"linear, {m.in_features} → {m.out_features}"
-    if kind == "pool": return _pool(m)
-    if kind == "neuron": return f"{name}, T = {m.T}" if getattr(m, "T", None) else name
+    if kind == "conv":
+        return (
+            f"{_per_edge(m.kernel_size)} conv, {m.in_channels} → {m.out_channels}{_by(m.stride)}"
+            + (f", {m.groups} groups" if m.groups > 1 else "")
+        )
+    if kind == "linear":
+        return f"linear, {m.in_features} → {m.out_features}"
+    if kind == "pool":
+        return _pool(m)
+    if kind == "neuron":
+        return f"{name}, T = {m.T}" if getattr(m, "T", None) else name
     return name.replace("BatchNorm2d", "BatchNorm")
 
 # %% ../../nbs/lib/85_reports.graph.ipynb #dc68318f
 LEVELS = ("layers", "blocks")
 
 
-def _layer(m): return not any(True for _ in m.children()) or hasattr(m, "v_threshold") or isinstance(m, nn.MultiheadAttention)
-def _string(m): return isinstance(m, (nn.Sequential, nn.ModuleList)) and not all(map(_layer, m.children()))
+def _layer(m):
+    return (
+        not any(True for _ in m.children())
+        or hasattr(m, "v_threshold")
+        or isinstance(m, nn.MultiheadAttention)
+    )
+
+
+def _string(m):
+    return isinstance(m, (nn.Sequential, nn.ModuleList)) and not all(map(_layer, m.children()))
 
 
 def boxes(
@@ -66,23 +103,69 @@ def boxes(
     inner=(),  # paths of stages; what they lie in is opened
 ):
     "`{module: path}` of what is drawn as a box."
-    if hasattr(module, "taps"): inner = [f"net.{tap.path}" for tap in module.taps.values()]
-    if isinstance(module, (nn.Identity, nn.Flatten)): return {}
-    opened = not name or level == "layers" or _string(module) or name == "net" or any(p.startswith(f"{name}.") for p in inner)
-    if _layer(module) or not opened: return {module: name}
+    if hasattr(module, "taps"):
+        inner = [f"net.{tap.path}" for tap in module.taps.values()]
+    if isinstance(module, (nn.Identity, nn.Flatten)):
+        return {}
+    opened = (
+        not name
+        or level == "layers"
+        or _string(module)
+        or name == "net"
+        or any(p.startswith(f"{name}.") for p in inner)
+    )
+    if _layer(module) or not opened:
+        return {module: name}
     found = {}
-    for n, m in module.named_children(): found |= boxes(m, level, f"{name}.{n}".lstrip("."), inner)
+    for n, m in module.named_children():
+        found |= boxes(m, level, f"{name}.{n}".lstrip("."), inner)
     return found
 
 # %% ../../nbs/lib/85_reports.graph.ipynb #b52484d9
-SIGNS = {"add": "+", "iadd": "+", "radd": "+", "mul": "×", "imul": "×", "cat": "concat", "matmul": "@"}
-REARRANGE = set("""reshape view permute transpose flatten unflatten expand expand_as contiguous to type float squeeze unsqueeze movedim
-swapaxes detach clone chunk split unbind select narrow getitem get""".split())
+SIGNS = {
+    "add": "+",
+    "iadd": "+",
+    "radd": "+",
+    "mul": "×",
+    "imul": "×",
+    "cat": "concat",
+    "matmul": "@",
+}
+REARRANGE = set(
+    [
+        "reshape",
+        "view",
+        "permute",
+        "transpose",
+        "flatten",
+        "unflatten",
+        "expand",
+        "expand_as",
+        "contiguous",
+        "to",
+        "type",
+        "float",
+        "squeeze",
+        "unsqueeze",
+        "movedim",
+        "swapaxes",
+        "detach",
+        "clone",
+        "chunk",
+        "split",
+        "unbind",
+        "select",
+        "narrow",
+        "getitem",
+        "get",
+    ]
+)
 
 
 @dataclass(frozen=True)
 class Node:
     "One box of a picture."
+
     id: int  # position in the order of execution
     name: str  # path of the module; "" for a function
     kind: str  # conv, linear, norm, neuron, pool, sum, block, down, input, other
@@ -93,42 +176,76 @@ class Node:
 
 
 def _tensors(x):
-    if torch.is_tensor(x): return [x]
-    return [t for v in (x.values() if isinstance(x, dict) else x) for t in _tensors(v)] if isinstance(x, (list, tuple, dict)) else []
+    if torch.is_tensor(x):
+        return [x]
+    return (
+        [t for v in (x.values() if isinstance(x, dict) else x) for t in _tensors(v)]
+        if isinstance(x, (list, tuple, dict))
+        else []
+    )
 
 
-def _function_kind(name): return "sum" if name in SIGNS else "neuron" if name == "relu" else "pool" if "pool" in name or name == "mean" else "other"
+def _function_kind(name):
+    return (
+        "sum"
+        if name in SIGNS
+        else "neuron"
+        if name == "relu"
+        else "pool"
+        if "pool" in name or name == "mean"
+        else "other"
+    )
 
 # %% ../../nbs/lib/85_reports.graph.ipynb #c62f0d8a
 class _Watch(TorchFunctionMode):
     "Notes which box put out which tensor while a module runs."
+
     def __init__(self, found):
         super().__init__()
         self.found, self.nodes, self.maker, self.kept, self.inside = found, [], {}, [], 0
 
     def note(self, name, kind, label, given, out):
-        if given and self.nodes and not any(id(t) in self.maker for t in given): self.note("", "input", "constant", [], given[0])
+        if given and self.nodes and not any(id(t) in self.maker for t in given):
+            self.note("", "input", "constant", [], given[0])
         inputs = dict.fromkeys(self.maker[id(t)] for t in given if id(t) in self.maker)
-        for t in _tensors(out)[:1]: self.nodes.append(Node(len(self.nodes), name, kind, label, tuple(t.shape[1:]), tuple(inputs)))
+        for t in _tensors(out)[:1]:
+            self.nodes.append(
+                Node(len(self.nodes), name, kind, label, tuple(t.shape[1:]), tuple(inputs))
+            )
         self.follow(out, len(self.nodes) - 1)
 
     def follow(self, out, node):
-        for t in _tensors(out): self.maker[id(t)] = node; self.kept.append(t)
+        for t in _tensors(out):
+            self.maker[id(t)] = node
+            self.kept.append(t)
 
-    def enter(self, module, args, kwargs): self.inside += 1
+    def enter(self, module, args, kwargs):
+        self.inside += 1
 
     def leave(self, module, args, kwargs, out):
         self.inside -= 1
         given = _tensors([args, kwargs])
-        if not self.inside: self.note(self.found[module], *describe(module, *given[:1] or [None], *_tensors(out)[:1] or [None]), given, out)
+        if not self.inside:
+            self.note(
+                self.found[module],
+                *describe(module, *given[:1] or [None], *_tensors(out)[:1] or [None]),
+                given,
+                out,
+            )
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         given = _tensors([args, kwargs or {}])
-        name, made = func.__name__.strip("_"), {self.maker[id(t)] for t in given if id(t) in self.maker}
-        if self.inside or not made or not _tensors(out): return out
-        if name in REARRANGE: self.follow(out, max(made))
-        else: self.note("", _function_kind(name), SIGNS.get(name, name), given, out)
+        name, made = (
+            func.__name__.strip("_"),
+            {self.maker[id(t)] for t in given if id(t) in self.maker},
+        )
+        if self.inside or not made or not _tensors(out):
+            return out
+        if name in REARRANGE:
+            self.follow(out, max(made))
+        else:
+            self.note("", _function_kind(name), SIGNS.get(name, name), given, out)
         return out
 
 # %% ../../nbs/lib/85_reports.graph.ipynb #fb704ad9
@@ -136,9 +253,16 @@ def listed(
     layers,  # of a chain, in order
 ):
     "A line a layer; norm and neuron in one line at the end where each convolution or linear layer has them."
-    main, rest = [m for m in layers if kind_of(m) not in ("norm", "neuron")], [m for m in layers if kind_of(m) in ("norm", "neuron")]
-    after, n = dict.fromkeys(map(label_of, rest)), sum(kind_of(m) in ("conv", "linear") for m in main)
-    if n < 2 or [label_of(m) for m in rest] != [*after] * n: return "\n".join(map(label_of, layers))
+    main, rest = (
+        [m for m in layers if kind_of(m) not in ("norm", "neuron")],
+        [m for m in layers if kind_of(m) in ("norm", "neuron")],
+    )
+    after, n = (
+        dict.fromkeys(map(label_of, rest)),
+        sum(kind_of(m) in ("conv", "linear") for m in main),
+    )
+    if n < 2 or [label_of(m) for m in rest] != [*after] * n:
+        return "\n".join(map(label_of, layers))
     return "\n".join([*map(label_of, main), f"each conv with {' and '.join(after)}"])
 
 
@@ -148,12 +272,15 @@ def describe(
     y,  # the first that it put out, or None
 ):
     "`(kind, label)` of a box."
-    if _layer(m): return kind_of(m), label_of(m)
-    if x is None or y is None or min(x.dim(), y.dim()) < 2: return "block", type(m).__name__
+    if _layer(m):
+        return kind_of(m), label_of(m)
+    if x is None or y is None or min(x.dim(), y.dim()) < 2:
+        return "block", type(m).__name__
     shrink = x.shape[-1] // y.shape[-1] if x.dim() == y.dim() == 4 else 1
     kind = "down" if shrink > 1 else "block"
     a, b = (t.shape[-1 if t.dim() == 3 else 1] for t in (x, y))  # tokens have their channels last
-    if not isinstance(m, nn.Sequential): return kind, f"{type(m).__name__}, {a} → {b}{_by(shrink)}"
+    if not isinstance(m, nn.Sequential):
+        return kind, f"{type(m).__name__}, {a} → {b}{_by(shrink)}"
     layers = [c for c in m if not isinstance(c, (nn.Identity, nn.Flatten))]
     main = [c for c in layers if kind_of(c) not in ("norm", "neuron")]
     kinds = {kind_of(c) for c in main}
@@ -162,12 +289,23 @@ def describe(
 # %% ../../nbs/lib/85_reports.graph.ipynb #bd7c52b3
 def _example(module, x):
     first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
-    if x is None and hasattr(module, "stage_names"): x = (module.in_channels, module.image_size, module.image_size)
-    need(x is not None or first is not None, f"{type(module).__name__} has no convolution to tell what it takes: give x, a tensor or the shape of one image")
-    if torch.is_tensor(x): return x
+    if x is None and hasattr(module, "stage_names"):
+        x = (module.in_channels, module.image_size, module.image_size)
+    need(
+        x is not None or first is not None,
+        f"{type(module).__name__} has no convolution to tell what it takes: give x, a tensor or the shape of one image",
+    )
+    if torch.is_tensor(x):
+        return x
     like = next(module.parameters(), torch.zeros(1))
-    steps = 1 if hasattr(module, "stage_names") else max([1, *(m.T for m in module.modules() if isinstance(getattr(m, "T", None), int))])
-    return torch.zeros(steps, *(x or (first.in_channels, 32, 32)), device=like.device, dtype=like.dtype)
+    steps = (
+        1
+        if hasattr(module, "stage_names")
+        else max([1, *(m.T for m in module.modules() if isinstance(getattr(m, "T", None), int))])
+    )
+    return torch.zeros(
+        steps, *(x or (first.in_channels, 32, 32)), device=like.device, dtype=like.dtype
+    )
 
 
 def trace(
@@ -177,14 +315,24 @@ def trace(
 ):
     "The `Node`s of a module in the order they run; it is left as it was."
     level = level or ("blocks" if hasattr(module, "stage_names") else "layers")
-    if level not in LEVELS: raise unknown("level", level, LEVELS)
+    if level not in LEVELS:
+        raise unknown("level", level, LEVELS)
     watch, x = _Watch(found := boxes(module, level)), _example(module, x)
     watch.note("", "input", "input", [], x)
-    hooks = [h for m in found for h in (m.register_forward_pre_hook(watch.enter, with_kwargs=True), m.register_forward_hook(watch.leave, with_kwargs=True))]
+    hooks = [
+        h
+        for m in found
+        for h in (
+            m.register_forward_pre_hook(watch.enter, with_kwargs=True),
+            m.register_forward_hook(watch.leave, with_kwargs=True),
+        )
+    ]
     try:
-        with eval_mode(module), watch: y = module(x)
+        with eval_mode(module), watch:
+            y = module(x)
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
     made = [watch.maker[id(t)] for t in _tensors(y)[:1] if id(t) in watch.maker]
     return [replace(n, out=n.id in made) for n in watch.nodes]
 
@@ -201,7 +349,10 @@ def nodes_of(
     **kw,  # level and x of `trace`
 ):
     "The nodes either way."
-    if isinstance(graph, str): raise UserError(f"{graph!r} is a name: give the network, create_model({graph!r}), or its nodes")
+    if isinstance(graph, str):
+        raise UserError(
+            f"{graph!r} is a name: give the network, create_model({graph!r}), or its nodes"
+        )
     return trace(graph, **kw) if isinstance(graph, nn.Module) else graph
 
 
@@ -213,5 +364,15 @@ def table(
     import pandas as pd
 
     nodes = nodes_of(graph, **kw)
-    rows = [{"id": n.id, "name": n.name, "kind": n.kind, "label": n.label.replace("\n", " | "), "shape": size(n), "inputs": " ".join(map(str, n.inputs))} for n in nodes]
+    rows = [
+        {
+            "id": n.id,
+            "name": n.name,
+            "kind": n.kind,
+            "label": n.label.replace("\n", " | "),
+            "shape": size(n),
+            "inputs": " ".join(map(str, n.inputs)),
+        }
+        for n in nodes
+    ]
     return pd.DataFrame(rows)

@@ -20,13 +20,19 @@ def check_scale(
     scale,  # the name
 ):
     "The scale itself; raises `UserError` naming the nearest where it does not exist."
-    if scale not in SCALES: raise unknown("scale", scale, SCALES)
+    if scale not in SCALES:
+        raise unknown("scale", scale, SCALES)
     return scale
 
 # %% ../../nbs/lib/85_reports.grid.ipynb #4d004f9c
 HALF = 16  # pixels an edge
 _IMAGES = {"smoke": {}, "small": {"CIFAR-10": "folder:cifar10-jpeg"}}
-_NAMES = {"CIFAR-10": "cifar10", "CIFAR-100": "cifar100", "Tiny-ImageNet": "tiny-imagenet:tiny-imagenet", "ImageNet": "imagefolder-stream:imagenet"}
+_NAMES = {
+    "CIFAR-10": "cifar10",
+    "CIFAR-100": "cifar100",
+    "Tiny-ImageNet": "tiny-imagenet:tiny-imagenet",
+    "ImageNet": "imagefolder-stream:imagenet",
+}
 
 
 def data_at(
@@ -38,8 +44,10 @@ def data_at(
     **kw,  # further fields of `DataSpec`
 ):
     "The data a scale takes for a data set of the papers: digits, a real subset, or the whole."
-    if scale == "smoke": return DataSpec("digits", **kw)
-    if scale == "small" and half: kw = {"size": HALF} | kw
+    if scale == "smoke":
+        return DataSpec("digits", **kw)
+    if scale == "small" and half:
+        kw = {"size": HALF} | kw
     name = _IMAGES.get(scale, {}).get(dataset) or _NAMES[dataset]
     return DataSpec(name, augment=augment, subset=subset if scale == "small" else None, **kw)
 
@@ -50,10 +58,23 @@ def optim_at(
     **paper,  # the paper's own `OptimSpec` fields
 ):
     "The budget of a scale; at paper scale the paper's own settings."
-    small = dict(epochs=12, batch_size=128, lr=0.1, schedule="onecycle", precision="bf16")
-    if scale == "smoke": return OptimSpec(epochs=2, batch_size=32, lr=0.1, schedule="onecycle", clip=1.0)
-    if scale == "small": return OptimSpec(**small) if not half else OptimSpec(**{**small, "epochs": 6, "batch_size": 64, "precision": "fp32"})
-    if scale == "medium": return OptimSpec(**{**small, "epochs": 60})
+    small = {
+        "epochs": 12,
+        "batch_size": 128,
+        "lr": 0.1,
+        "schedule": "onecycle",
+        "precision": "bf16",
+    }
+    if scale == "smoke":
+        return OptimSpec(epochs=2, batch_size=32, lr=0.1, schedule="onecycle", clip=1.0)
+    if scale == "small":
+        return (
+            OptimSpec(**small)
+            if not half
+            else OptimSpec(**{**small, "epochs": 6, "batch_size": 64, "precision": "fp32"})
+        )
+    if scale == "medium":
+        return OptimSpec(**{**small, "epochs": 60})
     return OptimSpec(**paper)
 
 # %% ../../nbs/lib/85_reports.grid.ipynb #de79bf90
@@ -63,25 +84,30 @@ def budget_in_words(
 ):
     "How it was trained, in one line made from the specs."
     clip = f", gradient clipped at {optim.clip:g}" if optim.clip else ""
-    return (f"{optim.epochs} epochs of batch {optim.batch_size}, peak rate {optim.lr:g} ({optim.schedule}), weight decay {optim.weight_decay:g}, "
-            f"{optim.precision}{clip}; augmentation {data.augment}; {100 * data.val:g} % of the training images held out")
+    return (
+        f"{optim.epochs} epochs of batch {optim.batch_size}, peak rate {optim.lr:g} ({optim.schedule}), weight decay {optim.weight_decay:g}, "
+        f"{optim.precision}{clip}; augmentation {data.augment}; {100 * data.val:g} % of the training images held out"
+    )
 
 # %% ../../nbs/lib/85_reports.grid.ipynb #d0865808
 @dataclass(frozen=True)
 class Cell:
     "One number of a table: its place, and the runs behind ours."
+
     index: dict  # as in the published table, e.g. {"dataset": "CIFAR-10", "T": 2}
     column: str  # value column of the published table
     groups: tuple = ()  # one tuple of `RunSpec`s a seed; empty: no runs
     note: str = ""  # why there are none, e.g. "not built yet"
 
     @property
-    def specs(self): return [s for g in self.groups for s in g]
+    def specs(self):
+        return [s for g in self.groups for s in g]
 
 
 @dataclass(frozen=True)
 class Grid:
     "All cells of an artefact at a scale."
+
     key: str  # e.g. "sastc/table02"
     scale: str
     cells: list
@@ -113,6 +139,9 @@ def summarise(
     metric="acc_last",  # name of the metric
 ):
     "`(mean, std, n)` over the seeds whose runs are all there; `(None, None, 0)` where there is none."
-    values = [mean(runs[s].metrics[metric] for s in g) for g in cell.groups if all(runs.get(s) for s in g)]
-    if not values: return None, None, 0
+    values = [
+        mean(runs[s].metrics[metric] for s in g) for g in cell.groups if all(runs.get(s) for s in g)
+    ]
+    if not values:
+        return None, None, 0
     return mean(values), stdev(values) if len(values) > 1 else None, len(values)

@@ -32,7 +32,7 @@ def refit(
     seed=0,
     **args,  # options of the method "eskd"
 ):
-    "`(distiller, losses)`: student, teacher and method \"eskd\" with trained adapters, in evaluation mode."
+    '`(distiller, losses)`: student, teacher and method "eskd" with trained adapters, in evaluation mode.'
     torch.manual_seed(seed_for(seed, "adapters"))
     distiller, losses = create_distiller("eskd", student, teacher, **args), []
     method, mode = distiller.methods[0], [(m, m.training) for m in student.modules()]
@@ -40,17 +40,24 @@ def refit(
     for step in range(steps):
         x, y = next(iter(data.loader("train", size, seed=seed, epoch=step)))
         rates, answer = rates_of(features_of(student, x)[1]), features_of(teacher, x)[0]
-        loss = sum(b * sum(hybrid_loss(z, answer, y)) for b, z in zip(method.betas, method.hybrids(rates).values()))
-        optimiser.zero_grad(), loss.backward(), optimiser.step()
+        loss = sum(
+            b * sum(hybrid_loss(z, answer, y))
+            for b, z in zip(method.betas, method.hybrids(rates).values())
+        )
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
         losses.append(loss.item())
     method.eval()
-    for m, was in mode: m.training = was
+    for m, was in mode:
+        m.training = was
     return distiller, losses
 
 # %% ../../nbs/lib/88_reports.hybrids.ipynb #91e5d75c
 @dataclass(frozen=True)
 class Call:
     "One stage, adapter or head that a training step called."
+
     row: str  # teacher, student, M0, …
     name: str  # stage, "C0", … or "head"
     made: str  # of what
@@ -58,8 +65,12 @@ class Call:
     graph: bool  # whether gradients are kept
 
 
-def _words(module): return made_of(module) if isinstance(module, torch.nn.Sequential) else type(module).__name__
-def _plain(out): return getattr(out, "rate", out)
+def _words(module):
+    return made_of(module) if isinstance(module, torch.nn.Sequential) else type(module).__name__
+
+
+def _plain(out):
+    return getattr(out, "rate", out)
 
 
 def _head(net):
@@ -77,17 +88,40 @@ def step_calls(
     made.student.gradient, found = "rate", []
     made.teacher.widths  # its first tail asks, by a run of its own, how wide the stages are
     adapters = [c for m in made.methods for c in m.hybrids.adapters]
-    of = [(who, n, net.get_submodule(n)) for who, net in (("teacher", made.teacher), ("student", made.student)) for n in (*net.stage_names, "head")]
-    of += [("adapter", f"C{name[1:]}", c) for m in made.methods for name, c in zip(m.hybrids.names, m.hybrids.adapters)]
-    say = lambda who, n: lambda m, i, out: found.append((who, n, m, tuple(_plain(out).shape[1:]), _plain(out).requires_grad))
-    for who, n, m in of: m.register_forward_hook(say(who, n))
+    of = [
+        (who, n, net.get_submodule(n))
+        for who, net in (("teacher", made.teacher), ("student", made.student))
+        for n in (*net.stage_names, "head")
+    ]
+    of += [
+        ("adapter", f"C{name[1:]}", c)
+        for m in made.methods
+        for name, c in zip(m.hybrids.names, m.hybrids.adapters)
+    ]
+
+    def say(who, n):
+        return lambda m, i, out: found.append(
+            (who, n, m, tuple(_plain(out).shape[1:]), _plain(out).requires_grad)
+        )
+
+    for who, n, m in of:
+        m.register_forward_hook(say(who, n))
     terms = {k: float(v.detach()) for k, v in made(x, y)[0].items()}
     calls, passes = [], iter(["teacher", *(n for m in made.methods for n in m.hybrids.names)])
     row = next(passes)
     for who, n, m, shape, graph in found:
-        words = "\n".join(_two_lines(layers_in_words(m.body))) if m in adapters else _head(made.student if who == "student" else made.teacher) if n == "head" else _words(m)
-        calls.append(Call({"student": who, "adapter": f"M{n[1:]}"}.get(who, row), n, words, shape, graph))
-        if (who, n) == ("teacher", "head"): row = next(passes, None)
+        words = (
+            "\n".join(_two_lines(layers_in_words(m.body)))
+            if m in adapters
+            else _head(made.student if who == "student" else made.teacher)
+            if n == "head"
+            else _words(m)
+        )
+        calls.append(
+            Call({"student": who, "adapter": f"M{n[1:]}"}.get(who, row), n, words, shape, graph)
+        )
+        if (who, n) == ("teacher", "head"):
+            row = next(passes, None)
     return calls, terms
 
 
@@ -96,21 +130,35 @@ def _two_lines(words):
     return [", ".join(short[: (len(short) + 1) // 2]), ", ".join(short[(len(short) + 1) // 2 :])]
 
 # %% ../../nbs/lib/88_reports.hybrids.ipynb #f86036d5
-WIDE, STEP, ROW, EDGE = 0.93, 1.05, 0.86, 0.85  # of a box; from box to box, from row to row, left of the first box; inches
+WIDE, STEP, ROW, EDGE = (
+    0.93,
+    1.05,
+    0.86,
+    0.85,
+)  # of a box; from box to box, from row to row, left of the first box; inches
 
 
 def _columns(calls):
     "Where each call stands: stages in their order, an adapter under the stage whose place it takes."
     stages = [c.name for c in calls if c.row == "teacher"]
     at = {n: k for k, n in enumerate(stages)}
-    before = {row: stages[at[next(c.name for c in calls if c.row == row and c.name in at)] - 1] for row in dict.fromkeys(c.row for c in calls) if row not in ("teacher", "student")}
-    return {(c.row, c.name): at[before[c.row]] if c.row in before and c.name not in at else at[c.name] for c in calls}
+    before = {
+        row: stages[at[next(c.name for c in calls if c.row == row and c.name in at)] - 1]
+        for row in dict.fromkeys(c.row for c in calls)
+        if row not in ("teacher", "student")
+    }
+    return {
+        (c.row, c.name): at[before[c.row]] if c.row in before and c.name not in at else at[c.name]
+        for c in calls
+    }
 
 
 def _says(row, terms, method, k=None):
     alpha = f"{method.alpha:g}" if isinstance(method.alpha, float) else "α"
-    if row == "teacher": return "y_A", "no gradients"
-    if row == "student": return "y_S", f"{1 - method.alpha:g} CE + {alpha} KL\n{terms['ce'] + terms['kd']:.3f}"
+    if row == "teacher":
+        return "y_A", "no gradients"
+    if row == "student":
+        return "y_S", f"{1 - method.alpha:g} CE + {alpha} KL\n{terms['ce'] + terms['kd']:.3f}"
     return f"y_{row}", f"the same, × {method.betas[k]:.3g}\n{terms[row]:.3f}"
 
 
@@ -118,8 +166,17 @@ def _draw_row(ax, calls, place, y, kind):
     for k, c in enumerate(calls):
         x = EDGE + STEP * place[c.row, c.name] + WIDE / 2
         lines = [c.name, *c.made.split("\n"), " × ".join(map(str, c.shape))]
-        _box(ax, x, y, lines, "pool" if len(lines) > 3 else "linear" if c.name == "head" else kind, WIDE, 0.66 if len(lines) < 4 else 0.78)
-        if k: _arrow(ax, (x - STEP + WIDE / 2, y), (x - WIDE / 2, y))
+        _box(
+            ax,
+            x,
+            y,
+            lines,
+            "pool" if len(lines) > 3 else "linear" if c.name == "head" else kind,
+            WIDE,
+            0.66 if len(lines) < 4 else 0.78,
+        )
+        if k:
+            _arrow(ax, (x - STEP + WIDE / 2, y), (x - WIDE / 2, y))
     return x
 
 # %% ../../nbs/lib/88_reports.hybrids.ipynb #0fb58cd7
@@ -142,13 +199,42 @@ def framework(
     ax.set_axis_off()
     level = {r: high - ROW * (k + 0.5) - 0.05 for k, r in enumerate(rows)}
     for k, row in enumerate(rows):
-        end = _draw_row(ax, [c for c in calls if c.row == row], place, level[row], "neuron" if row == "student" else "block")
+        end = _draw_row(
+            ax,
+            [c for c in calls if c.row == row],
+            place,
+            level[row],
+            "neuron" if row == "student" else "block",
+        )
         _answer(ax, end, level[row], *_says(row, terms, method, k - 1))
-        if row in method.hybrids.names: _rise(ax, row, method, calls, place, level)
-        else: _start(fig, ax, level[row], row, image, distiller.student.T)
-    _text(ax, wide / 2, 0.17, f"loss of the step: {' + '.join(f'{v:.3f}' for v in (terms['ce'] + terms['kd'], *(terms[n] for n in method.hybrids.names)))} = {sum(terms.values()):.3f}", fontsize=8)
-    numbers = [{"row": c.row, "module": c.name, "made of": c.made.replace("\n", ", "), "puts out": " × ".join(map(str, c.shape)), "gradients": c.graph} for c in calls]
-    return fig, pd.DataFrame(numbers + [{"row": "loss", "module": k, "made of": "", "puts out": f"{v:.6g}", "gradients": True} for k, v in terms.items()])
+        if row in method.hybrids.names:
+            _rise(ax, row, method, calls, place, level)
+        else:
+            _start(fig, ax, level[row], row, image, distiller.student.T)
+    _text(
+        ax,
+        wide / 2,
+        0.17,
+        f"loss of the step: {' + '.join(f'{v:.3f}' for v in (terms['ce'] + terms['kd'], *(terms[n] for n in method.hybrids.names)))} = {sum(terms.values()):.3f}",
+        fontsize=8,
+    )
+    numbers = [
+        {
+            "row": c.row,
+            "module": c.name,
+            "made of": c.made.replace("\n", ", "),
+            "puts out": " × ".join(map(str, c.shape)),
+            "gradients": c.graph,
+        }
+        for c in calls
+    ]
+    return fig, pd.DataFrame(
+        numbers
+        + [
+            {"row": "loss", "module": k, "made of": "", "puts out": f"{v:.6g}", "gradients": True}
+            for k, v in terms.items()
+        ]
+    )
 
 # %% ../../nbs/lib/88_reports.hybrids.ipynb #f6b7eed1
 def _answer(ax, end, y, name, says):
@@ -179,8 +265,15 @@ def passing(
     "{M_k: what the teacher's stage puts out in it}."
     teacher, seen = hybrids.teacher, {}
     tap = getattr(teacher, "taps", {}).get(stage)
-    for name, feature in hybrids.adapted(rates, untrained=True).items():  # `refit` says how long they were fitted, 0 steps included
-        with hooked(getattr(teacher, "net", teacher) if tap else teacher, [tap.path if tap else stage], lambda path, out, name=name: seen.update({name: out})): hybrids.tail(name, feature)
+    for name, feature in hybrids.adapted(
+        rates, untrained=True
+    ).items():  # `refit` says how long they were fitted, 0 steps included
+        with hooked(
+            getattr(teacher, "net", teacher) if tap else teacher,
+            [tap.path if tap else stage],
+            lambda path, out, name=name: seen.update({name: out}),
+        ):
+            hybrids.tail(name, feature)
     return seen
 
 
@@ -190,10 +283,21 @@ def cams(
     y,  # labels (B,)
     size=128,  # images a forward
 ):
-    "`{\"ANN\": (B, h, w), \"SNN\": …, \"M0\": …}`: Grad-CAM of teacher, student and hybrid models."
+    '`{"ANN": (B, h, w), "SNN": …, "M0": …}`: Grad-CAM of teacher, student and hybrid models.'
     teacher, student, hybrids = distiller.teacher, distiller.student, distiller.methods[0].hybrids
     look, parts = ClassMap(teacher, None, tuple(x.shape[1:])), {}
     for a, b in zip(x.split(size), y.split(size)):
-        with eval_mode(distiller), eval_mode(teacher): found = {n: look(f, b) for n, f in passing(hybrids, rates_of(features_of(student, a)[1]), look.stage).items()}
-        for n, m in {"ANN": class_map(teacher, a, b, look.stage), "SNN": class_map(student, a, b), **found}.items(): parts.setdefault(n, []).append(m.detach())
+        with eval_mode(distiller), eval_mode(teacher):
+            found = {
+                n: look(f, b)
+                for n, f in passing(
+                    hybrids, rates_of(features_of(student, a)[1]), look.stage
+                ).items()
+            }
+        for n, m in {
+            "ANN": class_map(teacher, a, b, look.stage),
+            "SNN": class_map(student, a, b),
+            **found,
+        }.items():
+            parts.setdefault(n, []).append(m.detach())
     return {n: torch.cat(m) for n, m in parts.items()}

@@ -46,7 +46,8 @@ def features_of(
     x,  # images (B, C, H, W)
 ):
     "`(logits, {stage: feature})` in evaluation mode."
-    with eval_mode(model): return model(x, features=True)
+    with eval_mode(model):
+        return model(x, features=True)
 
 
 def class_map(
@@ -57,7 +58,8 @@ def class_map(
 ):
     "Grad-CAM (B, h, w). Source: CKDSNN eq. 2."
     look = ClassMap(model, stage, tuple(x.shape[-3:]), "the network")
-    with eval_mode(model): return look(observe(model, x, (look.stage,))[1][look.stage], y)
+    with eval_mode(model):
+        return look(observe(model, x, (look.stage,))[1][look.stage], y)
 
 
 def spike_map(
@@ -67,8 +69,12 @@ def spike_map(
 ):
     "SAM (B, h, w) of any spiking network whose modules see all steps at once. Source: CKDSNN eq. 3."
     stage = stage or (stages_of(model) or [None])[-1]
-    need(stage, f"{type(model).__name__} has no named stages: give stage=, the module path of a layer of neurons")
-    with eval_mode(model): return sam(observe(model, x, (stage,))[1][stage])
+    need(
+        stage,
+        f"{type(model).__name__} has no named stages: give stage=, the module path of a layer of neurons",
+    )
+    with eval_mode(model):
+        return sam(observe(model, x, (stage,))[1][stage])
 
 # %% ../../nbs/lib/86_reports.maps.ipynb #0a716414
 def saliency(
@@ -78,10 +84,20 @@ def saliency(
     size=256,  # images a forward
 ):
     "`{'teacher CAM': (B, h, w), 'SAM, <method>': …}`."
-    need("Teacher" in nets, "the teacher has not been run, so there is nothing to compare with: snnkd run the artefact first")
-    of = lambda f: torch.cat([f(a, b) for a, b in zip(x.split(size, -4), y.split(size))])
+    need(
+        "Teacher" in nets,
+        "the teacher has not been run, so there is nothing to compare with: snnkd run the artefact first",
+    )
+
+    def of(f):
+        return torch.cat([f(a, b) for a, b in zip(x.split(size, -4), y.split(size))])
+
     maps = {"teacher CAM": of(lambda a, b: class_map(nets["Teacher"], a, b))}
-    return maps | {f"SAM, {n}": of(lambda a, b, net=net: spike_map(net, a)) for n, net in nets.items() if n != "Teacher"}
+    return maps | {
+        f"SAM, {n}": of(lambda a, b, net=net: spike_map(net, a))
+        for n, net in nets.items()
+        if n != "Teacher"
+    }
 
 # %% ../../nbs/lib/86_reports.maps.ipynb #ce7ba95b
 def two_stages(
@@ -94,13 +110,28 @@ def two_stages(
     "`({title: (B, h, w)}, {title: title of its reference})`."
     maps, reference = {}, {}
     for s in stages:
-        titles = [f"{who}\n{what}\n{s}" for who, what in (("teacher", "Grad-CAM"), ("student", "Grad-CAM"), ("student", "SAM"))]
-        maps |= dict(zip(titles, (class_map(teacher, x, y, s), class_map(student, x, y, s), spike_map(student, x, s))))
+        titles = [
+            f"{who}\n{what}\n{s}"
+            for who, what in (("teacher", "Grad-CAM"), ("student", "Grad-CAM"), ("student", "SAM"))
+        ]
+        maps |= dict(
+            zip(
+                titles,
+                (
+                    class_map(teacher, x, y, s),
+                    class_map(student, x, y, s),
+                    spike_map(student, x, s),
+                ),
+            )
+        )
         reference |= dict.fromkeys(titles[1:], titles[0])
     return maps, reference
 
 # %% ../../nbs/lib/86_reports.maps.ipynb #06281051
-def against(maps, reference): return reference if isinstance(reference, dict) else {n: reference for n in maps if n != reference}
+def against(maps, reference):
+    return (
+        reference if isinstance(reference, dict) else {n: reference for n in maps if n != reference}
+    )
 
 
 def alike(
@@ -124,7 +155,16 @@ def map_frame(
     for name, m in maps.items():
         for i in range(len(m)):
             same = found.get(name, [{"pearson": 1.0, "iou": 1.0}] * len(m))[i]
-            rows.append({"image": int(index[i]), "class": names[i], "map": name, **same, "size": f"{m.shape[1]}×{m.shape[2]}", "values": " ".join(f"{v:.4g}" for v in m[i].flatten().tolist())})
+            rows.append(
+                {
+                    "image": int(index[i]),
+                    "class": names[i],
+                    "map": name,
+                    **same,
+                    "size": f"{m.shape[1]}×{m.shape[2]}",
+                    "values": " ".join(f"{v:.4g}" for v in m[i].flatten().tolist()),
+                }
+            )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/lib/86_reports.maps.ipynb #a19cc73d
@@ -133,7 +173,9 @@ def enlarge(
     size,  # (H, W) of the image
 ):
     "Maps between 0 and 1 at the size of the image, bilinear, (B, H, W)."
-    return F.interpolate(rescale(maps.float())[:, None], tuple(size), mode="bilinear", align_corners=False)[:, 0]
+    return F.interpolate(
+        rescale(maps.float())[:, None], tuple(size), mode="bilinear", align_corners=False
+    )[:, 0]
 
 
 def picture(
@@ -141,7 +183,9 @@ def picture(
     i,  # index of a test image
 ):
     "The image as matplotlib shows it: (H, W, 3) or (H, W), between 0 and 1."
-    mean, std = (torch.as_tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (data.mean, data.std))
+    mean, std = (
+        torch.as_tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (data.mean, data.std)
+    )
     x = batch_of(data, torch.tensor([int(i)]))[0][0]
     return (x * std + mean).clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy()
 
@@ -154,15 +198,22 @@ def outline(
     around = np.pad(np.asarray(mask, dtype=int), 1)
     level = [((x - 1, y), (x, y)) for y, x in np.argwhere(np.diff(around, axis=0))]
     steep = [((x, y - 1), (x, y)) for y, x in np.argwhere(np.diff(around, axis=1))]
-    return np.array([*level, *steep], dtype=float).reshape(-1, 2, 2) * (size[1] / mask.shape[1], size[0] / mask.shape[0]) - 0.5
+    return (
+        np.array([*level, *steep], dtype=float).reshape(-1, 2, 2)
+        * (size[1] / mask.shape[1], size[0] / mask.shape[0])
+        - 0.5
+    )
 
 # %% ../../nbs/lib/86_reports.maps.ipynb #bb456065
 def _show(ax, m, size):
     from matplotlib.collections import LineCollection
 
-    ax.imshow(enlarge(m[None], size)[0].numpy(), cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
+    ax.imshow(
+        enlarge(m[None], size)[0].numpy(), cmap="cividis", vmin=0, vmax=1, interpolation="nearest"
+    )
     bright = brightest(m[None])[0].reshape(m.shape)
-    if not bright.all(): ax.add_collection(LineCollection(outline(bright, size), colors="white", linewidths=0.9))
+    if not bright.all():
+        ax.add_collection(LineCollection(outline(bright, size), colors="white", linewidths=0.9))
 
 
 def panels(
@@ -176,15 +227,27 @@ def panels(
     import matplotlib.pyplot as plt
 
     found, columns = alike(maps, reference), ["image", *maps]
-    fig, axes = plt.subplots(len(pictures), len(columns), figsize=(edge * len(columns) + 0.3, (edge + 0.14) * len(pictures) + 0.25), squeeze=False)
+    fig, axes = plt.subplots(
+        len(pictures),
+        len(columns),
+        figsize=(edge * len(columns) + 0.3, (edge + 0.14) * len(pictures) + 0.25),
+        squeeze=False,
+    )
     for (i, j), ax in np.ndenumerate(axes):
         name = columns[j]
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
-        if i == 0: ax.set_title(name, fontsize=8)
-        if j == 0: ax.imshow(pictures[i], cmap="gray", vmin=0, vmax=1), ax.set_ylabel(names[i], fontsize=8)
-        else: _show(ax, maps[name][i], pictures[i].shape[:2])
-        if name in found: ax.set_xlabel("r {pearson:.2f} · IoU {iou:.2f}".format(**found[name][i]), fontsize=6.5, labelpad=2)
+        if i == 0:
+            ax.set_title(name, fontsize=8)
+        if j == 0:
+            ax.imshow(pictures[i], cmap="gray", vmin=0, vmax=1)
+            ax.set_ylabel(names[i], fontsize=8)
+        else:
+            _show(ax, maps[name][i], pictures[i].shape[:2])
+        if name in found:
+            ax.set_xlabel(
+                "r {pearson:.2f} · IoU {iou:.2f}".format(**found[name][i]), fontsize=6.5, labelpad=2
+            )
     return fig
 
 # %% ../../nbs/lib/86_reports.maps.ipynb #a460c040
@@ -195,11 +258,31 @@ def mean_likeness(
     "A row a map as a `DataFrame`: mean Pearson and IoU with the reference, and with the reference of another image."
     import pandas as pd
 
-    mean = lambda rows, key: float(np.mean([r[key] for r in rows]))
+    def mean(rows, key):
+        return float(np.mean([r[key] for r in rows]))
+
     pairs = {n: same_size(maps[n], maps[r]) for n, r in against(maps, reference).items()}
-    true, chance = ({n: likeness(a, b.roll(k, 0)) for n, (a, b) in pairs.items() for k in [shift * (len(b) // 2)]} for shift in (0, 1))
-    return pd.DataFrame([{"map": n, "pearson": mean(true[n], "pearson"), "iou": mean(true[n], "iou"), "pearson, another image": mean(chance[n], "pearson"),
-                          "iou, another image": mean(chance[n], "iou"), "images": len(maps[n])} for n in true])
+    true, chance = (
+        {
+            n: likeness(a, b.roll(k, 0))
+            for n, (a, b) in pairs.items()
+            for k in [shift * (len(b) // 2)]
+        }
+        for shift in (0, 1)
+    )
+    return pd.DataFrame(
+        [
+            {
+                "map": n,
+                "pearson": mean(true[n], "pearson"),
+                "iou": mean(true[n], "iou"),
+                "pearson, another image": mean(chance[n], "pearson"),
+                "iou, another image": mean(chance[n], "iou"),
+                "images": len(maps[n]),
+            }
+            for n in true
+        ]
+    )
 
 # %% ../../nbs/lib/86_reports.maps.ipynb #077e7ad2
 def seeds_of(
@@ -211,7 +294,10 @@ def seeds_of(
     "`mean_likeness` to the teacher's CAM under every seed, below each other."
     import pandas as pd
 
-    return pd.concat([mean_likeness(saliency(pick(s), x, y), "teacher CAM").assign(seed=s) for s in seeds], ignore_index=True)
+    return pd.concat(
+        [mean_likeness(saliency(pick(s), x, y), "teacher CAM").assign(seed=s) for s in seeds],
+        ignore_index=True,
+    )
 
 # %% ../../nbs/lib/86_reports.maps.ipynb #dcd39285
 def silenced(
@@ -224,9 +310,15 @@ def silenced(
     feature = features_of(model, x)[1][stage]
     over = [d for d in range(feature.dim()) if d not in (feature.dim() - 4, feature.dim() - 3)]
     predicted = (feature * class_grads(model, stage, feature, y, tuple(x.shape[-3:]))).sum(over)
-    logit = lambda f: mean_logits(model.forward_from(stage, f)).gather(1, y[:, None])[:, 0]
+
+    def logit(f):
+        return mean_logits(model.forward_from(stage, f)).gather(1, y[:, None])[:, 0]
+
     keep = torch.eye(feature.shape[-3], dtype=torch.bool)[:, :, None, None]
-    with eval_mode(model): return predicted, torch.stack([logit(feature) - logit(feature.masked_fill(k, 0)) for k in keep], 1)
+    with eval_mode(model):
+        return predicted, torch.stack(
+            [logit(feature) - logit(feature.masked_fill(k, 0)) for k in keep], 1
+        )
 
 
 def gradient_truth(

@@ -26,6 +26,7 @@ from .maps import class_map, features_of, spike_map
 @dataclass(frozen=True)
 class Look:
     "What a network puts out for a batch."
+
     feature: torch.Tensor  # of the last stage
     logits: torch.Tensor  # (B, K)
     maps: torch.Tensor  # CAM of an ANN, SAM of an SNN, (B, h, w)
@@ -38,7 +39,14 @@ def looks(
 ):
     "{name: `Look`}."
     seen = {n: (net, *features_of(net, x)) for n, net in nets.items()}
-    return {n: Look(feats[net.stage_names[-1]], mean_logits(z), class_map(net, x, y, net.stage_names[-1]) if net.T is None else spike_map(net, x)) for n, (net, z, feats) in seen.items()}
+    return {
+        n: Look(
+            feats[net.stage_names[-1]],
+            mean_logits(z),
+            class_map(net, x, y, net.stage_names[-1]) if net.T is None else spike_map(net, x),
+        )
+        for n, (net, z, feats) in seen.items()
+    }
 
 
 def softened(
@@ -47,7 +55,9 @@ def softened(
     seed=0,
 ):
     "Logits with adaptive noise. Source: CKDSNN eqs. 5 and 6."
-    return logits + lam * nld_noise(logits, draw=torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed)))
+    return logits + lam * nld_noise(
+        logits, draw=torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed))
+    )
 
 # %% ../../nbs/lib/87_reports.overview.ipynb #6e3141ed
 def _kurtosis(v):
@@ -62,17 +72,37 @@ def contrast(
     "A row a network as a `DataFrame`: zeros and distinct values of its feature, spread, kurtosis, entropy and confidence of its logits, raw and (students) with noise."
     import pandas as pd
 
-    rows = [(n, v, v.logits) for n, v in seen.items()] + [(f"{n} + noise", v, softened(v.logits)) for n, v in seen.items() if v.feature.dim() == 5]
+    rows = [(n, v, v.logits) for n, v in seen.items()] + [
+        (f"{n} + noise", v, softened(v.logits)) for n, v in seen.items() if v.feature.dim() == 5
+    ]
     p = {n: F.softmax(z / temp, 1) for n, _, z in rows}
-    return pd.DataFrame([{"network": n, "zeros (%)": 100 * float((v.feature == 0).double().mean()), "distinct values": len(v.feature.unique()), "std of logits": float(z.std()),
-                          "kurtosis of logits": _kurtosis(z), "entropy (nats)": float(torch.special.entr(p[n]).sum(1).mean()), "largest probability": float(p[n].amax(1).mean())} for n, v, z in rows])
+    return pd.DataFrame(
+        [
+            {
+                "network": n,
+                "zeros (%)": 100 * float((v.feature == 0).double().mean()),
+                "distinct values": len(v.feature.unique()),
+                "std of logits": float(z.std()),
+                "kurtosis of logits": _kurtosis(z),
+                "entropy (nats)": float(torch.special.entr(p[n]).sum(1).mean()),
+                "largest probability": float(p[n].amax(1).mean()),
+            }
+            for n, v, z in rows
+        ]
+    )
 
 # %% ../../nbs/lib/87_reports.overview.ipynb #4dda4c45
 def _histogram(v, edge):
     "[(value, share), …]; of few distinct values each by itself."
     found, counts = v.double().unique(return_counts=True)
-    if len(found) < 4: return [(float(a), float(n) / v.numel()) for a, n in zip(found, counts)]
-    return list(zip((edge[1:] + edge[:-1]) / 2, np.histogram(v.flatten().double().numpy(), edge)[0] / v.numel()))
+    if len(found) < 4:
+        return [(float(a), float(n) / v.numel()) for a, n in zip(found, counts)]
+    return list(
+        zip(
+            (edge[1:] + edge[:-1]) / 2,
+            np.histogram(v.flatten().double().numpy(), edge)[0] / v.numel(),
+        )
+    )
 
 
 def shares(
@@ -83,18 +113,40 @@ def shares(
     import pandas as pd
 
     logits = {n: v.logits - v.logits.mean(1, keepdim=True) for n, v in seen.items()}
-    soft = {n: v.logits for n, v in seen.items()} | {f"{n} + noise": softened(v.logits) for n, v in seen.items() if v.feature.dim() == 5}
-    raw = {"features": {n: v.feature for n, v in seen.items()}, "logits": logits, "maps": {n: rescale(v.maps) for n, v in seen.items()}}
+    soft = {n: v.logits for n, v in seen.items()} | {
+        f"{n} + noise": softened(v.logits) for n, v in seen.items() if v.feature.dim() == 5
+    }
+    raw = {
+        "features": {n: v.feature for n, v in seen.items()},
+        "logits": logits,
+        "maps": {n: rescale(v.maps) for n, v in seen.items()},
+    }
     rows = []
     for panel, values in raw.items():
-        edge = np.linspace(min(float(v.min()) for v in values.values()), max(float(v.max()) for v in values.values()) + 1e-6, (bins // 2 if panel == "maps" else bins) + 1)
-        rows += [{"panel": panel, "network": n, "value": m, "share": s} for n, f in values.items() for m, s in _histogram(f, edge)]
-    rows += [{"panel": "probabilities", "network": n, "value": k + 1, "share": float(v)} for n, z in soft.items() for k, v in enumerate(F.softmax(z / 2, 1).sort(1, descending=True).values.mean(0))]
+        edge = np.linspace(
+            min(float(v.min()) for v in values.values()),
+            max(float(v.max()) for v in values.values()) + 1e-6,
+            (bins // 2 if panel == "maps" else bins) + 1,
+        )
+        rows += [
+            {"panel": panel, "network": n, "value": m, "share": s}
+            for n, f in values.items()
+            for m, s in _histogram(f, edge)
+        ]
+    rows += [
+        {"panel": "probabilities", "network": n, "value": k + 1, "share": float(v)}
+        for n, z in soft.items()
+        for k, v in enumerate(F.softmax(z / 2, 1).sort(1, descending=True).values.mean(0))
+    ]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/lib/87_reports.overview.ipynb #97963a87
-PANELS = {"features": ("(a) raw features", "value", True), "logits": ("(a) raw logits", "logit, centred", False),
-          "maps": ("(b) maps in [0, 1]", "value", False), "probabilities": ("(b) probabilities, τ = 2", "class, by rank", True)}
+PANELS = {
+    "features": ("(a) raw features", "value", True),
+    "logits": ("(a) raw logits", "logit, centred", False),
+    "maps": ("(b) maps in [0, 1]", "value", False),
+    "probabilities": ("(b) probabilities, τ = 2", "class, by rank", True),
+}
 
 
 def motivation(
@@ -107,15 +159,45 @@ def motivation(
     for ax, (panel, (title, xlabel, log)) in zip(axes, PANELS.items()):
         for name, f in frame[frame.panel == panel].groupby("network", sort=False):
             base, noisy = name.removesuffix(" + noise"), name.endswith("noise")
-            style = dict(color="black" if noisy else COLOURS.get(base, "#56b4e9"), lw=1.3, ls="" if noisy else "-", label=name)
+            style = {
+                "color": "black" if noisy else COLOURS.get(base, "#56b4e9"),
+                "lw": 1.3,
+                "ls": "" if noisy else "-",
+                "label": name,
+            }
             f = f[f.share > 0] if log else f
-            if panel == "probabilities": ax.plot(f.value, f.share, marker={"Teacher": "o", "Baseline": "s"}.get(base, "D") if not noisy else "x" if base == "Baseline" else "+", ms=3 + 2 * noisy, **style)
-            elif len(f) < 4: ax.vlines(f.value + (0.15 if base == "CKDSNN" else -0.15), 1e-6, f.share, **style | {"lw": 3})
-            else: ax.step(f.value, f.share, where="mid", **style)
+            if panel == "probabilities":
+                ax.plot(
+                    f.value,
+                    f.share,
+                    marker={"Teacher": "o", "Baseline": "s"}.get(base, "D")
+                    if not noisy
+                    else "x"
+                    if base == "Baseline"
+                    else "+",
+                    ms=3 + 2 * noisy,
+                    **style,
+                )
+            elif len(f) < 4:
+                ax.vlines(
+                    f.value + (0.15 if base == "CKDSNN" else -0.15),
+                    1e-6,
+                    f.share,
+                    **style | {"lw": 3},
+                )
+            else:
+                ax.step(f.value, f.share, where="mid", **style)
         ax.set(title=title, xlabel=xlabel, ylabel="share" if panel == "features" else "")
-        if panel == "probabilities": ax.xaxis.get_major_locator().set_params(integer=True)
-        if log: ax.set_yscale("log"), ax.set_ylim(bottom=max(frame[(frame.panel == panel) & (frame.share > 0)].share.min() / 2, 1e-5))
-    fig.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=7.5)
+        if panel == "probabilities":
+            ax.xaxis.get_major_locator().set_params(integer=True)
+        if log:
+            ax.set_yscale("log")
+            ax.set_ylim(
+                bottom=max(frame[(frame.panel == panel) & (frame.share > 0)].share.min() / 2, 1e-5)
+            )
+    fig.legend(
+        *axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=7.5
+    )
     return fig
 
 # %% ../../nbs/lib/87_reports.overview.ipynb #b521c420
@@ -125,10 +207,29 @@ def stage_boxes(
 ):
     "`[(name, what it is made of, shape of what it puts out), …]`, ending with the head."
     logits, feats = features_of(model, x)
-    said = lambda m: f"{len(m)} × {type(m[0]).__name__}" if isinstance(m, torch.nn.Sequential) else type(m).__name__
-    shape = lambda f: " × ".join(map(str, ((f.shape[0],) if f.dim() == 5 else ()) + tuple(f.shape[-3:])))
-    head = " → ".join(str(m.in_features) for m in model.head if isinstance(m, torch.nn.Linear)) + f" → {logits.shape[-1]}"
-    return [*((s, said(getattr(model, s)), shape(feats[s])) for s in model.stage_names), ("mean, linear", head, f"{model.T} × {logits.shape[-1]}" if model.T else str(logits.shape[-1]))]
+
+    def said(m):
+        return (
+            f"{len(m)} × {type(m[0]).__name__}"
+            if isinstance(m, torch.nn.Sequential)
+            else type(m).__name__
+        )
+
+    def shape(f):
+        return " × ".join(map(str, ((f.shape[0],) if f.dim() == 5 else ()) + tuple(f.shape[-3:])))
+
+    head = (
+        " → ".join(str(m.in_features) for m in model.head if isinstance(m, torch.nn.Linear))
+        + f" → {logits.shape[-1]}"
+    )
+    return [
+        *((s, said(getattr(model, s)), shape(feats[s])) for s in model.stage_names),
+        (
+            "mean, linear",
+            head,
+            f"{model.T} × {logits.shape[-1]}" if model.T else str(logits.shape[-1]),
+        ),
+    ]
 
 
 def loss_terms(
@@ -141,44 +242,104 @@ def loss_terms(
     "{ce, samd, nld}: the terms that training adds up, for this batch."
     distiller = create_distiller("ckdsnn", student, teacher)
     torch.manual_seed(seed)
-    with eval_mode(distiller): return {n: float(v) for n, v in distiller(x, y)[0].items()}
+    with eval_mode(distiller):
+        return {n: float(v) for n, v in distiller(x, y)[0].items()}
 
 # %% ../../nbs/lib/87_reports.overview.ipynb #15d2c334
-W, H, STEP, HIGH, LOW = 1.02, 0.62, 1.2, 3.05, 0.65  # of a box, from box to box, heights of the two rows; inches
+W, H, STEP, HIGH, LOW = (
+    1.02,
+    0.62,
+    1.2,
+    3.05,
+    0.65,
+)  # of a box, from box to box, heights of the two rows; inches
 
 
-def _text(ax, x, y, s, **kw): ax.text(x, y, s, ha="center", va="center", family="DejaVu Sans", **{"fontsize": 7, "zorder": 3, **kw})
+def _text(ax, x, y, s, **kw):
+    ax.text(
+        x,
+        y,
+        s,
+        ha="center",
+        va="center",
+        family="DejaVu Sans",
+        **{"fontsize": 7, "zorder": 3, **kw},
+    )
 
 
 def _box(ax, x, y, lines, kind, w=W, h=H):
     from matplotlib.patches import FancyBboxPatch
 
     fill, edge = FILLS[kind]
-    ax.add_patch(FancyBboxPatch((x - w / 2 + 0.05, y - h / 2 + 0.05), w - 0.1, h - 0.1, boxstyle="round,pad=0.05", fc=fill, ec=edge, lw=0.9, zorder=2))
-    for k, line in enumerate(lines): _text(ax, x, y + (0.5 * (len(lines) - 1) - k) * 0.17, line, weight="bold" if k == 0 and len(lines) > 1 else "normal")
+    ax.add_patch(
+        FancyBboxPatch(
+            (x - w / 2 + 0.05, y - h / 2 + 0.05),
+            w - 0.1,
+            h - 0.1,
+            boxstyle="round,pad=0.05",
+            fc=fill,
+            ec=edge,
+            lw=0.9,
+            zorder=2,
+        )
+    )
+    for k, line in enumerate(lines):
+        _text(
+            ax,
+            x,
+            y + (0.5 * (len(lines) - 1) - k) * 0.17,
+            line,
+            weight="bold" if k == 0 and len(lines) > 1 else "normal",
+        )
 
 
-def _arrow(ax, a, b): ax.annotate("", b, a, arrowprops=dict(arrowstyle="-|>", lw=0.9, color="#333333", shrinkA=0, shrinkB=0, mutation_scale=8), zorder=1)
+def _arrow(ax, a, b):
+    ax.annotate(
+        "",
+        b,
+        a,
+        arrowprops={
+            "arrowstyle": "-|>",
+            "lw": 0.9,
+            "color": "#333333",
+            "shrinkA": 0,
+            "shrinkB": 0,
+            "mutation_scale": 8,
+        },
+        zorder=1,
+    )
 
 
 def _thumb(fig, ax, x, y, m, size=0.62, **kw):
-    (w, h), (x0, y0) = fig.get_size_inches(), ax.transData.transform((x - size / 2, y - size / 2)) / fig.dpi
+    (w, h), (x0, y0) = (
+        fig.get_size_inches(),
+        ax.transData.transform((x - size / 2, y - size / 2)) / fig.dpi,
+    )
     inner = fig.add_axes([x0 / w, y0 / h, size / w, size / h], zorder=4)
-    inner.imshow(m, **kw), inner.set(xticks=[], yticks=[])
+    inner.imshow(m, **kw)
+    inner.set(xticks=[], yticks=[])
     return inner
 
 
 def _bars(fig, ax, x, y, p, colour):
     inner = _thumb(fig, ax, x, y, np.zeros((1, 1)))
-    inner.clear(), inner.bar(range(len(p)), p, color=colour, width=0.8)
-    inner.set(xticks=[], yticks=[], ylim=(0, 1), aspect="auto"), inner.grid(False)
+    inner.clear()
+    inner.bar(range(len(p)), p, color=colour, width=0.8)
+    inner.set(xticks=[], yticks=[], ylim=(0, 1), aspect="auto")
+    inner.grid(False)
 
 # %% ../../nbs/lib/87_reports.overview.ipynb #08c34f91
 def _rows(ax, model, x, y, word):
     boxes = stage_boxes(model, x)
     for k, (name, made, shape) in enumerate(boxes):
         at = 1.4 + k * STEP
-        _box(ax, at, y, [name, made, shape], "linear" if k == len(boxes) - 1 else "neuron" if model.T else "block")
+        _box(
+            ax,
+            at,
+            y,
+            [name, made, shape],
+            "linear" if k == len(boxes) - 1 else "neuron" if model.T else "block",
+        )
         _arrow(ax, (at - STEP + (W / 2 if k else 0.32), y), (at - W / 2, y))
     steps = f", T = {model.T}" if model.T else ""
     _text(ax, 0.55, y + (0.48 if y > 2 else -0.48), f"{word}{steps}", fontsize=8, weight="bold")
@@ -197,17 +358,35 @@ def pipeline(
     import pandas as pd
     from matplotlib.layout_engine import PlaceHolderLayoutEngine
 
-    n, seen, terms = len(student.stage_names), looks({"t": teacher, "s": student}, x, y), loss_terms(student, teacher, x, y)
+    n, seen, terms = (
+        len(student.stage_names),
+        looks({"t": teacher, "s": student}, x, y),
+        loss_terms(student, teacher, x, y),
+    )
     wide = 1.4 + (n + 1) * STEP + 0.62
     fig = plt.figure(figsize=(wide, 3.75), layout=PlaceHolderLayoutEngine(True, True))
     ax = fig.add_axes([0, 0, 1, 1], xlim=(0, wide), ylim=(0, 3.75))
     ax.set_axis_off()
-    rows = [("teacher", b) for b in _rows(ax, teacher, x, HIGH, "teacher")] + [("student", b) for b in _rows(ax, student, x, LOW, "student")]
-    for lane in (HIGH, LOW): _thumb(fig, ax, 0.5, lane, image, cmap="gray", vmin=0, vmax=1)
+    rows = [("teacher", b) for b in _rows(ax, teacher, x, HIGH, "teacher")] + [
+        ("student", b) for b in _rows(ax, student, x, LOW, "student")
+    ]
+    for lane in (HIGH, LOW):
+        _thumb(fig, ax, 0.5, lane, image, cmap="gray", vmin=0, vmax=1)
     _samd(fig, ax, 1.4 + (n - 1) * STEP, seen, terms["samd"])
     _nld(fig, ax, 1.4 + (n + 1) * STEP, seen, terms)
-    _text(ax, wide / 2 - 0.4, 0.12, f"{'mean over ' + str(len(x)) + ' images: ' if len(x) > 1 else ''}cross-entropy {terms['ce']:.3f} + SAMD + NLD = {sum(terms.values()):.3f}", fontsize=7.5)
-    numbers = [{"row": r, "module": m, "made of": made, "puts out": shape} for r, (m, made, shape) in rows] + [{"row": "loss", "module": k, "made of": "", "puts out": f"{v:.6g}"} for k, v in terms.items()]
+    _text(
+        ax,
+        wide / 2 - 0.4,
+        0.12,
+        f"{'mean over ' + str(len(x)) + ' images: ' if len(x) > 1 else ''}cross-entropy {terms['ce']:.3f} + SAMD + NLD = {sum(terms.values()):.3f}",
+        fontsize=7.5,
+    )
+    numbers = [
+        {"row": r, "module": m, "made of": made, "puts out": shape} for r, (m, made, shape) in rows
+    ] + [
+        {"row": "loss", "module": k, "made of": "", "puts out": f"{v:.6g}"}
+        for k, v in terms.items()
+    ]
     return fig, pd.DataFrame(numbers)
 
 # %% ../../nbs/lib/87_reports.overview.ipynb #0ad404c0
@@ -221,10 +400,22 @@ def _samd(fig, ax, at, seen, value):
 
 
 def _nld(fig, ax, at, seen, terms):
-    bars = ((HIGH, F.softmax(seen["t"].logits[0] / 2, 0), "Teacher"), (LOW, F.softmax(softened(seen["s"].logits)[0] / 2, 0), "CKDSNN"))
+    bars = (
+        (HIGH, F.softmax(seen["t"].logits[0] / 2, 0), "Teacher"),
+        (LOW, F.softmax(softened(seen["s"].logits)[0] / 2, 0), "CKDSNN"),
+    )
     for lane, p, name in bars:
         _bars(fig, ax, at - 0.1, lane, p.numpy(), COLOURS[name])
         _arrow(ax, (at - STEP + W / 2, lane), (at - 0.42, lane))
-        _arrow(ax, (at - 0.1, lane + (0.31 if lane < 2 else -0.31)), (at - 0.1, 1.85 + (0.31 if lane > 2 else -0.31)))
-        _text(ax, at - 0.1, lane + (0.42 if lane > 2 else -0.42), "softmax of z / 2" if lane > 2 else "softmax of (z + 0.1 ε) / 2")
+        _arrow(
+            ax,
+            (at - 0.1, lane + (0.31 if lane < 2 else -0.31)),
+            (at - 0.1, 1.85 + (0.31 if lane > 2 else -0.31)),
+        )
+        _text(
+            ax,
+            at - 0.1,
+            lane + (0.42 if lane > 2 else -0.42),
+            "softmax of z / 2" if lane > 2 else "softmax of (z + 0.1 ε) / 2",
+        )
     _box(ax, at - 0.1, 1.85, ["NLD", "4 · KL of softmax", f"{terms['nld']:.3f}"], "pool", 1.1)

@@ -8,6 +8,7 @@ __all__ = ['HIGH', 'MID', 'LOW', 'STEP', 'depth_figure', 'trajectory_figure', 'f
            'distilled_terms', 'numbers_of']
 
 # %% ../../nbs/lib/89_reports.searches.ipynb #add929d4
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,15 @@ from .overview import _arrow, _box, _text, _thumb, stage_boxes
 from ..search.candidate import kit_for, look
 from ..search.job import scoring_of
 from ..search.score import Scoring, student_gradient
-from ..search.similarity import align, density, matrix_distance, pick, similarity_matrix, tgs, totals
+from snnkd_nb.search.similarity import (
+    align,
+    density,
+    matrix_distance,
+    pick,
+    similarity_matrix,
+    tgs,
+    totals,
+)
 from ..search.teacher import ask, prepared, slopes_of
 
 # %% ../../nbs/lib/89_reports.searches.ipynb #c7b78eee
@@ -34,19 +43,39 @@ def depth_figure(
     "The matplotlib figure: share of the networks by their number of blocks."
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, len(methods), figsize=(0.6 + 3.2 * len(methods), 2.6), sharey=True, squeeze=False, layout="constrained")
-    share = frame.assign(share=frame.networks / frame.groupby(["method", "seed", "when"]).networks.transform("sum"))
+    fig, axes = plt.subplots(
+        1,
+        len(methods),
+        figsize=(0.6 + 3.2 * len(methods), 2.6),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    share = frame.assign(
+        share=frame.networks / frame.groupby(["method", "seed", "when"]).networks.transform("sum")
+    )
     for ax, m in zip(axes[0], methods):
         own = share[share.method == m]
         last, first = (own[own.when == w] for w in reversed(dsas_views.WHEN))
         bars, drawn = (f.groupby("blocks").share.mean() for f in (last, first))
-        ax.bar(bars.index, bars, width=0.75, color=COLOURS["DSAS"], alpha=0.75, label="last generation")
-        ax.plot(last.blocks + 0.16 * (last.seed - 1), last.share, "o", ms=3.5, color="#7f4f00", mew=0, label="each search")
+        ax.bar(
+            bars.index, bars, width=0.75, color=COLOURS["DSAS"], alpha=0.75, label="last generation"
+        )
+        ax.plot(
+            last.blocks + 0.16 * (last.seed - 1),
+            last.share,
+            "o",
+            ms=3.5,
+            color="#7f4f00",
+            mew=0,
+            label="each search",
+        )
         ax.step(drawn.index, drawn, where="mid", color="#4d4d4d", lw=1.2, label="first draw")
         ax.set(title=m, xlabel="blocks")
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0][0].set_ylabel("share of the networks")
-    if len(frame): axes[0][-1].legend(fontsize=7)
+    if len(frame):
+        axes[0][-1].legend(fontsize=7)
     return fig
 
 # %% ../../nbs/lib/89_reports.searches.ipynb #fbfbba69
@@ -59,13 +88,24 @@ def trajectory_figure(
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(7, 2.5), layout="constrained")
     for i, (_, f) in enumerate(frame[frame.method == dataset].groupby("seed")):
-        left.plot(f.generation, f.best, "o-", ms=3.5, color=COLOURS["DSAS"], label=None if i else "best")
-        left.plot(f.generation, f["median"], ".--", ms=4, color=COLOURS["KD"], label=None if i else "median")
+        left.plot(
+            f.generation, f.best, "o-", ms=3.5, color=COLOURS["DSAS"], label=None if i else "best"
+        )
+        left.plot(
+            f.generation,
+            f["median"],
+            ".--",
+            ms=4,
+            color=COLOURS["KD"],
+            label=None if i else "median",
+        )
         right.plot(f.generation, f.depth, "o-", ms=3.5, color="#4d4d4d")
     left.set(xlabel="generation", ylabel="MAS + TGS (low is good)", title=dataset)
     right.set(xlabel="generation", ylabel="mean number of blocks", title="the population")
-    for ax in (left, right): ax.xaxis.get_major_locator().set_params(integer=True)
-    if left.lines: left.legend(fontsize=7)
+    for ax in (left, right):
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    if left.lines:
+        left.legend(fontsize=7)
     return fig
 
 # %% ../../nbs/lib/89_reports.searches.ipynb #8fc6bef9
@@ -74,7 +114,15 @@ def found_network(
 ):
     "The student that a search found, untrained, for the images it was scored on."
     c, size = record.dataset["shape"][0], record.dataset["shape"][-1]
-    return searched(record.best["genome"], num_classes=record.dataset["classes"], T=record.run.T, neuron=record.run.neuron, in_channels=c, image_size=size, neuron_args=scoring_of(record.run).neuron_args)
+    return searched(
+        record.best["genome"],
+        num_classes=record.dataset["classes"],
+        T=record.run.T,
+        neuron=record.run.neuron,
+        in_channels=c,
+        image_size=size,
+        neuron_args=scoring_of(record.run).neuron_args,
+    )
 
 
 def architecture_figure(
@@ -93,8 +141,17 @@ def architecture_facts(
 
     genes = parse_genome(record.best["genome"])
     kinds = [g.kind for g in genes]
-    facts = {"genome": record.best["genome"], "blocks": len(genes), "normal": kinds.count("n"), "downsample": kinds.count("d"), "channels": " → ".join(str(g.channels) for g in genes),
-             "changes of kind along the way": sum(a != b for a, b in zip(kinds, kinds[1:])), "parameters": record.best["parameters"], "fitness": f"{record.best['fitness']:.4g}", "what the paper's text says": dsas_views.SAID[dataset]}
+    facts = {
+        "genome": record.best["genome"],
+        "blocks": len(genes),
+        "normal": kinds.count("n"),
+        "downsample": kinds.count("d"),
+        "channels": " → ".join(str(g.channels) for g in genes),
+        "changes of kind along the way": sum(a != b for a, b in itertools.pairwise(kinds)),
+        "parameters": record.best["parameters"],
+        "fitness": f"{record.best['fitness']:.4g}",
+        "what the paper's text says": dsas_views.SAID[dataset],
+    }
     pd.set_option("display.max_colwidth", None)
     return pd.DataFrame({dataset: facts})
 
@@ -106,14 +163,31 @@ def steps_figure(
     import matplotlib.pyplot as plt
 
     panels = list(dict.fromkeys(frame.panel))
-    fig, axes = plt.subplots(1, max(1, len(panels)), figsize=(3.3 * max(1, len(panels)), 2.6), sharey=True, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        1,
+        max(1, len(panels)),
+        figsize=(3.3 * max(1, len(panels)), 2.6),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
     for ax, p in zip(axes[0], panels):
         for m, f in frame[frame.panel == p].groupby("method", sort=False):
             colour, of = COLOURS["DSAS" if m == "with KD" else "Baseline"], f.groupby("T").value
-            ax.errorbar(of.mean().index, of.mean(), of.std().fillna(0), marker="o", ms=4, capsize=2, color=colour, label=m)
+            ax.errorbar(
+                of.mean().index,
+                of.mean(),
+                of.std().fillna(0),
+                marker="o",
+                ms=4,
+                capsize=2,
+                color=colour,
+                label=m,
+            )
         ax.set(title=p, xlabel="time steps T", xticks=sorted(frame["T"].unique()))
     axes[0][0].set_ylabel("test accuracy (%)")
-    if panels: axes[0][0].legend()
+    if panels:
+        axes[0][0].legend()
     return fig
 
 # %% ../../nbs/lib/89_reports.searches.ipynb #34c2453b
@@ -124,7 +198,9 @@ def last_map(
 ):
     "Name of the last stage whose maps are large enough; the first one's where none is."
     shapes = net.feature_shapes(size)
-    return next((s for s in reversed(net.stage_names) if shapes[s][-1] >= least), net.stage_names[0])
+    return next(
+        (s for s in reversed(net.stage_names) if shapes[s][-1] >= least), net.stage_names[0]
+    )
 
 
 def before_after(
@@ -134,22 +210,31 @@ def before_after(
     size=256,  # images a forward
 ):
     "`{'teacher': Grad-CAM (B, h, w), 'before': SAM, 'after': SAM}`."
-    def of(f): return torch.cat([f(a, b) for a, b in zip(x.split(size), y.split(size))])
+
+    def of(f):
+        return torch.cat([f(a, b) for a, b in zip(x.split(size), y.split(size))])
+
     where = {n: last_map(net, x.shape[-1]) for n, net in nets.items()}
-    students = {n: of(lambda a, b, n=n: spike_map(nets[n], a, where[n])) for n in nets if n != "Teacher"}
-    return {"teacher": of(lambda a, b: class_map(nets["Teacher"], a, b, where["Teacher"]))} | students
+    students = {
+        n: of(lambda a, b, n=n: spike_map(nets[n], a, where[n])) for n in nets if n != "Teacher"
+    }
+    return {
+        "teacher": of(lambda a, b: class_map(nets["Teacher"], a, b, where["Teacher"]))
+    } | students
 
 # %% ../../nbs/lib/89_reports.searches.ipynb #2969158d
 @dataclass(frozen=True)
 class Seen:
     "What DSAS sees of a teacher and a candidate."
+
     layers: list  # dicts: which, block, density of student and of the aligned teacher, distance, matrices
     gradients: tuple  # similarity matrices (N, N) of teacher and student
     tgs: float
     slopes: list
 
     @property
-    def fitness(self): return sum(r["distance"] for r in self.layers) + self.tgs
+    def fitness(self):
+        return sum(r["distance"] for r in self.layers) + self.tgs
 
 
 def seen_of(
@@ -161,16 +246,36 @@ def seen_of(
 ):
     "The `Seen` of a candidate; its fitness is that of a `Scorer` of the same options."
     asked = ask(prepared(teacher, how.teacher_mode), x, y, how.gradients)
-    seen, = look(genome, how.seeds[0], [x], kit_for(how.T, how.neuron, how.neuron_args), asked.last.shape[0])
+    (seen,) = look(
+        genome, how.seeds[0], [x], kit_for(how.T, how.neuron, how.neuron_args), asked.last.shape[0]
+    )
     theirs, mine = list(asked.features.values()), list(seen.stages.values())
     rows = []
     for which, i, f in zip(("first", "middle", "last"), pick(range(len(mine))), pick(theirs)):
         s = totals(mine[i])
         a = align(f, density(s))
         pair = similarity_matrix(a, how.norm), similarity_matrix(s, how.norm)
-        rows.append({"which": which, "block": i, "density": density(s), "of the teacher": density(f), "aligned": density(a), "distance": matrix_distance(*pair, how.R), "matrices": pair})
-    mine, theirs = student_gradient(seen, y, how.mode), asked.sample if how.mode == "sample" else asked.last
-    return Seen(rows, (similarity_matrix(theirs, how.norm), similarity_matrix(mine, how.norm)), tgs(theirs, mine, how.norm, how.mode), slopes_of([asked], how.alpha0, how.K, how.gradients))
+        rows.append(
+            {
+                "which": which,
+                "block": i,
+                "density": density(s),
+                "of the teacher": density(f),
+                "aligned": density(a),
+                "distance": matrix_distance(*pair, how.R),
+                "matrices": pair,
+            }
+        )
+    mine, theirs = (
+        student_gradient(seen, y, how.mode),
+        asked.sample if how.mode == "sample" else asked.last,
+    )
+    return Seen(
+        rows,
+        (similarity_matrix(theirs, how.norm), similarity_matrix(mine, how.norm)),
+        tgs(theirs, mine, how.norm, how.mode),
+        slopes_of([asked], how.alpha0, how.K, how.gradients),
+    )
 
 # %% ../../nbs/lib/89_reports.searches.ipynb #5990b4b6
 HIGH, MID, LOW, STEP = 3.5, 2.25, 1.0, 1.3  # heights of the rows, from box to box; inches
@@ -179,14 +284,29 @@ HIGH, MID, LOW, STEP = 3.5, 2.25, 1.0, 1.3  # heights of the rows, from box to b
 def _pair(fig, ax, at, matrices, title, below):
     for dx, m, name in zip((-0.31, 0.31), matrices, ("T", "S")):
         _thumb(fig, ax, at + dx, MID, m[:16, :16].abs(), 0.56, cmap="cividis", vmin=0, vmax=1)
-        _text(ax, at + dx, MID + 0.36, f"$M_{name}$" if "TGS" not in title else f"$P_{name}$", fontsize=6.5)
+        _text(
+            ax,
+            at + dx,
+            MID + 0.36,
+            f"$M_{name}$" if "TGS" not in title else f"$P_{name}$",
+            fontsize=6.5,
+        )
     _text(ax, at, MID - 0.4, title, fontsize=6.5, weight="bold")
     _text(ax, at, MID - 0.55, below, fontsize=6)
 
 
 def _row(ax, model, x, y, places, word):
-    for at, (name, made, shape) in zip(places, stage_boxes(model, x)): _box(ax, at, y, [name, made.removeprefix("1 × ").replace("× Pyramid", "× "), shape], "linear" if name.startswith("mean") else "neuron" if model.T else "block", 1.16)
-    for a, b in zip((0.5, *places), places): _arrow(ax, (a + (0.58 if a != 0.5 else 0.32), y), (b - 0.58, y))
+    for at, (name, made, shape) in zip(places, stage_boxes(model, x)):
+        _box(
+            ax,
+            at,
+            y,
+            [name, made.removeprefix("1 × ").replace("× Pyramid", "× "), shape],
+            "linear" if name.startswith("mean") else "neuron" if model.T else "block",
+            1.16,
+        )
+    for a, b in zip((0.5, *places), places):
+        _arrow(ax, (a + (0.58 if a != 0.5 else 0.32), y), (b - 0.58, y))
     _text(ax, 0.6, y + (0.45 if y > 2 else -0.45), word, fontsize=7.5, weight="bold")
 
 # %% ../../nbs/lib/89_reports.searches.ipynb #6cf543a8
@@ -202,15 +322,24 @@ def framework(
     import matplotlib.pyplot as plt
     from matplotlib.layout_engine import PlaceHolderLayoutEngine
 
-    genes, seen = parse_genome(record.best["genome"]), seen_of(teacher, record.best["genome"], x, y, scoring_of(record.run))
+    genes, seen = (
+        parse_genome(record.best["genome"]),
+        seen_of(teacher, record.best["genome"], x, y, scoring_of(record.run)),
+    )
     n, m = len(genes) + 1, len(teacher.stage_names) + 1
     end = 1.5 + STEP * (max(n, m, 5) - 1)
-    places = lambda k: [1.5 + (end - 1.5) * i / (k - 1) for i in range(k)]
+
+    def places(k):
+        return [1.5 + (end - 1.5) * i / (k - 1) for i in range(k)]
+
     wide = end + 3.9
     fig = plt.figure(figsize=(wide, 4.15), layout=PlaceHolderLayoutEngine(True, True))
     ax = fig.add_axes([0, 0, 1, 1], xlim=(0, wide), ylim=(0, 4.15))
     ax.set_axis_off()
-    for net, y_row, k, word in ((teacher, HIGH, m, "teacher, trained"), (student, LOW, n, f"candidate, T = {student.T}")):
+    for net, y_row, k, word in (
+        (teacher, HIGH, m, "teacher, trained"),
+        (student, LOW, n, f"candidate, T = {student.T}"),
+    ):
         _thumb(fig, ax, 0.5, y_row, image, cmap="gray", vmin=0, vmax=1)
         _row(ax, net, x, y_row, places(k), word)
     _compared(fig, ax, seen, places(n), places(m), teacher)
@@ -222,10 +351,19 @@ def _compared(fig, ax, seen, below, above, teacher):
     taught = pick(range(len(teacher.stage_names)))
     columns = [1.6 + (below[-1] - 1.6) * i / 3 for i in range(4)]
     for r, t, at in zip(seen.layers, taught, columns):
-        _pair(fig, ax, at, r["matrices"], f"MAS, {r['which']}: {r['distance']:.4f}", f"density {r['density']:.2f}, teacher's {r['of the teacher']:.2f} → {r['aligned']:.2f}")
+        _pair(
+            fig,
+            ax,
+            at,
+            r["matrices"],
+            f"MAS, {r['which']}: {r['distance']:.4f}",
+            f"density {r['density']:.2f}, teacher's {r['of the teacher']:.2f} → {r['aligned']:.2f}",
+        )
         _arrow(ax, (above[t], HIGH - 0.33), (at - 0.2, MID + 0.47))
         _arrow(ax, (below[r["block"]], LOW + 0.33), (at + 0.2, MID - 0.65))
-    _pair(fig, ax, columns[3], seen.gradients, f"TGS: {seen.tgs:.4f}", "gradients of the classifiers")
+    _pair(
+        fig, ax, columns[3], seen.gradients, f"TGS: {seen.tgs:.4f}", "gradients of the classifiers"
+    )
     _arrow(ax, (above[-1], HIGH - 0.33), (columns[3], MID + 0.47))
     _arrow(ax, (below[-1], LOW + 0.33), (columns[3], MID - 0.65))
 
@@ -233,26 +371,76 @@ def _compared(fig, ax, seen, below, above, teacher):
 def _onward(ax, seen, record, terms, end):
     rates, (a, b) = record.run, (end + 1.55, end + 3.1)
     _box(ax, a, MID, ["fitness", "sum of all four", f"{seen.fitness:.4f}"], "pool", 1.3)
-    _box(ax, a, LOW, ["evolution", f"{rates.population} networks,", f"{rates.generations} generations", f"best {record.trajectory['best'][0]:.3f} → {record.trajectory['best'][-1]:.3f}"], "conv", 1.3, 0.82)
-    _box(ax, b, MID, ["distillation", f"CE {terms['ce']:.3f}", f"MSE of logits {terms['logits']:.3f}"], "pool", 1.35)
-    _arrow(ax, (end + 0.62, MID), (a - 0.65, MID)), _arrow(ax, (a, MID - 0.31), (a, LOW + 0.41))
-    _arrow(ax, (a - 0.65, LOW), (end + 0.58, LOW)), _text(ax, end + 0.75, LOW + 0.14, "next", fontsize=6)
-    ax.plot([a + 0.65, b], [LOW, LOW], color="#333333", lw=0.9), _arrow(ax, (b, LOW), (b, MID - 0.31)), _text(ax, b - 0.3, LOW - 0.13, "the best", fontsize=6)
-    ax.plot([end + 0.58, b], [HIGH, HIGH], color="#333333", lw=0.9), _arrow(ax, (b, HIGH), (b, MID + 0.31)), _text(ax, b - 0.62, HIGH + 0.13, "logits", fontsize=6)
-    _text(ax, end / 2 + 0.5, 0.2, "slopes of the surrogates by thirds of the depth, from the teacher's gradients:  " + ",  ".join(f"{s:.2f}" for s in seen.slopes), fontsize=7)
+    _box(
+        ax,
+        a,
+        LOW,
+        [
+            "evolution",
+            f"{rates.population} networks,",
+            f"{rates.generations} generations",
+            f"best {record.trajectory['best'][0]:.3f} → {record.trajectory['best'][-1]:.3f}",
+        ],
+        "conv",
+        1.3,
+        0.82,
+    )
+    _box(
+        ax,
+        b,
+        MID,
+        ["distillation", f"CE {terms['ce']:.3f}", f"MSE of logits {terms['logits']:.3f}"],
+        "pool",
+        1.35,
+    )
+    _arrow(ax, (end + 0.62, MID), (a - 0.65, MID))
+    _arrow(ax, (a, MID - 0.31), (a, LOW + 0.41))
+    _arrow(ax, (a - 0.65, LOW), (end + 0.58, LOW))
+    _text(ax, end + 0.75, LOW + 0.14, "next", fontsize=6)
+    ax.plot([a + 0.65, b], [LOW, LOW], color="#333333", lw=0.9)
+    _arrow(ax, (b, LOW), (b, MID - 0.31))
+    _text(ax, b - 0.3, LOW - 0.13, "the best", fontsize=6)
+    ax.plot([end + 0.58, b], [HIGH, HIGH], color="#333333", lw=0.9)
+    _arrow(ax, (b, HIGH), (b, MID + 0.31))
+    _text(ax, b - 0.62, HIGH + 0.13, "logits", fontsize=6)
+    _text(
+        ax,
+        end / 2 + 0.5,
+        0.2,
+        "slopes of the surrogates by thirds of the depth, from the teacher's gradients:  "
+        + ",  ".join(f"{s:.2f}" for s in seen.slopes),
+        fontsize=7,
+    )
 
 # %% ../../nbs/lib/89_reports.searches.ipynb #55d3d1a1
 def distilled_terms(student, teacher, x, y):
     "{ce, logits}: the terms that training adds up, for this batch."
     distiller = create_distiller("logits-mse", student, teacher)
-    with eval_mode(distiller): return {n: float(v) for n, v in distiller(x, y)[0].items()}
+    with eval_mode(distiller):
+        return {n: float(v) for n, v in distiller(x, y)[0].items()}
 
 
 def numbers_of(seen, record, terms):
     "The numbers of the figure as a `DataFrame`."
     import pandas as pd
 
-    rows = [{"stage": f"MAS, {r['which']}", "what": k, "value": r[k]} for r in seen.layers for k in ("density", "of the teacher", "aligned", "distance")]
-    rows += [{"stage": "TGS", "what": "distance", "value": seen.tgs}, *({"stage": "slopes", "what": f"part {k}", "value": a} for k, a in enumerate(seen.slopes, 1)), {"stage": "fitness", "what": "on this batch", "value": seen.fitness}]
-    rows += [{"stage": "evolution", "what": w, "value": record.trajectory["best"][i]} for w, i in (("best of the first draw", 0), ("best of all", -1))]
-    return pd.DataFrame([*rows, *({"stage": "distillation", "what": k, "value": v} for k, v in terms.items())])
+    rows = [
+        {"stage": f"MAS, {r['which']}", "what": k, "value": r[k]}
+        for r in seen.layers
+        for k in ("density", "of the teacher", "aligned", "distance")
+    ]
+    rows += [
+        {"stage": "TGS", "what": "distance", "value": seen.tgs},
+        *(
+            {"stage": "slopes", "what": f"part {k}", "value": a}
+            for k, a in enumerate(seen.slopes, 1)
+        ),
+        {"stage": "fitness", "what": "on this batch", "value": seen.fitness},
+    ]
+    rows += [
+        {"stage": "evolution", "what": w, "value": record.trajectory["best"][i]}
+        for w, i in (("best of the first draw", 0), ("best of all", -1))
+    ]
+    return pd.DataFrame(
+        [*rows, *({"stage": "distillation", "what": k, "value": v} for k, v in terms.items())]
+    )

@@ -27,7 +27,9 @@ def measured(
         machine = next((name for name in classes if name.startswith("cpu")), machine)
     if machine not in classes:
         have = f" (measured: {', '.join(classes)})" if classes else ""
-        raise UserError(f"nothing was measured on {machine!r}{have}: run snnkd bench all --save on such a machine")
+        raise UserError(
+            f"nothing was measured on {machine!r}{have}: run snnkd bench all --save on such a machine"
+        )
     return json.loads((root() / "results" / "bench" / f"{machine}.json").read_text())
 
 
@@ -39,15 +41,30 @@ def rows_of(
     import pandas as pd
 
     rows = [r for r in kept["rows"] if r["what"] in what]
-    return pd.DataFrame([{"benchmark": r["what"], "compared": r["name"], "ratio": r["ratio"], "from": r["low"], "to": r["high"], "n": r["n"], "to reach": r["goal"], "reached": reached(r["ratio"], r["goal"])} for r in rows])
+    return pd.DataFrame(
+        [
+            {
+                "benchmark": r["what"],
+                "compared": r["name"],
+                "ratio": r["ratio"],
+                "from": r["low"],
+                "to": r["high"],
+                "n": r["n"],
+                "to reach": r["goal"],
+                "reached": reached(r["ratio"], r["goal"]),
+            }
+            for r in rows
+        ]
+    )
 
 
 def reached(
     ratio,  # a number
     goal,  # e.g. ">= 5" or "<= 1.3"; empty: there is none
 ):
-    "\"yes\", \"no\", or nothing where there is no goal."
-    if not goal: return ""
+    '"yes", "no", or nothing where there is no goal.'
+    if not goal:
+        return ""
     sign, limit = goal.split()
     return "yes" if (ratio >= float(limit) if sign == ">=" else ratio <= float(limit)) else "no"
 
@@ -58,23 +75,58 @@ def roofline(
 ):
     "(figure, numbers drawn): attained operations a second against operations a byte."
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
     import numpy as np
     import pandas as pd
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     rows = [r for r in kept["rows"] if r["what"] == "roofline"]
     bandwidth, peak = (max(r["limits"][k] for r in rows) for k in ("gb_s", "gflop_s"))
-    points = pd.DataFrame([{"part": r["part"], "way": r["way"], "name": r["name"].split(":")[0], "operations a byte": r["flop"] / r["bytes"],
-                            "GFLOP/s": r["flop"] / r["ms"]["measured"] / 1e6, "of the roof": r["ratio"]} for r in rows])
+    points = pd.DataFrame(
+        [
+            {
+                "part": r["part"],
+                "way": r["way"],
+                "name": r["name"].split(":")[0],
+                "operations a byte": r["flop"] / r["bytes"],
+                "GFLOP/s": r["flop"] / r["ms"]["measured"] / 1e6,
+                "of the roof": r["ratio"],
+            }
+            for r in rows
+        ]
+    )
     fig, ax = plt.subplots(figsize=size)
-    x = np.geomspace(min(0.5, points["operations a byte"].min() / 2), 4 * points["operations a byte"].max(), 100)
+    x = np.geomspace(
+        min(0.5, points["operations a byte"].min() / 2), 4 * points["operations a byte"].max(), 100
+    )
     ax.loglog(x, np.minimum(peak, bandwidth * x), color="black", lw=1)
-    ax.annotate(f"{bandwidth:.0f} GB/s", (x[20], bandwidth * x[20]), (-4, 8), textcoords="offset points", fontsize=8, ha="right")
-    ax.annotate(f"{peak:.0f} GFLOP/s", (x[-1], peak), (-4, 4), textcoords="offset points", fontsize=8, ha="right")
+    ax.annotate(
+        f"{bandwidth:.0f} GB/s",
+        (x[20], bandwidth * x[20]),
+        (-4, 8),
+        textcoords="offset points",
+        fontsize=8,
+        ha="right",
+    )
+    ax.annotate(
+        f"{peak:.0f} GFLOP/s",
+        (x[-1], peak),
+        (-4, 4),
+        textcoords="offset points",
+        fontsize=8,
+        ha="right",
+    )
     for (part, way), p in points.groupby(["part", "way"], sort=False):
-        ax.plot(p["operations a byte"], p["GFLOP/s"], "o" if way == "forward" else "s", ms=5, label=f"{part}, {way}")
+        ax.plot(
+            p["operations a byte"],
+            p["GFLOP/s"],
+            "o" if way == "forward" else "s",
+            ms=5,
+            label=f"{part}, {way}",
+        )
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 3))), axis.set_major_formatter(ScalarFormatter()), axis.set_minor_formatter(NullFormatter())
+        axis.set_major_locator(LogLocator(subs=(1, 3)))
+        axis.set_major_formatter(ScalarFormatter())
+        axis.set_minor_formatter(NullFormatter())
     ax.set(xlabel="operations a byte", ylabel="GFLOP/s")
     ax.legend(fontsize=7, loc="lower right")
     return fig, points
@@ -90,4 +142,6 @@ def time_by_kind(
     parts = {r["who"]: r["parts"] for r in kept["rows"] if r["what"] == "profile"}
     fig, ax = plt.subplots(figsize=(8, 0.8 + 0.5 * len(parts)), layout="constrained")
     draw_parts(parts, ax)
-    return fig, pd.DataFrame([{"who": who, "kind": kind, "ms": ms} for who, p in parts.items() for kind, ms in p.items()])
+    return fig, pd.DataFrame(
+        [{"who": who, "kind": kind, "ms": ms} for who, p in parts.items() for kind, ms in p.items()]
+    )

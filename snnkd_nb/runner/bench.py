@@ -8,7 +8,10 @@ __all__ = ['SETTINGS', 'BENCHMARKS', 'jelly_steps', 'step_rows', 'compile_rows',
            'search_rows', 'full_search', 'table', 'kept', 'keep', 'bench']
 
 # %% ../../nbs/lib/96_runner.bench.ipynb #df8dd5f3
-import functools, json, statistics, sys
+import functools
+import json
+import statistics
+import sys
 
 from ..core import UserError, atomic_write, canonical_json, root, unknown
 from ..papers import sastc
@@ -17,12 +20,29 @@ from .micro import gram_rows, neuron_rows, profile_rows, roofline_rows, sastc_ro
 from .overhead import SETTING, TINY, step_of
 from .peers import peer_net, peer_of
 from .ratestep import rate_rows
-from .turns import as_used, autocast, ceilings, device, has_fast_half, images, in_turns, machine_class, peak_of_steps, row, stepper
+from snnkd_nb.runner.turns import (
+    as_used,
+    autocast,
+    ceilings,
+    device,
+    has_fast_half,
+    images,
+    in_turns,
+    machine_class,
+    peak_of_steps,
+    row,
+    stepper,
+)
 from ..spec import need
 from ..store import environment
 
 # %% ../../nbs/lib/96_runner.bench.ipynb #c2bba3c2
-SETTINGS = {"fp32": (False, False), "fp32, channels last": (False, True), "bf16": (True, False), "bf16, channels last": (True, True)}
+SETTINGS = {
+    "fp32": (False, False),
+    "fp32, channels last": (False, True),
+    "bf16": (True, False),
+    "bf16, channels last": (True, True),
+}
 
 
 def jelly_steps(channels, T, x, y):
@@ -47,7 +67,11 @@ def step_rows(tiny=False):
     T, (batch, size, width) = 4, (4, 8, 0.25) if tiny else (128, 32, 1.0)
     x, y = images(batch, size)
     make = functools.partial(create_model, "resnet20", width=width, image_size=size)
-    fns = {"ours": stepper(make(T=T), x, y, has_fast_half()), "ours, ANN": stepper(make(), x, y, has_fast_half()), "a loop": stepper(make(T=T, neuron_args={"backend": "reference"}), x, y, has_fast_half())}
+    fns = {
+        "ours": stepper(make(T=T), x, y, has_fast_half()),
+        "ours, ANN": stepper(make(), x, y, has_fast_half()),
+        "a loop": stepper(make(T=T, neuron_args={"backend": "reference"}), x, y, has_fast_half()),
+    }
     theirs = jelly_steps([round(c * width) for c in (16, 32, 64)], T, x, y)
     if not has_fast_half():
         fns["ours, emulated bf16"] = stepper(make(T=T), x, y, True)
@@ -57,10 +81,32 @@ def step_rows(tiny=False):
     name = f"ResNet-20, T={T}, batch {batch}, ours in {precision}"
     over_used, over_best = (">= 5", ">= 2.5") if has_fast_half() else (">= 2.5", ">= 2")
     rows = [
-        row("step", f"{name}: SpikingJelly as it is used (fp32) / ours", t, "fp32", "ours", goal=over_used),
-        row("step", f"{name}: SpikingJelly in its fastest setting ({best}) / ours", t, best, "ours", goal=over_best),
+        row(
+            "step",
+            f"{name}: SpikingJelly as it is used (fp32) / ours",
+            t,
+            "fp32",
+            "ours",
+            goal=over_used,
+        ),
+        row(
+            "step",
+            f"{name}: SpikingJelly in its fastest setting ({best}) / ours",
+            t,
+            best,
+            "ours",
+            goal=over_best,
+        ),
         row("step", f"{name}: our network with a loop for each neuron / ours", t, "a loop", "ours"),
-        row("step", f"{name}: ours / {T} ANN steps", t, "ours", "ours, ANN", scale=float(T), goal="<= 1"),
+        row(
+            "step",
+            f"{name}: ours / {T} ANN steps",
+            t,
+            "ours",
+            "ours, ANN",
+            scale=float(T),
+            goal="<= 1",
+        ),
     ]
     if "ours, emulated bf16" in t:
         label = f"ResNet-20, T={T}, batch {batch}: emulated bf16 / fp32, both ours"
@@ -74,12 +120,25 @@ def compile_rows(tiny=False):
 
     from snnkd_nb.models.zoo import create_model
 
-    if device().type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))): return []
+    if device().type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
+        return []
     (batch, size, width), nets = (4, 8, 0.25) if tiny else (128, 32, 1.0), {}
-    for name in ("as it is", "compiled"): nets[name] = create_model("resnet20", T=4, width=width, image_size=size)
+    for name in ("as it is", "compiled"):
+        nets[name] = create_model("resnet20", T=4, width=width, image_size=size)
     nets["compiled"].compile(**({"backend": "aot_eager"} if tiny else {}))
-    t = in_turns({k: stepper(net, *images(batch, size), has_fast_half()) for k, net in nets.items()}, 3 if tiny else 5)
-    return [row("compile", f"ResNet-20, T=4, batch {batch}: ours / ours compiled", t, "as it is", "compiled")]
+    t = in_turns(
+        {k: stepper(net, *images(batch, size), has_fast_half()) for k, net in nets.items()},
+        3 if tiny else 5,
+    )
+    return [
+        row(
+            "compile",
+            f"ResNet-20, T=4, batch {batch}: ours / ours compiled",
+            t,
+            "as it is",
+            "compiled",
+        )
+    ]
 
 # %% ../../nbs/lib/96_runner.bench.ipynb #d530daf7
 def spikformer_peer(size, T, dim, heads):
@@ -94,9 +153,19 @@ def spikformer_peer(size, T, dim, heads):
     class Peer(nn.Module):
         def __init__(self):
             super().__init__()
-            self.net = Spikformer(T=T, img_size_h=size, img_size_w=size, patch_size=4, num_classes=10, embed_dims=dim, num_heads=heads, depths=4)
+            self.net = Spikformer(
+                T=T,
+                img_size_h=size,
+                img_size_w=size,
+                patch_size=4,
+                num_classes=10,
+                embed_dims=dim,
+                num_heads=heads,
+                depths=4,
+            )
 
-        def forward(self, x): return self.net(x.expand(T, *x.shape))
+        def forward(self, x):
+            return self.net(x.expand(T, *x.shape))
 
     return Peer()
 
@@ -110,15 +179,45 @@ def models_rows(tiny=False):
 
     rows, T, last = [], 2 if tiny else 4, torch.channels_last
     for name in ("resnet18", "vgg11_rate", "spikformer"):
-        batch, size, width = (2, 16, 0.125) if tiny else (8 if device().type == "cpu" else 256, 32, 1.0)
+        batch, size, width = (
+            (2, 16, 0.125) if tiny else (8 if device().type == "cpu" else 256, 32, 1.0)
+        )
         x, y = images(batch, size)
-        make = lambda: create_model(name, T=T, width=width, image_size=size, neuron="spikformer" if name == "spikformer" else "tet")
-        peer = lambda: spikformer_peer(size, T, round(384 * width), 12) if name == "spikformer" else peer_of(make())
-        fns = {"ours": stepper(make().to(memory_format=last), x, y, has_fast_half()), "fp32": stepper(peer(), x, y, False, functional.reset_net),
-               "best": stepper(peer().to(memory_format=last), x, y, has_fast_half(), functional.reset_net)}
+
+        def make():
+            return create_model(
+                name,
+                T=T,
+                width=width,
+                image_size=size,
+                neuron="spikformer" if name == "spikformer" else "tet",
+            )
+
+        def peer():
+            return (
+                spikformer_peer(size, T, round(384 * width), 12)
+                if name == "spikformer"
+                else peer_of(make())
+            )
+
+        fns = {
+            "ours": stepper(make().to(memory_format=last), x, y, has_fast_half()),
+            "fp32": stepper(peer(), x, y, False, functional.reset_net),
+            "best": stepper(
+                peer().to(memory_format=last), x, y, has_fast_half(), functional.reset_net
+            ),
+        }
         t = in_turns(fns, 3 if tiny else 5)
         speed = {"images_s": {k: round(batch / statistics.median(v)) for k, v in t.items()}}
-        rows += [{**row("models", f"{name}, T={T}, batch {batch}: SpikingJelly {k} / ours", t, k, "ours"), **speed} for k in ("fp32", "best")]
+        rows += [
+            {
+                **row(
+                    "models", f"{name}, T={T}, batch {batch}: SpikingJelly {k} / ours", t, k, "ours"
+                ),
+                **speed,
+            }
+            for k in ("fp32", "best")
+        ]
     return rows
 
 # %% ../../nbs/lib/96_runner.bench.ipynb #f81a2501
@@ -132,17 +231,26 @@ def inference_rows(tiny=False):
     def answerer(net, x, half, reset=None):
         @torch.no_grad()
         def answer():
-            with as_used(half) if reset else autocast(half): net(x)
-            if reset: reset(net)
+            with as_used(half) if reset else autocast(half):
+                net(x)
+            if reset:
+                reset(net)
+
         net.to(x.device).eval()
         return answer
 
     last, T, (batch, size) = torch.channels_last, 4, (4, 8) if tiny else (128, 32)
     (x, _), peer = images(batch, size), functools.partial(peer_net, (16, 32, 64), T=T)
-    fns = {"ours": answerer(create_model("resnet20", T=T, image_size=size), x, has_fast_half()), "fp32": answerer(peer(), x, False, functional.reset_net),
-           "best": answerer(peer().to(memory_format=last), x, has_fast_half(), functional.reset_net)}
+    fns = {
+        "ours": answerer(create_model("resnet20", T=T, image_size=size), x, has_fast_half()),
+        "fp32": answerer(peer(), x, False, functional.reset_net),
+        "best": answerer(peer().to(memory_format=last), x, has_fast_half(), functional.reset_net),
+    }
     t = in_turns(fns, 3 if tiny else 7)
-    return [row("inference", f"ResNet-20, T={T}, batch {batch}: SpikingJelly {k} / ours", t, k, "ours") for k in ("fp32", "best")]
+    return [
+        row("inference", f"ResNet-20, T={T}, batch {batch}: SpikingJelly {k} / ours", t, k, "ours")
+        for k in ("fp32", "best")
+    ]
 
 # %% ../../nbs/lib/96_runner.bench.ipynb #86cde90f
 def peak_of(who, T, batch, size):
@@ -153,11 +261,26 @@ def peak_of(who, T, batch, size):
     from snnkd_nb.models.zoo import create_model
 
     def make(channels, x, y):
-        if who == "ours": return stepper(create_model("resnet20", T=T, width=channels[0] / 16, image_size=x.shape[-1]), x, y, has_fast_half())
-        if who == "fp32": return stepper(peer_net(channels, T=T), x, y, False, functional.reset_net)
-        return stepper(peer_net(channels, T=T).to(memory_format=torch.channels_last), x, y, has_fast_half(), functional.reset_net)
+        if who == "ours":
+            return stepper(
+                create_model("resnet20", T=T, width=channels[0] / 16, image_size=x.shape[-1]),
+                x,
+                y,
+                has_fast_half(),
+            )
+        if who == "fp32":
+            return stepper(peer_net(channels, T=T), x, y, False, functional.reset_net)
+        return stepper(
+            peer_net(channels, T=T).to(memory_format=torch.channels_last),
+            x,
+            y,
+            has_fast_half(),
+            functional.reset_net,
+        )
 
-    return peak_of_steps(lambda: make((4, 8, 16), *images(2, 8)), lambda: make((16, 32, 64), *images(batch, size)))
+    return peak_of_steps(
+        lambda: make((4, 8, 16), *images(2, 8)), lambda: make((16, 32, 64), *images(batch, size))
+    )
 
 
 def memory_rows(tiny=False):
@@ -166,12 +289,29 @@ def memory_rows(tiny=False):
     from concurrent.futures import ProcessPoolExecutor
 
     rows, args = [], (4, 8) if tiny else (64, 32)
-    for T in ((2,) if tiny else (2, 4, 8)):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as alone:
-            mib = {who: [alone.submit(peak_of, who, T, *args).result()] for who in ("ours", "fp32", "best")}
+    for T in (2,) if tiny else (2, 4, 8):
+        with ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn"), max_tasks_per_child=1
+        ) as alone:
+            mib = {
+                who: [alone.submit(peak_of, who, T, *args).result()]
+                for who in ("ours", "fp32", "best")
+            }
         for k in ("fp32", "best"):
-            r = row("memory", f"ResNet-20, T={T}, batch {args[0]}: ours / SpikingJelly {k}, peak", mib, "ours", k, goal="<= 0.6" if T == 8 else "")
-            rows.append({**{k_: v for k_, v in r.items() if k_ != "ms"}, "mib": {who: round(v[0]) for who, v in mib.items()}})
+            r = row(
+                "memory",
+                f"ResNet-20, T={T}, batch {args[0]}: ours / SpikingJelly {k}, peak",
+                mib,
+                "ours",
+                k,
+                goal="<= 0.6" if T == 8 else "",
+            )
+            rows.append(
+                {
+                    **{k_: v for k_, v in r.items() if k_ != "ms"},
+                    "mib": {who: round(v[0]) for who, v in mib.items()},
+                }
+            )
     return rows
 
 # %% ../../nbs/lib/96_runner.bench.ipynb #107f1a9d
@@ -179,21 +319,53 @@ def loss_rows(tiny=False):
     "Training steps under each method over the step without distillation, ResNet-20 under ResNet-20 of double width."
     from snnkd_nb.losses.zoo import list_distillers
 
-    t = in_turns({m: step_of(m, TINY if tiny else SETTING) for m in list_distillers()}, 3 if tiny else 5)
-    extra = lambda m: {"extra": [a - b for a, b in zip(t[m], t["none"])], "step": t[m]}
-    shares = [row("loss", f"share of the step that {m} costs, teacher included", extra(m), "extra", "step") for m in t if m != "none"]
-    over_kd = row("loss", "a step under CKDSNN over one under KD", t, "ckdsnn", "kd", goal="<= 1.08")
-    return [*shares, over_kd, *({**r, "what": "loss"} for r in sastc_rows(tiny)), *calibrated_rows(tiny)]
+    t = in_turns(
+        {m: step_of(m, TINY if tiny else SETTING) for m in list_distillers()}, 3 if tiny else 5
+    )
+
+    def extra(m):
+        return {"extra": [a - b for a, b in zip(t[m], t["none"])], "step": t[m]}
+
+    shares = [
+        row(
+            "loss", f"share of the step that {m} costs, teacher included", extra(m), "extra", "step"
+        )
+        for m in t
+        if m != "none"
+    ]
+    over_kd = row(
+        "loss", "a step under CKDSNN over one under KD", t, "ckdsnn", "kd", goal="<= 1.08"
+    )
+    return [
+        *shares,
+        over_kd,
+        *({**r, "what": "loss"} for r in sastc_rows(tiny)),
+        *calibrated_rows(tiny),
+    ]
 
 
 def calibrated_rows(tiny=False):
     "What SASTC adds to a step at the paper's own sizes: VGG-11 under ResNet-32x4 on CIFAR-100."
     scale, batch, size = ("smoke", 4, 8) if tiny else ("paper", 128, 32)
     of = sastc.teacher(scale, "CIFAR-100", "ResNet-32x4")
-    t = in_turns({m: durations.step_of(sastc.student(scale, "CIFAR-100", "VGG-11", 3, m, of), batch, size, 100)[0] for m in ("Baseline", "KD", "SASTC")}, 3 if tiny else 7)
+    t = in_turns(
+        {
+            m: durations.step_of(
+                sastc.student(scale, "CIFAR-100", "VGG-11", 3, m, of), batch, size, 100
+            )[0]
+            for m in ("Baseline", "KD", "SASTC")
+        },
+        3 if tiny else 7,
+    )
     at = f"VGG-11 under ResNet-32x4, T=3, batch {batch}"
     added = {"added": [a - b for a, b in zip(t["SASTC"], t["KD"])], "step": t["SASTC"]}
-    return [row("loss", f"share of the step that SASTC adds to KD, {at}", added, "added", "step"), *(row("loss", f"a step under {m} over one without a teacher, {at}", t, m, "Baseline") for m in ("KD", "SASTC"))]
+    return [
+        row("loss", f"share of the step that SASTC adds to KD, {at}", added, "added", "step"),
+        *(
+            row("loss", f"a step under {m} over one without a teacher, {at}", t, m, "Baseline")
+            for m in ("KD", "SASTC")
+        ),
+    ]
 
 # %% ../../nbs/lib/96_runner.bench.ipynb #d5157c58
 def epoch_rows(tiny=False):
@@ -209,24 +381,60 @@ def epoch_rows(tiny=False):
     n, batch, size = (32, 8, 8) if tiny else (512, 128, 32)
     pictures = torch.randint(0, 256, (n, size, size, 3), dtype=torch.uint8)
     part = Split(pictures.permute(0, 3, 1, 2), torch.randint(0, 10, (n,)))
-    data = ImageData("noise", list("0123456789"), torch.full((3,), 0.5), torch.full((3,), 0.25), part, part)
+    data = ImageData(
+        "noise", list("0123456789"), torch.full((3,), 0.5), torch.full((3,), 0.25), part, part
+    )
     v = torchvision("transforms")
-    way = v.Compose([v.RandomCrop(size, 4), v.RandomHorizontalFlip(), v.ToTensor(), v.Normalize([0.5] * 3, [0.25] * 3)])
+    way = v.Compose(
+        [
+            v.RandomCrop(size, 4),
+            v.RandomHorizontalFlip(),
+            v.ToTensor(),
+            v.Normalize([0.5] * 3, [0.25] * 3),
+        ]
+    )
 
     class One(torch.utils.data.Dataset):
-        def __len__(self): return n
-        def __getitem__(self, i): return way(Image.fromarray(pictures[i].numpy())), part.labels[i]
+        def __len__(self):
+            return n
+
+        def __getitem__(self, i):
+            return way(Image.fromarray(pictures[i].numpy())), part.labels[i]
 
     theirs = torch.utils.data.DataLoader(One(), batch, shuffle=True)
-    ours = lambda: data.loader(batch_size=batch, augment="crop+flip", device=device())
+
+    def ours():
+        return data.loader(batch_size=batch, augment="crop+flip", device=device())
+
     one = next(iter(ours()))
-    step, peer = stepper(create_model("resnet20", T=4, image_size=size), *one, has_fast_half()), stepper(peer_net((16, 32, 64), T=4), *one, False, functional.reset_net)
-    fns = {"load": lambda: [None for _ in ours()], "their loading": lambda: [None for _ in theirs],
-           "epoch": lambda: [step(x, y) for x, y in ours()], "their epoch": lambda: [peer(x.to(device()), y.to(device())) for x, y in theirs]}
+    step, peer = (
+        stepper(create_model("resnet20", T=4, image_size=size), *one, has_fast_half()),
+        stepper(peer_net((16, 32, 64), T=4), *one, False, functional.reset_net),
+    )
+    fns = {
+        "load": lambda: [None for _ in ours()],
+        "their loading": lambda: [None for _ in theirs],
+        "epoch": lambda: [step(x, y) for x, y in ours()],
+        "their epoch": lambda: [peer(x.to(device()), y.to(device())) for x, y in theirs],
+    }
     t = in_turns(fns, 3)
-    return [row("epoch", "loading: torchvision's transforms in a DataLoader / ours", t, "their loading", "load"),
-            row("epoch", "loading / epoch, both ours, ResNet-20, T=4", t, "load", "epoch"),
-            row("epoch", "epoch, loading included: SpikingJelly as it is used / ours", t, "their epoch", "epoch")]
+    return [
+        row(
+            "epoch",
+            "loading: torchvision's transforms in a DataLoader / ours",
+            t,
+            "their loading",
+            "load",
+        ),
+        row("epoch", "loading / epoch, both ours, ResNet-20, T=4", t, "load", "epoch"),
+        row(
+            "epoch",
+            "epoch, loading included: SpikingJelly as it is used / ours",
+            t,
+            "their epoch",
+            "epoch",
+        ),
+    ]
 
 # %% ../../nbs/lib/96_runner.bench.ipynb #4d4af1b4
 def from_scratch(genome, weights, make):
@@ -235,17 +443,22 @@ def from_scratch(genome, weights, make):
 
     from snnkd_nb.data.images import load
     from snnkd_nb.models.genome import searched, set_slopes
-    from snnkd_nb.search.teacher import ask, prepared, slopes_of
     from snnkd_nb.search.similarity import mas, tgs
+    from snnkd_nb.search.teacher import ask, prepared, slopes_of
 
     x, y = next(iter(load("digits").loader(batch_size=64)))
     teacher = make()
     teacher.load_state_dict(weights)
     asked = ask(prepared(teacher), x, y)
-    student = set_slopes(searched(genome, T=4, neuron="dsas", in_channels=1, image_size=8), slopes_of([asked], 2.0, 3, "weight"))
+    student = set_slopes(
+        searched(genome, T=4, neuron="dsas", in_channels=1, image_size=8),
+        slopes_of([asked], 2.0, 3, "weight"),
+    )
     logits, features = student(x, features=True)
     torch.nn.functional.cross_entropy(logits.mean(0), y).backward()
-    return mas(list(asked.features.values()), [f.detach() for f in features.values()]) + tgs(asked.last, student.head.out.weight.grad)
+    return mas(list(asked.features.values()), [f.detach() for f in features.values()]) + tgs(
+        asked.last, student.head.out.weight.grad
+    )
 
 # %% ../../nbs/lib/96_runner.bench.ipynb #0f2a1143
 def search_rows(tiny=False):
@@ -254,24 +467,58 @@ def search_rows(tiny=False):
 
     from snnkd_nb.data.images import load
     from snnkd_nb.models.zoo import create_model
-    from snnkd_nb.search.pool import one_thread
     from snnkd_nb.search.evolution import evolve
+    from snnkd_nb.search.pool import one_thread
     from snnkd_nb.search.score import Scorer
     from snnkd_nb.search.space import create_space
 
     n, rng, space = 2 if tiny else 10, np.random.default_rng(0), create_space("digits")
-    make = functools.partial(create_model, "resnet18", width=0.125 if tiny else 0.25, in_channels=1, image_size=8)
-    teacher, genomes, size = make(), [space.sample(rng) for _ in range(n)], (2, 1) if tiny else (16, 6)
-    weights, kept = teacher.state_dict(), Scorer(teacher, *next(iter(load("digits").loader(batch_size=64))), T=4)
+    make = functools.partial(
+        create_model, "resnet18", width=0.125 if tiny else 0.25, in_channels=1, image_size=8
+    )
+    teacher, genomes, size = (
+        make(),
+        [space.sample(rng) for _ in range(n)],
+        (2, 1) if tiny else (16, 6),
+    )
+    weights, kept = (
+        teacher.state_dict(),
+        Scorer(teacher, *next(iter(load("digits").loader(batch_size=64))), T=4),
+    )
     first = evolve(space, kept, *size)
-    asked, known, some = first.cost()["candidates"], first.cost()["cached"], list(first.scores)[:: -(-len(first.scores) // n)]
-    fns = {"ours": lambda: [kept(g) for g in genomes], "from scratch": lambda: [from_scratch(g, weights, make) for g in genomes],
-           "search": lambda: evolve(space, kept, *size), "its candidates": lambda: [from_scratch(g, weights, make) for g in some]}
-    with one_thread(): t = in_turns(fns, 2 if tiny else 5)
-    name, rate = "DSAS (digits, ResNet-18 teacher, T=4, batch 64): {} from scratch / ours", lambda k, n: {"per_second": round(n / statistics.median(t[k]), 1)}
-    return [{**row("search", name.format("a candidate"), t, "from scratch", "ours"), **rate("ours", n)},
-            {**row("search", name.format(f"a search of {asked} candidates, {known} known,"), t, "its candidates", "search", scale=len(some) / asked, goal=">= 5"), **rate("search", asked)},
-            full_search(4, 2) if tiny else full_search()]
+    asked, known, some = (
+        first.cost()["candidates"],
+        first.cost()["cached"],
+        list(first.scores)[:: -(-len(first.scores) // n)],
+    )
+    fns = {
+        "ours": lambda: [kept(g) for g in genomes],
+        "from scratch": lambda: [from_scratch(g, weights, make) for g in genomes],
+        "search": lambda: evolve(space, kept, *size),
+        "its candidates": lambda: [from_scratch(g, weights, make) for g in some],
+    }
+    with one_thread():
+        t = in_turns(fns, 2 if tiny else 5)
+    name, rate = (
+        "DSAS (digits, ResNet-18 teacher, T=4, batch 64): {} from scratch / ours",
+        lambda k, n: {"per_second": round(n / statistics.median(t[k]), 1)},
+    )
+    return [
+        {**row("search", name.format("a candidate"), t, "from scratch", "ours"), **rate("ours", n)},
+        {
+            **row(
+                "search",
+                name.format(f"a search of {asked} candidates, {known} known,"),
+                t,
+                "its candidates",
+                "search",
+                scale=len(some) / asked,
+                goal=">= 5",
+            ),
+            **rate("search", asked),
+        },
+        full_search(4, 2) if tiny else full_search(),
+    ]
 
 # %% ../../nbs/lib/96_runner.bench.ipynb #a14b4d2a
 def full_search(population=200, generations=20):
@@ -287,21 +534,59 @@ def full_search(population=200, generations=20):
 
     spec = search("smoke", "CIFAR-10")
     data, start = load_spec(spec.data), time.perf_counter()
-    scorer = Scorer(build_model(spec.teacher.model, data), *batches_of(spec, data), metric=spec.metric, T=spec.T, neuron=spec.neuron)
+    scorer = Scorer(
+        build_model(spec.teacher.model, data),
+        *batches_of(spec, data),
+        metric=spec.metric,
+        T=spec.T,
+        neuron=spec.neuron,
+    )
     cost = evolve(space_of_search(spec, data), scorer, population, generations, workers=2).cost()
     seconds = time.perf_counter() - start
     name = f"DSAS at smoke scale, {population} × {generations}, two processes ({cost['candidates']} candidates, {cost['evaluated']} scored): minutes / 15"
-    return {**row("search", name, {"the search": [seconds], "15 minutes": [900.0]}, "the search", "15 minutes", goal="<= 1"), "per_second": round(cost["candidates"] / seconds, 1)}
+    return {
+        **row(
+            "search",
+            name,
+            {"the search": [seconds], "15 minutes": [900.0]},
+            "the search",
+            "15 minutes",
+            goal="<= 1",
+        ),
+        "per_second": round(cost["candidates"] / seconds, 1),
+    }
 
 # %% ../../nbs/lib/96_runner.bench.ipynb #34885583
-BENCHMARKS = {"neuron": neuron_rows, "gram": gram_rows, "roofline": roofline_rows, "profile": profile_rows, "step": step_rows, "rate": rate_rows, "compile": compile_rows,
-              "models": models_rows, "inference": inference_rows, "memory": memory_rows, "loss": loss_rows, "epoch": epoch_rows, "search": search_rows}
+BENCHMARKS = {
+    "neuron": neuron_rows,
+    "gram": gram_rows,
+    "roofline": roofline_rows,
+    "profile": profile_rows,
+    "step": step_rows,
+    "rate": rate_rows,
+    "compile": compile_rows,
+    "models": models_rows,
+    "inference": inference_rows,
+    "memory": memory_rows,
+    "loss": loss_rows,
+    "epoch": epoch_rows,
+    "search": search_rows,
+}
 
 
 def table(rows, limits):
     "The rows as text."
-    lines = [f"{r['ratio']:8.2f}  ({r['low']:.2f} to {r['high']:.2f}, n={r['n']})  {r['goal']:>7}  {r['name']}" for r in rows]
-    return "\n".join([*lines, "machine: " + ", ".join([*(f"{k} {v:.0f}" for k, v in limits.items()), machine_class()])])
+    lines = [
+        f"{r['ratio']:8.2f}  ({r['low']:.2f} to {r['high']:.2f}, n={r['n']})  {r['goal']:>7}  {r['name']}"
+        for r in rows
+    ]
+    return "\n".join(
+        [
+            *lines,
+            "machine: "
+            + ", ".join([*(f"{k} {v:.0f}" for k, v in limits.items()), machine_class()]),
+        ]
+    )
 
 
 def kept(machine):
@@ -312,12 +597,24 @@ def kept(machine):
 def keep(rows, limits):
     "Write a measurement with the machine it was made on; rows of other benchmarks made on the same machine stay."
     path, here, order = kept(machine_class()), environment(), list(BENCHMARKS)
-    try: before = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError: before = {}  # cut short: it is measured again
-    old = [r for r in before.get("rows", []) if r["what"] in order and r["what"] not in {r["what"] for r in rows}] if before.get("environment") == here else []
+    try:
+        before = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError:
+        before = {}  # cut short: it is measured again
+    old = (
+        [
+            r
+            for r in before.get("rows", [])
+            if r["what"] in order and r["what"] not in {r["what"] for r in rows}
+        ]
+        if before.get("environment") == here
+        else []
+    )
     rows = [{**r, "class": machine_class()} for r in rows]
     rows = sorted([*old, *rows], key=lambda r: order.index(r["what"]))
-    return atomic_write(path, json.dumps({"environment": here, "machine": limits, "rows": rows}, indent=1) + "\n")
+    return atomic_write(
+        path, json.dumps({"environment": here, "machine": limits, "rows": rows}, indent=1) + "\n"
+    )
 
 
 def bench(
@@ -328,14 +625,22 @@ def bench(
     rate=False,  # of the step: gradients by rates against gradients through time
 ):
     "Measure, print as ratios, and return the rows."
-    if what != "all" and what not in BENCHMARKS: raise unknown("benchmark", what, ["all", *BENCHMARKS])
-    need(not rate or what in ("step", "rate"), f"--rate is about the training step: snnkd bench step --rate (not {what})")
+    if what != "all" and what not in BENCHMARKS:
+        raise unknown("benchmark", what, ["all", *BENCHMARKS])
+    need(
+        not rate or what in ("step", "rate"),
+        f"--rate is about the training step: snnkd bench step --rate (not {what})",
+    )
     what = "rate" if rate else what
-    if save and tiny: raise UserError("tiny sizes say nothing about speed: leave out --tiny to keep a measurement")
+    if save and tiny:
+        raise UserError(
+            "tiny sizes say nothing about speed: leave out --tiny to keep a measurement"
+        )
     limits, rows = ceilings(tiny), []
     for name in BENCHMARKS if what == "all" else [what]:
         print(f"measuring {name} …", file=sys.stderr, flush=True)
         rows += BENCHMARKS[name](tiny)
     print(canonical_json({"rows": rows, "machine": limits}) if as_json else table(rows, limits))
-    if save: print("kept in", keep(rows, limits).relative_to(root()), file=sys.stderr)
+    if save:
+        print("kept in", keep(rows, limits).relative_to(root()), file=sys.stderr)
     return rows

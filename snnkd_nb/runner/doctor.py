@@ -7,7 +7,14 @@ __all__ = ['Finding', 'satisfies', 'needed', 'check_package', 'check_python', 'c
            'check_cpu', 'check_numba', 'check_folder', 'check_data', 'examine', 'doctor']
 
 # %% ../../nbs/lib/96_runner.doctor.ipynb #5f932731
-import importlib, importlib.util, os, platform, re, shutil, sys, tempfile
+import importlib
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -19,14 +26,17 @@ from .jobs import cards
 @dataclass(frozen=True)
 class Finding:
     "What one check found."
+
     level: str  # ok, note, FAIL
     what: str  # what was looked at and found
     cure: str = ""  # what to do
 
-    def __str__(self): return f"{self.level:<4}  {self.what}" + (f"\n      -> {self.cure}" if self.cure else "")
+    def __str__(self):
+        return f"{self.level:<4}  {self.what}" + (f"\n      -> {self.cure}" if self.cure else "")
 
 # %% ../../nbs/lib/96_runner.doctor.ipynb #aec34840
-def _key(v): return [int(x) for x in re.findall(r"\d+", v.split("+")[0])[:4]]
+def _key(v):
+    return [int(x) for x in re.findall(r"\d+", v.split("+")[0])[:4]]
 
 
 def satisfies(
@@ -34,17 +44,25 @@ def satisfies(
     ranges,  # e.g. ">=2.0,<2.1"
 ):
     "Whether a version lies in a range of plain comparisons."
+
     def holds(op, bound):
         n = max(len(_key(have)), len(_key(bound)))
         a, b = (_key(v) + [0] * (n - len(_key(v))) for v in (have, bound))
         return {">=": a >= b, "<=": a <= b, "<": a < b, ">": a > b, "==": a == b, "!=": a != b}[op]
-    return all(holds(*re.match(r"([<>=!]{1,2})(.+)", part.strip()).groups()) for part in ranges.split(",") if part.strip())
+
+    return all(
+        holds(*re.match(r"([<>=!]{1,2})(.+)", part.strip()).groups())
+        for part in ranges.split(",")
+        if part.strip()
+    )
 
 # %% ../../nbs/lib/96_runner.doctor.ipynb #2651e0bc
 def needed():
     "`(name, range, extra)` of every package the project asks for; extra is empty for those it cannot do without."
-    try: lines = requires("snnkd_nb") or []
-    except PackageNotFoundError: return
+    try:
+        lines = requires("snnkd_nb") or []
+    except PackageNotFoundError:
+        return
     for line in lines:
         head, _, marker = line.partition(";")
         extra = re.search(r"extra\s*==\s*['\"](\w+)", marker)
@@ -59,26 +77,39 @@ def check_package(
 ):
     "Whether a package is there in a version that is fine."
     level = "note" if extra else "FAIL"
-    try: have = version(name)
+    try:
+        have = version(name)
     except PackageNotFoundError:
-        return Finding(level, f"{name} is not installed" + (f" (optional, extra {extra!r})" if extra else ""), f'pip install "{name}{ranges}"')
-    if satisfies(have, ranges): return Finding("ok", f"{name} {have}" + (f" ({ranges})" if ranges else ""))
+        return Finding(
+            level,
+            f"{name} is not installed" + (f" (optional, extra {extra!r})" if extra else ""),
+            f'pip install "{name}{ranges}"',
+        )
+    if satisfies(have, ranges):
+        return Finding("ok", f"{name} {have}" + (f" ({ranges})" if ranges else ""))
     return Finding(level, f"{name} {have}, needed {ranges}", f'pip install "{name}{ranges}"')
 
 # %% ../../nbs/lib/96_runner.doctor.ipynb #f83ea6c9
 def check_python():
     "The interpreter's version."
     have = platform.python_version()
-    return Finding("ok", f"Python {have}") if sys.version_info >= (3, 11) else Finding("FAIL", f"Python {have}, needed >=3.11", "install Python 3.11 or newer")
+    return (
+        Finding("ok", f"Python {have}")
+        if sys.version_info >= (3, 11)
+        else Finding("FAIL", f"Python {have}, needed >=3.11", "install Python 3.11 or newer")
+    )
 
 
 def check_packages():
     "All packages; those that are fine and optional are not worth a line."
     found = [check_package(*n) for n in needed()]
-    return found or [Finding("FAIL", "the package is not installed", "pip install -e . in the project")]
+    return found or [
+        Finding("FAIL", "the package is not installed", "pip install -e . in the project")
+    ]
 
 # %% ../../nbs/lib/96_runner.doctor.ipynb #4a948ad9
-def _build(v): return v.partition("+")[2]
+def _build(v):
+    return v.partition("+")[2]
 
 # %% ../../nbs/lib/96_runner.doctor.ipynb #3ad2ac40
 def check_vision(
@@ -87,25 +118,54 @@ def check_vision(
     loads=True,  # whether plain `import torchvision` works
 ):
     "Whether torchvision was made for this torch."
-    if loads and (not _build(vision) or _build(torch) == _build(vision)): return Finding("ok", f"torchvision {vision} beside torch {torch}")
-    return Finding("note", f"torchvision {vision} is of another build than torch {torch}; data sets and transforms work all the same",
-                   f"pip install torchvision --index-url https://download.pytorch.org/whl/{_build(torch) or 'cpu'}")
+    if loads and (not _build(vision) or _build(torch) == _build(vision)):
+        return Finding("ok", f"torchvision {vision} beside torch {torch}")
+    return Finding(
+        "note",
+        f"torchvision {vision} is of another build than torch {torch}; data sets and transforms work all the same",
+        f"pip install torchvision --index-url https://download.pytorch.org/whl/{_build(torch) or 'cpu'}",
+    )
 
 # %% ../../nbs/lib/96_runner.doctor.ipynb #2590df82
 def _loads_plainly():
-    try: importlib.import_module("torchvision")
-    except Exception: return False
+    try:
+        importlib.import_module("torchvision")
+    except Exception:
+        return False
     return True
 
 
 def check_torch():
     "torch, torchvision, threads and accelerators."
-    try: import torch
-    except Exception as e: return [Finding("FAIL", f"torch does not load: {' '.join(str(e).split())[:160]}", "pip install torch")]
-    try: vision = [check_vision(torch.__version__, version("torchvision"), _loads_plainly())]
-    except PackageNotFoundError: vision = []
-    cuda = [Finding("ok", f"GPU {i}: {torch.cuda.get_device_name(i)}, bf16 {'yes' if torch.cuda.is_bf16_supported() else 'no'}") for i in range(torch.cuda.device_count())]
-    if cards() and not cuda: cuda = [Finding("note", "there is an NVIDIA card, but this torch cannot use it", "install a CUDA build of torch: https://pytorch.org/get-started")]
+    try:
+        import torch
+    except Exception as e:
+        return [
+            Finding(
+                "FAIL",
+                f"torch does not load: {' '.join(str(e).split())[:160]}",
+                "pip install torch",
+            )
+        ]
+    try:
+        vision = [check_vision(torch.__version__, version("torchvision"), _loads_plainly())]
+    except PackageNotFoundError:
+        vision = []
+    cuda = [
+        Finding(
+            "ok",
+            f"GPU {i}: {torch.cuda.get_device_name(i)}, bf16 {'yes' if torch.cuda.is_bf16_supported() else 'no'}",
+        )
+        for i in range(torch.cuda.device_count())
+    ]
+    if cards() and not cuda:
+        cuda = [
+            Finding(
+                "note",
+                "there is an NVIDIA card, but this torch cannot use it",
+                "install a CUDA build of torch: https://pytorch.org/get-started",
+            )
+        ]
     return [*vision, *(cuda or [Finding("ok", "no GPU: smoke and small scale run on the CPU")])]
 
 # %% ../../nbs/lib/96_runner.doctor.ipynb #435de28a
@@ -117,21 +177,49 @@ def check_cpu(
 
     limit = onednn_limit()
     limited = f" (restricted by ONEDNN_MAX_CPU_ISA={limit})" if limit else ""
-    native = bf16_route() == "native" if flags is None else bool({"avx512_bf16", "amx_bf16"} & set(flags))
+    native = (
+        bf16_route() == "native"
+        if flags is None
+        else bool({"avx512_bf16", "amx_bf16"} & set(flags))
+    )
     if not native:
-        return Finding("ok", f"{cores()} cores, class {cpu_class()}{limited}; precision bf16 is emulated: rounded around float32 kernels, about as fast as fp32")
-    have = sorted({"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_flags() if flags is None else flags))
-    return Finding("ok", f"{cores()} cores, class {cpu_class()}{limited}; precision bf16 is in hardware ({', '.join(have)})")
+        return Finding(
+            "ok",
+            f"{cores()} cores, class {cpu_class()}{limited}; precision bf16 is emulated: rounded around float32 kernels, about as fast as fp32",
+        )
+    have = sorted(
+        {"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_flags() if flags is None else flags)
+    )
+    return Finding(
+        "ok",
+        f"{cores()} cores, class {cpu_class()}{limited}; precision bf16 is in hardware ({', '.join(have)})",
+    )
 
 # %% ../../nbs/lib/96_runner.doctor.ipynb #62197377
 def check_numba():
     "The fused neuron kernels and the place they are cached in."
-    try: import numba
-    except Exception as e: return Finding("note", f"numba does not load ({e}): the slower reference neurons are used", "pip install numba")
+    try:
+        import numba
+    except Exception as e:
+        return Finding(
+            "note",
+            f"numba does not load ({e}): the slower reference neurons are used",
+            "pip install numba",
+        )
     said = [os.environ["NUMBA_CACHE_DIR"]] if os.environ.get("NUMBA_CACHE_DIR") else []
-    places = said or [*importlib.util.find_spec("snnkd_nb.kernels").submodule_search_locations, Path.home()]
-    if any(os.access(p, os.W_OK) for p in places): return Finding("ok", f"numba {numba.__version__}, kernels are cached; no C compiler is needed")
-    return Finding("note", f"numba cannot cache its kernels in {places[0]}: every process compiles them anew", "set NUMBA_CACHE_DIR to a folder that can be written")
+    places = said or [
+        *importlib.util.find_spec("snnkd_nb.kernels").submodule_search_locations,
+        Path.home(),
+    ]
+    if any(os.access(p, os.W_OK) for p in places):
+        return Finding(
+            "ok", f"numba {numba.__version__}, kernels are cached; no C compiler is needed"
+        )
+    return Finding(
+        "note",
+        f"numba cannot cache its kernels in {places[0]}: every process compiles them anew",
+        "set NUMBA_CACHE_DIR to a folder that can be written",
+    )
 
 # %% ../../nbs/lib/96_runner.doctor.ipynb #d8a5e1ba
 def check_folder(
@@ -143,10 +231,19 @@ def check_folder(
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path): pass
-    except OSError as e: return Finding("FAIL", f"{what}: cannot write to {path} ({e.strerror})", "make it writable or set SNNKD_ROOT / SNNKD_CACHE to another place")
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as e:
+        return Finding(
+            "FAIL",
+            f"{what}: cannot write to {path} ({e.strerror})",
+            "make it writable or set SNNKD_ROOT / SNNKD_CACHE to another place",
+        )
     free = shutil.disk_usage(path).free / 2**30
-    if free < gib: return Finding("note", f"{what}: {path}, {free:.1f} GiB free", f"make room: {gib:g} GiB are advisable")
+    if free < gib:
+        return Finding(
+            "note", f"{what}: {path}, {free:.1f} GiB free", f"make room: {gib:g} GiB are advisable"
+        )
     return Finding("ok", f"{what}: {path}, {free:.0f} GiB free")
 
 # %% ../../nbs/lib/96_runner.doctor.ipynb #fcf9e9aa
@@ -155,15 +252,35 @@ def check_data(
 ):
     "Which data sets are on this machine."
     folder = Path(folder or data_dir())
-    found = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")) if folder.is_dir() else []
-    if found: return Finding("ok", f"data in {folder}: {', '.join(found[:12])}")
-    return Finding("note", f"no data sets in {folder}: smoke scale needs none", "put image folders there, or set SNNKD_DATA; CIFAR comes with load('cifar10', download=True)")
+    found = (
+        sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        if folder.is_dir()
+        else []
+    )
+    if found:
+        return Finding("ok", f"data in {folder}: {', '.join(found[:12])}")
+    return Finding(
+        "note",
+        f"no data sets in {folder}: smoke scale needs none",
+        "put image folders there, or set SNNKD_DATA; CIFAR comes with load('cifar10', download=True)",
+    )
 
 # %% ../../nbs/lib/96_runner.doctor.ipynb #10ee9437
 def examine():
     "All findings."
-    places = [check_folder(root() / "results", "results", 0.1), check_folder(cache_dir(), "cache", 2.0)]
-    return [check_python(), *check_packages(), *check_torch(), check_cpu(), check_numba(), *places, check_data()]
+    places = [
+        check_folder(root() / "results", "results", 0.1),
+        check_folder(cache_dir(), "cache", 2.0),
+    ]
+    return [
+        check_python(),
+        *check_packages(),
+        *check_torch(),
+        check_cpu(),
+        check_numba(),
+        *places,
+        check_data(),
+    ]
 
 # %% ../../nbs/lib/96_runner.doctor.ipynb #8ce92f5d
 def doctor(
@@ -171,7 +288,15 @@ def doctor(
 ):
     "Tell what is in place and what is not, with cures; whether everything that is required is there."
     found = examine()
-    for f in found: on_line(str(f))
+    for f in found:
+        on_line(str(f))
     bad = sum(f.level == "FAIL" for f in found)
-    on_line(f"{len(found)} checks: " + (f"{bad} required things are broken" if bad else "everything that is required is in place"))
+    on_line(
+        f"{len(found)} checks: "
+        + (
+            f"{bad} required things are broken"
+            if bad
+            else "everything that is required is in place"
+        )
+    )
     return not bad

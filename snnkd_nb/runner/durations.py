@@ -7,7 +7,8 @@ __all__ = ['SHAPES', 'PAIR', 'NAMES', 'step_of', 'measured_group', 'on_cifar', '
            'theirs', 'beside', 'measured_in_words', 'medians', 'shares']
 
 # %% ../../nbs/lib/95_runner.durations.ipynb #40da4fe7
-import json, statistics
+import json
+import statistics
 from types import SimpleNamespace
 
 from ..core import UserError, atomic_write, root
@@ -30,21 +31,36 @@ def step_of(
     from snnkd_nb.spec import to_dict
     from snnkd_nb.training.job import build_model
 
-    data, (x, y) = SimpleNamespace(name="images", shape=(3, size, size), num_classes=classes), images(batch, size)
-    student, teacher = build_model(spec.model, data), spec.teacher and build_model(spec.teacher.model, data)
-    distiller = create_distiller(spec.method, student, teacher, spec.variant, **to_dict(spec).get("method_args", {}) | ({"batch_size": batch} if wants_batch_size(spec.method) else {})).to(device())
+    data, (x, y) = (
+        SimpleNamespace(name="images", shape=(3, size, size), num_classes=classes),
+        images(batch, size),
+    )
+    student, teacher = (
+        build_model(spec.model, data),
+        spec.teacher and build_model(spec.teacher.model, data),
+    )
+    distiller = create_distiller(
+        spec.method,
+        student,
+        teacher,
+        spec.variant,
+        **to_dict(spec).get("method_args", {})
+        | ({"batch_size": batch} if wants_batch_size(spec.method) else {}),
+    ).to(device())
     opt = torch.optim.SGD(distiller.parameters(), lr=0.001, momentum=0.9)
 
     def train():
         distiller.train()
-        with autocast(has_fast_half()): loss = sum(distiller(x, y)[0].values())
+        with autocast(has_fast_half()):
+            loss = sum(distiller(x, y)[0].values())
         opt.zero_grad()
         loss.backward()
         opt.step()
 
     def infer():
         student.eval()
-        with torch.no_grad(), autocast(has_fast_half()): student(x)
+        with torch.no_grad(), autocast(has_fast_half()):
+            student(x)
 
     return train, infer
 
@@ -57,16 +73,48 @@ def measured_group(
 ):
     "Rows `{teacher, method, train, low, high, n, ms, infer_ms}`: median and quartiles of the step over the student's own."
     train, infer = step_of(alone, **shape)
-    times = in_turns({"alone": train, "infer": infer, **{k: step_of(s, **shape)[0] for k, s in arms.items()}}, rounds)
-    ms = lambda k: round(1e3 * statistics.median(times[k]), 1)
-    rows = [{"teacher": "", "method": "Baseline", "train": 1.0, "low": 1.0, "high": 1.0, "n": rounds, "ms": ms("alone"), "infer_ms": ms("infer")}]
+    times = in_turns(
+        {"alone": train, "infer": infer, **{k: step_of(s, **shape)[0] for k, s in arms.items()}},
+        rounds,
+    )
+
+    def ms(k):
+        return round(1e3 * statistics.median(times[k]), 1)
+
+    rows = [
+        {
+            "teacher": "",
+            "method": "Baseline",
+            "train": 1.0,
+            "low": 1.0,
+            "high": 1.0,
+            "n": rounds,
+            "ms": ms("alone"),
+            "infer_ms": ms("infer"),
+        }
+    ]
     for k in arms:
         r = row("durations", k, times, k, "alone")
-        rows.append({"teacher": k[0], "method": k[1], "train": r["ratio"], "low": r["low"], "high": r["high"], "n": r["n"], "ms": ms(k), "infer_ms": ms("infer")})
+        rows.append(
+            {
+                "teacher": k[0],
+                "method": k[1],
+                "train": r["ratio"],
+                "low": r["low"],
+                "high": r["high"],
+                "n": r["n"],
+                "ms": ms(k),
+                "infer_ms": ms("infer"),
+            }
+        )
     return rows
 
 # %% ../../nbs/lib/95_runner.durations.ipynb #4dae5e1f
-SHAPES = {"small": (64, 32, 16, 64), "medium": (128, 32, 32, 224), "paper": (128, 32, 32, 224)}  # batch and pixels of CIFAR, of ImageNet
+SHAPES = {
+    "small": (64, 32, 16, 64),
+    "medium": (128, 32, 32, 224),
+    "paper": (128, 32, 32, 224),
+}  # batch and pixels of CIFAR, of ImageNet
 PAIR = ["stage3", "stage3"]
 
 
@@ -78,13 +126,33 @@ def on_cifar(
     "Rows of Appendix 2, Table 2: `{dataset, student, T, teacher, method, train, …}`."
     batch, size, *_ = SHAPES[scale]
     groups, out = {}, []
-    for d, s, t in sastc.COMBINATIONS[:only]: groups.setdefault((d, s), []).append(t)
+    for d, s, t in sastc.COMBINATIONS[:only]:
+        groups.setdefault((d, s), []).append(t)
     for (d, s), teachers in groups.items():
         for T in (2, 3, 7):
-            make = lambda m, of=None: sastc.student(scale, d, s, T, m, of, pair=PAIR if m == "Feature KD" else None)
-            arms = {(t, m): make(m, sastc.teacher(scale, d, t)) for t in teachers for m in ("KD", "Feature KD", "SASTC")}
+
+            def make(m, of=None):
+                return sastc.student(
+                    scale, d, s, T, m, of, pair=PAIR if m == "Feature KD" else None
+                )
+
+            arms = {
+                (t, m): make(m, sastc.teacher(scale, d, t))
+                for t in teachers
+                for m in ("KD", "Feature KD", "SASTC")
+            }
             at = {"dataset": d, "student": s, "T": T, "steps": sastc.steps(scale, T)}
-            out += [at | r for r in measured_group(make("Baseline"), arms, rounds, batch=batch, size=size, classes=int(d.split("-")[1]))]
+            out += [
+                at | r
+                for r in measured_group(
+                    make("Baseline"),
+                    arms,
+                    rounds,
+                    batch=batch,
+                    size=size,
+                    classes=int(d.split("-")[1]),
+                )
+            ]
     return out
 
 
@@ -94,14 +162,23 @@ def on_imagenet(
 ):
     "Rows of Appendix 2, Table 1: `{student, T, teacher, method, train, …}`."
     *_, batch, size = SHAPES[scale]
-    arms = {("ResNet-34", m): sastc_maps.imagenet(scale, "ResNet-18", m, pair=PAIR if m == "Feature KD" else None) for m in ("KD", "Feature KD", "SASTC")}
+    arms = {
+        ("ResNet-34", m): sastc_maps.imagenet(
+            scale, "ResNet-18", m, pair=PAIR if m == "Feature KD" else None
+        )
+        for m in ("KD", "Feature KD", "SASTC")
+    }
     deep = {("ResNet-34", "SASTC"): sastc_maps.imagenet(scale, "ResNet-34", "SASTC")}
     alone = {n: sastc_maps.imagenet(scale, n, "Baseline") for n in ("ResNet-18", "ResNet-34")}
-    return [{"student": n, "T": 4, "steps": sastc_maps.steps(scale, 4)} | r for n, of in (("ResNet-18", arms), ("ResNet-34", deep))
-            for r in measured_group(alone[n], of, rounds, batch=batch, size=size, classes=20)]
+    return [
+        {"student": n, "T": 4, "steps": sastc_maps.steps(scale, 4)} | r
+        for n, of in (("ResNet-18", arms), ("ResNet-34", deep))
+        for r in measured_group(alone[n], of, rounds, batch=batch, size=size, classes=20)
+    ]
 
 # %% ../../nbs/lib/95_runner.durations.ipynb #eefe53aa
-def kept_at(device="cpu"): return root() / "results" / "bench" / f"durations-{device}.json"
+def kept_at(device="cpu"):
+    return root() / "results" / "bench" / f"durations-{device}.json"
 
 
 def measure(
@@ -109,7 +186,13 @@ def measure(
     rounds=5,
 ):
     "Measure both tables (minutes) and keep them; returns the path."
-    found = {"environment": environment(), "scale": scale, "shapes": SHAPES[scale], "cifar": on_cifar(scale, rounds), "imagenet": on_imagenet(scale, rounds)}
+    found = {
+        "environment": environment(),
+        "scale": scale,
+        "shapes": SHAPES[scale],
+        "cifar": on_cifar(scale, rounds),
+        "imagenet": on_imagenet(scale, rounds),
+    }
     return atomic_write(kept_at(device().type), json.dumps(found, indent=1) + "\n")
 
 
@@ -118,11 +201,17 @@ def measured(
 ):
     "The kept measurement; raises `UserError` where there is none."
     path = kept_at(device)
-    if not path.is_file(): raise UserError(f"durations were not measured on {device!r}: snnkd measure durations")
+    if not path.is_file():
+        raise UserError(f"durations were not measured on {device!r}: snnkd measure durations")
     return json.loads(path.read_text())
 
 # %% ../../nbs/lib/95_runner.durations.ipynb #8fc64ca8
-NAMES = {"SASTC (Ours)": "SASTC", "Feature": "Feature KD", "training (h)": "train", "inference (min)": "infer"}
+NAMES = {
+    "SASTC (Ours)": "SASTC",
+    "Feature": "Feature KD",
+    "training (h)": "train",
+    "inference (min)": "infer",
+}
 
 
 def theirs(
@@ -131,14 +220,20 @@ def theirs(
     "The paper's times as a `DataFrame`: one row a student, teacher, T and method, with `train` and `infer` in its units and over its baseline."
     import pandas as pd
 
-    f = pd.DataFrame(published(table).records).dropna(subset="value").replace(NAMES).rename(columns={"architecture": "student"})
+    f = (
+        pd.DataFrame(published(table).records)
+        .dropna(subset="value")
+        .replace(NAMES)
+        .rename(columns={"architecture": "student"})
+    )
     f = f.rename(columns={"column": "method"} if "time" in f else {"column": "time"})
     keys = [k for k in ("dataset", "student", "teacher", "T", "method") if k in f]
     wide = f.pivot_table("value", keys, "time", sort=False).reset_index()
     own = [k for k in keys if k not in ("teacher", "method")]  # a baseline has no teacher
     base = wide[wide.method == "Baseline"].drop_duplicates(own).set_index(own)
     of = wide[own].apply(tuple, axis=1)
-    for k in ("train", "infer"): wide[f"{k} ratio"] = wide[k] / of.map(base[k])
+    for k in ("train", "infer"):
+        wide[f"{k} ratio"] = wide[k] / of.map(base[k])
     return wide
 
 # %% ../../nbs/lib/95_runner.durations.ipynb #d54b9789
@@ -152,13 +247,25 @@ def beside(
     ours = pd.DataFrame(kept["imagenet" if table.endswith("11") else "cifar"])
     paper = theirs(table)
     keys = [k for k in ("dataset", "student", "teacher", "T", "method") if k in paper]
-    if "teacher" in paper: paper.loc[paper.method == "Baseline", "teacher"] = ""
+    if "teacher" in paper:
+        paper.loc[paper.method == "Baseline", "teacher"] = ""
     both = paper.drop_duplicates(keys).merge(ours, on=keys, how="left", suffixes=("", " ours"))
-    spread = [f"{a:.2f} ({b:.2f} to {c:.2f})" if a == a else "" for a, b, c in zip(both["train ours"], both["low"], both["high"])]
+    spread = [
+        f"{a:.2f} ({b:.2f} to {c:.2f})" if a == a else ""
+        for a, b, c in zip(both["train ours"], both["low"], both["high"])
+    ]
     both.insert(keys.index("T") + 1, "our T", ["" if v != v else int(v) for v in both["steps"]])
     keys.insert(keys.index("T") + 1, "our T")
-    return both[keys].assign(**{"paper, train": both["train"], "paper, over its baseline": both["train ratio"].round(2), "ours, step over baseline's": spread, "ours, ms": both["ms"],
-                                "paper, inference": both["infer"], "ours, forward ms": both["infer_ms"]})
+    return both[keys].assign(
+        **{
+            "paper, train": both["train"],
+            "paper, over its baseline": both["train ratio"].round(2),
+            "ours, step over baseline's": spread,
+            "ours, ms": both["ms"],
+            "paper, inference": both["infer"],
+            "ours, forward ms": both["infer_ms"],
+        }
+    )
 
 
 def measured_in_words(
@@ -168,15 +275,19 @@ def measured_in_words(
     "What stands in the columns, in a sentence."
     batch, size = kept["shapes"][2:] if table.endswith("11") else kept["shapes"][:2]
     where, paper = kept["environment"], published(table)
-    return (f"ours: networks of scale {kept['scale']}, batches of {batch} images of {size}×{size} pixels, on {where['cpu']}, {where['cores']} cores; median (and quartiles) of a training step over that of the student alone, "
-            f"steps and forward passes in ms · paper: {paper.unit}, {paper.protocol}")
+    return (
+        f"ours: networks of scale {kept['scale']}, batches of {batch} images of {size}×{size} pixels, on {where['cpu']}, {where['cores']} cores; median (and quartiles) of a training step over that of the student alone, "
+        f"steps and forward passes in ms · paper: {paper.unit}, {paper.protocol}"
+    )
 
 # %% ../../nbs/lib/95_runner.durations.ipynb #7a11e002
 def _ratios(table):
     import pandas as pd
 
     ours = pd.to_numeric(table["ours, step over baseline's"].str.split(" ").str[0], errors="coerce")
-    return table.assign(paper=table["paper, over its baseline"], ours=ours).dropna(subset=["paper", "ours"])
+    return table.assign(paper=table["paper, over its baseline"], ours=ours).dropna(
+        subset=["paper", "ours"]
+    )
 
 
 def medians(
@@ -196,5 +307,7 @@ def shares(
 
     keys = [k for k in ("dataset", "student", "teacher", "T") if k in table]
     wide = _ratios(table).pivot_table(["paper", "ours"], keys, "method")
-    each = pd.DataFrame({who: 1 - wide[who, "KD"] / wide[who, "SASTC"] for who in ("paper", "ours")}).dropna()
+    each = pd.DataFrame(
+        {who: 1 - wide[who, "KD"] / wide[who, "SASTC"] for who in ("paper", "ours")}
+    ).dropna()
     return each.median().round(2).to_frame("share of the step").assign(rows=len(each))

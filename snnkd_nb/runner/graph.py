@@ -17,7 +17,8 @@ from ..store import Store, twins, weights_path
 
 # %% ../../nbs/lib/90_runner.graph.ipynb #c7a31eba
 def _at_hand(record):
-    if not record or not record.weights: return False
+    if not record or not record.weights:
+        return False
     path = weights_path(record)
     return path.is_file() and sha256_of(path) == record.weights["sha256"]
 
@@ -33,20 +34,31 @@ def has_weights(
 @dataclass(frozen=True)
 class Job:
     "One run or search and what it waits for."
+
     spec: RunSpec | SearchSpec
     deps: tuple = ()  # ids of the runs that must be finished first
     state: str = "needed"  # needed or stored
     weights: bool = False  # its weights are needed too, not only its record
 
     @property
-    def id(self): return self.spec.id
+    def id(self):
+        return self.spec.id
 
 
 def _visit(spec, store, weights, jobs):
     old = jobs.get(spec.id)
-    if old and (old.weights or not weights): return old
+    if old and (old.weights or not weights):
+        return old
     stored = has_weights(spec, store) if weights else store.get(spec) is not None
-    needs = [] if stored else [_visit(s, store, True, jobs) for s in (spec.teacher, getattr(spec, "reference", None)) if s]
+    needs = (
+        []
+        if stored
+        else [
+            _visit(s, store, True, jobs)
+            for s in (spec.teacher, getattr(spec, "reference", None))
+            if s
+        ]
+    )
     deps = tuple(j.id for j in needs if j.state == "needed")
     jobs.pop(spec.id, None)
     jobs[spec.id] = Job(spec, deps, "stored" if stored else "needed", weights)
@@ -59,7 +71,8 @@ def plan(
 ):
     "The jobs behind some runs, teachers and networks of comparison first, each once."
     store, jobs = store or Store(), {}
-    for spec in specs: _visit(spec, store, False, jobs)
+    for spec in specs:
+        _visit(spec, store, False, jobs)
     return list(jobs.values())
 
 # %% ../../nbs/lib/90_runner.graph.ipynb #328e7641
@@ -132,7 +145,8 @@ def duration(
     seconds,  # None where nothing is known yet
 ):
     "Seconds as a person says them."
-    if seconds is None: return "?"
+    if seconds is None:
+        return "?"
     m, s = divmod(round(seconds), 60)
     h, m = divmod(m, 60)
     return f"{h} h {m:02} min" if h else f"{m} min {s:02} s" if m else f"{s} s"

@@ -8,7 +8,10 @@ __all__ = ['RUN', 'SEARCH', 'FEW', 'EXECUTORS', 'KEPT', 'MISSING', 'run_one', 's
            'Runs', 'Page', 'ensure', 'watch']
 
 # %% ../../nbs/lib/92_runner.jobs.ipynb #3139192d
-import contextlib, os, sys, time
+import contextlib
+import os
+import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,11 +49,26 @@ def search_one(
     "Search unless the record is stored, with a process for each core of this worker if there is work for them; the answer names the best."
     from snnkd_nb.search.job import run_search
 
-    t0, tell = time.perf_counter(), lambda e: emit({**e, "event": "epoch", "epoch": e["generation"], "epochs": e["generations"]} if e["event"] == "generation" else e)
+    t0, tell = (
+        time.perf_counter(),
+        lambda e: emit(
+            {**e, "event": "epoch", "epoch": e["generation"], "epochs": e["generations"]}
+            if e["event"] == "generation"
+            else e
+        ),
+    )
     asked = SearchSpec.from_dict(spec)
     few = asked.population * (asked.generations + 1) < FEW
-    record = run_search(asked, Store(store), emit and tell, workers=1 if few else int(os.environ.get("OMP_NUM_THREADS", 1)))
-    return {"says": f"best {record.best['fitness']:.5g}  {record.best['genome']}", "seconds": time.perf_counter() - t0}
+    record = run_search(
+        asked,
+        Store(store),
+        emit and tell,
+        workers=1 if few else int(os.environ.get("OMP_NUM_THREADS", 1)),
+    )
+    return {
+        "says": f"best {record.best['fitness']:.5g}  {record.best['genome']}",
+        "seconds": time.perf_counter() - t0,
+    }
 
 
 SEARCH = "snnkd_nb.runner.jobs:search_one"
@@ -60,7 +78,8 @@ FEW = 200  # candidates below which a search is over before other processes have
 def cards():
     "Numbers of the NVIDIA cards this process may use, as text; torch is not asked, for it is slow to load."
     said = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if said is not None: return [c for c in said.split(",") if c.strip() not in ("", "-1")]
+    if said is not None:
+        return [c for c in said.split(",") if c.strip() not in ("", "-1")]
     return [str(i) for i, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
 
 # %% ../../nbs/lib/92_runner.jobs.ipynb #7a3ad1b5
@@ -73,8 +92,10 @@ def check_jobs(
     jobs,  # the number given; None: the default
 ):
     "The number of workers, at least one; raises `UserError`."
-    if jobs is None: return default_jobs()
-    if jobs < 1: raise UserError(f"jobs = {jobs}: give at least 1")
+    if jobs is None:
+        return default_jobs()
+    if jobs < 1:
+        raise UserError(f"jobs = {jobs}: give at least 1")
     return jobs
 
 # %% ../../nbs/lib/92_runner.jobs.ipynb #5104b05e
@@ -82,7 +103,8 @@ def _ranks(jobs):
     rank = {}
     for job in reversed(jobs):
         rank[job.id] = rank.get(job.id, 0.0) + cost(job.spec)
-        for d in job.deps: rank[d] = max(rank.get(d, 0.0), rank[job.id])
+        for d in job.deps:
+            rank[d] = max(rank.get(d, 0.0), rank[job.id])
     return rank
 
 
@@ -93,19 +115,32 @@ def tasks_for(
 ):
     "The needed jobs as tasks for workers."
     needed, rank = [j for j in jobs if j.state == "needed"], _ranks(jobs)
-    kwargs = lambda j: {"spec": to_dict(j.spec), "store": str(store.folder), "weights": j.weights}
-    which = lambda j: SEARCH if call == RUN and isinstance(j.spec, SearchSpec) else call
+
+    def kwargs(j):
+        return {"spec": to_dict(j.spec), "store": str(store.folder), "weights": j.weights}
+
+    def which(j):
+        return SEARCH if call == RUN and isinstance(j.spec, SearchSpec) else call
+
     return [Task(j.id, which(j), kwargs(j), j.deps, rank[j.id]) for j in needed]
 
 # %% ../../nbs/lib/92_runner.jobs.ipynb #f3dc4526
 def _dask_answer(call, kwargs, *before):
     bad = [m for m in before if m["result"] != "ok"]
-    return {"result": "skipped", "reason": "its teacher failed"} if bad else answer({"call": call, "kwargs": kwargs}, lambda m: None)
+    return (
+        {"result": "skipped", "reason": "its teacher failed"}
+        if bad
+        else answer({"call": call, "kwargs": kwargs}, lambda m: None)
+    )
 
 # %% ../../nbs/lib/92_runner.jobs.ipynb #5abe7214
 def _dask():
-    try: import dask.distributed as dd
-    except ImportError: raise UserError('the dask executor needs dask.distributed: pip install "snnkd_nb[extra]"') from None
+    try:
+        import dask.distributed as dd
+    except ImportError:
+        raise UserError(
+            'the dask executor needs dask.distributed: pip install "snnkd_nb[extra]"'
+        ) from None
     return dd
 
 
@@ -117,16 +152,30 @@ def dask_tasks(
 ):
     "As `run_tasks`, on a dask cluster."
     dd, address = _dask(), os.environ.get("SNNKD_DASK")
-    local = {} if address else {"n_workers": jobs, "threads_per_worker": 1, "dashboard_address": None}
+    local = (
+        {} if address else {"n_workers": jobs, "threads_per_worker": 1, "dashboard_address": None}
+    )
     with dd.Client(address, **local) as client:
         futures = {}
         for t in tasks:
             before = [futures[d] for d in t.deps]
-            futures[t.id] = client.submit(_dask_answer, t.call, t.kwargs, *before, key=t.id, pure=False, priority=int(t.rank))
+            futures[t.id] = client.submit(
+                _dask_answer, t.call, t.kwargs, *before, key=t.id, pure=False, priority=int(t.rank)
+            )
         task_of = {f.key: t for f, t in zip(futures.values(), tasks)}
         for f in dd.as_completed(futures.values()):
             lost = f.status == "error"
-            yield task_of[f.key], {"result": "failed", "reason": f"lost by dask: {f.exception()}", "kind": "Lost", "trace": ""} if lost else f.result()
+            yield (
+                task_of[f.key],
+                {
+                    "result": "failed",
+                    "reason": f"lost by dask: {f.exception()}",
+                    "kind": "Lost",
+                    "trace": "",
+                }
+                if lost
+                else f.result(),
+            )
 
 
 EXECUTORS = {"local": run_tasks, "dask": dask_tasks}
@@ -134,33 +183,65 @@ EXECUTORS = {"local": run_tasks, "dask": dask_tasks}
 # %% ../../nbs/lib/92_runner.jobs.ipynb #ba1f85b0
 class Lines:
     "Plain lines, for files, notebooks and everything that is no terminal."
-    def __init__(self, say): self.say = say
-    def __enter__(self): return self
-    def __exit__(self, *error): pass
-    def epoch(self, task, m): pass
-    def end(self, task): pass
+
+    def __init__(self, say):
+        self.say = say
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def epoch(self, task, m):
+        pass
+
+    def end(self, task):
+        pass
 
 # %% ../../nbs/lib/92_runner.jobs.ipynb #47634486
 class Bars(Lines):
     "Lines that scroll past above the bars of the runs that are going."
+
     def __init__(self):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         self.going = {}
-        self.bars = Progress(TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TextColumn("epochs"), TimeRemainingColumn(), transient=True)
-        self.say = lambda line: self.bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TextColumn("epochs"),
+            TimeRemainingColumn(),
+            transient=True,
+        )
+        self.say = lambda line: self.bars.console.print(
+            line, markup=False, highlight=False, soft_wrap=True
+        )
 
-    def __enter__(self): return self.bars.start() or self
-    def __exit__(self, *error): self.bars.stop()
+    def __enter__(self):
+        return self.bars.start() or self
+
+    def __exit__(self, *error):
+        self.bars.stop()
 
     def epoch(self, task, m):
         rid = m.get("id", task.id)
-        if rid not in self.going: self.going[rid] = self.bars.add_task(rid, total=m["epochs"])
+        if rid not in self.going:
+            self.going[rid] = self.bars.add_task(rid, total=m["epochs"])
         self.bars.update(self.going[rid], completed=m["epoch"])
-        if m["epoch"] == m["epochs"]: self.bars.remove_task(self.going.pop(rid))
+        if m["epoch"] == m["epochs"]:
+            self.bars.remove_task(self.going.pop(rid))
 
     def end(self, task):
-        if task.id in self.going: self.bars.remove_task(self.going.pop(task.id))
+        if task.id in self.going:
+            self.bars.remove_task(self.going.pop(task.id))
 
 # %% ../../nbs/lib/92_runner.jobs.ipynb #ba3739b0
 def progress_folder():
@@ -171,23 +252,36 @@ def progress_folder():
 @dataclass
 class Outcome:
     "What became of the jobs."
+
     total: int = 0  # jobs that were needed
     done: list = field(default_factory=list)  # ids
     failed: dict = field(default_factory=dict)  # id -> why
     skipped: dict = field(default_factory=dict)  # id -> why
 
     @property
-    def ok(self): return len(self.done) == self.total
+    def ok(self):
+        return len(self.done) == self.total
 
-    def __add__(self, other): return Outcome(self.total + other.total, self.done + other.done, self.failed | other.failed, self.skipped | other.skipped)
+    def __add__(self, other):
+        return Outcome(
+            self.total + other.total,
+            self.done + other.done,
+            self.failed | other.failed,
+            self.skipped | other.skipped,
+        )
 
     def summary(self):
-        more = [f"{len(d)} {word}" for d, word in ((self.failed, "failed"), (self.skipped, "skipped")) if d]
+        more = [
+            f"{len(d)} {word}"
+            for d, word in ((self.failed, "failed"), (self.skipped, "skipped"))
+            if d
+        ]
         return " · ".join([f"{len(self.done)} of {self.total} runs done", *more])
 
 # %% ../../nbs/lib/92_runner.jobs.ipynb #e2054b2e
 class Teller:
     "Turns the messages of tasks into lines and an `Outcome`."
+
     def __init__(self, jobs, workers, board, speed=None, after=0.0):
         self.specs, self.workers, self.board = {j.id: j.spec for j in jobs}, workers, board
         self.out, self.warned = Outcome(len(jobs)), set()
@@ -195,14 +289,22 @@ class Teller:
         self.wide = max(map(len, self.specs), default=0)
 
     def hear(self, task, m):
-        if m.get("event") == "epoch": self.board.epoch(task, m)
-        if m.get("event") == "retry": self.board.say(f"{task.id}: worker {m['reason']}; tried once more")
-        if m.get("event") == "warning" and m["text"] not in self.warned: self.warned.add(m["text"]), self.board.say(f"note: {m['text']}")
-        if "result" in m: self.board.end(task), getattr(self, m["result"])(task, m)
+        if m.get("event") == "epoch":
+            self.board.epoch(task, m)
+        if m.get("event") == "retry":
+            self.board.say(f"{task.id}: worker {m['reason']}; tried once more")
+        if m.get("event") == "warning" and m["text"] not in self.warned:
+            self.warned.add(m["text"])
+            self.board.say(f"note: {m['text']}")
+        if "result" in m:
+            self.board.end(task)
+            getattr(self, m["result"])(task, m)
 
     def line(self, task, text):
         n = len(self.out.done) + len(self.out.failed) + len(self.out.skipped)
-        self.board.say(f"[{n:>{len(str(self.out.total))}}/{self.out.total}] {task.id:<{self.wide}}  {text}")
+        self.board.say(
+            f"[{n:>{len(str(self.out.total))}}/{self.out.total}] {task.id:<{self.wide}}  {text}"
+        )
 
     def ok(self, task, m):
         self.clock.add(self.specs[task.id], m["seconds"])
@@ -217,7 +319,8 @@ class Teller:
     def failed(self, task, m):
         self.out.failed[task.id] = m["reason"]
         log = progress_folder() / f"{task.id}.log"
-        with contextlib.suppress(OSError): atomic_write(log, m["trace"] or m["reason"])
+        with contextlib.suppress(OSError):
+            atomic_write(log, m["trace"] or m["reason"])
         self.line(task, f"FAILED  {m['reason']}  ({log.relative_to(root())})")
 
     def skipped(self, task, m):
@@ -239,25 +342,37 @@ def execute(
     after=0.0,  # seconds of other work that follows, part of the time that is left
 ):
     "Make the missing runs and their teachers; failures are told and counted in the `Outcome`, not raised."
-    if executor not in EXECUTORS: raise unknown("executor", executor, EXECUTORS)
+    if executor not in EXECUTORS:
+        raise unknown("executor", executor, EXECUTORS)
     store, jobs = store or Store(), check_jobs(jobs)
     needed = [j for j in plan(specs, store) if j.state == "needed"]
     envs = [{"CUDA_VISIBLE_DEVICES": c} for c in cards()] or [{}]
     live = on_line is print and sys.stdout.isatty() and not in_notebook()
-    with (Bars() if live else Lines(on_line)) as board:
+    with Bars() if live else Lines(on_line) as board:
         teller = Teller(needed, min(jobs, len(needed)), board, speed, after)
-        events = EXECUTORS[executor](tasks_for(needed, store, call), jobs, max(1, cores() // jobs), envs)
+        events = EXECUTORS[executor](
+            tasks_for(needed, store, call), jobs, max(1, cores() // jobs), envs
+        )
         try:
             with contextlib.closing(events):
-                for task, m in events: teller.hear(task, m)
-        except KeyboardInterrupt: raise KeyboardInterrupt(KEPT) from None
-    if not teller.out.ok: on_line(teller.out.summary())
+                for task, m in events:
+                    teller.hear(task, m)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(KEPT) from None
+    if not teller.out.ok:
+        on_line(teller.out.summary())
     return teller.out
 
 # %% ../../nbs/lib/92_runner.jobs.ipynb #90adbed0
 def execute_all(
     wanted,  # function without arguments: the `RunSpec`s and `SearchSpec`s that are wanted, as far as they are known
-    jobs=None, store=None, on_line=print, executor="local", call=RUN, speed=None, after=0.0,  # as for `execute`
+    jobs=None,
+    store=None,
+    on_line=print,
+    executor="local",
+    call=RUN,
+    speed=None,
+    after=0.0,  # as for `execute`
 ):
     "As `execute`, and then what became known by it, until there is nothing new; the `Outcome` of all rounds."
     out, tried = Outcome(), set()
@@ -269,11 +384,16 @@ def execute_all(
 # %% ../../nbs/lib/92_runner.jobs.ipynb #abdfcd8d
 class Runs(dict):
     "`RunSpec` -> `Record`, or None where it is missing."
-    @property
-    def missing(self): return [s for s, r in self.items() if r is None]
 
-    def summary(self): return f"{len(self)} needed · {len(self) - len(self.missing)} stored · {len(self.missing)} missing"
-    def __repr__(self): return self.summary()
+    @property
+    def missing(self):
+        return [s for s, r in self.items() if r is None]
+
+    def summary(self):
+        return f"{len(self)} needed · {len(self) - len(self.missing)} stored · {len(self.missing)} missing"
+
+    def __repr__(self):
+        return self.summary()
 
 # %% ../../nbs/lib/92_runner.jobs.ipynb #61e7a7f9
 MISSING = ("run", "show", "error")
@@ -281,20 +401,25 @@ MISSING = ("run", "show", "error")
 
 class Page:
     "Lines that a notebook shows while it waits and takes away at the end."
-    def __init__(self): self.lines, self.handle = [], None
+
+    def __init__(self):
+        self.lines, self.handle = [], None
 
     def __call__(self, line):
         from IPython.display import Pretty, display
 
         self.lines = [*self.lines, line][-12:]
         shown = Pretty("\n".join(self.lines))
-        if self.handle: self.handle.update(shown)
-        else: self.handle = display(shown, display_id=True)
+        if self.handle:
+            self.handle.update(shown)
+        else:
+            self.handle = display(shown, display_id=True)
 
     def clear(self):
         from IPython.display import clear_output
 
-        if self.handle: clear_output(wait=True)
+        if self.handle:
+            clear_output(wait=True)
 
 # %% ../../nbs/lib/92_runner.jobs.ipynb #d228ace5
 def ensure(
@@ -307,19 +432,28 @@ def ensure(
 ):
     "The records of some runs; prints one line that says how many are needed, stored and missing."
     store, missing = store or Store(), missing or os.environ.get("SNNKD_MISSING") or "run"
-    if missing not in MISSING: raise unknown("value of missing", missing, MISSING)
+    if missing not in MISSING:
+        raise unknown("value of missing", missing, MISSING)
     runs = Runs({s: store.get(s) for s in specs})
-    if missing == "run" and runs.missing: runs, failed = _make(runs, store, jobs, progress, call)
-    else: failed = {}
+    if missing == "run" and runs.missing:
+        runs, failed = _make(runs, store, jobs, progress, call)
+    else:
+        failed = {}
     print(runs.summary(), *(f"\n{i}: {why}" for i, why in failed.items()))
-    if missing == "error" and runs.missing: raise UserError(f"{len(runs.missing)} runs are missing, e.g. {runs.missing[0].id}: make them with snnkd run")
+    if missing == "error" and runs.missing:
+        raise UserError(
+            f"{len(runs.missing)} runs are missing, e.g. {runs.missing[0].id}: make them with snnkd run"
+        )
     return runs
 
 # %% ../../nbs/lib/92_runner.jobs.ipynb #36750ace
 def _make(runs, store, jobs, progress, call):
     page = Page() if progress and in_notebook() else None
-    out = execute(runs.missing, jobs, store, page or (print if progress else lambda line: None), call=call)
-    if page: page.clear()
+    out = execute(
+        runs.missing, jobs, store, page or (print if progress else lambda line: None), call=call
+    )
+    if page:
+        page.clear()
     return Runs({s: r or store.get(s) for s, r in runs.items()}), {**out.failed, **out.skipped}
 
 # %% ../../nbs/lib/92_runner.jobs.ipynb #5b032187
@@ -327,14 +461,19 @@ def _is_free(rid):
     from filelock import Timeout
 
     try:
-        with lock(Store().path(rid), timeout=0): return True
-    except Timeout: return False
+        with lock(Store().path(rid), timeout=0):
+            return True
+    except Timeout:
+        return False
 
 
 def _shown(e):
-    if e["event"] == "epoch": return epoch_line(e)
-    if e["event"] == "generation": return f"generation {e['generation']:>3}/{e['generations']}  best {e['best']:.5g}  {e['genome']}"
-    if e["event"] == "done": return f"done: {e['genome'] if 'genome' in e else format(e['acc_last'], '.2f') + ' %'} after {duration(e['seconds'])}"
+    if e["event"] == "epoch":
+        return epoch_line(e)
+    if e["event"] == "generation":
+        return f"generation {e['generation']:>3}/{e['generations']}  best {e['best']:.5g}  {e['genome']}"
+    if e["event"] == "done":
+        return f"done: {e['genome'] if 'genome' in e else format(e['acc_last'], '.2f') + ' %'} after {duration(e['seconds'])}"
 
 
 def watch(
@@ -345,13 +484,22 @@ def watch(
     "Show a run's progress until it is done or nobody trains it; whether it is done."
     found = {p.stem: p for p in sorted(progress_folder().glob("*.jsonl"))}
     rid = next((i for i in found if i.startswith(run)), None)
-    if not run or rid is None: raise unknown("run", run, found)
+    if not run or rid is None:
+        raise unknown("run", run, found)
     seen = 0
     while True:
         free, events = _is_free(rid), read_events(found[rid])
         for e in events[seen:]:
-            if _shown(e): on_line(_shown(e))
+            if _shown(e):
+                on_line(_shown(e))
         seen = len(events)
-        if events and events[-1]["event"] == "done": return True
-        if free: return on_line("nobody is training this run; the command that began it goes on from its last epoch") or False
+        if events and events[-1]["event"] == "done":
+            return True
+        if free:
+            return (
+                on_line(
+                    "nobody is training this run; the command that began it goes on from its last epoch"
+                )
+                or False
+            )
         time.sleep(every)

@@ -7,10 +7,22 @@ __all__ = ['NEURONS', 'STUDENT', 'TEACHER', 'there_and_back', 'peers', 'neuron_r
            'step_by_step', 'given', 'sastc_rows', 'convolution', 'fire', 'limits', 'roofline_rows', 'profile_rows']
 
 # %% ../../nbs/lib/95_runner.micro.ipynb #ecbc1f19
-import functools, itertools, math, statistics
+import functools
+import itertools
+import math
+import statistics
 
 from .peers import compiled_loop, jelly_neuron, peer_net
-from .turns import autocast, device, fast_dtype, has_fast_half, images, in_turns, row, stepper
+from snnkd_nb.runner.turns import (
+    autocast,
+    device,
+    fast_dtype,
+    has_fast_half,
+    images,
+    in_turns,
+    row,
+    stepper,
+)
 
 # %% ../../nbs/lib/95_runner.micro.ipynb #12ffe23c
 def there_and_back(
@@ -23,7 +35,15 @@ def there_and_back(
     fire(x).backward(g)
 
 
-NEURONS = [("float32", 1), ("float32", 4), ("float32", 16), ("bfloat16", 1), ("bfloat16", 4), ("bfloat16", 8), ("bfloat16", 16)]
+NEURONS = [
+    ("float32", 1),
+    ("float32", 4),
+    ("float32", 16),
+    ("bfloat16", 1),
+    ("bfloat16", 4),
+    ("bfloat16", 8),
+    ("bfloat16", 16),
+]
 
 
 def peers(g, T, tiny):
@@ -31,7 +51,10 @@ def peers(g, T, tiny):
     from snnkd_nb.kernels.lif import lif
 
     loop = compiled_loop(g) if T == 4 and not tiny else None
-    return {"a loop": functools.partial(lif, surrogate=g, backend="reference"), "SpikingJelly": jelly_neuron(g)} | ({"torch.compile of the loop": loop} if loop else {})
+    return {
+        "a loop": functools.partial(lif, surrogate=g, backend="reference"),
+        "SpikingJelly": jelly_neuron(g),
+    } | ({"torch.compile of the loop": loop} if loop else {})
 
 
 def neuron_rows(tiny=False):
@@ -44,11 +67,35 @@ def neuron_rows(tiny=False):
     rows, n = [], 2**12 if tiny else 2**23 if device().type == "cpu" else 2**26
     for dtype, T, g in [(d, T, Triangle()) for d, T in NEURONS] + [("bfloat16", 4, Sigmoid())]:
         x, w = (torch.randn(T, n // T, device=device()).to(getattr(torch, dtype)) for _ in range(2))
-        into, leaf, fns = torch.empty_like(w), x.clone().requires_grad_(), {"ours": functools.partial(lif, surrogate=g), **peers(g, T, tiny)}
-        label, both = f"LIF, T={T}, {dtype}, {type(g).__name__}", {k: functools.partial(there_and_back, f, leaf, w) for k, f in fns.items()}
-        t = in_turns({"copy": lambda: into.copy_(w), "ours": both["ours"], "forward": functools.partial(fns["ours"], x)}, 3 if tiny else 15)
-        rows += [row("neuron", f"{label}: ours / bytes at copy speed", t, "ours", "copy", scale=3.0, goal="<= 3"),
-                 row("neuron", f"{label}, forward: ours / bytes at copy speed", t, "forward", "copy")]
+        into, leaf, fns = (
+            torch.empty_like(w),
+            x.clone().requires_grad_(),
+            {"ours": functools.partial(lif, surrogate=g), **peers(g, T, tiny)},
+        )
+        label, both = (
+            f"LIF, T={T}, {dtype}, {type(g).__name__}",
+            {k: functools.partial(there_and_back, f, leaf, w) for k, f in fns.items()},
+        )
+        t = in_turns(
+            {
+                "copy": lambda: into.copy_(w),
+                "ours": both["ours"],
+                "forward": functools.partial(fns["ours"], x),
+            },
+            3 if tiny else 15,
+        )
+        rows += [
+            row(
+                "neuron",
+                f"{label}: ours / bytes at copy speed",
+                t,
+                "ours",
+                "copy",
+                scale=3.0,
+                goal="<= 3",
+            ),
+            row("neuron", f"{label}, forward: ours / bytes at copy speed", t, "forward", "copy"),
+        ]
         t = in_turns(both, 3)
         rows += [row("neuron", f"{label}: {k} / ours", t, k, "ours") for k in fns if k != "ours"]
     return rows
@@ -62,14 +109,41 @@ def gram_rows(tiny=False):
 
     rows, T, B = [], 4, 8 if tiny else 128
     for c, h in ((16, 32), (32, 16), (64, 8)):
-        x = torch.rand(T * B, c, h, h, device=device()).lt(0.2).bfloat16().contiguous(memory_format=torch.channels_last).unflatten(0, (T, B)).requires_grad_()
-        g, plain = torch.randn(T, B, B, device=device()), lambda x: (lambda a: a @ a.mT)(x.float().flatten(2))
-        t = in_turns({k: functools.partial(there_and_back, f, x, g) for k, f in (("flatten", plain), ("ours", gram))}, 2 if tiny else 7)
-        rows.append(row("gram", f"T={T}, batch {B}, {c}×{h}×{h}, bfloat16: flatten, multiply / ours", t, "flatten", "ours"))
+        x = (
+            torch.rand(T * B, c, h, h, device=device())
+            .lt(0.2)
+            .bfloat16()
+            .contiguous(memory_format=torch.channels_last)
+            .unflatten(0, (T, B))
+            .requires_grad_()
+        )
+        g, plain = (
+            torch.randn(T, B, B, device=device()),
+            lambda x: (lambda a: a @ a.mT)(x.float().flatten(2)),
+        )
+        t = in_turns(
+            {
+                k: functools.partial(there_and_back, f, x, g)
+                for k, f in (("flatten", plain), ("ours", gram))
+            },
+            2 if tiny else 7,
+        )
+        rows.append(
+            row(
+                "gram",
+                f"T={T}, batch {B}, {c}×{h}×{h}, bfloat16: flatten, multiply / ours",
+                t,
+                "flatten",
+                "ours",
+            )
+        )
     return rows
 
 # %% ../../nbs/lib/95_runner.micro.ipynb #1b795edf
-STUDENT, TEACHER = [(128, 16), (256, 8), (512, 4), (512, 2)], [(32, 32), (64, 32), (128, 16), (256, 8)]  # channels, height and width
+STUDENT, TEACHER = (
+    [(128, 16), (256, 8), (512, 4), (512, 2)],
+    [(32, 32), (64, 32), (128, 16), (256, 8)],
+)  # channels, height and width
 
 
 def features(shapes, lead):
@@ -77,7 +151,12 @@ def features(shapes, lead):
     import torch
 
     made = (torch.rand(math.prod(lead), c, h, h, device=device()) for c, h in shapes)
-    last = [(f.lt(0.2) if len(lead) > 1 else f).to(fast_dtype()).contiguous(memory_format=torch.channels_last) for f in made]
+    last = [
+        (f.lt(0.2) if len(lead) > 1 else f)
+        .to(fast_dtype())
+        .contiguous(memory_format=torch.channels_last)
+        for f in made
+    ]
     return [f.unflatten(0, lead).requires_grad_() for f in last] if len(lead) > 1 else last
 
 
@@ -94,13 +173,26 @@ def one_step(module, students, teachers):
         eta = torch.stack([(queries[i] * k).sum(-1) for k in keys], -1).softmax(-1)
         for j, t in enumerate(teachers):
             a, b = s, t
-            if a.shape[-1] > b.shape[-1]: a = F.adaptive_max_pool2d(a, b.shape[-2:])
-            elif a.shape[-1] < b.shape[-1]: b = F.adaptive_avg_pool2d(b, a.shape[-2:])
-            total = total + (eta[:, j] * F.mse_loss(module.projections[i][j](a).float(), b.float(), reduction="none").mean((1, 2, 3))).mean()
+            if a.shape[-1] > b.shape[-1]:
+                a = F.adaptive_max_pool2d(a, b.shape[-2:])
+            elif a.shape[-1] < b.shape[-1]:
+                b = F.adaptive_avg_pool2d(b, a.shape[-2:])
+            total = (
+                total
+                + (
+                    eta[:, j]
+                    * F.mse_loss(
+                        module.projections[i][j](a).float(), b.float(), reduction="none"
+                    ).mean((1, 2, 3))
+                ).mean()
+            )
     return total / len(students)
 
 
-def step_by_step(module, students, teachers): return sum(one_step(module, [f[t] for f in students], teachers) for t in range(len(students[0]))) / len(students[0])
+def step_by_step(module, students, teachers):
+    return sum(
+        one_step(module, [f[t] for f in students], teachers) for t in range(len(students[0]))
+    ) / len(students[0])
 
 # %% ../../nbs/lib/95_runner.micro.ipynb #dd4c04df
 def given(T, B, shapes, teachers, folded):
@@ -108,15 +200,30 @@ def given(T, B, shapes, teachers, folded):
     import torch
 
     class Given(torch.nn.Module):
-        def __init__(self, leaves): super().__init__(); self.leaves = itertools.cycle(leaves)
+        def __init__(self, leaves):
+            super().__init__()
+            self.leaves = itertools.cycle(leaves)
 
-        def forward(self, x): return next(self.leaves)
+        def forward(self, x):
+            return next(self.leaves)
 
     leaves, made = [], []
     for c, h in ((c, min(h, hs)) for _, hs in shapes for c, h in teachers):
-        leaves.append([torch.randn(B * (T if folded else 1), c, h, h, device=device()).to(fast_dtype()).contiguous(memory_format=torch.channels_last).requires_grad_() for _ in range(1 if folded else T)])
-        made.append(torch.nn.Sequential(*[torch.nn.Identity() for _ in range(3)], Given(leaves[-1])))
-    lists = [torch.nn.ModuleList(made[i : i + len(teachers)]) for i in range(0, len(made), len(teachers))]
+        leaves.append(
+            [
+                torch.randn(B * (T if folded else 1), c, h, h, device=device())
+                .to(fast_dtype())
+                .contiguous(memory_format=torch.channels_last)
+                .requires_grad_()
+                for _ in range(1 if folded else T)
+            ]
+        )
+        made.append(
+            torch.nn.Sequential(*[torch.nn.Identity() for _ in range(3)], Given(leaves[-1]))
+        )
+    lists = [
+        torch.nn.ModuleList(made[i : i + len(teachers)]) for i in range(0, len(made), len(teachers))
+    ]
     return torch.nn.ModuleList(lists), [leaf for each in leaves for leaf in each]
 
 
@@ -128,23 +235,53 @@ def sastc_rows(tiny=False):
 
     T, B, k = 3, 4 if tiny else 128, 16 if tiny else 1
     shapes, teachers = ([(c // k, h) for c, h in maps] for maps in (STUDENT, TEACHER))
-    ours, mine, theirs = Calibration([c for c, _ in shapes], [c for c, _ in teachers], B).to(device()), features(shapes, (T, B)), features(teachers, (B,))
+    ours, mine, theirs = (
+        Calibration([c for c, _ in shapes], [c for c, _ in teachers], B).to(device()),
+        features(shapes, (T, B)),
+        features(teachers, (B,)),
+    )
     both = {"step by step": functools.partial(step_by_step, ours), "ours": ours}
 
     def learn(f, leaves):
-        with autocast(has_fast_half()): loss = f(mine, theirs)
+        with autocast(has_fast_half()):
+            loss = f(mine, theirs)
         torch.autograd.grad(loss, [*mine, *leaves])
 
-    t = in_turns({name: functools.partial(learn, f, list(ours.parameters())) for name, f in both.items()}, 2 if tiny else 7)
-    rows = [row("sastc", f"T={T}, batch {B}, 4×4 layers, loss and backward: step by step / ours", t, "step by step", "ours", goal=">= 1.5")]
+    t = in_turns(
+        {name: functools.partial(learn, f, list(ours.parameters())) for name, f in both.items()},
+        2 if tiny else 7,
+    )
+    rows = [
+        row(
+            "sastc",
+            f"T={T}, batch {B}, 4×4 layers, loss and backward: step by step / ours",
+            t,
+            "step by step",
+            "ours",
+            goal=">= 1.5",
+        )
+    ]
     parts = {}
     for name, f in both.items():
         module = Calibration([c for c, _ in shapes], [c for c, _ in teachers], B).to(device())
         module.projections, leaves = given(T, B, shapes, teachers, name == "ours")
-        f, leaves = module if name == "ours" else functools.partial(step_by_step, module), [*leaves, *module.query.parameters(), *module.key.parameters()]
+        f, leaves = (
+            module if name == "ours" else functools.partial(step_by_step, module),
+            [*leaves, *module.query.parameters(), *module.key.parameters()],
+        )
         parts[name] = functools.partial(learn, f, leaves)
     t = in_turns(parts, 2 if tiny else 5)
-    return rows + [row("sastc", f"T={T}, batch {B}, 4×4 layers, Gram, attention and distance: step by step / ours", t, "step by step", "ours", goal=">= 4")]
+    return [
+        *rows,
+        row(
+            "sastc",
+            f"T={T}, batch {B}, 4×4 layers, Gram, attention and distance: step by step / ours",
+            t,
+            "step by step",
+            "ours",
+            goal=">= 4",
+        ),
+    ]
 
 # %% ../../nbs/lib/95_runner.micro.ipynb #33997d55
 def convolution(c, h, n):
@@ -153,13 +290,27 @@ def convolution(c, h, n):
 
     from snnkd_nb.kernels.precision import conv2d
 
-    last = dict(memory_format=torch.channels_last)
-    x = torch.randn(n, c, h, h, device=device(), dtype=fast_dtype()).contiguous(**last).requires_grad_()
-    w = torch.randn(c, c, 3, 3, device=device(), dtype=fast_dtype()).contiguous(**last).requires_grad_()
+    last = {"memory_format": torch.channels_last}
+    x = (
+        torch.randn(n, c, h, h, device=device(), dtype=fast_dtype())
+        .contiguous(**last)
+        .requires_grad_()
+    )
+    w = (
+        torch.randn(c, c, 3, 3, device=device(), dtype=fast_dtype())
+        .contiguous(**last)
+        .requires_grad_()
+    )
     y, num_bytes = conv2d(x, w, padding=1), x.numel() * x.element_size()
     g, work = torch.randn_like(y), 18 * c * x.numel()
-    return {"forward": (lambda: conv2d(x.detach(), w.detach(), padding=1), work, 2 * num_bytes),
-            "backward": (lambda: torch.autograd.grad(y, (x, w), g, retain_graph=True), 2 * work, 4 * num_bytes)}
+    return {
+        "forward": (lambda: conv2d(x.detach(), w.detach(), padding=1), work, 2 * num_bytes),
+        "backward": (
+            lambda: torch.autograd.grad(y, (x, w), g, retain_graph=True),
+            2 * work,
+            4 * num_bytes,
+        ),
+    }
 
 
 def fire(c, h, n, T, norm):
@@ -168,13 +319,23 @@ def fire(c, h, n, T, norm):
 
     from snnkd_nb.neurons.lif import create_neuron
 
-    x = torch.randn(n, c, h, h, device=device(), dtype=fast_dtype()).contiguous(memory_format=torch.channels_last).requires_grad_()
+    x = (
+        torch.randn(n, c, h, h, device=device(), dtype=fast_dtype())
+        .contiguous(memory_format=torch.channels_last)
+        .requires_grad_()
+    )
     act, bn = create_neuron("tet", T), torch.nn.BatchNorm2d(c).to(device())
     f = (lambda: act.after(bn, x)) if norm else lambda: act(x)
     y, size, num_bytes = f(), x.numel(), x.numel() * x.element_size()
     g = torch.randn_like(y)
-    return {"forward": (f, (6 + 5 * norm) * size, (2 + norm) * num_bytes),
-            "backward": (lambda: torch.autograd.grad(y, x, g, retain_graph=True), (16 + 9 * norm) * size, (3 + 3 * norm) * num_bytes)}
+    return {
+        "forward": (f, (6 + 5 * norm) * size, (2 + norm) * num_bytes),
+        "backward": (
+            lambda: torch.autograd.grad(y, x, g, retain_graph=True),
+            (16 + 9 * norm) * size,
+            (3 + 3 * norm) * num_bytes,
+        ),
+    }
 
 # %% ../../nbs/lib/95_runner.micro.ipynb #138cc9c8
 def limits(tiny):
@@ -182,7 +343,11 @@ def limits(tiny):
     import torch
 
     n, k = 2**22 if tiny else 2**24, 512 if tiny else 1024
-    src, dst, a = torch.ones(n, device=device()), torch.empty(n, device=device()), torch.ones(k, k, device=device(), dtype=fast_dtype())
+    src, dst, a = (
+        torch.ones(n, device=device()),
+        torch.empty(n, device=device()),
+        torch.ones(k, k, device=device(), dtype=fast_dtype()),
+    )
     return {"copy": (lambda: dst.copy_(src), 0, 8 * n), "product": (lambda: a @ a, 2 * k**3, 0)}
 
 
@@ -190,16 +355,37 @@ def roofline_rows(tiny=False):
     "Attainable over measured time of the parts of ResNet-20's step, T = 4, batch 128; the limits are measured in the same turns."
     rows, (T, B) = [], (4, 4 if tiny else 128)
     for c, h in ((16, 32), (32, 16), (64, 8)):
-        kinds = {"conv": convolution(c, h, T * B), "LIF": fire(c, h, T * B, T, False), "BatchNorm + LIF": fire(c, h, T * B, T, True)}
+        kinds = {
+            "conv": convolution(c, h, T * B),
+            "LIF": fire(c, h, T * B, T, False),
+            "BatchNorm + LIF": fire(c, h, T * B, T, True),
+        }
         parts = {(kind, way): part for kind, ways in kinds.items() for way, part in ways.items()}
         roof = limits(tiny)
         t = in_turns({k: f for k, (f, *_) in (roof | parts).items()}, 3 if tiny else 9)
-        rate, width = ([what / s for s in t[k]] for k, what in (("product", roof["product"][1]), ("copy", roof["copy"][2])))
+        rate, width = (
+            [what / s for s in t[k]]
+            for k, what in (("product", roof["product"][1]), ("copy", roof["copy"][2]))
+        )
         for (kind, way), (_, flop, size) in parts.items():
-            both = {"attainable": [max(flop / r, size / b) for r, b in zip(rate, width)], "measured": t[kind, way]}
-            r = row("roofline", f"{kind} {c}×{h}×{h}, {way}: attainable / measured", both, "attainable", "measured")
-            found = {"gb_s": statistics.median(width) / 1e9, "gflop_s": statistics.median(rate) / 1e9}
-            rows.append({**r, "part": kind, "way": way, "flop": flop, "bytes": size, "limits": found})
+            both = {
+                "attainable": [max(flop / r, size / b) for r, b in zip(rate, width)],
+                "measured": t[kind, way],
+            }
+            r = row(
+                "roofline",
+                f"{kind} {c}×{h}×{h}, {way}: attainable / measured",
+                both,
+                "attainable",
+                "measured",
+            )
+            found = {
+                "gb_s": statistics.median(width) / 1e9,
+                "gflop_s": statistics.median(rate) / 1e9,
+            }
+            rows.append(
+                {**r, "part": kind, "way": way, "flop": flop, "bytes": size, "limits": found}
+            )
     return rows
 
 # %% ../../nbs/lib/95_runner.micro.ipynb #59e390b4
@@ -215,11 +401,24 @@ def profile_rows(tiny=False):
     x, y = images(batch, size)
     peer = functools.partial(peer_net, [round(c * width) for c in (16, 32, 64)], T=T)
     precision = "bf16" if has_fast_half() else "fp32"
-    steps = {"SpikingJelly fp32": stepper(peer(), x, y, False, functional.reset_net), f"SpikingJelly {precision}, channels last": stepper(peer().to(memory_format=last), x, y, has_fast_half(), functional.reset_net),
-             "ours": stepper(create_model("resnet20", T=T, width=width, image_size=size), x, y, has_fast_half())}
+    steps = {
+        "SpikingJelly fp32": stepper(peer(), x, y, False, functional.reset_net),
+        f"SpikingJelly {precision}, channels last": stepper(
+            peer().to(memory_format=last), x, y, has_fast_half(), functional.reset_net
+        ),
+        "ours": stepper(
+            create_model("resnet20", T=T, width=width, image_size=size), x, y, has_fast_half()
+        ),
+    }
     rows = []
     for name, step in steps.items():
         parts = {k: round(v, 2) for k, v in where_time_goes(step, 1 if tiny else 3).items()}
         t = {"conv": [parts["convolution and products"]], "all": [sum(parts.values())]}
-        rows.append({**row("profile", f"{name}: convolutions / step", t, "conv", "all"), "who": name, "parts": parts})
+        rows.append(
+            {
+                **row("profile", f"{name}: convolutions / step", t, "conv", "all"),
+                "who": name,
+                "parts": parts,
+            }
+        )
     return rows

@@ -18,7 +18,10 @@ def trained(
 ):
     "Its network in evaluation mode; raises `UserError` where its very weights are not on this machine."
     state = load_weights(record)
-    if state is None: raise UserError(f"the weights of {record.id} are not on this machine: snnkd render ARTEFACT --missing run makes them again")
+    if state is None:
+        raise UserError(
+            f"the weights of {record.id} are not on this machine: snnkd render ARTEFACT --missing run makes them again"
+        )
     return rebuilt(record.run, state)
 
 # %% ../../nbs/lib/93_runner.networks.ipynb #f82ccede
@@ -28,9 +31,14 @@ def networks(
     missing=None,  # run: train again where weights are missing; else an error. None: $SNNKD_MISSING, else run
 ):
     "`{RunSpec: network}` of all runs that have a record, each in evaluation mode."
-    store, missing, found = store or Store(), missing or os.environ.get("SNNKD_MISSING") or "run", {}
+    store, missing, found = (
+        store or Store(),
+        missing or os.environ.get("SNNKD_MISSING") or "run",
+        {},
+    )
     for spec in [s for s, r in runs.items() if r]:
         record, state = with_weights(spec, store)
-        if state is None and missing == "run": record, state = run_train(spec, store, weights=True), with_weights(spec, store)[1]
+        if state is None and missing == "run":
+            record, state = run_train(spec, store, weights=True), with_weights(spec, store)[1]
         found[spec] = trained(runs[spec]) if state is None else rebuilt(record.run, state)
     return found

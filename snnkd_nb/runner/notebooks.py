@@ -7,13 +7,27 @@ __all__ = ['BACKEND', 'FORK_FROM', 'parameters_cell', 'parameters', 'coerce', 'c
            'cleaned', 'prepare', 'render', 'render_one', 'Rendered', 'render_all', 'Reproduced', 'reproduce']
 
 # %% ../../nbs/lib/94_runner.notebooks.ipynb #3f9640a1
-import ast, contextlib, json, os, tempfile, time, warnings
+import ast
+import contextlib
+import json
+import os
+import tempfile
+import time
+import warnings
 from dataclasses import dataclass
 
 from ..core import UserError, atomic_write, cores, root, unknown
 from ..papers.registry import artefact, match, specs_for
 from ..reports.grid import check_scale
-from .graph import START_RUNS, Clock, announcement, duration, machine_speed, page_seconds, plan
+from snnkd_nb.runner.graph import (
+    START_RUNS,
+    Clock,
+    announcement,
+    duration,
+    machine_speed,
+    page_seconds,
+    plan,
+)
 from .jobs import MISSING, cards, check_jobs, execute_all
 from .kernels import kernel_command, kernel_server
 from .status import rendered_path, write_status
@@ -29,8 +43,10 @@ def parameters_cell(
 
 def _assignments(source):
     for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and len(node.targets) == 1: yield node.targets[0].id, node.value
-        elif isinstance(node, ast.AnnAssign) and node.value: yield node.target.id, node.value
+        if isinstance(node, ast.Assign) and len(node.targets) == 1:
+            yield node.targets[0].id, node.value
+        elif isinstance(node, ast.AnnAssign) and node.value:
+            yield node.target.id, node.value
 
 
 def parameters(
@@ -38,26 +54,36 @@ def parameters(
 ):
     "Name -> default value of a notebook's parameters."
     cell = parameters_cell(nb)
-    return {k: ast.literal_eval(v) for k, v in _assignments("".join(cell["source"]))} if cell else {}
+    return (
+        {k: ast.literal_eval(v) for k, v in _assignments("".join(cell["source"]))} if cell else {}
+    )
 
 # %% ../../nbs/lib/94_runner.notebooks.ipynb #a8b66edf
 _BOOL = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 def _literal(text):
-    try: return ast.literal_eval(text)
-    except (ValueError, SyntaxError): return text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def _fits(value, default):
-    if default is None: return True
-    if isinstance(default, float): return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if default is None:
+        return True
+    if isinstance(default, float):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
     return type(value) is type(default)
 
 
 def _plain(value):
-    try: return json.loads(json.dumps(value, allow_nan=False)) == (list(value) if isinstance(value, tuple) else value)
-    except (TypeError, ValueError): return False
+    try:
+        return json.loads(json.dumps(value, allow_nan=False)) == (
+            list(value) if isinstance(value, tuple) else value
+        )
+    except (TypeError, ValueError):
+        return False
 
 # %% ../../nbs/lib/94_runner.notebooks.ipynb #5815963d
 def coerce(
@@ -66,12 +92,15 @@ def coerce(
     default,  # the value in the notebook
 ):
     "The value a parameter takes; raises `UserError` where it is of another type than the default or not a literal."
-    if isinstance(value, tuple): value = list(value)
+    if isinstance(value, tuple):
+        value = list(value)
     if isinstance(value, str) and not isinstance(default, str):
         value = _BOOL.get(value.lower(), value) if isinstance(default, bool) else _literal(value)
-    if isinstance(value, tuple): value = list(value)
+    if isinstance(value, tuple):
+        value = list(value)
     kind = type(default).__name__.replace("NoneType", "literal")
-    if not _fits(value, default) or not _plain(value): raise UserError(f"parameter {name} = {value!r}: give a {kind} such as {default!r}")
+    if not _fits(value, default) or not _plain(value):
+        raise UserError(f"parameter {name} = {value!r}: give a {kind} such as {default!r}")
     return float(value) if isinstance(default, float) else value
 
 # %% ../../nbs/lib/94_runner.notebooks.ipynb #03485398
@@ -83,7 +112,8 @@ def check_parameters(
     "The values to run a notebook with; raises `UserError` for a name it does not have."
     have = parameters(nb)
     for name in given:
-        if name not in have: raise unknown(f"parameter of {key}", name, have)
+        if name not in have:
+            raise unknown(f"parameter of {key}", name, have)
     return {k: coerce(k, v, have[k]) for k, v in given.items()}
 
 # %% ../../nbs/lib/94_runner.notebooks.ipynb #a87e7895
@@ -93,7 +123,11 @@ def _manager(folder):
 
     class Manager(AsyncKernelManager):
         kernel_spec = KernelSpec(argv=kernel_command(), display_name="python3", language="python")
-        def __init__(self, **kw): super().__init__(**kw, transport="ipc", connection_file=os.path.join(folder, "kernel.json"))
+
+        def __init__(self, **kw):
+            super().__init__(
+                **kw, transport="ipc", connection_file=os.path.join(folder, "kernel.json")
+            )
 
     return Manager
 
@@ -102,8 +136,11 @@ def _manager(folder):
 def _environ(**values):
     before = dict(os.environ)
     os.environ.update(values)
-    try: yield
-    finally: os.environ.clear(), os.environ.update(before)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 # %% ../../nbs/lib/94_runner.notebooks.ipynb #281b66e4
 class RenderError(TaskError):
@@ -121,22 +158,38 @@ def run_notebook(
     "The executed notebook as plain JSON data; raises `RenderError` with the cell's last line and its error in one line."
     import papermill
 
-    with tempfile.TemporaryDirectory(prefix="snnkd-") as folder, _environ(SNNKD_MISSING=missing, MPLBACKEND=BACKEND):
+    with (
+        tempfile.TemporaryDirectory(prefix="snnkd-") as folder,
+        _environ(SNNKD_MISSING=missing, MPLBACKEND=BACKEND),
+    ):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                nb = papermill.execute_notebook(str(path), None, values, progress_bar=False, cwd=str(root()), kernel_manager_class=_manager(folder))
+                nb = papermill.execute_notebook(
+                    str(path),
+                    None,
+                    values,
+                    progress_bar=False,
+                    cwd=str(root()),
+                    kernel_manager_class=_manager(folder),
+                )
         except papermill.PapermillExecutionError as e:
             line = ([s for s in e.source.splitlines() if s.strip()] or [""])[-1].strip()
-            raise RenderError(f"{e.ename}: {' '.join(str(e.evalue).split())} (in the cell that ends with `{line}`)") from None
+            raise RenderError(
+                f"{e.ename}: {' '.join(str(e.evalue).split())} (in the cell that ends with `{line}`)"
+            ) from None
     return json.loads(json.dumps(nb))
 
 # %% ../../nbs/lib/94_runner.notebooks.ipynb #b1bd27e4
 def _with_values(source, values):
     lines = source.splitlines(keepends=True)
     for name, node in reversed(list(_assignments(source))):
-        if name not in values: continue
-        head, tail = lines[node.lineno - 1][: node.col_offset], lines[node.end_lineno - 1][node.end_col_offset :]
+        if name not in values:
+            continue
+        head, tail = (
+            lines[node.lineno - 1][: node.col_offset],
+            lines[node.end_lineno - 1][node.end_col_offset :],
+        )
         lines[node.lineno - 1 : node.end_lineno] = [head + repr(values[name]) + tail]
     return "".join(lines)
 
@@ -144,10 +197,14 @@ def _with_values(source, values):
 def _outputs(outputs):
     out = []
     for o in outputs:
-        o = {k: v for k, v in o.items() if k != "transient"} | ({"execution_count": None} if "execution_count" in o else {})
-        if "metadata" in o: o["metadata"] = {}
-        if o["output_type"] == "stream":
-            if out and out[-1].get("name") == o["name"]: out[-1]["text"] += o["text"]; continue
+        o = {k: v for k, v in o.items() if k != "transient"} | (
+            {"execution_count": None} if "execution_count" in o else {}
+        )
+        if "metadata" in o:
+            o["metadata"] = {}
+        if o["output_type"] == "stream" and out and out[-1].get("name") == o["name"]:
+            out[-1]["text"] += o["text"]
+            continue
         out.append(o)
     return out
 
@@ -161,9 +218,11 @@ def cleaned(
 
     cells = [c for c in nb["cells"] if "injected-parameters" not in c["metadata"].get("tags", [])]
     for c in cells:
-        if "parameters" in c["metadata"].get("tags", []): c["source"] = _with_values(c["source"], values)
+        if "parameters" in c["metadata"].get("tags", []):
+            c["source"] = _with_values(c["source"], values)
         c["metadata"] = {k: v for k, v in c["metadata"].items() if k == "tags"}
-        if c["cell_type"] == "code": c["outputs"], c["execution_count"] = _outputs(c["outputs"]), None
+        if c["cell_type"] == "code":
+            c["outputs"], c["execution_count"] = _outputs(c["outputs"]), None
     spec = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
     return nbformat.writes(nbformat.from_dict({**nb, "cells": cells, "metadata": spec})) + "\n"
 
@@ -176,9 +235,11 @@ def prepare(
     "`(artefact, checked values)`; raises `UserError` before anything is started."
     found = artefact(key)
     check_scale(scale)
-    if not found.built: raise UserError(f"{key} is not built yet: there is no {found.path.relative_to(root())}")
+    if not found.built:
+        raise UserError(f"{key} is not built yet: there is no {found.path.relative_to(root())}")
     nb = json.loads(found.path.read_text())
-    if "scale" in dict(given): raise UserError("the scale is not a parameter to give with -p: use --scale")
+    if "scale" in dict(given):
+        raise UserError("the scale is not a parameter to give with -p: use --scale")
     base = {**found.params, **({"scale": scale} if "scale" in parameters(nb) else {})}
     return found, check_parameters(key, nb, {**base, **dict(given)})
 
@@ -190,7 +251,8 @@ def render(
     given=(),  # further parameters, name -> value
 ):
     "Run an artefact's notebook from what is stored; returns the path of the executed notebook."
-    if missing not in MISSING: raise unknown("value of missing", missing, MISSING)
+    if missing not in MISSING:
+        raise unknown("value of missing", missing, MISSING)
     found, values = prepare(key, scale, given)
     text = cleaned(run_notebook(found.path, values, missing), values)
     return atomic_write(rendered_path(key, scale), text)
@@ -204,11 +266,13 @@ def render_one(key, scale, missing, given, emit=None):
 @dataclass
 class Rendered:
     "What became of some notebooks."
+
     done: list  # keys
     failed: dict  # key -> why
 
     @property
-    def ok(self): return not self.failed
+    def ok(self):
+        return not self.failed
 
 # %% ../../nbs/lib/94_runner.notebooks.ipynb #300bdac2
 FORK_FROM = 3  # pages from which on a kernel server is worth its start
@@ -231,12 +295,24 @@ def render_all(
     on_line=print,  # called with every line
 ):
     "Render some artefacts, a line each; what fails is told and does not stop the others."
-    for key in keys: prepare(key, scale, given)
+    for key in keys:
+        prepare(key, scale, given)
     out, jobs = Rendered([], {}), min(len(keys), jobs or min(cores(), 4))
-    tasks = [Task(k, "snnkd_nb.runner.notebooks:render_one", {"key": k, "scale": scale, "missing": missing, "given": dict(given)}) for k in keys]
+    tasks = [
+        Task(
+            k,
+            "snnkd_nb.runner.notebooks:render_one",
+            {"key": k, "scale": scale, "missing": missing, "given": dict(given)},
+        )
+        for k in keys
+    ]
     threads, ends = max(1, cores() // max(jobs, 1)), []
     with contextlib.ExitStack() as stack:
-        forked = stack.enter_context(kernel_server(threads, str(root()), MPLBACKEND=BACKEND)) if len(keys) >= FORK_FROM else {}
+        forked = (
+            stack.enter_context(kernel_server(threads, str(root()), MPLBACKEND=BACKEND))
+            if len(keys) >= FORK_FROM
+            else {}
+        )
         events = stack.enter_context(contextlib.closing(run_tasks(tasks, jobs, threads, [forked])))
         for task, m in events:
             if "result" in m:
@@ -254,13 +330,15 @@ def render_all(
 @dataclass
 class Reproduced:
     "What became of a reproduction."
+
     runs: object  # `Outcome` of the runs
     pages: Rendered
     built: int  # artefacts that are built, among those meant
     meant: int
 
     @property
-    def ok(self): return self.runs.ok and self.pages.ok and self.built > 0
+    def ok(self):
+        return self.runs.ok and self.pages.ok and self.built > 0
 
 # %% ../../nbs/lib/94_runner.notebooks.ipynb #dd2feaaa
 def reproduce(
@@ -283,7 +361,9 @@ def reproduce(
     runs = execute_all(wanted, jobs, on_line=on_line, executor=executor, speed=speed, after=after)
     pages = render_all(keys, scale, jobs=jobs and min(jobs, cores()), on_line=on_line)
     where = write_status(scale=scale).relative_to(root())
-    on_line(f"{len(pages.done)} of {len(keys)} pages rendered at scale {scale} ({len(meant) - len(keys)} artefacts are not built yet); see {where}")
+    on_line(
+        f"{len(pages.done)} of {len(keys)} pages rendered at scale {scale} ({len(meant) - len(keys)} artefacts are not built yet); see {where}"
+    )
     return Reproduced(runs, pages, len(keys), len(meant))
 
 

@@ -330,7 +330,7 @@ def operation_task(job: dict[str, Any]) -> Callable[[dict, int], dict]:
     """
     import torch
 
-    import snnkd_nb.kernels.precision
+    import snnkd_nb.kernels.precision  # noqa: F401
 
     torch.set_num_threads(1)  # threads do not survive a fork
     case = Case("conv2d", 8, 8, 3, 1, 8, 2, "fp32", "contiguous", 1)
@@ -389,7 +389,9 @@ def run_as_child(
                 message["errors"] = task(fields, factor)
             except Exception as error:
                 text = " ".join(str(error).split())[:160]
-                message["failure"] = text if text.startswith("refused") else f"{type(error).__name__}: {text}"
+                message["failure"] = (
+                    text if text.startswith("refused") else f"{type(error).__name__}: {text}"
+                )
             print(json.dumps(message), file=lines)
     os._exit(0)
 
@@ -487,7 +489,9 @@ class Report:
 
     faults: tuple[Fault, ...]
     tried: dict[str, tuple]  # setting -> the cases that were run
-    left_out: dict[str, int] = dataclasses.field(default_factory=dict)  # setting -> cases PyTorch refuses
+    left_out: dict[str, int] = dataclasses.field(
+        default_factory=dict
+    )  # setting -> cases PyTorch refuses
 
     @property
     def ok(self) -> bool:
@@ -506,7 +510,9 @@ def run_job(job: dict[str, Any], variables: dict[str, str]) -> Iterator[dict[str
     Raises `RuntimeError` where the process ends before the job does.
     """
     command = [sys.executable, "-c", "from snnkd_nb.runner.numerics import serve; serve()"]
-    no_devices = {"CUDA_VISIBLE_DEVICES": ""}  # autograd has threads for them, which do not survive a fork
+    no_devices = {
+        "CUDA_VISIBLE_DEVICES": ""
+    }  # autograd has threads for them, which do not survive a fork
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **no_devices, **variables}
     grace = 60 + 20 * job["case_seconds"]
     process = subprocess.Popen(
@@ -656,13 +662,18 @@ def group_faults(found: Report) -> list[dict[str, Any]]:
         for name in ("c_in", "c_out", "size", "batch", "threads"):
             row[name] = sorted({getattr(case, name) for case in cases})
         rows.append(row)
-    return sorted(rows, key=lambda row: (row["setting"], row["operation"], row["dtype"], row["layout"]))
+    return sorted(
+        rows, key=lambda row: (row["setting"], row["operation"], row["dtype"], row["layout"])
+    )
 
 
 def lines_of(found: Report) -> Iterator[str]:
     """Yield the lines of a report on operations."""
     for row in group_faults(found):
-        place = "; ".join(f"{name} {in_ranges(row[name])}" for name in ("c_in", "c_out", "size", "batch", "threads"))
+        place = "; ".join(
+            f"{name} {in_ranges(row[name])}"
+            for name in ("c_in", "c_out", "size", "batch", "threads")
+        )
         yield f"{row['setting']}: {row['operation']}, {row['dtype']}, {row['layout']}: {row['what']}"
         yield f"    {row['faulty']} of {row['run']} cases: {place}"
     settings = ", ".join(f"{name} {len(cases)}" for name, cases in found.tried.items())
@@ -774,7 +785,9 @@ def gradient_errors(case: NetworkCase) -> dict[str, float]:
         loss = (net(x) * cotangent).sum()
         parameters = dict(net.named_parameters())
         values = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        return {name: g.double() for name, g in zip(parameters, values, strict=True) if g is not None}
+        return {
+            name: g.double() for name, g in zip(parameters, values, strict=True) if g is not None
+        }
 
     try:
         with torch.backends.mkldnn.flags(enabled=False):
@@ -790,7 +803,9 @@ def gradient_errors(case: NetworkCase) -> dict[str, float]:
         return errors
     with torch.backends.mkldnn.flags(enabled=False):
         rounding = norm_errors(gradients(network, images), reference)
-    return {name: max(0.0, error - ROUNDING_FACTOR * rounding[name]) for name, error in errors.items()}
+    return {
+        name: max(0.0, error - ROUNDING_FACTOR * rounding[name]) for name, error in errors.items()
+    }
 
 
 def norm_errors(found: dict[str, Any], reference: dict[str, Any]) -> dict[str, float]:
@@ -800,7 +815,9 @@ def norm_errors(found: dict[str, Any], reference: dict[str, Any]) -> dict[str, f
     for name, exact in reference.items():
         difference = (found[name] - exact).norm().item()
         finite = found[name].isfinite().all().item()
-        errors[name] = difference / max(exact.norm().item(), floor, 1e-30) if finite else float("inf")
+        errors[name] = (
+            difference / max(exact.norm().item(), floor, 1e-30) if finite else float("inf")
+        )
     return errors
 
 
@@ -808,7 +825,7 @@ def network_task(job: dict[str, Any]) -> Callable[[dict, int], dict]:
     """Return the function that checks one network in a child."""
     import torch
 
-    import snnkd_nb.models.zoo
+    import snnkd_nb.models.zoo  # noqa: F401
 
     torch.set_num_threads(1)  # threads do not survive a fork
 
@@ -849,11 +866,16 @@ def check_networks(
         wrong = [name for name, error in errors.items() if not error <= tolerance]
         if wrong:
             worst = max(wrong, key=lambda name: errors[name])
-            yield f"{len(wrong)} of {len(errors)} gradients wrong, most of all {worst}", errors[worst]
+            yield (
+                f"{len(wrong)} of {len(errors)} gradients wrong, most of all {worst}",
+                errors[worst],
+            )
 
     found = run_settings(job, chosen, names, judge, environment or {})
     for fault in found.faults:
         on_line(str(fault))
     refused = sum(found.left_out.values())
-    on_line(f"{len(found.faults)} faults in {found.count} networks; {refused} sizes are not accepted")
+    on_line(
+        f"{len(found.faults)} faults in {found.count} networks; {refused} sizes are not accepted"
+    )
     return found

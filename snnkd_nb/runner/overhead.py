@@ -7,15 +7,33 @@ __all__ = ['SETTING', 'TINY', 'METHODS', 'NAMES', 'step_of', 'peak_of', 'peaks',
            'measured', 'overhead_frame', 'in_words', 'overhead_bars', 'overhead_claims']
 
 # %% ../../nbs/lib/95_runner.overhead.ipynb #b7b0144e
-import json, multiprocessing, statistics
+import json
+import multiprocessing
+import statistics
 from concurrent.futures import ProcessPoolExecutor
 
 from ..core import UserError, atomic_write, root, unknown
-from .turns import device, has_fast_half, images, in_turns, peak_of_steps, row, taught
+from snnkd_nb.runner.turns import (
+    device,
+    has_fast_half,
+    images,
+    in_turns,
+    peak_of_steps,
+    row,
+    taught,
+)
 from ..store import environment
 
 # %% ../../nbs/lib/95_runner.overhead.ipynb #2159451d
-SETTING = {"student": "resnet20", "teacher": "resnet20", "T": 4, "width": 1.0, "teacher_width": 2.0, "batch": 64, "size": 32}
+SETTING = {
+    "student": "resnet20",
+    "teacher": "resnet20",
+    "T": 4,
+    "width": 1.0,
+    "teacher_width": 2.0,
+    "batch": 64,
+    "size": 32,
+}
 TINY = {**SETTING, "T": 2, "width": 0.25, "teacher_width": 0.5, "batch": 4, "size": 16}
 
 
@@ -29,8 +47,14 @@ def step_of(
 
     s = setting
     student = create_model(s["student"], T=s["T"], width=s["width"], image_size=s["size"])
-    teacher = None if method == "none" else create_model(s["teacher"], width=s["teacher_width"], image_size=s["size"])
-    return taught(create_distiller(method, student, teacher), *images(s["batch"], s["size"]), has_fast_half())
+    teacher = (
+        None
+        if method == "none"
+        else create_model(s["teacher"], width=s["teacher_width"], image_size=s["size"])
+    )
+    return taught(
+        create_distiller(method, student, teacher), *images(s["batch"], s["size"]), has_fast_half()
+    )
 
 # %% ../../nbs/lib/95_runner.overhead.ipynb #fbcc7fd5
 def peak_of(
@@ -48,8 +72,11 @@ def peaks(
 ):
     "`{method: [MiB, …]}`, every number from a process of its own, the methods in turns."
     found = {m: [] for m in methods}
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as alone:
-        for m in [*found] * processes: found[m].append(alone.submit(peak_of, m, setting).result())
+    with ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), max_tasks_per_child=1
+    ) as alone:
+        for m in [*found] * processes:
+            found[m].append(alone.submit(peak_of, m, setting).result())
     return found
 
 # %% ../../nbs/lib/95_runner.overhead.ipynb #ff8ff8ec
@@ -60,9 +87,23 @@ def line(
 ):
     "`{method, time, low, high, n, ms, memory, memory_low, memory_high, memory_n, mib}`: medians; quartiles of the time, extremes of the memory."
     r, base = row("overhead", m, times, m, "none"), statistics.median(mib["none"] or [0])
-    of = lambda how: how(mib[m]) / base if mib[m] and base else None
-    return {"method": m, "time": r["ratio"], "low": r["low"], "high": r["high"], "n": r["n"], "ms": round(1e3 * statistics.median(times[m]), 1), "memory": of(statistics.median),
-            "memory_low": of(min), "memory_high": of(max), "memory_n": len(mib[m]), "mib": round(statistics.median(mib[m])) if mib[m] else None}
+
+    def of(how):
+        return how(mib[m]) / base if mib[m] and base else None
+
+    return {
+        "method": m,
+        "time": r["ratio"],
+        "low": r["low"],
+        "high": r["high"],
+        "n": r["n"],
+        "ms": round(1e3 * statistics.median(times[m]), 1),
+        "memory": of(statistics.median),
+        "memory_low": of(min),
+        "memory_high": of(max),
+        "memory_n": len(mib[m]),
+        "mib": round(statistics.median(mib[m])) if mib[m] else None,
+    }
 
 # %% ../../nbs/lib/95_runner.overhead.ipynb #4d2dbc46
 def overhead(
@@ -75,16 +116,21 @@ def overhead(
     from snnkd_nb.losses.zoo import list_distillers
 
     for m in methods:
-        if m not in list_distillers(): raise unknown("method", m, list_distillers())
+        if m not in list_distillers():
+            raise unknown("method", m, list_distillers())
     names = dict.fromkeys(["none", *methods])
-    times, mib = in_turns({m: step_of(m, setting) for m in names}, rounds), peaks(names, setting, memory)
+    times, mib = (
+        in_turns({m: step_of(m, setting) for m in names}, rounds),
+        peaks(names, setting, memory),
+    )
     return [line(m, times, mib) for m in names]
 
 # %% ../../nbs/lib/95_runner.overhead.ipynb #38606488
 METHODS = ("kd", "kdsnn", "bkd", "samd", "nld", "ckdsnn")
 
 
-def kept_at(device="cpu"): return root() / "results" / "bench" / f"overhead-{device}.json"
+def kept_at(device="cpu"):
+    return root() / "results" / "bench" / f"overhead-{device}.json"
 
 
 def measure(
@@ -94,7 +140,11 @@ def measure(
     memory=3,  # processes in which the peak memory of each is measured; 0: not at all
 ):
     "Measure and keep; returns the path."
-    found = {"environment": environment(), "setting": dict(setting), "rows": overhead(methods, setting, rounds, memory)}
+    found = {
+        "environment": environment(),
+        "setting": dict(setting),
+        "rows": overhead(methods, setting, rounds, memory),
+    }
     return atomic_write(kept_at(device().type), json.dumps(found, indent=1) + "\n")
 
 
@@ -103,11 +153,20 @@ def measured(
 ):
     "The kept measurement: {environment, setting, rows}; raises `UserError` where there is none."
     path = kept_at(device)
-    if not path.is_file(): raise UserError(f"the overhead was not measured on {device!r}: snnkd measure overhead")
+    if not path.is_file():
+        raise UserError(f"the overhead was not measured on {device!r}: snnkd measure overhead")
     return json.loads(path.read_text())
 
 # %% ../../nbs/lib/95_runner.overhead.ipynb #2dad7464
-NAMES = {"none": "Baseline", "kd": "KD", "kdsnn": "KDSNN", "bkd": "BKDSNN", "samd": "SAMD", "nld": "NLD", "ckdsnn": "CKDSNN"}
+NAMES = {
+    "none": "Baseline",
+    "kd": "KD",
+    "kdsnn": "KDSNN",
+    "bkd": "BKDSNN",
+    "samd": "SAMD",
+    "nld": "NLD",
+    "ckdsnn": "CKDSNN",
+}
 
 
 def overhead_frame(
@@ -116,7 +175,9 @@ def overhead_frame(
     "A row a method as a `DataFrame`: time and memory over the baseline, their spread, how often, milliseconds, MiB."
     import pandas as pd
 
-    return pd.DataFrame(kept["rows"]).assign(method=lambda f: f["method"].map(lambda m: NAMES.get(m, m)))
+    return pd.DataFrame(kept["rows"]).assign(
+        method=lambda f: f["method"].map(lambda m: NAMES.get(m, m))
+    )
 
 
 def in_words(
@@ -125,15 +186,24 @@ def in_words(
     "What was measured, on what, how often."
     s, e, (_, r, *_) = kept["setting"], kept["environment"], kept["rows"]
     often = r.get("memory_n", 1)
-    how = "one process a method, so nothing is known of its spread" if often == 1 else f"{often} processes a method (whiskers: the extremes)"
-    return (f"{s['student']} (T = {s['T']}, width {s['width']:g}) under {s['teacher']} of width {s['teacher_width']:g}, {s['batch']} images of {s['size']}×{s['size']} a step, "
-            f"on {e.get('cpu', 'a processor')} with {e.get('threads', '?')} threads; time: {r['n']} rounds (whiskers: quartiles); memory: " + (how if r["memory"] else "not measured"))
+    how = (
+        "one process a method, so nothing is known of its spread"
+        if often == 1
+        else f"{often} processes a method (whiskers: the extremes)"
+    )
+    return (
+        f"{s['student']} (T = {s['T']}, width {s['width']:g}) under {s['teacher']} of width {s['teacher_width']:g}, {s['batch']} images of {s['size']}×{s['size']} a step, "
+        f"on {e.get('cpu', 'a processor')} with {e.get('threads', '?')} threads; time: {r['n']} rounds (whiskers: quartiles); memory: "
+        + (how if r["memory"] else "not measured")
+    )
 
 # %% ../../nbs/lib/95_runner.overhead.ipynb #7b85a8da
 def _spread(shown, column):
     low, high = {"time": ("low", "high"), "memory": ("memory_low", "memory_high")}[column]
     v = shown[column].astype(float)
-    return (v, v, v) if low not in shown else (v, shown[low].astype(float), shown[high].astype(float))
+    return (
+        (v, v, v) if low not in shown else (v, shown[low].astype(float), shown[high].astype(float))
+    )
 
 
 def overhead_bars(
@@ -149,8 +219,26 @@ def overhead_bars(
         tint, at = [(colours or {}).get(m, "#8c8c8c") for m in shown.method], np.arange(len(shown))
         value, low, high = _spread(shown, column)
         ax.bar(at, value, color=tint, width=0.7)
-        if (high > low).any(): ax.errorbar(at, value, [value - low, high - value], fmt="none", ecolor="black", elinewidth=0.9, capsize=2)
-        for x, (v, top) in enumerate(zip(value, high)): ax.text(x, top + 0.02, f"{v:.2f}", ha="center", va="bottom", fontsize=7, bbox={"fc": "white", "ec": "none", "pad": 0.8})
+        if (high > low).any():
+            ax.errorbar(
+                at,
+                value,
+                [value - low, high - value],
+                fmt="none",
+                ecolor="black",
+                elinewidth=0.9,
+                capsize=2,
+            )
+        for x, (v, top) in enumerate(zip(value, high)):
+            ax.text(
+                x,
+                top + 0.02,
+                f"{v:.2f}",
+                ha="center",
+                va="bottom",
+                fontsize=7,
+                bbox={"fc": "white", "ec": "none", "pad": 0.8},
+            )
         ax.axhline(1, color="#4d4d4d", lw=0.9, ls="--")
         ax.set_xticks(at, shown.method, fontsize=7.5)
         ax.set(ylabel=f"{column} / baseline's", ylim=(0, 1.18 * float(high.max())))
@@ -164,10 +252,16 @@ def overhead_claims(
     import pandas as pd
 
     at = frame.set_index("method")
-    return pd.DataFrame([_verdict(at, *pair) for pair in (("CKDSNN", "KDSNN"), ("BKDSNN", "CKDSNN"))])
+    return pd.DataFrame(
+        [_verdict(at, *pair) for pair in (("CKDSNN", "KDSNN"), ("BKDSNN", "CKDSNN"))]
+    )
 
 
 def _verdict(at, more, less):
     a, b = at.loc[more], at.loc[less]
     apart = "holds" if a.low > b.high else "does not hold" if a.high < b.low else "not told apart"
-    return {"claim": f"{more} takes longer than {less}", "Δ of the medians": f"{100 * (a.time - b.time):+.1f} %", "ours": apart}
+    return {
+        "claim": f"{more} takes longer than {less}",
+        "Δ of the medians": f"{100 * (a.time - b.time):+.1f} %",
+        "ours": apart,
+    }

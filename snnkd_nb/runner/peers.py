@@ -6,7 +6,9 @@
 __all__ = ['peer_net', 'twin', 'peer_of', 'jelly_neuron', 'compiled_loop']
 
 # %% ../../nbs/lib/94_runner.peers.ipynb #d956afc9
-import copy, functools, shutil
+import copy
+import functools
+import shutil
 
 # %% ../../nbs/lib/94_runner.peers.ipynb #c2f7dde6
 def peer_net(channels, num_classes=10, T=4):
@@ -14,9 +16,13 @@ def peer_net(channels, num_classes=10, T=4):
     from spikingjelly.activation_based import functional, layer, neuron, surrogate
     from torch import nn
 
-    def conv(a, b, k, stride): return [layer.Conv2d(a, b, k, stride, k // 2, bias=False), layer.BatchNorm2d(b)]
+    def conv(a, b, k, stride):
+        return [layer.Conv2d(a, b, k, stride, k // 2, bias=False), layer.BatchNorm2d(b)]
 
-    def lif(): return neuron.LIFNode(tau=2.0, decay_input=False, surrogate_function=surrogate.PiecewiseQuadratic(1.0))
+    def lif():
+        return neuron.LIFNode(
+            tau=2.0, decay_input=False, surrogate_function=surrogate.PiecewiseQuadratic(1.0)
+        )
 
     class Block(nn.Module):
         def __init__(self, a, b, stride):
@@ -25,10 +31,12 @@ def peer_net(channels, num_classes=10, T=4):
             self.short = nn.Identity() if a == b else nn.Sequential(*conv(a, b, 1, stride))
             self.lif = lif()
 
-        def forward(self, x): return self.lif(self.arm(x) + self.short(x))
+        def forward(self, x):
+            return self.lif(self.arm(x) + self.short(x))
 
     class Peer(nn.Sequential):
-        def forward(self, x): return super().forward(x.expand(T, *x.shape))
+        def forward(self, x):
+            return super().forward(x.expand(T, *x.shape))
 
     parts, a = [*conv(3, channels[0], 3, 1), lif()], channels[0]
     for i, b in enumerate(channels):
@@ -48,11 +56,25 @@ def twin(m):
     from snnkd_nb.neurons.lif import LIF
 
     if isinstance(m, LIF):
-        slope = getattr(surrogate, type(m.surrogate).__name__.replace("Triangle", "PiecewiseQuadratic"))(1 / m.surrogate.param if type(m.surrogate).__name__ == "Triangle" else m.surrogate.param)
-        rest = dict(v_threshold=m.v_threshold, v_reset=m.v_reset, detach_reset=m.detach_reset, surrogate_function=slope)
-        return neuron.LIFNode(tau=1 / (1 - m.decay), decay_input=m.decay_input, **rest) if m.decay < 1 else neuron.IFNode(**rest)
+        slope = getattr(
+            surrogate, type(m.surrogate).__name__.replace("Triangle", "PiecewiseQuadratic")
+        )(1 / m.surrogate.param if type(m.surrogate).__name__ == "Triangle" else m.surrogate.param)
+        rest = {
+            "v_threshold": m.v_threshold,
+            "v_reset": m.v_reset,
+            "detach_reset": m.detach_reset,
+            "surrogate_function": slope,
+        }
+        return (
+            neuron.LIFNode(tau=1 / (1 - m.decay), decay_input=m.decay_input, **rest)
+            if m.decay < 1
+            else neuron.IFNode(**rest)
+        )
     kind = "Conv2d" if isinstance(m, nn.Conv2d) else type(m).__name__
-    if not isinstance(m, (nn.Conv2d, nn.BatchNorm2d, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Flatten)): return None
+    if not isinstance(
+        m, (nn.Conv2d, nn.BatchNorm2d, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Flatten)
+    ):
+        return None
     made = copy.deepcopy(m)
     made.__class__ = getattr(layer, kind)
     made._step_mode = "s"
@@ -73,13 +95,15 @@ def peer_of(
 
         def forward(self, x):
             h = x.expand(self.T, *x.shape)
-            for name in self.net.stage_names: h = getattr(self.net, name)(h)
+            for name in self.net.stage_names:
+                h = getattr(self.net, name)(h)
             return self.net.head(self.net.pool(h))
 
     peer = Peer(copy.deepcopy(net))
     for parent in list(peer.modules()):
         for name, m in list(parent.named_children()):
-            if (t := twin(m)) is not None: setattr(parent, name, t)
+            if (t := twin(m)) is not None:
+                setattr(parent, name, t)
     functional.set_step_mode(peer, "m")
     return peer
 
@@ -109,5 +133,6 @@ def compiled_loop(surrogate):
 
     from snnkd_nb.kernels.lif import lif_reference
 
-    if not torch.cuda.is_available() and not any(map(shutil.which, ("g++", "clang++"))): return None
+    if not torch.cuda.is_available() and not any(map(shutil.which, ("g++", "clang++"))):
+        return None
     return torch.compile(functools.partial(lif_reference, surrogate=surrogate), dynamic=False)

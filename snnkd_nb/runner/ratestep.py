@@ -6,13 +6,29 @@
 __all__ = ['SETTING', 'TINY', 'STEPS', 'WAYS', 'step_of', 'peak_of', 'peaks', 'times', 'rate_rows', 'labelled']
 
 # %% ../../nbs/lib/95_runner.ratestep.ipynb #74465ee0
-import math, multiprocessing
+import math
+import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
-from .turns import has_fast_half, images, in_turns, peak_of_steps, row, stepper, taught
+from snnkd_nb.runner.turns import (
+    has_fast_half,
+    images,
+    in_turns,
+    peak_of_steps,
+    row,
+    stepper,
+    taught,
+)
 
 # %% ../../nbs/lib/95_runner.ratestep.ipynb #94c2e3da
-SETTING = {"model": "resnet20", "neuron": "rate", "width": 1.0, "batch": 64, "size": 32, "half": None}
+SETTING = {
+    "model": "resnet20",
+    "neuron": "rate",
+    "width": 1.0,
+    "batch": 64,
+    "size": 32,
+    "half": None,
+}
 TINY = {**SETTING, "width": 0.25, "batch": 4, "size": 8}
 STEPS = (2, 4, 6, 8)
 WAYS = ("bptt", "rate", "eskd", "parts")
@@ -29,15 +45,24 @@ def step_of(
     from snnkd_nb.neurons.stream import streaming
 
     s = setting
-    net = create_model(s["model"], T=T, neuron=s["neuron"], width=s["width"], image_size=s["size"]).train()
+    net = create_model(
+        s["model"], T=T, neuron=s["neuron"], width=s["width"], image_size=s["size"]
+    ).train()
     net.gradient = "bptt" if way == "bptt" else "rate"
-    teacher = create_model(s["model"], width=s["width"], image_size=s["size"]) if way == "eskd" else None
+    teacher = (
+        create_model(s["model"], width=s["width"], image_size=s["size"]) if way == "eskd" else None
+    )
     half = has_fast_half() if s["half"] is None else s["half"]
     x, y = images(s["batch"], s["size"])
-    step = taught(create_distiller("eskd", net, teacher), x, y, half) if teacher else stepper(net, x, y, half)
+    step = (
+        taught(create_distiller("eskd", net, teacher), x, y, half)
+        if teacher
+        else stepper(net, x, y, half)
+    )
 
     def run():
-        with streaming(0 if way == "parts" else math.inf): return step()
+        with streaming(0 if way == "parts" else math.inf):
+            return step()
 
     return run
 
@@ -59,8 +84,12 @@ def peaks(
 ):
     "{(way, T): MiB}."
     cases = [(g, T) for g in WAYS for T in steps]
-    if not apart: return {c: max(peak_of(*c, setting), 1e-3) for c in cases}
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as alone: return {c: alone.submit(peak_of, *c, setting).result() for c in cases}
+    if not apart:
+        return {c: max(peak_of(*c, setting), 1e-3) for c in cases}
+    with ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), max_tasks_per_child=1
+    ) as alone:
+        return {c: alone.submit(peak_of, *c, setting).result() for c in cases}
 
 # %% ../../nbs/lib/95_runner.ratestep.ipynb #bbc4a112
 def times(
@@ -78,18 +107,74 @@ _CALLED = {"rate": "rates", "eskd": "ESKD"}
 def rate_rows(tiny=False):
     "T = 8 over T = 2 for every way, through time over rates and over ESKD for every T, and in parts over all at once: time of a step, and peak memory."
     setting, steps = (TINY, (2, 8)) if tiny else (SETTING, STEPS)
-    name, t = f"{setting['model']}, batch {setting['batch']}", times(setting, steps, 3 if tiny else 7)
+    name, t = (
+        f"{setting['model']}, batch {setting['batch']}",
+        times(setting, steps, 3 if tiny else 7),
+    )
     m = {c: [v] for c, v in peaks(setting, steps, not tiny).items()}
-    rows = [row("rate", f"{name}, a step, {g}: T=8 / T=2", t, (g, 8), (g, 2), goal="<= 2.2" if g == "rate" else "") for g in ("rate", "eskd", "bptt")]
-    rows += [row("rate", f"{name}, a step, T={T}: through time / {_CALLED[g]}", t, ("bptt", T), (g, T), goal=">= 1.8" if (g, T) == ("rate", 8) else "") for g in _CALLED for T in steps]
-    rows += [row("rate", f"{name}, a step, T=8: rates in parts / rates", t, ("parts", 8), ("rate", 8))]
-    rows += [row("rate", f"{name}, peak memory, {g}: T=8 / T=2", m, (g, 8), (g, 2), goal="<= 1.3" if g == "rate" else "") for g in ("rate", "eskd", "parts", "bptt")]
-    rows += [row("rate", f"{name}, peak memory, T={T}: through time / {_CALLED[g]}", m, ("bptt", T), (g, T)) for g in _CALLED for T in steps]
-    rows += [row("rate", f"{name}, peak memory, T=8: rates in parts / rates", m, ("parts", 8), ("rate", 8))]
+    rows = [
+        row(
+            "rate",
+            f"{name}, a step, {g}: T=8 / T=2",
+            t,
+            (g, 8),
+            (g, 2),
+            goal="<= 2.2" if g == "rate" else "",
+        )
+        for g in ("rate", "eskd", "bptt")
+    ]
+    rows += [
+        row(
+            "rate",
+            f"{name}, a step, T={T}: through time / {_CALLED[g]}",
+            t,
+            ("bptt", T),
+            (g, T),
+            goal=">= 1.8" if (g, T) == ("rate", 8) else "",
+        )
+        for g in _CALLED
+        for T in steps
+    ]
+    rows += [
+        row("rate", f"{name}, a step, T=8: rates in parts / rates", t, ("parts", 8), ("rate", 8))
+    ]
+    rows += [
+        row(
+            "rate",
+            f"{name}, peak memory, {g}: T=8 / T=2",
+            m,
+            (g, 8),
+            (g, 2),
+            goal="<= 1.3" if g == "rate" else "",
+        )
+        for g in ("rate", "eskd", "parts", "bptt")
+    ]
+    rows += [
+        row(
+            "rate",
+            f"{name}, peak memory, T={T}: through time / {_CALLED[g]}",
+            m,
+            ("bptt", T),
+            (g, T),
+        )
+        for g in _CALLED
+        for T in steps
+    ]
+    rows += [
+        row(
+            "rate",
+            f"{name}, peak memory, T=8: rates in parts / rates",
+            m,
+            ("parts", 8),
+            ("rate", 8),
+        )
+    ]
     return [labelled(r) for r in rows]
 
 
 def labelled(r):
     "A row whose numbers have names that JSON can hold; of memory they are MiB."
     unit, scale = ("mib", 1e-3) if "peak memory" in r["name"] else ("ms", 1.0)
-    return {k: v for k, v in r.items() if k != "ms"} | {unit: {f"{g}, T={T}": round(scale * v, 3) for (g, T), v in r["ms"].items()}}
+    return {k: v for k, v in r.items() if k != "ms"} | {
+        unit: {f"{g}, T={T}": round(scale * v, 3) for (g, T), v in r["ms"].items()}
+    }

@@ -6,7 +6,9 @@
 __all__ = ['turn_links', 'readme_text', 'readme']
 
 # %% ../../nbs/lib/97_runner.readme.ipynb #caf18a06
-import json, os, re
+import json
+import os
+import re
 from pathlib import Path
 
 from ..core import UserError, atomic_write, root
@@ -16,7 +18,8 @@ _LINK = re.compile(r"(\]\()([^)#\s]+)")
 
 
 def _turn(link, top):
-    if re.match(r"[a-z]+:", link): return link
+    if re.match(r"[a-z]+:", link):
+        return link
     turned = os.path.normpath(os.path.join("nbs", link))
     return turned if (top / turned).exists() else link
 
@@ -29,24 +32,31 @@ def turn_links(
     return _LINK.sub(lambda m: m[1] + _turn(m[2], Path(top)), text)
 
 # %% ../../nbs/lib/97_runner.readme.ipynb #ae62aab2
-def _text(v): return v if isinstance(v, str) else "".join(v)
+def _text(v):
+    return v if isinstance(v, str) else "".join(v)
 
 
 def _shown(output):
-    if output["output_type"] == "stream": return _text(output["text"]) if output["name"] == "stdout" else ""
+    if output["output_type"] == "stream":
+        return _text(output["text"]) if output["name"] == "stdout" else ""
     data = output.get("data", {})
     return "" if any(k.startswith("image/") for k in data) else _text(data.get("text/plain", ""))
 
 
-def _fence(text, language): return f"```{language}\n{text.strip()}\n```"
+def _fence(text, language):
+    return f"```{language}\n{text.strip()}\n```"
 
 
 def _cell(cell, top):
     source = _text(cell["source"])
-    if cell["cell_type"] == "markdown": return [turn_links(source, top).strip()]
-    if cell["cell_type"] != "code" or "#| hide" in source: return []
+    if cell["cell_type"] == "markdown":
+        return [turn_links(source, top).strip()]
+    if cell["cell_type"] != "code" or "#| hide" in source:
+        return []
     code = "\n".join(line for line in source.splitlines() if not line.startswith("#|"))
-    printed = "".join(t if t.endswith("\n") else t + "\n" for t in map(_shown, cell["outputs"]) if t.strip())
+    printed = "".join(
+        t if t.endswith("\n") else t + "\n" for t in map(_shown, cell["outputs"]) if t.strip()
+    )
     return [_fence(code, "python")] + ([_fence(printed, "text")] if printed else [])
 
 # %% ../../nbs/lib/97_runner.readme.ipynb #8d94e027
@@ -56,7 +66,11 @@ def readme_text(
     "The front page as Markdown."
     top = Path(notebook).parent.parent
     parts = [p for c in json.loads(Path(notebook).read_text())["cells"] for p in _cell(c, top) if p]
-    return "<!-- made from nbs/index.ipynb by `snnkd readme`; edit that -->\n\n" + "\n\n".join(parts) + "\n"
+    return (
+        "<!-- made from nbs/index.ipynb by `snnkd readme`; edit that -->\n\n"
+        + "\n\n".join(parts)
+        + "\n"
+    )
 
 # %% ../../nbs/lib/97_runner.readme.ipynb #114a1db8
 def readme(
@@ -64,8 +78,10 @@ def readme(
 ):
     "Write README.md from the front page; whether it was up to date."
     page, path = root() / "nbs" / "index.ipynb", root() / "README.md"
-    if not page.exists(): raise UserError(f"there is no {page}: README.md is made from it")
+    if not page.exists():
+        raise UserError(f"there is no {page}: README.md is made from it")
     text = readme_text(page)
     fresh = path.exists() and path.read_text() == text
-    if not fresh and not check: atomic_write(path, text)
+    if not fresh and not check:
+        atomic_write(path, text)
     return fresh

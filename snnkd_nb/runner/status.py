@@ -31,13 +31,18 @@ def products(
 ):
     "Its table and figure where they are there, as seen from `results`."
     paper, name = key.split("/")
-    stems = [f"tables/{paper}/{name}-{scale}.md", f"../figures/{paper}/{name}-{scale}.png", *([f"../figures/{paper}/{name}.png"] * (scale in SCALES[:2]))]
+    stems = [
+        f"tables/{paper}/{name}-{scale}.md",
+        f"../figures/{paper}/{name}-{scale}.png",
+        *([f"../figures/{paper}/{name}.png"] * (scale in SCALES[:2])),
+    ]
     return [s for s in stems if (root() / "results" / s).exists()]
 
 # %% ../../nbs/lib/93_runner.status.ipynb #74d62799
 @dataclass(frozen=True)
 class Row:
     "The state of one artefact at one scale."
+
     artefact: Artefact
     scale: str
     needed: int  # runs
@@ -46,19 +51,38 @@ class Row:
     came: bool = False  # whether its table or figure is there without
 
     @property
-    def missing(self): return self.needed - self.stored
+    def missing(self):
+        return self.needed - self.stored
 
     @property
     def state(self):
-        if not self.artefact.built: return "not built yet"
+        if not self.artefact.built:
+            return "not built yet"
         runs = f"{self.stored}/{self.needed} runs" if self.needed else "no runs needed"
-        when = time.strftime("rendered %Y-%m-%d %H:%M", time.localtime(self.rendered)) if self.rendered else "came rendered" if self.came else "not rendered"
+        when = (
+            time.strftime("rendered %Y-%m-%d %H:%M", time.localtime(self.rendered))
+            if self.rendered
+            else "came rendered"
+            if self.came
+            else "not rendered"
+        )
         return f"{runs}, {when}"
 
     def to_dict(self):
         a = self.artefact
-        return {"id": a.id, "kind": a.kind, "where": a.where, "shows": a.shows, "notebook": a.notebook, "scale": self.scale, "built": a.built,
-                "needed": self.needed, "stored": self.stored, "missing": self.missing, "rendered": self.rendered}
+        return {
+            "id": a.id,
+            "kind": a.kind,
+            "where": a.where,
+            "shows": a.shows,
+            "notebook": a.notebook,
+            "scale": self.scale,
+            "built": a.built,
+            "needed": self.needed,
+            "stored": self.stored,
+            "missing": self.missing,
+            "rendered": self.rendered,
+        }
 
 # %% ../../nbs/lib/93_runner.status.ipynb #9ce1de7c
 def row(
@@ -69,7 +93,14 @@ def row(
     "The `Row` of an artefact."
     ids = {s.id for s in specs_for(artefact.id, scale)} if artefact.built else set()
     path = rendered_path(artefact.id, scale)
-    return Row(artefact, scale, len(ids), len(ids & have), path.stat().st_mtime if path.exists() else None, bool(products(artefact.id, scale)))
+    return Row(
+        artefact,
+        scale,
+        len(ids),
+        len(ids & have),
+        path.stat().st_mtime if path.exists() else None,
+        bool(products(artefact.id, scale)),
+    )
 
 # %% ../../nbs/lib/93_runner.status.ipynb #d2691b22
 def rows(
@@ -88,14 +119,28 @@ def listing(
 ):
     "The rows as text."
     wide = max(len(r.artefact.id) for r in found)
-    lines = [f"{r.artefact.id:<{wide}}  {r.artefact.kind:<7}  {r.state:<38}  {r.artefact.where}: {r.artefact.shows}"[:150].rstrip() for r in found]
+    lines = [
+        f"{r.artefact.id:<{wide}}  {r.artefact.kind:<7}  {r.state:<38}  {r.artefact.where}: {r.artefact.shows}"[
+            :150
+        ].rstrip()
+        for r in found
+    ]
     built = sum(r.artefact.built for r in found)
-    return "\n".join([*lines, f"{len(found)} artefacts at scale {found[0].scale}: {built} built, {len(found) - built} not built yet"])
+    return "\n".join(
+        [
+            *lines,
+            f"{len(found)} artefacts at scale {found[0].scale}: {built} built, {len(found) - built} not built yet",
+        ]
+    )
 
 # %% ../../nbs/lib/93_runner.status.ipynb #ba7b521b
 def _cell(r):
-    if not r.artefact.built: return ""
-    links = [f"[{Path(f).suffix[1:].replace('md', 'table').replace('png', 'figure')}]({f})" for f in products(r.artefact.id, r.scale)]
+    if not r.artefact.built:
+        return ""
+    links = [
+        f"[{Path(f).suffix[1:].replace('md', 'table').replace('png', 'figure')}]({f})"
+        for f in products(r.artefact.id, r.scale)
+    ]
     return " ".join([*([f"{r.stored}/{r.needed}"] if r.needed else []), *links])
 
 # %% ../../nbs/lib/93_runner.status.ipynb #4a3f74fa
@@ -106,11 +151,18 @@ def _paper_table(paper, by_scale):
     for a in keys:
         link = f"[{a.id}](../{a.notebook})" if a.built else a.id
         cells = [_cell(rs[a.id]) for rs in by_scale.values()]
-        lines.append([link, a.where, a.shows, *(cells if a.built else ["not built yet", *cells[1:]])])
+        lines.append(
+            [link, a.where, a.shows, *(cells if a.built else ["not built yet", *cells[1:]])]
+        )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _verdicts(paper, scales): return f"Verdicts at {said}.\n\n" if (said := claims_in_words(paper, scales).replace("\n", "; ")) else ""
+def _verdicts(paper, scales):
+    return (
+        f"Verdicts at {said}.\n\n"
+        if (said := claims_in_words(paper, scales).replace("\n", "; "))
+        else ""
+    )
 
 
 def status_text(
@@ -118,13 +170,33 @@ def status_text(
     scales=SCALES[1:],  # the scales it is about; the first is always shown
 ):
     "The text of results/README.md, or of the page of other scales."
-    by_scale = {s: {r.artefact.id: r for r in rows(["all", *(a.id for a in studies())], s, store)} for s in scales}
-    used = {s: rs for s, rs in by_scale.items() if s == scales[0] or any(r.stored or products(r.artefact.id, s) for r in rs.values())}
+    by_scale = {
+        s: {r.artefact.id: r for r in rows(["all", *(a.id for a in studies())], s, store)}
+        for s in scales
+    }
+    used = {
+        s: rs
+        for s, rs in by_scale.items()
+        if s == scales[0] or any(r.stored or products(r.artefact.id, s) for r in rs.values())
+    }
     built = sum(a.built for a in artefacts())
-    head = ("# Results\n\nGenerated by `snnkd status`; do not edit. A number is runs stored / needed at a scale; tables and figures are linked "
-            f"where they have been rendered.{'' if SCALES[0] in scales else ' Smoke-scale results are made by `make reproduce` and listed in `smoke.md` beside this page (those of studies/events came with the project).'}\n\n"
-            f"{built} of {len(artefacts())} artefacts are built.")
-    return "\n\n".join([head, *(f"## {p}\n\n{_verdicts(p, scales)}{_paper_table(p, used)}" for p in (*PAPERS, *["studies"] * bool(studies())))]) + "\n"
+    head = (
+        "# Results\n\nGenerated by `snnkd status`; do not edit. A number is runs stored / needed at a scale; tables and figures are linked "
+        f"where they have been rendered.{'' if SCALES[0] in scales else ' Smoke-scale results are made by `make reproduce` and listed in `smoke.md` beside this page (those of studies/events came with the project).'}\n\n"
+        f"{built} of {len(artefacts())} artefacts are built."
+    )
+    return (
+        "\n\n".join(
+            [
+                head,
+                *(
+                    f"## {p}\n\n{_verdicts(p, scales)}{_paper_table(p, used)}"
+                    for p in (*PAPERS, *["studies"] * bool(studies()))
+                ),
+            ]
+        )
+        + "\n"
+    )
 
 # %% ../../nbs/lib/93_runner.status.ipynb #dcb82df0
 def write_status(
@@ -135,5 +207,6 @@ def write_status(
     pages = {"smoke.md": status_text(store, SCALES[:1]), "README.md": status_text(store)}
     for name, text in pages.items():
         path = root() / "results" / name
-        if not path.exists() or path.read_text() != text: atomic_write(path, text)
+        if not path.exists() or path.read_text() != text:
+            atomic_write(path, text)
     return path.with_name("smoke.md") if scale == SCALES[0] else path

@@ -7,7 +7,10 @@ __all__ = ['device', 'finish', 'in_turns', 'row', 'ceilings', 'images', 'has_fas
            'autocast', 'as_used', 'stepper', 'taught', 'peak_of_steps']
 
 # %% ../../nbs/lib/94_runner.turns.ipynb #3d18b643
-import contextlib, functools, statistics, time
+import contextlib
+import functools
+import statistics
+import time
 
 from ..store import peak_memory
 
@@ -24,7 +27,8 @@ def finish():
     "Wait until a GPU has done what it was given."
     import torch
 
-    if device().type == "cuda": torch.cuda.synchronize()
+    if device().type == "cuda":
+        torch.cuda.synchronize()
 
 
 def in_turns(
@@ -38,7 +42,8 @@ def in_turns(
             start = time.perf_counter()
             fn()
             finish()
-            if r: times[name].append(time.perf_counter() - start)
+            if r:
+                times[name].append(time.perf_counter() - start)
     return times
 
 
@@ -53,9 +58,20 @@ def row(
 ):
     "One line of the table: median and quartiles of `a / (scale · b)`."
     ratios = sorted(x / (scale * y) for x, y in zip(times[a], times[b]))
-    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    low, _, high = (
+        statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    )
     ms = {k: round(1e3 * statistics.median(times[k]), 3) for k in (a, b)}
-    return {"what": what, "name": name, "ratio": statistics.median(ratios), "low": low, "high": high, "n": len(ratios), "goal": goal, "ms": ms}
+    return {
+        "what": what,
+        "name": name,
+        "ratio": statistics.median(ratios),
+        "low": low,
+        "high": high,
+        "n": len(ratios),
+        "goal": goal,
+        "ms": ms,
+    }
 
 # %% ../../nbs/lib/94_runner.turns.ipynb #6e747cc2
 def ceilings(tiny=False):
@@ -63,18 +79,29 @@ def ceilings(tiny=False):
     import torch
 
     n, k = (2**16, 64) if tiny else (2**24, 1024) if device().type == "cpu" else (2**28, 8192)
-    src, dst, a = torch.ones(n, device=device()), torch.empty(n, device=device()), torch.ones(k, k, device=device())
+    src, dst, a = (
+        torch.ones(n, device=device()),
+        torch.empty(n, device=device()),
+        torch.ones(k, k, device=device()),
+    )
     half = a.bfloat16()
-    t = in_turns({"copy": lambda: dst.copy_(src), "fp32": lambda: a @ a, "bf16": lambda: half @ half}, 5)
+    t = in_turns(
+        {"copy": lambda: dst.copy_(src), "fp32": lambda: a @ a, "bf16": lambda: half @ half}, 5
+    )
     best = {name: min(v) for name, v in t.items()}
-    return {"copy_gb_s": 8e-9 * n / best["copy"], **{f"matmul_{d}_gflop_s": 2e-9 * k**3 / best[d] for d in ("fp32", "bf16")}}
+    return {
+        "copy_gb_s": 8e-9 * n / best["copy"],
+        **{f"matmul_{d}_gflop_s": 2e-9 * k**3 / best[d] for d in ("fp32", "bf16")},
+    }
 
 # %% ../../nbs/lib/94_runner.turns.ipynb #4750057c
 def images(batch, size, classes=10):
     "Images (B, 3, size, size) and labels (B,) of noise, where everything is measured."
     import torch
 
-    return torch.randn(batch, 3, size, size, device=device()), torch.randint(0, classes, (batch,), device=device())
+    return torch.randn(batch, 3, size, size, device=device()), torch.randint(
+        0, classes, (batch,), device=device()
+    )
 
 
 def has_fast_half() -> bool:
@@ -132,11 +159,14 @@ def stepper(
     def step(x=x, y=y):
         with as_used(half) if reset else autocast(half):
             logits = net(x)
-            loss = torch.nn.functional.cross_entropy(logits.float().mean(0) if logits.dim() == 3 else logits.float(), y)
+            loss = torch.nn.functional.cross_entropy(
+                logits.float().mean(0) if logits.dim() == 3 else logits.float(), y
+            )
         opt.zero_grad()
         loss.backward()
         opt.step()
-        if reset: reset(net)
+        if reset:
+            reset(net)
         return loss.detach()
 
     return step
@@ -154,7 +184,8 @@ def taught(
     opt = torch.optim.SGD(distiller.to(x.device).train().parameters(), lr=0.01, momentum=0.9)
 
     def step():
-        with autocast(half): loss = sum(distiller(x, y)[0].values())
+        with autocast(half):
+            loss = sum(distiller(x, y)[0].values())
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -175,5 +206,6 @@ def peak_of_steps(
     warm()()
     before = torch.cuda.memory_allocated() / 2**20 if gpu else peak_memory(reset=True)
     step = make()
-    for _ in range(steps): step()
+    for _ in range(steps):
+        step()
     return (torch.cuda.max_memory_allocated() / 2**20 if gpu else peak_memory()) - before

@@ -6,7 +6,17 @@
 __all__ = ['TaskError', 'reason', 'answer', 'serve', 'Worker', 'Task', 'Crew', 'run_tasks']
 
 # %% ../../nbs/lib/91_runner.workers.ipynb #7f283a20
-import importlib, json, os, queue, signal, subprocess, sys, tempfile, threading, traceback, warnings
+import importlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+import warnings
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 
@@ -22,7 +32,13 @@ def reason(
 ):
     "One line for an error: its message alone where that was written for people, else with its type."
     text = " ".join(str(error).split())
-    return text if isinstance(error, (UserError, TaskError)) else f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return (
+        text
+        if isinstance(error, (UserError, TaskError))
+        else f"{type(error).__name__}: {text}"
+        if text
+        else type(error).__name__
+    )
 
 # %% ../../nbs/lib/91_runner.workers.ipynb #8db62988
 def answer(
@@ -35,11 +51,17 @@ def answer(
         out = getattr(importlib.import_module(module), name)(**request["kwargs"], emit=emit)
         return {"result": "ok", **(out or {})}
     except Exception as e:
-        return {"result": "failed", "reason": reason(e), "kind": type(e).__name__, "trace": traceback.format_exc()}
+        return {
+            "result": "failed",
+            "reason": reason(e),
+            "kind": type(e).__name__,
+            "trace": traceback.format_exc(),
+        }
 
 # %% ../../nbs/lib/91_runner.workers.ipynb #947ff58a
 def _listen(requests):
-    for line in sys.stdin: requests.put(json.loads(line))
+    for line in sys.stdin:
+        requests.put(json.loads(line))
     os._exit(0)
 
 
@@ -48,11 +70,17 @@ def serve():
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    say = lambda message: out.write(json.dumps(message) + "\n")
-    warnings.showwarning = lambda text, *_: say({"event": "warning", "text": " ".join(str(text).split())})
+
+    def say(message):
+        return out.write(json.dumps(message) + "\n")
+
+    warnings.showwarning = lambda text, *_: say(
+        {"event": "warning", "text": " ".join(str(text).split())}
+    )
     requests = queue.Queue()
     threading.Thread(target=_listen, args=(requests,), daemon=True).start()
-    while True: say(answer(requests.get(), say))
+    while True:
+        say(answer(requests.get(), say))
 
 # %% ../../nbs/lib/91_runner.workers.ipynb #b729a417
 class Worker:
@@ -63,22 +91,35 @@ class Worker:
         threads=1,  # cores it may use
         env=None,  # further environment variables
     ):
-        cap = {k: str(threads) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")} | {"OMP_WAIT_POLICY": "PASSIVE"}
+        cap = {
+            k: str(threads) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+        } | {"OMP_WAIT_POLICY": "PASSIVE"}
         path = os.pathsep.join(p or os.getcwd() for p in sys.path)
         self.task, self.rest, self.log = None, b"", tempfile.TemporaryFile()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "from snnkd_nb.runner.workers import serve; serve()"], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=self.log, start_new_session=True, env={**os.environ, "PYTHONPATH": path, **cap, **(env or {})})
+            [sys.executable, "-c", "from snnkd_nb.runner.workers import serve; serve()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": path, **cap, **(env or {})},
+        )
 
     def ask(self, task):
         self.task = task
-        try: os.write(self.process.stdin.fileno(), json.dumps({"call": task.call, "kwargs": task.kwargs}).encode() + b"\n")
-        except BrokenPipeError: pass  # it has died; `read` will find out
+        try:
+            os.write(
+                self.process.stdin.fileno(),
+                json.dumps({"call": task.call, "kwargs": task.kwargs}).encode() + b"\n",
+            )
+        except BrokenPipeError:
+            pass  # it has died; `read` will find out
 
     def read(self):
         "The messages that have come; None where the worker is dead."
         data = os.read(self.process.stdout.fileno(), 1 << 16)
-        if not data: return None
+        if not data:
+            return None
         *lines, self.rest = (self.rest + data).split(b"\n")
         return [json.loads(line) for line in lines]
 
@@ -87,23 +128,33 @@ class Worker:
         code = self.process.wait()
         self.log.seek(0)
         tail = self.log.read()[-2000:].decode(errors="replace").strip().splitlines()
-        killed = f"killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -9 else "") if code < 0 else f"exit code {code}"
+        killed = (
+            f"killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -9 else "")
+            if code < 0
+            else f"exit code {code}"
+        )
         return f"{killed}: {tail[-1]}" if tail and code != -9 else killed
 
     def stop(self, patience=2.0):
         "End it and everything it started, gently, then firmly."
         for sig in (signal.SIGTERM, signal.SIGKILL):
-            try: os.killpg(self.process.pid, sig)
-            except ProcessLookupError: break
-            try: self.process.wait(patience)
-            except subprocess.TimeoutExpired: continue
+            try:
+                os.killpg(self.process.pid, sig)
+            except ProcessLookupError:
+                break
+            try:
+                self.process.wait(patience)
+            except subprocess.TimeoutExpired:
+                continue
             break
-        for f in (self.process.stdin, self.process.stdout, self.log): f.close()
+        for f in (self.process.stdin, self.process.stdout, self.log):
+            f.close()
 
 # %% ../../nbs/lib/91_runner.workers.ipynb #6c55c27d
 @dataclass
 class Task:
     "Something for a worker to do."
+
     id: str
     call: str  # "package.module:function"
     kwargs: dict  # what JSON can say
@@ -114,21 +165,33 @@ class Task:
 # %% ../../nbs/lib/91_runner.workers.ipynb #4e11d41d
 class Crew:
     "A number of workers and the tasks they share."
+
     def __init__(self, tasks, jobs, threads=1, envs=({},)):
         self.waiting = {t.id: t for t in tasks}
-        self.jobs, self.threads, self.envs, self.failed, self.workers = jobs, threads, envs, set(), []
+        self.jobs, self.threads, self.envs, self.failed, self.workers = (
+            jobs,
+            threads,
+            envs,
+            set(),
+            [],
+        )
 
-    def busy(self): return [w for w in self.workers if w.task]
+    def busy(self):
+        return [w for w in self.workers if w.task]
 
     def blocked(self):
         "Tasks that can never run because something before them failed."
         found = [t for t in self.waiting.values() if set(t.deps) & self.failed]
-        for t in found: self.waiting.pop(t.id), self.failed.add(t.id)
+        for t in found:
+            self.waiting.pop(t.id)
+            self.failed.add(t.id)
         return found
 
     def ready(self):
         undone = self.waiting.keys() | {w.task.id for w in self.busy()} | self.failed
-        return sorted((t for t in self.waiting.values() if not set(t.deps) & undone), key=lambda t: -t.rank)
+        return sorted(
+            (t for t in self.waiting.values() if not set(t.deps) & undone), key=lambda t: -t.rank
+        )
 
     def start(self):
         "Hand ready tasks to idle workers; returns the tasks that were started."
@@ -154,14 +217,21 @@ class Crew:
         if task.tries < 2:
             self.waiting[task.id] = task
             return {"event": "retry", "reason": how}
-        return {"result": "failed", "reason": f"its worker died twice, {how}", "kind": "WorkerDied", "trace": ""}
+        return {
+            "result": "failed",
+            "reason": f"its worker died twice, {how}",
+            "kind": "WorkerDied",
+            "trace": "",
+        }
 
 # %% ../../nbs/lib/91_runner.workers.ipynb #144f8c6c
 def _hear(crew, worker):
     task, messages = worker.task, worker.read()
     for m in [crew.bury(worker)] if messages is None else messages:
-        if "result" in m: worker.task = None
-        if m.get("result") == "failed": crew.failed.add(task.id)
+        if "result" in m:
+            worker.task = None
+        if m.get("result") == "failed":
+            crew.failed.add(task.id)
         yield task, m
 
 # %% ../../nbs/lib/91_runner.workers.ipynb #8c22b2a9
@@ -175,9 +245,19 @@ def run_tasks(
     crew = Crew(tasks, jobs, threads, envs)
     try:
         while crew.waiting or crew.busy():
-            for t in crew.blocked(): yield t, {"result": "skipped", "reason": f"needs {', '.join(set(t.deps) & crew.failed)}"}
-            for t in crew.start(): yield t, {"event": "started"}
+            for t in crew.blocked():
+                yield (
+                    t,
+                    {
+                        "result": "skipped",
+                        "reason": f"needs {', '.join(set(t.deps) & crew.failed)}",
+                    },
+                )
+            for t in crew.start():
+                yield t, {"event": "started"}
             pipes = {w.process.stdout: w for w in crew.busy()}
-            for pipe in wait(list(pipes)) if pipes else (): yield from _hear(crew, pipes[pipe])
+            for pipe in wait(list(pipes)) if pipes else ():
+                yield from _hear(crew, pipes[pipe])
     finally:
-        for w in crew.workers: w.stop()
+        for w in crew.workers:
+            w.stop()

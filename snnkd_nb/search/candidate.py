@@ -24,7 +24,8 @@ def bare(
 ):
     "The same without gradients, in channels_last memory, BatchNorms fresh and with the statistics of the batch."
     for m in net.modules():
-        if not isinstance(m, nn.BatchNorm2d): continue
+        if not isinstance(m, nn.BatchNorm2d):
+            continue
         m.reset_parameters()
         vars(m).update(track_running_stats=False)
         m._buffers.update(running_mean=None, running_var=None, num_batches_tracked=None)
@@ -37,13 +38,18 @@ def fill(
 ):
     "Draw its weights: convolutions by He's normal initialisation over the fan-out, linear layers uniformly as PyTorch does."
     for m in net.modules():
-        if isinstance(m, nn.Conv2d): m.weight.permute(0, 2, 3, 1).normal_(0, math.sqrt(2 / (m.out_channels * m.kernel_size[0] ** 2)), generator=generator)
+        if isinstance(m, nn.Conv2d):
+            m.weight.permute(0, 2, 3, 1).normal_(
+                0, math.sqrt(2 / (m.out_channels * m.kernel_size[0] ** 2)), generator=generator
+            )
         elif isinstance(m, nn.Linear):
-            for p in m.parameters(): p.uniform_(-(m.in_features**-0.5), m.in_features**-0.5, generator=generator)
+            for p in m.parameters():
+                p.uniform_(-(m.in_features**-0.5), m.in_features**-0.5, generator=generator)
     return net
 
 
-def generator_of(genome, seed): return torch.Generator().manual_seed(seed_for("candidate", genome_text(genome), seed))
+def generator_of(genome, seed):
+    return torch.Generator().manual_seed(seed_for("candidate", genome_text(genome), seed))
 
 
 def candidate(
@@ -52,28 +58,35 @@ def candidate(
     **common,  # of `models.genome.searched`: num_classes, T, neuron, in_channels, image_size, neuron_args
 ):
     "The untrained network of a genome as it is scored; the same on every call."
-    with torch.random.fork_rng(devices=[]): return fill(bare(searched(genome, **common)), generator_of(genome, seed))
+    with torch.random.fork_rng(devices=[]):
+        return fill(bare(searched(genome, **common)), generator_of(genome, seed))
 
 # %% ../../nbs/lib/71_search.candidate.ipynb #587682bf
 class Kit:
     "The blocks of which candidates are made, each kind once."
+
     def __init__(
         self,
         T,  # time steps
-        neuron="dsas", neuron_args=None,  # see `create_neuron`
+        neuron="dsas",
+        neuron_args=None,  # see `create_neuron`
     ):
         self.T, self.act, self.parts, self.within = T, activation(T, neuron, neuron_args), {}, None
 
     def block(self, c_in, gene, first):
         "A block without weights of its own."
-        block = self.part(FirstBlock if first else BasicBlock, c_in, gene.channels, gene.stride, self.act)
-        if not block.conv2._forward_pre_hooks: block.conv2.register_forward_pre_hook(lambda m, i: setattr(self, "within", i[0]))
+        block = self.part(
+            FirstBlock if first else BasicBlock, c_in, gene.channels, gene.stride, self.act
+        )
+        if not block.conv2._forward_pre_hooks:
+            block.conv2.register_forward_pre_hook(lambda m, i: setattr(self, "within", i[0]))
         return block
 
     def part(self, kind, *args):
         "The one module `kind(*args)`; torch's generator is left as it was."
         if (key := (kind, *args)) not in self.parts:
-            with torch.random.fork_rng(devices=[]): self.parts[key] = bare(kind(*args))
+            with torch.random.fork_rng(devices=[]):
+                self.parts[key] = bare(kind(*args))
         return self.parts[key]
 
 
@@ -81,16 +94,20 @@ _HERE = threading.local()
 
 
 def kit_for(
-    T, neuron="dsas", neuron_args=None,  # as for `Kit`
+    T,
+    neuron="dsas",
+    neuron_args=None,  # as for `Kit`
 ):
     "The kit of this thread for students of that kind; it is kept."
     kits, key = vars(_HERE).setdefault("kits", {}), (T, neuron, repr(neuron_args))
-    if key not in kits: kits[key] = Kit(T, neuron, neuron_args)
+    if key not in kits:
+        kits[key] = Kit(T, neuron, neuron_args)
     return kits[key]
 
 # %% ../../nbs/lib/71_search.candidate.ipynb #a0e8fb0e
 class Look(NamedTuple):
     "What one forward pass of a candidate shows."
+
     logits: torch.Tensor  # (B, K), averaged over time
     stages: dict  # number of a block -> its spikes, (T, B, C, H, W)
     within: list  # spikes within the blocks, if they were asked for
@@ -100,30 +117,54 @@ class Look(NamedTuple):
     sops: float  # additions by spikes, an image over all steps, as `metrics.activity` counts them
 
 
-def mean_of(h): return h.mean(dtype=torch.float32).item()
+def mean_of(h):
+    return h.mean(dtype=torch.float32).item()
 
 
 class Pass:
     "One batch on its way through a candidate."
+
     def __init__(self, x, kit):
-        self.kit, self.x, self.h, self.stages, self.within, self.rates, self.ops = kit, x, fold(x, kit.T, x.shape[-3]), {}, [], [], 0.0
+        self.kit, self.x, self.h, self.stages, self.within, self.rates, self.ops = (
+            kit,
+            x,
+            fold(x, kit.T, x.shape[-3]),
+            {},
+            [],
+            [],
+            0.0,
+        )
 
     def through(self, i, block, keep, within):
         "Block number `i`; its spikes are kept if `keep` holds it, those inside if `within`."
         static = i == 0 and self.x.dim() == 4
         enters = self.rates[-1] if i else 0.0 if static or not binary(self.h) else mean_of(self.h)
         self.h = block(self.h, self.kit.T) if static else block(self.h)
-        pixels, inside, second = self.h.shape[2] * self.h.shape[3], self.kit.within, block.conv2.weight.numel()
+        pixels, inside, second = (
+            self.h.shape[2] * self.h.shape[3],
+            self.kit.within,
+            block.conv2.weight.numel(),
+        )
         first = sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Conv2d)) - second
         self.ops += self.kit.T * pixels * (enters * first + mean_of(inside) * second)
         self.rates.append(mean_of(self.h))
-        if keep is None or i in keep: self.stages[i] = self.h.unflatten(0, (self.kit.T, -1))
-        if within: self.within.append(inside.unflatten(0, (self.kit.T, -1)))
+        if keep is None or i in keep:
+            self.stages[i] = self.h.unflatten(0, (self.kit.T, -1))
+        if within:
+            self.within.append(inside.unflatten(0, (self.kit.T, -1)))
 
     def look(self, head):
         "The end: pooling and classifier."
         pooled = self.h.unflatten(0, (self.kit.T, -1)).mean((0, 3, 4), dtype=torch.float32)
-        return Look(head(pooled), self.stages, self.within, pooled, head.weight.clone(), self.rates, self.ops + self.kit.T * self.rates[-1] * head.weight.numel())
+        return Look(
+            head(pooled),
+            self.stages,
+            self.within,
+            pooled,
+            head.weight.clone(),
+            self.rates,
+            self.ops + self.kit.T * self.rates[-1] * head.weight.numel(),
+        )
 
 # %% ../../nbs/lib/71_search.candidate.ipynb #1a44cca2
 @torch.no_grad()
@@ -141,6 +182,7 @@ def look(
     passes = [Pass(x, kit) for x in xs]
     for i, gene in enumerate(genes):
         block, c = fill(kit.block(c, gene, i == 0), g), gene.channels
-        for p in passes: p.through(i, block, keep, within)
+        for p in passes:
+            p.through(i, block, keep, within)
     head, kit.within = fill(kit.part(nn.Linear, c, classes), g), None
     return [p.look(head) for p in passes]

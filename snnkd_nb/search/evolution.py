@@ -7,7 +7,10 @@ __all__ = ['ALGORITHMS', 'OBJECTIVES', 'texts_of', 'create_algorithm', 'Generati
            'search']
 
 # %% ../../nbs/lib/75_search.evolution.ipynb #cb5b97a4
-import math, statistics, time, warnings
+import math
+import statistics
+import time
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -25,8 +28,8 @@ from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 from ..core import canonical_json, seed_for, unknown
 from ..models.genome import genome_text, parse_genome
 from ..models.zoo import create_model
-from .pool import Memo, Pool, load_state, save_state, score_from_json, score_to_json
 from .operators import TRIES, Rates, check_selection, offspring, survivors
+from .pool import Memo, Pool, load_state, save_state, score_from_json, score_to_json
 from .score import Scorer
 from .space import Space, check_images
 from ..spec import need
@@ -46,26 +49,42 @@ def texts_of(
 
 
 class _Draw(Sampling):
-    def __init__(self, draw): super().__init__(); self.draw = draw
-    def _do(self, problem, n, *_, random_state=None, **__): return _column(self.draw(n, random_state))
+    def __init__(self, draw):
+        super().__init__()
+        self.draw = draw
+
+    def _do(self, problem, n, *_, random_state=None, **__):
+        return _column(self.draw(n, random_state))
 
 
 class _Breed(InfillCriterion):
-    def __init__(self, breed): super().__init__(); self.breed = breed
-    def _do(self, problem, pop, n, random_state=None, **_): return Population.new("X", _column(self.breed(pop, n, random_state)))
+    def __init__(self, breed):
+        super().__init__()
+        self.breed = breed
+
+    def _do(self, problem, pop, n, random_state=None, **_):
+        return Population.new("X", _column(self.breed(pop, n, random_state)))
 
 
 class _Stay(Survival):
-    def __init__(self, selection): super().__init__(); self.selection = selection
-    def _do(self, problem, pop, *_, n_survive=None, random_state=None, **__): return pop[survivors(pop.get("F")[:, 0], n_survive, random_state, self.selection)]
+    def __init__(self, selection):
+        super().__init__()
+        self.selection = selection
+
+    def _do(self, problem, pop, *_, n_survive=None, random_state=None, **__):
+        return pop[survivors(pop.get("F")[:, 0], n_survive, random_state, self.selection)]
 
 # %% ../../nbs/lib/75_search.evolution.ipynb #476df96e
 ALGORITHMS, OBJECTIVES = ("ga", "nsga2", "random"), ("parameters", "sops")
 
 
 def _standing(pop):
-    if pop[0].get("crowding") is None: return pop.get("F")[:, 0]
-    order, out = np.lexsort((-pop.get("crowding").astype(float), pop.get("rank"))), np.empty(len(pop))
+    if pop[0].get("crowding") is None:
+        return pop.get("F")[:, 0]
+    order, out = (
+        np.lexsort((-pop.get("crowding").astype(float), pop.get("rank"))),
+        np.empty(len(pop)),
+    )
     out[order] = np.arange(len(pop))
     return out
 
@@ -77,8 +96,10 @@ def _breeder(space, rates, distinct):
         while len(out) < n:
             for child in map(genome_text, offspring(genomes, standing, space, rng, rates)):
                 tries -= 1
-                if not distinct or tries < 0 or child not in texts and child not in out: out.append(child)
+                if not distinct or tries < 0 or (child not in texts and child not in out):
+                    out.append(child)
         return out[:n]
+
     return breed
 
 # %% ../../nbs/lib/75_search.evolution.ipynb #cd327f9c
@@ -91,56 +112,102 @@ def create_algorithm(
     seed,  # of its generator
 ):
     "A pymoo algorithm to `ask` and `tell`, set up for a space; raises `UserError` for an unknown name."
-    if name not in ALGORITHMS: raise unknown("algorithm", name, ALGORITHMS)
-    draw = lambda n, rng: [genome_text(space.sample(rng)) for _ in range(n)]
-    breed = (lambda pop, n, rng: draw(n, rng)) if name == "random" else _breeder(space, rates, name == "nsga2")
-    kw = {"pop_size": population, "sampling": _Draw(draw), "mating": _Breed(breed), "eliminate_duplicates": False}
-    made = NSGA2(output=None, **kw) if name == "nsga2" else GeneticAlgorithm(survival=_Stay("truncation" if name == "random" else check_selection(selection)), **kw)
-    return made.setup(Problem(n_var=1, n_obj=2 if name == "nsga2" else 1), termination=NoTermination(), seed=seed_for(seed, "search"))
+    if name not in ALGORITHMS:
+        raise unknown("algorithm", name, ALGORITHMS)
+
+    def draw(n, rng):
+        return [genome_text(space.sample(rng)) for _ in range(n)]
+
+    breed = (
+        (lambda pop, n, rng: draw(n, rng))
+        if name == "random"
+        else _breeder(space, rates, name == "nsga2")
+    )
+    kw = {
+        "pop_size": population,
+        "sampling": _Draw(draw),
+        "mating": _Breed(breed),
+        "eliminate_duplicates": False,
+    }
+    made = (
+        NSGA2(output=None, **kw)
+        if name == "nsga2"
+        else GeneticAlgorithm(
+            survival=_Stay("truncation" if name == "random" else check_selection(selection)), **kw
+        )
+    )
+    return made.setup(
+        Problem(n_var=1, n_obj=2 if name == "nsga2" else 1),
+        termination=NoTermination(),
+        seed=seed_for(seed, "search"),
+    )
 
 # %% ../../nbs/lib/75_search.evolution.ipynb #8d417b39
 @dataclass(frozen=True)
 class Generation:
     "One generation of a search."
+
     number: int  # 0: the first draw
     genomes: tuple  # the population as text
     fitness: tuple  # of each, lower is better
     evaluated: int  # candidates scored in it
     cached: int  # candidates whose score was known
-    seconds: float = field(compare=False)  # its scores took; breeding, of the order of a millisecond a candidate, is not in them
+    seconds: float = field(
+        compare=False
+    )  # its scores took; breeding, of the order of a millisecond a candidate, is not in them
 
     @property
-    def live(self): return [f for f in self.fitness if math.isfinite(f)]
+    def live(self):
+        return [f for f in self.fitness if math.isfinite(f)]
 
     def row(self):
         "One line of the trajectory: best, median and mean fitness of the live, mean depth, and counts."
         alive = self.live or [math.inf]
         depth = statistics.fmean(len(t.split()) for t in self.genomes)
-        return {"generation": self.number, "best": min(alive), "median": statistics.median(alive), "mean": statistics.fmean(alive), "depth": depth,
-                "distinct": len(set(self.genomes)), "dead": len(self.fitness) - len(self.live), "evaluated": self.evaluated, "cached": self.cached, "seconds": self.seconds}
+        return {
+            "generation": self.number,
+            "best": min(alive),
+            "median": statistics.median(alive),
+            "mean": statistics.fmean(alive),
+            "depth": depth,
+            "distinct": len(set(self.genomes)),
+            "dead": len(self.fitness) - len(self.live),
+            "evaluated": self.evaluated,
+            "cached": self.cached,
+            "seconds": self.seconds,
+        }
 
 # %% ../../nbs/lib/75_search.evolution.ipynb #8abc1448
 @dataclass(frozen=True)
 class SearchResult:
     "The outcome of a search."
+
     space: object  # the `Space`
     generations: tuple  # of `Generation`
     scores: dict  # genome text -> `Score`, in the order they were asked for
     front: tuple = ()  # of nsga2: texts that no other dominates, smallest first
-    built: dict = field(default_factory=dict)  # options of `create_model` with which a candidate is what was scored; empty for a fitness of your own
+    built: dict = field(
+        default_factory=dict
+    )  # options of `create_model` with which a candidate is what was scored; empty for a fitness of your own
 
     @property
-    def best(self): return min(self.scores, key=lambda t: self.scores[t].fitness)
+    def best(self):
+        return min(self.scores, key=lambda t: self.scores[t].fitness)
 
     @property
-    def score(self): return self.scores[self.best]
+    def score(self):
+        return self.scores[self.best]
 
     @property
-    def population(self): return list(self.generations[-1].genomes)
+    def population(self):
+        return list(self.generations[-1].genomes)
 
     def network(self, genome=None, **changes):
         "The spiking network of the best genome, or another, with fresh weights: neuron, time steps and slopes as in the search."
-        need(self.built, "this fitness is a function of yours and does not say how its networks are built: create_model('dsas', genome=result.best, T=…, neuron='dsas')")
+        need(
+            self.built,
+            "this fitness is a function of yours and does not say how its networks are built: create_model('dsas', genome=result.best, T=…, neuron='dsas')",
+        )
         return create_model("dsas", **{**self.built, "genome": genome or self.best, **changes})
 
     def trajectory(self):
@@ -149,52 +216,95 @@ class SearchResult:
 
     def cost(self):
         "Seconds, candidates asked for, scored and known, and scored a second; days of the machine (a paper's GPU days)."
-        seconds, new, old = (sum(getattr(g, k) for g in self.generations) for k in ("seconds", "evaluated", "cached"))
-        return {"seconds": seconds, "candidates": new + old, "evaluated": new, "cached": old, "per_second": new / seconds if seconds else 0.0, "days": seconds / 86400}
+        seconds, new, old = (
+            sum(getattr(g, k) for g in self.generations) for k in ("seconds", "evaluated", "cached")
+        )
+        return {
+            "seconds": seconds,
+            "candidates": new + old,
+            "evaluated": new,
+            "cached": old,
+            "per_second": new / seconds if seconds else 0.0,
+            "days": seconds / 86400,
+        }
 
 # %% ../../nbs/lib/75_search.evolution.ipynb #578251de
 def _check(population, generations, algorithm, second):
-    whole = lambda v, low: isinstance(v, int) and not isinstance(v, bool) and v >= low
-    need(whole(population, 2), f"population = {population!r}: two different parents are needed, give a whole number of at least 2")
+    def whole(v, low):
+        return isinstance(v, int) and not isinstance(v, bool) and v >= low
+
+    need(
+        whole(population, 2),
+        f"population = {population!r}: two different parents are needed, give a whole number of at least 2",
+    )
     need(whole(generations, 1), f"generations = {generations!r}: give a whole number of at least 1")
-    if second not in OBJECTIVES: raise unknown("second objective", second, OBJECTIVES)
+    if second not in OBJECTIVES:
+        raise unknown("second objective", second, OBJECTIVES)
 
 
 def _check_parts(rates, key, memo, checkpoint):
-    need(isinstance(rates, Rates), f"rates = {rates!r}: give create_rates(…) of search.operators, e.g. create_rates(mutation=0.5)")
-    need(memo is None or isinstance(memo, Memo), f"memo = {memo!r}: give Memo(scorer.key, folder) of search.pool")
-    need(memo is None or memo.key == key and key, "memo: it is of another scorer than this one; make it with Memo(scorer.key, folder)")
-    need(checkpoint is None or key, "checkpoint: this fitness has no key, so a file of another could be taken for its own; give it one, e.g. fitness.key = 'depth, version 1'")
+    need(
+        isinstance(rates, Rates),
+        f"rates = {rates!r}: give create_rates(…) of search.operators, e.g. create_rates(mutation=0.5)",
+    )
+    need(
+        memo is None or isinstance(memo, Memo),
+        f"memo = {memo!r}: give Memo(scorer.key, folder) of search.pool",
+    )
+    need(
+        memo is None or (memo.key == key and key),
+        "memo: it is of another scorer than this one; make it with Memo(scorer.key, folder)",
+    )
+    need(
+        checkpoint is None or key,
+        "checkpoint: this fitness has no key, so a file of another could be taken for its own; give it one, e.g. fitness.key = 'depth, version 1'",
+    )
 
 
 _DEAD = 1e30  # worse than any score, and finite, as NSGA-II's crowding wants it
 
 
 def _objectives(score, second):
-    if score.dead: return [_DEAD] * (1 + bool(second))
+    if score.dead:
+        return [_DEAD] * (1 + bool(second))
     size = second and getattr(score, second)
-    need(not second or size is not None and math.isfinite(size), f"second = {second!r}: this fitness does not say the {second} of a candidate; let it give a Score")
+    need(
+        not second or (size is not None and math.isfinite(size)),
+        f"second = {second!r}: this fitness does not say the {second} of a candidate; let it give a Score",
+    )
     return [score.fitness, float(size)] if second else [score.fitness]
 
 
 def _front(pop, texts):
     F = pop.get("F")
-    found = dict.fromkeys(texts[i] for i in NonDominatedSorting().do(F, only_non_dominated_front=True))
+    found = dict.fromkeys(
+        texts[i] for i in NonDominatedSorting().do(F, only_non_dominated_front=True)
+    )
     return tuple(sorted(found, key=lambda t: F[texts.index(t), -1]))
 
 # %% ../../nbs/lib/75_search.evolution.ipynb #eda1be8e
 class _Book:
     "What a search knows, and its file."
+
     def __init__(self, path, of, memo, every):
         self.path, self.of, self.memo, self.every = path, of, memo, every
-        state = path and load_state(path, of) or {"scores": {}, "done": [], "spent": 0.0}
+        state = (path and load_state(path, of)) or {"scores": {}, "done": [], "spent": 0.0}
         self.shared = dict.fromkeys(state.get("shared", ()))  # what the memo knew
-        self.kept, self.done, self.spent = {t: score_from_json(v) for t, v in state["scores"].items()}, state["done"], state["spent"]
+        self.kept, self.done, self.spent = (
+            {t: score_from_json(v) for t, v in state["scores"].items()},
+            state["done"],
+            state["spent"],
+        )
         self.scores, self.saved, self.replayed = {}, time.perf_counter(), len(self.done)
 
     def save(self):
         kept = {t: score_to_json(s) for t, s in self.kept.items()}
-        if self.path: save_state(self.path, self.of, {"scores": kept, "shared": [*self.shared], "done": self.done, "spent": self.spent})
+        if self.path:
+            save_state(
+                self.path,
+                self.of,
+                {"scores": kept, "shared": [*self.shared], "done": self.done, "spent": self.spent},
+            )
         self.saved = time.perf_counter()
 
     def score(self, asked, pool):
@@ -202,8 +312,11 @@ class _Book:
         new = [t for t in dict.fromkeys(asked) if t not in self.scores]
         known = {t: s for t in new if t not in self.kept and (s := self.memo.get(t))}
         self.kept, self.shared = self.kept | known, self.shared | dict.fromkeys(known)
-        try: self._work([t for t in new if t not in self.kept], pool)
-        except BaseException: self.save(); raise
+        try:
+            self._work([t for t in new if t not in self.kept], pool)
+        except BaseException:
+            self.save()
+            raise
         self.scores |= {t: self.kept[t] for t in new}
         return sum(t not in self.shared for t in new)
 
@@ -212,7 +325,8 @@ class _Book:
         for text, s in pool.scores(texts):
             self.kept[text] = s
             self.spent, t0 = self.spent + time.perf_counter() - t0, time.perf_counter()
-            if t0 - self.saved > self.every: self.save()
+            if t0 - self.saved > self.every:
+                self.save()
 
     def close(self, number):
         "The seconds of a generation, which is over now; from the file where it was over before. The memo learns last: what it knows counts as shared."
@@ -244,7 +358,15 @@ def evolve(
     two, key = second if algorithm == "nsga2" else None, getattr(scorer, "key", "")
     _check_parts(rates, key, memo, checkpoint)
     made = create_algorithm(algorithm, space, population, rates, selection, seed)
-    book, out = _Book(checkpoint, _of(space, key, population, algorithm, rates, selection, two, seed), memo or Memo(key), 30.0), []
+    book, out = (
+        _Book(
+            checkpoint,
+            _of(space, key, population, algorithm, rates, selection, two, seed),
+            memo or Memo(key),
+            30.0,
+        ),
+        [],
+    )
     with Pool(scorer, workers) as pool:
         for number in range(generations + 1):
             asked = made.ask()
@@ -252,26 +374,51 @@ def evolve(
             evaluated = book.score(texts, pool)
             asked.set("F", np.array([_objectives(book.scores[t], two) for t in texts]))
             made.tell(infills=asked)
-            if not number and (why := _all_dead(book.scores)): warnings.warn(f"the first draw: {why}", stacklevel=2)
+            if not number and (why := _all_dead(book.scores)):
+                warnings.warn(f"the first draw: {why}", stacklevel=2)
             out.append(_generation(number, texts_of(made.pop), book, evaluated, len(texts)))
             replayed = {"replayed": True} if number < book.replayed else {}
-            if on_event: on_event({"event": "generation", "generations": generations, **event_of(out[-1]), **replayed})
+            if on_event:
+                on_event(
+                    {
+                        "event": "generation",
+                        "generations": generations,
+                        **event_of(out[-1]),
+                        **replayed,
+                    }
+                )
     need(not (why := _all_dead(book.scores)), why)
-    return SearchResult(space, tuple(out), book.scores, _front(made.pop, out[-1].genomes) if two else (), scorer.options() if isinstance(scorer, Scorer) else {})
+    return SearchResult(
+        space,
+        tuple(out),
+        book.scores,
+        _front(made.pop, out[-1].genomes) if two else (),
+        scorer.options() if isinstance(scorer, Scorer) else {},
+    )
 
 # %% ../../nbs/lib/75_search.evolution.ipynb #124e13d3
 def _all_dead(scores):
-    if any(not s.dead for s in scores.values()): return ""
+    if any(not s.dead for s in scores.values()):
+        return ""
     why, n = Counter(s.dead for s in scores.values()).most_common(1)[0]
     return f"every one of {len(scores)} candidates is dead ({n} of them: {why}); give a lower firing threshold, more time steps, a larger batch or smaller depths"
 
 
 def _generation(number, texts, book, evaluated, asked):
-    return Generation(number, tuple(texts), tuple(book.scores[t].fitness for t in texts), evaluated, asked - evaluated, book.close(number))
+    return Generation(
+        number,
+        tuple(texts),
+        tuple(book.scores[t].fitness for t in texts),
+        evaluated,
+        asked - evaluated,
+        book.close(number),
+    )
 
 
 def _of(space, key, population, algorithm, rates, selection, second, seed):
-    return canonical_json([repr(space), key, population, algorithm, repr(rates), selection, second, seed])
+    return canonical_json(
+        [repr(space), key, population, algorithm, repr(rates), selection, second, seed]
+    )
 
 
 def event_of(
@@ -279,7 +426,11 @@ def event_of(
 ):
     "What is told about a generation: its row of the trajectory, the best genome, how many are how deep."
     best = min(zip(generation.fitness, generation.genomes))[1]
-    return {**generation.row(), "genome": best, "depths": sorted(Counter(len(t.split()) for t in generation.genomes).items())}
+    return {
+        **generation.row(),
+        "genome": best,
+        "depths": sorted(Counter(len(t.split()) for t in generation.genomes).items()),
+    }
 
 # %% ../../nbs/lib/75_search.evolution.ipynb #e0311e98
 def search(
@@ -302,10 +453,38 @@ def search(
 ):
     "The `SearchResult` of a search for the student of a teacher (DSAS); its `network()` is the student, ready to be trained."
     _check(population, generations, algorithm, second)
-    need(isinstance(space, Space), f"space = {space!r:.60}: give a Space, e.g. create_space('cifar10') or space_of(teacher)")
-    need("metric" not in options, "metric: give it as fitness=…, which also takes a function of yours")
-    need(callable(fitness) or isinstance(batch, (tuple, list)) and len(batch) == 2, "batch: give a pair, (images, labels)")
-    if callable(fitness): need(not options, f"{', '.join(options)}: options of the Scorer, and this fitness is a function of yours")
+    need(
+        isinstance(space, Space),
+        f"space = {space!r:.60}: give a Space, e.g. create_space('cifar10') or space_of(teacher)",
+    )
+    need(
+        "metric" not in options,
+        "metric: give it as fitness=…, which also takes a function of yours",
+    )
+    need(
+        callable(fitness) or (isinstance(batch, (tuple, list)) and len(batch) == 2),
+        "batch: give a pair, (images, labels)",
+    )
+    if callable(fitness):
+        need(
+            not options,
+            f"{', '.join(options)}: options of the Scorer, and this fitness is a function of yours",
+        )
     scorer = fitness if callable(fitness) else Scorer(teacher, *batch, metric=fitness, **options)
-    if isinstance(scorer, Scorer): check_images(space, scorer.in_channels, scorer.image_size)
-    return evolve(space, scorer, population, generations, algorithm, rates, selection, second, seed, workers, memo, checkpoint, on_event)
+    if isinstance(scorer, Scorer):
+        check_images(space, scorer.in_channels, scorer.image_size)
+    return evolve(
+        space,
+        scorer,
+        population,
+        generations,
+        algorithm,
+        rates,
+        selection,
+        second,
+        seed,
+        workers,
+        memo,
+        checkpoint,
+        on_event,
+    )

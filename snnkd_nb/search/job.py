@@ -7,16 +7,17 @@ __all__ = ['space_of_search', 'engine_args', 'batches_of', 'scoring_of', 'check_
            'candidates_of', 'population_of', 'distilled']
 
 # %% ../../nbs/lib/77_search.job.ipynb #6a11e3b2
-import math, time
+import math
+import time
 
 import torch
 
 from ..core import cache_dir, lock, root, unknown
 from ..data.corrupt import load_spec
 from ..metrics.activity import COUNTED
-from .pool import score_to_json
 from .evolution import OBJECTIVES, evolve
 from .operators import Rates, check_selection, create_rates
+from .pool import score_to_json
 from .score import MEASURES, Scorer, Scoring, check_batch
 from .space import check_images, create_space
 from .teacher import last_layer, staged
@@ -44,10 +45,16 @@ def engine_args(
     args = to_dict(spec).get("algorithm_args", {})
     valid = ("selection", "second", *Rates.__dataclass_fields__)
     for k in args:
-        if k not in valid: raise unknown("option of a search", k, valid)
-    if args.get("second", OBJECTIVES[0]) not in OBJECTIVES: raise unknown("second objective", args["second"], OBJECTIVES)
+        if k not in valid:
+            raise unknown("option of a search", k, valid)
+    if args.get("second", OBJECTIVES[0]) not in OBJECTIVES:
+        raise unknown("second objective", args["second"], OBJECTIVES)
     rates = create_rates(**{k: v for k, v in args.items() if k in Rates.__dataclass_fields__})
-    return {"rates": rates, "selection": check_selection(args.get("selection", "tournament")), "second": args.get("second", OBJECTIVES[0])}
+    return {
+        "rates": rates,
+        "selection": check_selection(args.get("selection", "tournament")),
+        "second": args.get("second", OBJECTIVES[0]),
+    }
 
 
 def batches_of(
@@ -56,7 +63,10 @@ def batches_of(
 ):
     "Lists of images and labels that every candidate is scored on: the first batches of the training images in the order of the seed."
     have = len(data.train)
-    need(spec.batch * spec.batches <= have, f"batch = {spec.batch}, batches = {spec.batches}: {data.name} has {have} training images, give less")
+    need(
+        spec.batch * spec.batches <= have,
+        f"batch = {spec.batch}, batches = {spec.batches}: {data.name} has {have} training images, give less",
+    )
     found = data.loader("train", spec.batch, seed=spec.seed, shuffle=True)
     pairs = [p for p, _ in zip(found, range(spec.batches))]
     return [x for x, _ in pairs], [y for _, y in pairs]
@@ -68,19 +78,35 @@ def scoring_of(
     "The `Scoring` of a search, checked."
     args = to_dict(spec).get("metric_args", {})
     for k in args:
-        need(k not in ("T", "neuron", "metric"), f"metric_args: {k!r} is a field of the search itself: give it as {k}=…, not among the options of the metric")
-        if k not in Scoring.__dataclass_fields__: raise unknown("option of a score", k, Scoring.__dataclass_fields__)
+        need(
+            k not in ("T", "neuron", "metric"),
+            f"metric_args: {k!r} is a field of the search itself: give it as {k}=…, not among the options of the metric",
+        )
+        if k not in Scoring.__dataclass_fields__:
+            raise unknown("option of a score", k, Scoring.__dataclass_fields__)
     return Scoring(spec.metric, T=spec.T, neuron=spec.neuron, **args)
 
 
 def _check_teacher(spec, how, data, space):
-    if not how.needs("tgs") or spec.teacher.model.args.get("pretrained"): return
-    with torch.random.fork_rng(devices=[]): net = staged(build_model(spec.teacher.model, data), torch.empty(1, *data.shape))
+    if not how.needs("tgs") or spec.teacher.model.args.get("pretrained"):
+        return
+    with torch.random.fork_rng(devices=[]):
+        net = staged(build_model(spec.teacher.model, data), torch.empty(1, *data.shape))
     width = last_layer(net).weight[0].numel()
     odd = [c for c in space.channels if max(c, width) % min(c, width)]
-    need(how.mode != "ickd" or not odd, f"mode='ickd' compares channels: {', '.join(map(str, odd))} of the space and {width} of the teacher's last layer are no multiples of each other; change the space's channels, or take mode='class'")
-    n, what = (len(net.stage_names), "stages") if how.gradients == "activation" else (sum(isinstance(m, COUNTED) for m in net.modules()), "layers")
-    need(how.alpha != "guided" or how.K <= n, f"K = {how.K}: the {n} {what} of the teacher cannot be divided into as many parts, give at most {n}")
+    need(
+        how.mode != "ickd" or not odd,
+        f"mode='ickd' compares channels: {', '.join(map(str, odd))} of the space and {width} of the teacher's last layer are no multiples of each other; change the space's channels, or take mode='class'",
+    )
+    n, what = (
+        (len(net.stage_names), "stages")
+        if how.gradients == "activation"
+        else (sum(isinstance(m, COUNTED) for m in net.modules()), "layers")
+    )
+    need(
+        how.alpha != "guided" or n >= how.K,
+        f"K = {how.K}: the {n} {what} of the teacher cannot be divided into as many parts, give at most {n}",
+    )
 
 # %% ../../nbs/lib/77_search.job.ipynb #b6a41f09
 def check_search(
@@ -89,12 +115,26 @@ def check_search(
     "Raise `UserError` for what cannot be, before a teacher is trained; returns the data."
     check_spec(spec.teacher)
     how, second = scoring_of(spec), engine_args(spec)["second"]
-    need(spec.algorithm != "nsga2" or second != "sops" or how.needs(*MEASURES), f"second = 'sops': metric = {spec.metric!r} runs no candidate, so nobody counts its operations; take second='parameters', or add a metric that runs it")
+    need(
+        spec.algorithm != "nsga2" or second != "sops" or how.needs(*MEASURES),
+        f"second = 'sops': metric = {spec.metric!r} runs no candidate, so nobody counts its operations; take second='parameters', or add a metric that runs it",
+    )
     data, known = load_spec(spec.data), load_spec(spec.teacher.data)
-    need(known.classes == data.classes, f"the teacher learns {known.num_classes} classes of {known.name}, {data.name} has {data.num_classes}: give a teacher of the same data")
-    size = lambda d: "×".join(map(str, d.shape))
-    need(known.shape == data.shape, f"the teacher learns images {size(known)} of {known.name}, those of the search are {size(data)}: give both the same data and size")
-    check_frames(ModelSpec("dsas", spec.T), data), check_batch(how, spec.batch, data.num_classes), batches_of(spec, data)
+    need(
+        known.classes == data.classes,
+        f"the teacher learns {known.num_classes} classes of {known.name}, {data.name} has {data.num_classes}: give a teacher of the same data",
+    )
+
+    def size(d):
+        return "×".join(map(str, d.shape))
+
+    need(
+        known.shape == data.shape,
+        f"the teacher learns images {size(known)} of {known.name}, those of the search are {size(data)}: give both the same data and size",
+    )
+    check_frames(ModelSpec("dsas", spec.T), data)
+    check_batch(how, spec.batch, data.num_classes)
+    batches_of(spec, data)
     _check_teacher(spec, how, data, space_of_search(spec, data))
     return data
 
@@ -108,27 +148,75 @@ def run_search(
     "The record of a search: from the store, or searched now (and its teacher trained before, if need be)."
     store = store or Store()
     with lock(store.path(spec.id)):
-        if done := store.get(spec): return done
-        data, log = check_search(spec), JsonLines(root() / "results" / "progress" / f"{spec.id}.jsonl")
-        emit = lambda e: (log(e := {"id": spec.id, **e}), on_event(e) if on_event else None)
-        if with_weights(spec.teacher, store)[0] is None: run_train(spec.teacher, store, on_event, weights=True)
+        if done := store.get(spec):
+            return done
+        data, log = (
+            check_search(spec),
+            JsonLines(root() / "results" / "progress" / f"{spec.id}.jsonl"),
+        )
+
+        def emit(e):
+            return (log(e := {"id": spec.id, **e}), on_event(e) if on_event else None)
+
+        if with_weights(spec.teacher, store)[0] is None:
+            run_train(spec.teacher, store, on_event, weights=True)
         record = _search(spec, data, *load_model(spec.teacher, store), workers, emit)
         kept = store.put(record)
         _checkpoint(spec).unlink(missing_ok=True)
         return kept
 
 
-def _checkpoint(spec): return cache_dir() / "checkpoints" / f"{spec.id}.search"
+def _checkpoint(spec):
+    return cache_dir() / "checkpoints" / f"{spec.id}.search"
 
 
 def _search(spec, data, teacher, record_t, workers, emit):
     emit({"event": "start", "generations": spec.generations})
     t0, space = time.perf_counter(), space_of_search(spec, data)
-    scorer = Scorer(teacher, *batches_of(spec, data), metric=spec.metric, T=spec.T, neuron=spec.neuron, **to_dict(spec).get("metric_args", {}))
-    result = evolve(space, scorer, spec.population, spec.generations, spec.algorithm, seed=spec.seed, workers=workers, checkpoint=_checkpoint(spec), on_event=emit, **engine_args(spec))
-    used = {"id": record_t.id, "sha256": record_t.weights["sha256"], "acc_last": record_t.metrics["acc_last"]}
-    record = SearchRecord(to_dict(spec, full=True), best_of(result), *rows_of(result), {**result.cost(), "workers": workers}, environment(), data.describe(), used, list(result.front), extra={"slopes": scorer.slopes, "key": scorer.key})
-    emit({"event": "done", "seconds": time.perf_counter() - t0, "genome": result.best, "fitness": result.score.fitness})
+    scorer = Scorer(
+        teacher,
+        *batches_of(spec, data),
+        metric=spec.metric,
+        T=spec.T,
+        neuron=spec.neuron,
+        **to_dict(spec).get("metric_args", {}),
+    )
+    result = evolve(
+        space,
+        scorer,
+        spec.population,
+        spec.generations,
+        spec.algorithm,
+        seed=spec.seed,
+        workers=workers,
+        checkpoint=_checkpoint(spec),
+        on_event=emit,
+        **engine_args(spec),
+    )
+    used = {
+        "id": record_t.id,
+        "sha256": record_t.weights["sha256"],
+        "acc_last": record_t.metrics["acc_last"],
+    }
+    record = SearchRecord(
+        to_dict(spec, full=True),
+        best_of(result),
+        *rows_of(result),
+        {**result.cost(), "workers": workers},
+        environment(),
+        data.describe(),
+        used,
+        list(result.front),
+        extra={"slopes": scorer.slopes, "key": scorer.key},
+    )
+    emit(
+        {
+            "event": "done",
+            "seconds": time.perf_counter() - t0,
+            "genome": result.best,
+            "fitness": result.score.fitness,
+        }
+    )
     return record
 
 # %% ../../nbs/lib/77_search.job.ipynb #901511f7
@@ -137,10 +225,24 @@ def best_of(
 ):
     "The best of a search for a record."
     fitness, parts, parameters, ops, _ = score_to_json(result.score)
-    return {"genome": result.best, "fitness": fitness, "parts": parts, "parameters": parameters, "sops": ops, "depth": len(result.best.split())}
+    return {
+        "genome": result.best,
+        "fitness": fitness,
+        "parts": parts,
+        "parameters": parameters,
+        "sops": ops,
+        "depth": len(result.best.split()),
+    }
 
 
-def _cell(v): return "-" if v is None or isinstance(v, float) and not math.isfinite(v) else f"{v:.6g}" if isinstance(v, float) else str(v)
+def _cell(v):
+    return (
+        "-"
+        if v is None or (isinstance(v, float) and not math.isfinite(v))
+        else f"{v:.6g}"
+        if isinstance(v, float)
+        else str(v)
+    )
 
 
 def rows_of(
@@ -148,12 +250,22 @@ def rows_of(
 ):
     "`(trajectory, candidates, populations)` as a `SearchRecord` holds them."
     rows, place = result.trajectory(), {t: i for i, t in enumerate(result.scores)}
-    plain = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v
+
+    def plain(v):
+        return None if isinstance(v, float) and not math.isfinite(v) else v
+
     columns = {k: [plain(r[k]) for r in rows] for k in rows[0]}
     parts = list(dict.fromkeys(k for s in result.scores.values() for k in s.parts))
     head = " ".join(["fitness", *parts, "parameters", "sops", "genome"])
-    lines = [" ".join(map(_cell, [s.fitness, *(s.parts.get(k) for k in parts), s.parameters, s.sops, t])) for t, s in result.scores.items()]
-    return columns, [head, *lines], [" ".join(str(place[t]) for t in g.genomes) for g in result.generations]
+    lines = [
+        " ".join(map(_cell, [s.fitness, *(s.parts.get(k) for k in parts), s.parameters, s.sops, t]))
+        for t, s in result.scores.items()
+    ]
+    return (
+        columns,
+        [head, *lines],
+        [" ".join(str(place[t]) for t in g.genomes) for g in result.generations],
+    )
 
 
 def candidates_of(
@@ -161,7 +273,16 @@ def candidates_of(
 ):
     "Every architecture of a search as a dict: fitness and its parts, parameters, SOPs, genome; a dead one's fitness is infinite, what is not known None."
     names = record.candidates[0].split()
-    number = lambda k, v: (math.inf if k == "fitness" else None) if v == "-" else int(v) if k == "parameters" else float(v)
+
+    def number(k, v):
+        return (
+            (math.inf if k == "fitness" else None)
+            if v == "-"
+            else int(v)
+            if k == "parameters"
+            else float(v)
+        )
+
     cells = [line.split(" ", len(names) - 1) for line in record.candidates[1:]]
     return [{k: v if k == "genome" else number(k, v) for k, v in zip(names, c)} for c in cells]
 
@@ -188,10 +309,38 @@ def distilled(
 ):
     "The `RunSpec` that trains what a search found, under the search's teacher."
     spec = record.run
-    need(slopes in ("guided", None) or type(slopes) in (int, float) and 0 < slopes < math.inf, f"slopes = {slopes!r}: give 'guided', a number above 0, or None")
-    alphas = [round(a, 4) for a in record.extra.get("slopes") or ()] if slopes == "guided" else [] if slopes is None else [float(slopes)]
-    options = to_dict(spec).get("metric_args", {}).get("neuron_args") if neuron_args is None else neuron_args
-    need(not (alphas and options and "alpha" in options), f"neuron_args = {options!r}: the slopes {alphas} would replace its alpha; leave it out, or give slopes=None")
-    args = {"genome": genome or record.best["genome"], **({"slopes": alphas} if alphas else {}), **({"neuron_args": options} if options else {})}
+    need(
+        slopes in ("guided", None) or (type(slopes) in (int, float) and 0 < slopes < math.inf),
+        f"slopes = {slopes!r}: give 'guided', a number above 0, or None",
+    )
+    alphas = (
+        [round(a, 4) for a in record.extra.get("slopes") or ()]
+        if slopes == "guided"
+        else []
+        if slopes is None
+        else [float(slopes)]
+    )
+    options = (
+        to_dict(spec).get("metric_args", {}).get("neuron_args")
+        if neuron_args is None
+        else neuron_args
+    )
+    need(
+        not (alphas and options and "alpha" in options),
+        f"neuron_args = {options!r}: the slopes {alphas} would replace its alpha; leave it out, or give slopes=None",
+    )
+    args = {
+        "genome": genome or record.best["genome"],
+        **({"slopes": alphas} if alphas else {}),
+        **({"neuron_args": options} if options else {}),
+    }
     teacher = None if method in ("none", "tet") else spec.teacher
-    return RunSpec(data or spec.data, ModelSpec("dsas", spec.T, neuron=spec.neuron, args=args), optim or spec.teacher.optim, method, teacher=teacher, seed=seed, **kw)
+    return RunSpec(
+        data or spec.data,
+        ModelSpec("dsas", spec.T, neuron=spec.neuron, args=args),
+        optim or spec.teacher.optim,
+        method,
+        teacher=teacher,
+        seed=seed,
+        **kw,
+    )

@@ -6,7 +6,8 @@
 __all__ = ['depths', 'depth_counts', 'generation_line', 'draw_population', 'png_of', 'Live']
 
 # %% ../../nbs/lib/76_search.live.ipynb #12b381f9
-import io, sys
+import io
+import sys
 from collections import Counter
 
 from ..models.genome import parse_genome
@@ -33,9 +34,15 @@ def generation_line(
 ):
     "One line of text for a generation."
     dead = f", {e['dead']} dead" if e["dead"] else ""
-    left = "from the checkpoint" if e.get("replayed") else f"{e['seconds'] * (e['generations'] - e['generation']):4.0f} s left"
-    return (f"generation {e['generation']:>3}/{e['generations']}  best {e['best']:.5g}  median {e['median']:.5g}  depth {e['depth']:4.1f}  "
-            f"{e['evaluated']} scored, {e['cached']} known{dead}  {left}  {e['genome']}")
+    left = (
+        "from the checkpoint"
+        if e.get("replayed")
+        else f"{e['seconds'] * (e['generations'] - e['generation']):4.0f} s left"
+    )
+    return (
+        f"generation {e['generation']:>3}/{e['generations']}  best {e['best']:.5g}  median {e['median']:.5g}  depth {e['depth']:4.1f}  "
+        f"{e['evaluated']} scored, {e['cached']} known{dead}  {left}  {e['genome']}"
+    )
 
 # %% ../../nbs/lib/76_search.live.ipynb #6b83cc05
 def draw_population(
@@ -46,8 +53,15 @@ def draw_population(
 
     fig, last = Figure(figsize=(7, 2.2), dpi=70, layout="constrained"), events[-1]
     left, right = fig.subplots(1, 2)
-    for key, style in (("best", "o-"), ("median", ".--")): left.plot([e["generation"] for e in events], [e[key] for e in events], style, ms=4, label=key)
-    left.set(xlabel="generation", ylabel="fitness (lower is better)", xlim=(-0.5, last["generations"] + 0.5))
+    for key, style in (("best", "o-"), ("median", ".--")):
+        left.plot(
+            [e["generation"] for e in events], [e[key] for e in events], style, ms=4, label=key
+        )
+    left.set(
+        xlabel="generation",
+        ylabel="fitness (lower is better)",
+        xlim=(-0.5, last["generations"] + 0.5),
+    )
     left.legend(frameon=False)
     right.bar(*zip(*last["depths"]), color="0.6")
     right.set(xlabel=f"blocks, generation {last['generation']}", ylabel="networks")
@@ -68,18 +82,25 @@ def png_of(
 # %% ../../nbs/lib/76_search.live.ipynb #9d32f337
 class Live:
     "Shows the generations of a search where the code runs: notebook, terminal or file; give it as `on_event`."
-    def __init__(self, out=None): self.out, self.handle, self.events = out or sys.stdout, None, []
+
+    def __init__(self, out=None):
+        self.out, self.handle, self.events = out or sys.stdout, None, []
 
     def __call__(self, event):
-        if event["event"] != "generation": return
-        if not event["generation"]: self.events, self.handle = [], None
+        if event["event"] != "generation":
+            return
+        if not event["generation"]:
+            self.events, self.handle = [], None
         self.events.append(event)
-        if self.out is sys.stdout and in_notebook(): return self._notebook()
+        if self.out is sys.stdout and in_notebook():
+            return self._notebook()
         print(generation_line(event), file=self.out, flush=True)
 
     def _notebook(self):
         from IPython.display import Image, display
 
         shown = Image(png_of(draw_population(self.events)))
-        if self.handle is None: self.handle = display(shown, display_id=True)
-        else: self.handle.update(shown)
+        if self.handle is None:
+            self.handle = display(shown, display_id=True)
+        else:
+            self.handle.update(shown)

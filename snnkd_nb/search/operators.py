@@ -22,6 +22,7 @@ CHANGES = ("add", "delete", "channel")
 @dataclass(frozen=True)
 class Rates:
     "Probabilities of the operators (DSAS Table 13); raises `UserError` for what is no probability."
+
     crossover: float = 0.9  # that two parents are crossed
     mutation: float = 0.2  # that a child is mutated
     add: float = 0.7  # share of the mutations that add a block
@@ -34,10 +35,14 @@ class Rates:
             good = isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v <= 1
             need(good, f"{f.name} = {v!r}: a probability is a number from 0 to 1")
         total = sum(self.shares)
-        need(abs(total - 1) < 1e-9, f"add + delete + channel = {total:g}: they are shares of the mutations, give three that sum to 1")
+        need(
+            abs(total - 1) < 1e-9,
+            f"add + delete + channel = {total:g}: they are shares of the mutations, give three that sum to 1",
+        )
 
     @property
-    def shares(self): return tuple(getattr(self, c) for c in CHANGES)
+    def shares(self):
+        return tuple(getattr(self, c) for c in CHANGES)
 
 
 def create_rates(
@@ -45,19 +50,23 @@ def create_rates(
 ):
     "The `Rates` with some of them changed; an unknown name is an error that names the nearest."
     for k in given:
-        if k not in Rates.__dataclass_fields__: raise unknown("rate", k, Rates.__dataclass_fields__)
+        if k not in Rates.__dataclass_fields__:
+            raise unknown("rate", k, Rates.__dataclass_fields__)
     return Rates(**given)
 
 # %% ../../nbs/lib/73_search.operators.ipynb #43660749
 def cross_at(
-    a, b,  # parents, tuples of `Gene`
-    i, j,  # how many genes stand before the cut in a and in b
+    a,
+    b,  # parents, tuples of `Gene`
+    i,
+    j,  # how many genes stand before the cut in a and in b
 ):
     "The two children of a cut (CNN-GA Algorithm 3)."
     return a[:i] + b[j:], b[:j] + a[i:]
 
 
-def _cut(genome, rng): return int(rng.integers(1, max(len(genome), 2)))
+def _cut(genome, rng):
+    return int(rng.integers(1, max(len(genome), 2)))
 
 # %% ../../nbs/lib/73_search.operators.ipynb #ec730eb1
 TRIES = 20  # draws before an operator leaves a genome as it is
@@ -72,21 +81,27 @@ def is_valid(
 
 
 def crossover(
-    a, b,  # parents in the space
+    a,
+    b,  # parents in the space
     space,  # the `Space`
     rng,  # a numpy `Generator`
 ):
     "Two children in the space, by one cut in each parent; the parents where `TRIES` cuts gave none."
     for _ in range(TRIES):
         children = cross_at(a, b, _cut(a, rng), _cut(b, rng))
-        if all(is_valid(space, c) for c in children): return children
+        if all(is_valid(space, c) for c in children):
+            return children
     return a, b
 
 # %% ../../nbs/lib/73_search.operators.ipynb #49bf82d9
 def add(genome, space, rng):
     "The genome with a random block behind a random one."
     i = int(rng.integers(len(genome))) + 1
-    return (*genome[:i], Gene(str(rng.choice(list(KINDS))), int(rng.choice(space.channels))), *genome[i:])
+    return (
+        *genome[:i],
+        Gene(str(rng.choice(list(KINDS))), int(rng.choice(space.channels))),
+        *genome[i:],
+    )
 
 
 def delete(genome, space, rng):
@@ -99,7 +114,11 @@ def channel(genome, space, rng):
     "The genome with other channels in one of its blocks; itself where the space has no others."
     i = int(rng.integers(len(genome)))
     others = [c for c in space.channels if c != genome[i].channels]
-    return (*genome[:i], genome[i]._replace(channels=int(rng.choice(others))), *genome[i + 1 :]) if others else genome
+    return (
+        (*genome[:i], genome[i]._replace(channels=int(rng.choice(others))), *genome[i + 1 :])
+        if others
+        else genome
+    )
 
 # %% ../../nbs/lib/73_search.operators.ipynb #144872f9
 def mutate(
@@ -112,7 +131,8 @@ def mutate(
     for _ in range(TRIES):
         change = (add, delete, channel)[rng.choice(3, p=rates.shares)]
         changed = change(genome, space, rng)
-        if changed != genome and is_valid(space, changed): return changed
+        if changed != genome and is_valid(space, changed):
+            return changed
     return genome
 
 # %% ../../nbs/lib/73_search.operators.ipynb #22233760
@@ -147,7 +167,9 @@ def offspring(
     "Two children in the space: parents by tournament, crossed, then each mutated, as the rates say (CNN-GA Algorithm 3)."
     a, b = (genomes[i] for i in two_parents(standing, rng))
     children = crossover(a, b, space, rng) if rng.random() < rates.crossover else (a, b)
-    return tuple(mutate(c, space, rng, rates) if rng.random() < rates.mutation else c for c in children)
+    return tuple(
+        mutate(c, space, rng, rates) if rng.random() < rates.mutation else c for c in children
+    )
 
 # %% ../../nbs/lib/73_search.operators.ipynb #51e89dc1
 SELECTIONS = ("tournament", "truncation")
@@ -157,8 +179,12 @@ def check_selection(
     name,  # one of `SELECTIONS`
 ):
     "The name; raises `UserError` for another, and for roulette says why."
-    need(name != "roulette", "selection = 'roulette': shares of a wheel need a fitness above 0, and ours is a distance, lower is better; take tournament (the paper's) or truncation")
-    if name not in SELECTIONS: raise unknown("selection", name, SELECTIONS)
+    need(
+        name != "roulette",
+        "selection = 'roulette': shares of a wheel need a fitness above 0, and ours is a distance, lower is better; take tournament (the paper's) or truncation",
+    )
+    if name not in SELECTIONS:
+        raise unknown("selection", name, SELECTIONS)
     return name
 
 
@@ -170,8 +196,10 @@ def survivors(
 ):
     "Indices of those that stay, the best among them (CNN-GA Algorithm 6)."
     fitness = np.asarray(fitness, float)
-    if check_selection(selection) == "truncation": return np.argsort(fitness, kind="stable")[:n].tolist()
+    if check_selection(selection) == "truncation":
+        return np.argsort(fitness, kind="stable")[:n].tolist()
     chosen = [tournament(fitness, rng) for _ in range(n)]
     best = int(fitness.argmin())
-    if fitness[chosen].min() > fitness[best]: chosen[int(fitness[chosen].argmax())] = best
+    if fitness[chosen].min() > fitness[best]:
+        chosen[int(fitness[chosen].argmax())] = best
     return chosen

@@ -6,7 +6,17 @@
 __all__ = ['ALONE', 'as_score', 'score_to_json', 'score_from_json', 'Memo', 'Pool', 'save_state', 'load_state']
 
 # %% ../../nbs/lib/74_search.pool.ipynb #6eb0a4b8
-import contextlib, importlib, json, math, multiprocessing, os, signal, sys, threading, types, warnings
+import contextlib
+import importlib
+import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import types
+import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -25,8 +35,12 @@ def as_score(
 ):
     "The `Score` of a number; what is not finite is dead, and what is dead infinite."
     if not isinstance(value, Score):
-        try: value = Score(float(value), {}, None, None, "")
-        except (TypeError, ValueError): raise UserError(f"a fitness of {value!r:.60}: it must be a number or a Score of search.score") from None
+        try:
+            value = Score(float(value), {}, None, None, "")
+        except (TypeError, ValueError):
+            raise UserError(
+                f"a fitness of {value!r:.60}: it must be a number or a Score of search.score"
+            ) from None
     s = value
     dead = s.dead or ("" if math.isfinite(s.fitness) else f"its fitness is {s.fitness}")
     return s._replace(fitness=math.inf, dead=dead) if dead else s
@@ -36,15 +50,28 @@ def score_to_json(
     score,  # a `Score`
 ):
     "What JSON can say of a score, without loss: infinite and unknown numbers are None."
-    finite = lambda v: v if v is not None and math.isfinite(v) else None
-    return [finite(score.fitness), {k: finite(v) for k, v in score.parts.items()}, score.parameters, finite(score.sops), score.dead]
+
+    def finite(v):
+        return v if v is not None and math.isfinite(v) else None
+
+    return [
+        finite(score.fitness),
+        {k: finite(v) for k, v in score.parts.items()},
+        score.parameters,
+        finite(score.sops),
+        score.dead,
+    ]
 
 
 def score_from_json(
     v,  # of `score_to_json`
 ):
     "The `Score` again; operations that were not counted are None."
-    return Score(math.inf if v[0] is None else v[0], {k: math.inf if x is None else x for k, x in v[1].items()}, *v[2:])
+    return Score(
+        math.inf if v[0] is None else v[0],
+        {k: math.inf if x is None else x for k, x in v[1].items()},
+        *v[2:],
+    )
 
 # %% ../../nbs/lib/74_search.pool.ipynb #e6fb0eec
 class Memo:
@@ -57,19 +84,23 @@ class Memo:
     ):
         self.key, self.known = key, {}
         self.path = folder and Path(folder) / f"{sha256_of(key)[:32]}.scores"
-        if self.path and self.path.exists(): self.known = dict(_rows(self.path, key))
+        if self.path and self.path.exists():
+            self.known = dict(_rows(self.path, key))
 
-    def get(self, text): return self.known.get(text)
+    def get(self, text):
+        return self.known.get(text)
 
     def put(self, scores):
         "Add `{text: Score}`; to the file as well."
         fresh = {t: s for t, s in scores.items() if t not in self.known}
         self.known |= fresh
-        if not self.path or not fresh: return
+        if not self.path or not fresh:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with lock(self.path):
             cut = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
-            with open(self.path, "a") as f: f.write("\n" * cut + "".join(_row(self.key, t, s) for t, s in fresh.items()))
+            with open(self.path, "a") as f:
+                f.write("\n" * cut + "".join(_row(self.key, t, s) for t, s in fresh.items()))
 
 
 def _row(key, text, score):
@@ -85,7 +116,7 @@ def _rows(path, key):
             yield text, score_from_json(score)
 
 # %% ../../nbs/lib/74_search.pool.ipynb #8b59c416
-ALONE = {k: "1" for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")}
+ALONE = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
 
 
 @contextlib.contextmanager
@@ -93,10 +124,12 @@ def _start():
     main, env = sys.modules["__main__"], dict(os.environ)
     os.environ.update(ALONE)
     sys.modules["__main__"] = types.ModuleType("__main__")
-    try: yield
+    try:
+        yield
     finally:
         sys.modules["__main__"] = main
-        os.environ.clear(), os.environ.update(env)
+        os.environ.clear()
+        os.environ.update(env)
 
 # %% ../../nbs/lib/74_search.pool.ipynb #2b5217ae
 _SCORER = None
@@ -107,17 +140,24 @@ def _enter(blob):
     import cloudpickle
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    threading.Thread(
+        target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True
+    ).start()
     torch.set_num_threads(1)
     _SCORER = cloudpickle.loads(blob)
 
 
 def _score(text, scorer=None):
-    try: return as_score((scorer or _SCORER)(parse_genome(text)))
-    except UserError: raise
-    except Exception as e: raise RuntimeError(f"scoring {text!r}: {type(e).__name__}: {e}") from e
+    try:
+        return as_score((scorer or _SCORER)(parse_genome(text)))
+    except UserError:
+        raise
+    except Exception as e:
+        raise RuntimeError(f"scoring {text!r}: {type(e).__name__}: {e}") from e
 
-def _there(name): return getattr(importlib.import_module("snnkd_nb.search.pool"), name)
+
+def _there(name):
+    return getattr(importlib.import_module("snnkd_nb.search.pool"), name)
 
 # %% ../../nbs/lib/74_search.pool.ipynb #819b74cf
 class Pool:
@@ -128,30 +168,41 @@ class Pool:
         scorer,  # genome -> `Score` or number
         workers=1,  # processes; 1: this one
     ):
-        need(isinstance(workers, int) and not isinstance(workers, bool) and workers >= 1, f"workers = {workers!r}: give a whole number of processes, at least 1")
+        need(
+            isinstance(workers, int) and not isinstance(workers, bool) and workers >= 1,
+            f"workers = {workers!r}: give a whole number of processes, at least 1",
+        )
         self.scorer, self.workers, self.processes = scorer, workers, None
 
-    def __enter__(self): return self
+    def __enter__(self):
+        return self
 
     def __exit__(self, *error):
-        if self.processes: self.processes.shutdown(cancel_futures=True)
+        if self.processes:
+            self.processes.shutdown(cancel_futures=True)
         self.processes = None
 
     def _open(self):
         import cloudpickle
 
         args = (cloudpickle.dumps(self.scorer),)
-        self.processes = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), _there("_enter"), args)
+        self.processes = ProcessPoolExecutor(
+            self.workers, multiprocessing.get_context("spawn"), _there("_enter"), args
+        )
 
     def _many(self, texts):
-        if not self.processes: self._open()
-        with _start(): futures = {self.processes.submit(_there("_score"), t): t for t in texts}
-        for f in as_completed(futures): yield futures[f], f.result()
+        if not self.processes:
+            self._open()
+        with _start():
+            futures = {self.processes.submit(_there("_score"), t): t for t in texts}
+        for f in as_completed(futures):
+            yield futures[f], f.result()
 
     def scores(self, texts):
         "Yield `(text, Score)` as they are done, in any order."
         if self.workers == 1:
-            with one_thread(): yield from ((t, _score(t, self.scorer)) for t in texts)
+            with one_thread():
+                yield from ((t, _score(t, self.scorer)) for t in texts)
             return
         left = dict.fromkeys(texts)
         for again in (True, False):
@@ -162,8 +213,13 @@ class Pool:
                 return
             except BrokenProcessPool:
                 self.__exit__()
-                if not again: raise RuntimeError(f"a worker died twice (out of memory?) while it scored one of {len(left)} candidates, e.g. {next(iter(left))!r}: give fewer workers, smaller channels or a smaller batch") from None
-                warnings.warn("a worker died; what it had not finished is scored again", stacklevel=2)
+                if not again:
+                    raise RuntimeError(
+                        f"a worker died twice (out of memory?) while it scored one of {len(left)} candidates, e.g. {next(iter(left))!r}: give fewer workers, smaller channels or a smaller batch"
+                    ) from None
+                warnings.warn(
+                    "a worker died; what it had not finished is scored again", stacklevel=2
+                )
 
 # %% ../../nbs/lib/74_search.pool.ipynb #a03fa44e
 def save_state(
@@ -182,8 +238,16 @@ def load_state(
 ):
     "The state of a search; None, with a warning, where the file is damaged or of another; None where there is none."
     path = Path(path)
-    if not path.exists(): return None
+    if not path.exists():
+        return None
     said, _, body = path.read_bytes().partition(b"\n")
-    if sha256_of(body.removesuffix(b"\n")).encode() != said: return warnings.warn(f"{path.name} is damaged; the search starts again", stacklevel=2)
+    if sha256_of(body.removesuffix(b"\n")).encode() != said:
+        return warnings.warn(f"{path.name} is damaged; the search starts again", stacklevel=2)
     state = json.loads(body)
-    return state if state["of"] == sha256_of(of) else warnings.warn(f"{path.name} belongs to another search; this one starts anew", stacklevel=2)
+    return (
+        state
+        if state["of"] == sha256_of(of)
+        else warnings.warn(
+            f"{path.name} belongs to another search; this one starts anew", stacklevel=2
+        )
+    )

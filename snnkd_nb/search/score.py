@@ -24,8 +24,30 @@ from ..models.genome import check_genome, genome_parameters, genome_text
 from ..models.stages import paths_in_words
 from ..neurons.lif import create_neuron, list_neurons
 from .candidate import kit_for, look
-from .similarity import MODES, NORMS, aligned_distance, log_determinant, matrix_distance, ordered, pick, reduced, similarity_matrix, spike_kernel, tgs, totals
-from .teacher import ask, called, check_labels, one_thread, paired, prepared, slopes_of, staged
+from snnkd_nb.search.similarity import (
+    MODES,
+    NORMS,
+    aligned_distance,
+    log_determinant,
+    matrix_distance,
+    ordered,
+    pick,
+    reduced,
+    similarity_matrix,
+    spike_kernel,
+    tgs,
+    totals,
+)
+from snnkd_nb.search.teacher import (
+    ask,
+    called,
+    check_labels,
+    one_thread,
+    paired,
+    prepared,
+    slopes_of,
+    staged,
+)
 from ..spec import need
 
 # %% ../../nbs/lib/72_search.score.ipynb #366a6c27
@@ -45,6 +67,7 @@ METRIC_VERSION = 2
 
 class Score(NamedTuple):
     "What is known of a candidate."
+
     fitness: float  # low is good; infinite: dead
     parts: dict  # metric -> its value, averaged over batches and seeds
     parameters: int
@@ -54,6 +77,7 @@ class Score(NamedTuple):
 
 class Facts(NamedTuple):
     "What is kept of the teacher on one batch."
+
     x: torch.Tensor
     y: torch.Tensor
     layers: list  # (features, sorted values) of the layers compared by MAS
@@ -76,7 +100,14 @@ def silent(
     rates,  # what every block puts out on average
 ):
     "Which block puts out no spike, or no number; empty if all do."
-    return next((f"block {i} of {len(rates)} is {'silent' if r == 0 else 'not finite'}" for i, r in enumerate(rates, 1) if r == 0 or not math.isfinite(r)), "")
+    return next(
+        (
+            f"block {i} of {len(rates)} is {'silent' if r == 0 else 'not finite'}"
+            for i, r in enumerate(rates, 1)
+            if r == 0 or not math.isfinite(r)
+        ),
+        "",
+    )
 
 
 def hardly(
@@ -86,46 +117,90 @@ def hardly(
     "Which block is silent on more than that share of the images; empty if none is."
     for i, s in stages.items():
         none = 1 - float(s.amax((0, 2, 3, 4)).gt(0).float().mean())
-        if none > share: return f"block {i + 1} is silent on {none:.0%} of the images"
+        if none > share:
+            return f"block {i + 1} is silent on {none:.0%} of the images"
     return ""
 
 # %% ../../nbs/lib/72_search.score.ipynb #4082a338
-CHOICES = {"norm": NORMS, "R": ("batch", "rank"), "mode": MODES, "reduce": ("sum", "mean"), "teacher_mode": ("eval", "train"), "gradients": ("weight", "activation"), "neuron": list_neurons(), "dtype": ("float32", "bfloat16")}
+CHOICES = {
+    "norm": NORMS,
+    "R": ("batch", "rank"),
+    "mode": MODES,
+    "reduce": ("sum", "mean"),
+    "teacher_mode": ("eval", "train"),
+    "gradients": ("weight", "activation"),
+    "neuron": list_neurons(),
+    "dtype": ("float32", "bfloat16"),
+}
 
 
 def _known(kind, value, valid):
-    if value not in valid: raise unknown(f"{kind} of a score", value, valid)
+    if value not in valid:
+        raise unknown(f"{kind} of a score", value, valid)
 
 
 def _check_numbers(how):
-    above = lambda v: type(v) in (int, float) and 0 < v < math.inf
-    need(type(how.T) is int and how.T > 0, f"T = {how.T!r}: give the time steps of the students, at least 1")
-    need(type(how.K) is int and how.K > 0, f"K = {how.K!r}: give the parts of the depth as a whole number, at least 1")
-    need(how.alpha == "guided" or above(how.alpha), f"alpha = {how.alpha!r}: give a number above 0, or 'guided'")
+    def above(v):
+        return type(v) in (int, float) and 0 < v < math.inf
+
+    need(
+        type(how.T) is int and how.T > 0,
+        f"T = {how.T!r}: give the time steps of the students, at least 1",
+    )
+    need(
+        type(how.K) is int and how.K > 0,
+        f"K = {how.K!r}: give the parts of the depth as a whole number, at least 1",
+    )
+    need(
+        how.alpha == "guided" or above(how.alpha),
+        f"alpha = {how.alpha!r}: give a number above 0, or 'guided'",
+    )
     need(above(how.alpha0), f"alpha0 = {how.alpha0!r}: give a number above 0")
-    need(type(how.silence) in (int, float) and 0 <= how.silence <= 1, f"silence = {how.silence!r}: give a share of the images, from 0 to 1")
-    for f in ("seeds", "layers"): need(len({*(v := getattr(how, f))}) == len(v), f"{f} = {v!r}: name each once")
-    need(all(type(s) is int for s in how.seeds), f"seeds = {how.seeds!r}: give whole numbers, e.g. (0, 1)")
+    need(
+        type(how.silence) in (int, float) and 0 <= how.silence <= 1,
+        f"silence = {how.silence!r}: give a share of the images, from 0 to 1",
+    )
+    for f in ("seeds", "layers"):
+        need(len({*(v := getattr(how, f))}) == len(v), f"{f} = {v!r}: name each once")
+    need(
+        all(type(s) is int for s in how.seeds),
+        f"seeds = {how.seeds!r}: give whole numbers, e.g. (0, 1)",
+    )
 
 
 def _check_weights(how):
     weights = {} if how.weights is None else how.weights
-    need(isinstance(weights, dict), f"weights = {weights!r}: give a dict, e.g. {{{how.metrics[0]!r}: 2.0}}")
+    need(
+        isinstance(weights, dict),
+        f"weights = {weights!r}: give a dict, e.g. {{{how.metrics[0]!r}: 2.0}}",
+    )
     for m, v in weights.items():
         _known("metric", m, METRICS)
-        need(m in how.metrics, f"weights: {m!r} is no part of metric = {how.metric!r}; leave it out, or add +{m} to the metric")
-        need(type(v) in (int, float) and math.isfinite(v), f"weights: {m!r}: {v!r} is not a finite number")
+        need(
+            m in how.metrics,
+            f"weights: {m!r} is no part of metric = {how.metric!r}; leave it out, or add +{m} to the metric",
+        )
+        need(
+            type(v) in (int, float) and math.isfinite(v),
+            f"weights: {m!r}: {v!r} is not a finite number",
+        )
 
 
 def _check_neuron(how):
-    need(how.neuron_args is None or isinstance(how.neuron_args, dict), f"neuron_args = {how.neuron_args!r}: give a dict of options, e.g. {{'v_threshold': 0.5}}")
-    try: create_neuron(how.neuron, how.T, **(how.neuron_args or {}))
-    except (TypeError, ValueError) as e: raise UserError(f"neuron_args = {how.neuron_args!r}: {e}") from None
+    need(
+        how.neuron_args is None or isinstance(how.neuron_args, dict),
+        f"neuron_args = {how.neuron_args!r}: give a dict of options, e.g. {{'v_threshold': 0.5}}",
+    )
+    try:
+        create_neuron(how.neuron, how.T, **(how.neuron_args or {}))
+    except (TypeError, ValueError) as e:
+        raise UserError(f"neuron_args = {how.neuron_args!r}: {e}") from None
 
 # %% ../../nbs/lib/72_search.score.ipynb #8d02f6a4
 @dataclass(frozen=True)
 class Scoring:
     "How candidates are scored; raises `UserError` for what does not exist."
+
     metric: str = "mas+tgs"  # of `METRICS`, joined by "+"
     T: int = 4  # time steps of the students
     alpha: object = "guided"  # slope of the surrogates, for training: a number, or "guided" by the teacher; no score depends on it
@@ -146,22 +221,37 @@ class Scoring:
     silence: float = 0.5  # a candidate is dead if a larger share of the images gets no spike from a block that is compared; 1: only if all do
 
     def __post_init__(self):
-        need(isinstance(self.metric, str), f"metric = {self.metric!r:.60}: give names joined by +, e.g. 'mas+tgs'; a function of your own is a fitness, of `search` and `evolve`")
+        need(
+            isinstance(self.metric, str),
+            f"metric = {self.metric!r:.60}: give names joined by +, e.g. 'mas+tgs'; a function of your own is a fitness, of `search` and `evolve`",
+        )
         object.__setattr__(self, "metric", self.metric.replace(" ", ""))
         for f in ("layers", "seeds"):
-            need(isinstance(v := getattr(self, f), (list, tuple)), f"{f} = {v!r}: give a list, e.g. {[v]!r} (in a shell \"{f}={[v]!r}\")")
+            need(
+                isinstance(v := getattr(self, f), (list, tuple)),
+                f'{f} = {v!r}: give a list, e.g. {[v]!r} (in a shell "{f}={[v]!r}")',
+            )
             object.__setattr__(self, f, tuple(v))
-        for m in self.metrics: _known("metric", m, METRICS)
-        need(len({*self.metrics}) == len(self.metrics), f"metric = {self.metric!r}: name each metric once, weights={{name: factor}} say what it counts")
-        for f, valid in CHOICES.items(): _known(f, getattr(self, f), valid)
+        for m in self.metrics:
+            _known("metric", m, METRICS)
+        need(
+            len({*self.metrics}) == len(self.metrics),
+            f"metric = {self.metric!r}: name each metric once, weights={{name: factor}} say what it counts",
+        )
+        for f, valid in CHOICES.items():
+            _known(f, getattr(self, f), valid)
         pick("abc", self.layers)
         need(self.seeds and self.layers, "seeds and layers of a score: give at least one each")
-        _check_numbers(self), _check_weights(self), _check_neuron(self)
+        _check_numbers(self)
+        _check_weights(self)
+        _check_neuron(self)
 
     @property
-    def metrics(self): return tuple(self.metric.split("+"))
+    def metrics(self):
+        return tuple(self.metric.split("+"))
 
-    def needs(self, *names): return bool({*names} & {*self.metrics})
+    def needs(self, *names):
+        return bool({*names} & {*self.metrics})
 
 # %% ../../nbs/lib/72_search.score.ipynb #5e1c70b2
 def check_batch(
@@ -170,9 +260,19 @@ def check_batch(
     classes,  # of the teacher
 ):
     "Raise `UserError` where a batch has too few images to compare: every network would be perfect."
-    compared = [m for m in how.metrics if m in ("as", "mas", "snasnet") or m == "tgs" and how.mode == "sample"]
-    need(images > 1 or not compared, f"a batch of 1 image: {', '.join(compared)} compares images with each other, give at least 2")
-    need(images >= classes or not how.needs("tgs") or how.mode == "sample", f"a batch of {images} images for {classes} classes: TGS with mode={how.mode!r} compares classes, so give at least {classes} images, or the metric's option mode='sample'")
+    compared = [
+        m
+        for m in how.metrics
+        if m in ("as", "mas", "snasnet") or (m == "tgs" and how.mode == "sample")
+    ]
+    need(
+        images > 1 or not compared,
+        f"a batch of 1 image: {', '.join(compared)} compares images with each other, give at least 2",
+    )
+    need(
+        images >= classes or not how.needs("tgs") or how.mode == "sample",
+        f"a batch of {images} images for {classes} classes: TGS with mode={how.mode!r} compares classes, so give at least {classes} images, or the metric's option mode='sample'",
+    )
 
 # %% ../../nbs/lib/72_search.score.ipynb #3af99a76
 def check_classes(
@@ -181,34 +281,64 @@ def check_classes(
     classes,  # of the teacher
 ):
     "`UserError` where TGS would compare a single class; a warning where it compares fewer than half of them."
-    if not how.needs("tgs") or how.mode == "sample": return
+    if not how.needs("tgs") or how.mode == "sample":
+        return
     seen = len(y.unique())
-    need(seen > 1 or classes == 1, f"a batch of one class: TGS with mode={how.mode!r} compares classes, and every network would be nearly perfect; give images of all {classes}, or the metric's option mode='sample'")
-    if 2 * seen < classes: warnings.warn(f"{classes - seen} of {classes} classes are not in the batch: TGS hardly compares them, give a larger batch", stacklevel=2)
+    need(
+        seen > 1 or classes == 1,
+        f"a batch of one class: TGS with mode={how.mode!r} compares classes, and every network would be nearly perfect; give images of all {classes}, or the metric's option mode='sample'",
+    )
+    if 2 * seen < classes:
+        warnings.warn(
+            f"{classes - seen} of {classes} classes are not in the batch: TGS hardly compares them, give a larger batch",
+            stacklevel=2,
+        )
+
 
 @one_thread()
 def facts(
     teacher,  # of `prepared`
-    x, y,  # one batch
+    x,
+    y,  # one batch
     how,  # a `Scoring`
 ):
     "The `Facts` of a batch, what the teacher answered, and the number of classes."
     asked = ask(teacher, x, y, how.gradients) if how.needs("tgs") else None
     if asked is None:
-        with torch.no_grad(): logits, features = teacher(x, features=True)
+        with torch.no_grad():
+            logits, features = teacher(x, features=True)
         check_labels(y, logits.shape[1])
-    else: logits, features = asked.last, asked.features
+    else:
+        logits, features = asked.last, asked.features
     classes = len(asked.last) if asked else logits.shape[1]
-    check_batch(how, len(y), classes), check_classes(how, y, classes)
+    check_batch(how, len(y), classes)
+    check_classes(how, y, classes)
     stages = [rows_of(f) for f in features.values()]
-    need(stages or not how.needs("as", "mas"), f"{called(teacher)} has no stages to compare: wrap it, Foreign(net, stages=[…]) with module paths of it ({paths_in_words(getattr(teacher, 'net', teacher))}), or take metric='tgs'")
+    need(
+        stages or not how.needs("as", "mas"),
+        f"{called(teacher)} has no stages to compare: wrap it, Foreign(net, stages=[…]) with module paths of it ({paths_in_words(getattr(teacher, 'net', teacher))}), or take metric='tgs'",
+    )
     compared = pick(list(features.items()), how.layers) if how.needs("mas") else []
-    for n, f in compared: need(f.any() and f.isfinite().all(), f"the teacher's {n} is silent or not finite on this batch: no student can be compared with it")
+    for n, f in compared:
+        need(
+            f.any() and f.isfinite().all(),
+            f"the teacher's {n} is silent or not finite on this batch: no student can be compared with it",
+        )
     gradient = None if asked is None else asked.sample if how.mode == "sample" else asked.last
-    for what, f in {"last stage": stages[-1] if how.needs("as") else None, "gradient at the last layer": gradient}.items():
-        need(f is None or f.any() and f.isfinite().all(), f"the teacher's {what} is zero everywhere or not finite on this batch: no student can be compared with it")
+    for what, f in {
+        "last stage": stages[-1] if how.needs("as") else None,
+        "gradient at the last layer": gradient,
+    }.items():
+        need(
+            f is None or (f.any() and f.isfinite().all()),
+            f"the teacher's {what} is zero everywhere or not finite on this batch: no student can be compared with it",
+        )
     plain = similarity_matrix(stages[-1], how.norm) if how.needs("as") else None
-    return Facts(x, y, [(a := rows_of(f), ordered(a)) for _, f in compared], plain, gradient), asked, classes
+    return (
+        Facts(x, y, [(a := rows_of(f), ordered(a)) for _, f in compared], plain, gradient),
+        asked,
+        classes,
+    )
 
 
 def rows_of(f):
@@ -222,19 +352,44 @@ def measured(
     how,  # a `Scoring`
 ):
     "What a look at a candidate says: {metric: value}, operations, and why it is dead."
-    why, parts = silent(seen.rates) or hardly(seen.stages, how.silence), dict.fromkeys(how.metrics, math.inf)
-    if not why: parts |= {m: MEASURES[m](seen, f, how) for m in how.metrics if m in MEASURES}
-    return parts, seen.sops, why or next((f"its {m} is not finite" for m in MEASURES if not math.isfinite(parts.get(m, 0))), "")
+    why, parts = (
+        silent(seen.rates) or hardly(seen.stages, how.silence),
+        dict.fromkeys(how.metrics, math.inf),
+    )
+    if not why:
+        parts |= {m: MEASURES[m](seen, f, how) for m in how.metrics if m in MEASURES}
+    return (
+        parts,
+        seen.sops,
+        why
+        or next(
+            (f"its {m} is not finite" for m in MEASURES if not math.isfinite(parts.get(m, 0))), ""
+        ),
+    )
 
 
 def _mas(seen, f, how):
     pairs = zip(f.layers, (seen.stages[i] for i in pick(range(len(seen.rates)), how.layers)))
-    return reduced([aligned_distance(a, totals(s).float(), order, how.norm, how.R) for (a, order), s in pairs], how.reduce)
+    return reduced(
+        [aligned_distance(a, totals(s).float(), order, how.norm, how.R) for (a, order), s in pairs],
+        how.reduce,
+    )
 
 
-def _as(seen, f, how): return matrix_distance(f.plain, similarity_matrix(totals(seen.stages[len(seen.rates) - 1]).float(), how.norm), how.R)
-def _tgs(seen, f, how): return tgs(f.gradient, student_gradient(seen, f.y, how.mode), how.norm, how.mode)
-def _snasnet(seen, f, how): return -log_determinant(sum(map(spike_kernel, [*seen.stages.values(), *seen.within])))
+def _as(seen, f, how):
+    return matrix_distance(
+        f.plain,
+        similarity_matrix(totals(seen.stages[len(seen.rates) - 1]).float(), how.norm),
+        how.R,
+    )
+
+
+def _tgs(seen, f, how):
+    return tgs(f.gradient, student_gradient(seen, f.y, how.mode), how.norm, how.mode)
+
+
+def _snasnet(seen, f, how):
+    return -log_determinant(sum(map(spike_kernel, [*seen.stages.values(), *seen.within])))
 
 
 MEASURES = {"as": _as, "mas": _mas, "tgs": _tgs, "snasnet": _snasnet}
@@ -242,6 +397,7 @@ MEASURES = {"as": _as, "mas": _mas, "tgs": _tgs, "snasnet": _snasnet}
 # %% ../../nbs/lib/72_search.score.ipynb #c5ac31ec
 class Scorer:
     "Scores genomes against a teacher on fixed batches; can be pickled, and answers the same in every process."
+
     def __init__(
         self,
         teacher,  # an ANN: ours, or any `nn.Module` from (B, C, H, W) to (B, K)
@@ -251,44 +407,93 @@ class Scorer:
         **options,  # of `Scoring`
     ):
         for k in options:
-            if k not in Scoring.__dataclass_fields__: raise unknown("option of a score", k, Scoring.__dataclass_fields__)
+            if k not in Scoring.__dataclass_fields__:
+                raise unknown("option of a score", k, Scoring.__dataclass_fields__)
         how, batches = Scoring(metric, **options), paired(x, y)
         self.how, (c, _, self.image_size) = how, batches[0][0].shape[-3:]
         net = prepared(staged(teacher, batches[0][0]), how.teacher_mode)
         self.facts, asked, (self.classes, *_) = zip(*(facts(net, *b, how) for b in batches))
-        guided = slopes_of(asked, how.alpha0, how.K, how.gradients) if how.alpha == "guided" and asked[0] else None
+        guided = (
+            slopes_of(asked, how.alpha0, how.K, how.gradients)
+            if how.alpha == "guided" and asked[0]
+            else None
+        )
         self.slopes = guided if how.alpha == "guided" else [float(how.alpha)] * how.K
         self.in_channels = c
         self.key = f"{how.metric}-v{METRIC_VERSION}-{self.identity(net, batches)[:16]}"
 
     def identity(self, net, batches):
         "Hash of all that a score depends on besides the genome: options, images, the teacher's weights and what it said."
-        how = {k: v for k, v in asdict(self.how).items() if k not in ("alpha", "alpha0", "gradients", "K")}
-        said = [t for f in self.facts for t in (*(a for a, _ in f.layers), f.plain, f.gradient) if t is not None]
-        seen = [*(fingerprint(*ts) for ts in ((t for b in batches for t in b), net.state_dict().values(), said)), [*net.state_dict()], [*net.stage_names]]
+        how = {
+            k: v
+            for k, v in asdict(self.how).items()
+            if k not in ("alpha", "alpha0", "gradients", "K")
+        }
+        said = [
+            t
+            for f in self.facts
+            for t in (*(a for a, _ in f.layers), f.plain, f.gradient)
+            if t is not None
+        ]
+        seen = [
+            *(
+                fingerprint(*ts)
+                for ts in ((t for b in batches for t in b), net.state_dict().values(), said)
+            ),
+            [*net.state_dict()],
+            [*net.stage_names],
+        ]
         return sha256_of(canonical_json([METRIC_VERSION, how, seen]))
 
     def options(self):
         "Options of `create_model` with which the network of a genome is the one that is scored; with the slopes for its training."
         how, few = self.how, {"neuron_args": self.how.neuron_args, "slopes": self.slopes}
-        return {"num_classes": self.classes, "T": how.T, "neuron": how.neuron, "in_channels": self.in_channels, "image_size": self.image_size, **{k: v for k, v in few.items() if v}}
+        return {
+            "num_classes": self.classes,
+            "T": how.T,
+            "neuron": how.neuron,
+            "in_channels": self.in_channels,
+            "image_size": self.image_size,
+            **{k: v for k, v in few.items() if v},
+        }
 
     def __call__(self, genome):
         "The `Score` of anything `parse_genome` reads; raises `UserError` for one that the images do not allow."
         genes, how = check_genome(genome, self.image_size), self.how
         n = genome_parameters(genes, self.classes, self.in_channels)
-        given = {"params": -float(n), "random": fmean(seed_for("random", genome_text(genes), s) / 2**63 for s in how.seeds)}
-        seen = [m for s in how.seeds for m in self.measure(genes, s)] if how.needs(*MEASURES) else []
-        parts = {m: given[m] if m in given else fmean(parts[m] for parts, _, _ in seen) for m in how.metrics}
+        given = {
+            "params": -float(n),
+            "random": fmean(seed_for("random", genome_text(genes), s) / 2**63 for s in how.seeds),
+        }
+        seen = (
+            [m for s in how.seeds for m in self.measure(genes, s)] if how.needs(*MEASURES) else []
+        )
+        parts = {
+            m: given[m] if m in given else fmean(parts[m] for parts, _, _ in seen)
+            for m in how.metrics
+        }
         fitness = sum((how.weights or {}).get(m, 1) * v for m, v in parts.items())
         dead = next((why for _, _, why in seen if why), "")
-        return Score(math.inf if dead else fitness, parts, n, fmean(ops for _, ops, _ in seen) if seen else math.nan, dead)
-
+        return Score(
+            math.inf if dead else fitness,
+            parts,
+            n,
+            fmean(ops for _, ops, _ in seen) if seen else math.nan,
+            dead,
+        )
 
     def measure(self, genes, seed):
         "`measured` of the candidate on every batch."
         how, n = self.how, len(genes)
         keep = None if how.needs("snasnet") else {*pick(range(n), how.layers), n - 1}
         with autocast("cpu", "bf16" if how.dtype == "bfloat16" else "fp32"):
-            looks = look(genes, seed, [f.x for f in self.facts], kit_for(how.T, how.neuron, how.neuron_args), self.classes, keep, how.needs("snasnet"))
+            looks = look(
+                genes,
+                seed,
+                [f.x for f in self.facts],
+                kit_for(how.T, how.neuron, how.neuron_args),
+                self.classes,
+                keep,
+                how.needs("snasnet"),
+            )
         return [measured(seen, f, how) for seen, f in zip(looks, self.facts)]

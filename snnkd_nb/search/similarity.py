@@ -63,9 +63,11 @@ def similarity_matrix(
     norm="row",  # row, frobenius or spectral
 ):
     "Normalised inner products of all pairs; what is zero stays zero. Source: DSAS eq. 4 and 9."
-    if norm not in NORMS: raise unknown("norm", norm, NORMS)
+    if norm not in NORMS:
+        raise unknown("norm", norm, NORMS)
     G = gram(a, steps=False)
-    if norm != "spectral": return normalised(G, norm)
+    if norm != "spectral":
+        return normalised(G, norm)
     length = torch.linalg.matrix_norm(G, 2)
     return G / torch.where(length > 0, length, 1)
 
@@ -76,7 +78,8 @@ def matrix_distance(
     R="batch",  # what the sum of squares is divided by: "batch" B², "rank" that of m_t
 ):
     "Squared distance of two similarity matrices. Source: DSAS eq. 5."
-    if R not in ("batch", "rank"): raise unknown("R of DSAS eq. 5", R, ("batch", "rank"))
+    if R not in ("batch", "rank"):
+        raise unknown("R of DSAS eq. 5", R, ("batch", "rank"))
     scale = 1 if R == "batch" else (len(m_t) / torch.linalg.matrix_rank(m_t).clamp(min=1)) ** 2
     return (gram_distance(m_t, m_s) * scale).item()
 
@@ -89,7 +92,8 @@ def pick(
     n = len(stages)
     where = {"first": 0, "middle": (n - 1) // 2, "last": n - 1}
     for name in layers:
-        if name not in where: raise unknown("layer", name, where)
+        if name not in where:
+            raise unknown("layer", name, where)
     return [stages[where[name]] for name in layers]
 
 
@@ -102,16 +106,22 @@ def aligned_distance(
 ):
     "MAS of one layer; infinite for a silent student. Source: DSAS eq. 1 to 5."
     rho = density(a_s)
-    if rho == 0 or not a_s.isfinite().all(): return math.inf
-    return matrix_distance(similarity_matrix(align(a_t, rho, order), norm), similarity_matrix(a_s, norm), R)
+    if rho == 0 or not a_s.isfinite().all():
+        return math.inf
+    return matrix_distance(
+        similarity_matrix(align(a_t, rho, order), norm), similarity_matrix(a_s, norm), R
+    )
 
 
 def plain_distance(
-    a_t, a_s,  # as for `aligned_distance`
-    norm="row", R="batch",
+    a_t,
+    a_s,  # as for `aligned_distance`
+    norm="row",
+    R="batch",
 ):
     "The same without alignment; infinite for a silent student."
-    if not a_s.any() or not a_s.isfinite().all(): return math.inf
+    if not a_s.any() or not a_s.isfinite().all():
+        return math.inf
     return matrix_distance(similarity_matrix(a_t, norm), similarity_matrix(a_s, norm), R)
 
 # %% ../../nbs/lib/71_search.similarity.ipynb #d27d2220
@@ -120,7 +130,8 @@ def reduced(
     reduce="sum",  # sum or mean
 ):
     "The layers' distances together."
-    if reduce not in ("sum", "mean"): raise unknown("reduction", reduce, ("sum", "mean"))
+    if reduce not in ("sum", "mean"):
+        raise unknown("reduction", reduce, ("sum", "mean"))
     return sum(values) / (len(values) if reduce == "mean" else 1)
 
 
@@ -128,7 +139,8 @@ def mas(
     teacher,  # features of its stages, each (B, C, H, W)
     student,  # spikes of its stages, each (T, B, C, H, W)
     layers=("first", "middle", "last"),
-    norm="row", R="batch",  # as for `similarity_matrix` and `matrix_distance`
+    norm="row",
+    R="batch",  # as for `similarity_matrix` and `matrix_distance`
     reduce="sum",  # over layers: sum or mean
 ):
     "Multi-layer activation similarity, a distance: 0 is best, infinite is silent. Source: DSAS eq. 1 to 5."
@@ -137,8 +149,10 @@ def mas(
 
 
 def activation_similarity(
-    teacher, student,  # as for `mas`
-    norm="row", R="batch",
+    teacher,
+    student,  # as for `mas`
+    norm="row",
+    R="batch",
 ):
     "AS, a distance: the last layers without alignment. Source: DSAS section 3.2 and 4.5."
     return plain_distance(teacher[-1], totals(student[-1]), norm, R)
@@ -149,9 +163,12 @@ def groups(
     K=3,  # groups
 ):
     "Layers divided by depth into K groups of as equal size as can be, each one vector. Source: DSAS eq. 6."
-    need(len(layers) >= K, f"{len(layers)} layers with gradients cannot be divided into {K} groups: lower K")
+    need(
+        len(layers) >= K,
+        f"{len(layers)} layers with gradients cannot be divided into {K} groups: lower K",
+    )
     cuts = [round(i * len(layers) / K) for i in range(K + 1)]
-    return [torch.cat([g.flatten() for g in layers[a:b]]) for a, b in zip(cuts, cuts[1:])]
+    return [torch.cat([g.flatten() for g in layers[a:b]]) for a, b in itertools.pairwise(cuts)]
 
 
 def steadiness(
@@ -170,8 +187,15 @@ def slopes(
     eps=1e-12,
 ):
     "α̃ of every group, in [α0, 2α0); raises `UserError` for gradients that are not finite, or all equal in a group. Source: DSAS eq. 8."
-    need(all(v.isfinite().all() for v in vectors) and any(v.any() for v in vectors), "the teacher has no gradients to guide the slopes: they are all zero or not finite; train it first, or give alpha a number")
-    for k, v in enumerate(vectors, 1): need(v.min() < v.max(), f"the teacher's gradients in part {k} of {len(vectors)} of its depth are all equal, so no slope follows from them: give fewer parts (K), or alpha a number")
+    need(
+        all(v.isfinite().all() for v in vectors) and any(v.any() for v in vectors),
+        "the teacher has no gradients to guide the slopes: they are all zero or not finite; train it first, or give alpha a number",
+    )
+    for k, v in enumerate(vectors, 1):
+        need(
+            v.min() < v.max(),
+            f"the teacher's gradients in part {k} of {len(vectors)} of its depth are all equal, so no slope follows from them: give fewer parts (K), or alpha a number",
+        )
     ratio = [steadiness(v, eps) for v in vectors]
     return [(2 - r / max(ratio)) * alpha0 for r in ratio]
 
@@ -184,7 +208,10 @@ def averaged(
     channels,  # C'; C must be a multiple of it
 ):
     "Neighbouring channels averaged until C' are left."
-    need(g.shape[1] % channels == 0, f"mode='ickd' compares channels, and {g.shape[1]} is no multiple of {channels}: take channels that are multiples of the teacher's (search.space.space_of), or mode='class'")
+    need(
+        g.shape[1] % channels == 0,
+        f"mode='ickd' compares channels, and {g.shape[1]} is no multiple of {channels}: take channels that are multiples of the teacher's (search.space.space_of), or mode='class'",
+    )
     return g.unflatten(1, (channels, -1)).mean(2)
 
 
@@ -202,11 +229,16 @@ def tgs(
     mode="class",  # class, ickd or sample
 ):
     "Threshold-guided gradient similarity, a distance: 0 is best, infinite is a student without gradient. Source: DSAS eq. 9 and 10."
-    if mode not in MODES: raise unknown("mode of TGS", mode, MODES)
-    if not g_s.any() or not g_s.isfinite().all(): return math.inf
+    if mode not in MODES:
+        raise unknown("mode of TGS", mode, MODES)
+    if not g_s.any() or not g_s.isfinite().all():
+        return math.inf
     c, n = min(g_t.shape[1], g_s.shape[1]), len(g_t)
     g_t, g_s = (g / g.abs().max().clamp(min=1e-300) for g in (g_t.double(), g_s.double()))
-    pair = [channel_matrices(averaged(g, c)) if mode == "ickd" else similarity_matrix(g, norm) for g in (g_t, g_s)]
+    pair = [
+        channel_matrices(averaged(g, c)) if mode == "ickd" else similarity_matrix(g, norm)
+        for g in (g_t, g_s)
+    ]
     return (pair[0] - pair[1]).square().sum().item() / (n * c)
 
 # %% ../../nbs/lib/71_search.similarity.ipynb #a14c4780

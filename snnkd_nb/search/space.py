@@ -18,25 +18,39 @@ from ..spec import need
 # %% ../../nbs/lib/70_search.space.ipynb #8fb56b17
 def _whole(space, field):
     v = getattr(space, field)
-    need(isinstance(v, (tuple, list)) and all(type(x) is int for x in v), f"{field} = {v!r} of space {space.name!r}: give a list of whole numbers")
+    need(
+        isinstance(v, (tuple, list)) and all(type(x) is int for x in v),
+        f"{field} = {v!r} of space {space.name!r}: give a list of whole numbers",
+    )
     return tuple(v)
 
 
 def _range(space, field):
     v, most = getattr(space, field), halvings(space.image_size)
-    need(len(v) == 2 and 0 <= v[0] <= v[1], f"{field} = {v} of space {space.name!r}: give (fewest, most) blocks")
-    need(field == "normal" or v[0] <= most, f"space {space.name!r} asks for {v[0]} downsample blocks or more, {space.image_size}×{space.image_size} pixels allow {most}: lower downsample, or enlarge the images")
+    need(
+        len(v) == 2 and 0 <= v[0] <= v[1],
+        f"{field} = {v} of space {space.name!r}: give (fewest, most) blocks",
+    )
+    need(
+        field == "normal" or v[0] <= most,
+        f"space {space.name!r} asks for {v[0]} downsample blocks or more, {space.image_size}×{space.image_size} pixels allow {most}: lower downsample, or enlarge the images",
+    )
 
 
 def _too(space, kind, count):
     (lo, hi), size = space.limits[kind], space.image_size
-    image = f" ({size}×{size} pixels allow no more)" if kind == "d" and count > hi < space.downsample[1] else ""
+    image = (
+        f" ({size}×{size} pixels allow no more)"
+        if kind == "d" and count > hi < space.downsample[1]
+        else ""
+    )
     return f"it has {count} {KINDS[kind]} blocks, allowed are {lo} to {hi}{image}"
 
 # %% ../../nbs/lib/70_search.space.ipynb #4c4bf0fd
 @dataclass(frozen=True)
 class Space:
     "Sequences of normal and downsample blocks in any order, within ranges; raises `UserError` for ranges without a genome."
+
     name: str  # in messages and records
     channels: tuple  # of which every block has one
     normal: tuple  # (fewest, most) normal blocks
@@ -45,16 +59,30 @@ class Space:
     in_channels: int = 3  # channels of the images
 
     def __post_init__(self):
-        for f in ("channels", "normal", "downsample"): object.__setattr__(self, f, _whole(self, f))
-        for f in ("image_size", "in_channels"): need(type(v := getattr(self, f)) is int and v > 0, f"{f} = {v!r} of space {self.name!r}: give a whole number of at least 1")
-        need(self.channels and min(self.channels) > 0 and len(set(self.channels)) == len(self.channels), f"channels = {self.channels} of space {self.name!r}: give different whole numbers above 0")
-        for f in ("normal", "downsample"): _range(self, f)
+        for f in ("channels", "normal", "downsample"):
+            object.__setattr__(self, f, _whole(self, f))
+        for f in ("image_size", "in_channels"):
+            need(
+                type(v := getattr(self, f)) is int and v > 0,
+                f"{f} = {v!r} of space {self.name!r}: give a whole number of at least 1",
+            )
+        need(
+            self.channels
+            and min(self.channels) > 0
+            and len(set(self.channels)) == len(self.channels),
+            f"channels = {self.channels} of space {self.name!r}: give different whole numbers above 0",
+        )
+        for f in ("normal", "downsample"):
+            _range(self, f)
         need(self.splits, f"space {self.name!r} allows no block at all: raise the ranges")
 
     @property
     def limits(self):
         "{kind: (fewest, most)}, the image considered."
-        return {"n": self.normal, "d": (self.downsample[0], min(self.downsample[1], halvings(self.image_size)))}
+        return {
+            "n": self.normal,
+            "d": (self.downsample[0], min(self.downsample[1], halvings(self.image_size))),
+        }
 
     @property
     def splits(self):
@@ -74,12 +102,22 @@ class Space:
 
     def why_not(self, genome):
         "One line that says why a genome is not in the space; empty if it is."
-        try: genes = parse_genome(genome)
-        except UserError as e: return str(e)
+        try:
+            genes = parse_genome(genome)
+        except UserError as e:
+            return str(e)
         odd = sorted({g.channels for g in genes} - set(self.channels))
-        if odd: return f"its channels {', '.join(map(str, odd))} are not among {', '.join(map(str, self.channels))}"
+        if odd:
+            return f"its channels {', '.join(map(str, odd))} are not among {', '.join(map(str, self.channels))}"
         counts = {k: sum(g.kind == k for g in genes) for k in KINDS}
-        return next((_too(self, k, counts[k]) for k, (lo, hi) in self.limits.items() if not lo <= counts[k] <= hi), "")
+        return next(
+            (
+                _too(self, k, counts[k])
+                for k, (lo, hi) in self.limits.items()
+                if not lo <= counts[k] <= hi
+            ),
+            "",
+        )
 
     def check(self, genome):
         "The blocks of a genome of this space; raises `UserError` for any other."
@@ -89,16 +127,19 @@ class Space:
 
 # %% ../../nbs/lib/70_search.space.ipynb #9c74620c
 _CIFAR, _PYRAMID, _DIGITS = (64, 128, 256, 512), (143, 286, 572), (8, 16, 32, 64)
-SPACES = {s.name: s for s in (
-    Space("cifar10", _CIFAR, (3, 15), (2, 3), 32),
-    Space("cifar100", _CIFAR, (3, 15), (2, 3), 32),
-    Space("tiny-imagenet", _PYRAMID, (3, 12), (3, 3), 64),
-    Space("imagenet", (106, 212, 424), (3, 12), (3, 5), 224),
-    Space("cifar10-dvs", _PYRAMID, (3, 6), (3, 3), 48, 2),
-    Space("dvs128-gesture", (32, 64, 128), (3, 6), (3, 3), 64, 2),
-    Space("digits", _DIGITS, (1, 8), (1, 2), 8, 1),
-    Space("digits-events", _DIGITS, (1, 8), (1, 2), 10, 2),
-)}
+SPACES = {
+    s.name: s
+    for s in (
+        Space("cifar10", _CIFAR, (3, 15), (2, 3), 32),
+        Space("cifar100", _CIFAR, (3, 15), (2, 3), 32),
+        Space("tiny-imagenet", _PYRAMID, (3, 12), (3, 3), 64),
+        Space("imagenet", (106, 212, 424), (3, 12), (3, 5), 224),
+        Space("cifar10-dvs", _PYRAMID, (3, 6), (3, 3), 48, 2),
+        Space("dvs128-gesture", (32, 64, 128), (3, 6), (3, 3), 64, 2),
+        Space("digits", _DIGITS, (1, 8), (1, 2), 8, 1),
+        Space("digits-events", _DIGITS, (1, 8), (1, 2), 10, 2),
+    )
+}
 
 
 def list_spaces():
@@ -112,13 +153,22 @@ def create_space(
     **changes,  # fields of `Space`, e.g. image_size=16, channels=(16, 32)
 ):
     "The space of a data set; raises `UserError` for an unknown name or field, or channels that fall together."
-    if name not in SPACES: raise unknown("search space", name, SPACES)
+    if name not in SPACES:
+        raise unknown("search space", name, SPACES)
     fields = [f.name for f in dataclasses.fields(Space)]
     for key in changes:
-        if key not in fields: raise unknown("field of a search space", key, [*fields, "width"])
-    need(isinstance(width, (int, float)) and not isinstance(width, bool) and 0 < width < math.inf, f"width = {width!r}: give a number above 0")
+        if key not in fields:
+            raise unknown("field of a search space", key, [*fields, "width"])
+    need(
+        isinstance(width, (int, float)) and not isinstance(width, bool) and 0 < width < math.inf,
+        f"width = {width!r}: give a number above 0",
+    )
     found = dataclasses.replace(SPACES[name], **changes)
-    return found if width == 1 else dataclasses.replace(found, channels=tuple(scaled(c, width) for c in found.channels))
+    return (
+        found
+        if width == 1
+        else dataclasses.replace(found, channels=tuple(scaled(c, width) for c in found.channels))
+    )
 
 # %% ../../nbs/lib/70_search.space.ipynb #39b55cc3
 def check_images(
@@ -127,16 +177,25 @@ def check_images(
     image_size,  # pixels an edge
 ):
     "`UserError` for a space of other images."
-    need(space.in_channels == in_channels, f"space {space.name!r} is of images with {space.in_channels} channels, these have {in_channels}: make it with in_channels={in_channels} (of a SearchSpec: leave it out of space_args)")
+    need(
+        space.in_channels == in_channels,
+        f"space {space.name!r} is of images with {space.in_channels} channels, these have {in_channels}: make it with in_channels={in_channels} (of a SearchSpec: leave it out of space_args)",
+    )
     most, allowed = space.limits["d"][1], halvings(image_size)
-    need(most <= allowed, f"space {space.name!r} has up to {most} downsample blocks, {image_size}×{image_size} pixels allow {allowed}: make it with image_size={image_size} (of a SearchSpec: leave it out of space_args)")
+    need(
+        most <= allowed,
+        f"space {space.name!r} has up to {most} downsample blocks, {image_size}×{image_size} pixels allow {allowed}: make it with image_size={image_size} (of a SearchSpec: leave it out of space_args)",
+    )
 
 
 def last_width(
     teacher,  # a staged network: ours, or one wrapped by `Foreign`
 ):
     "Channels of its last stage before the expansion of a bottleneck."
-    need(hasattr(teacher, "feature_channels") and teacher.feature_channels(), f"{type(teacher).__name__} shows no stages, so no channels can be derived from it: wrap it, Foreign(net, stages=[…]), or give a Space its channels")
+    need(
+        hasattr(teacher, "feature_channels") and teacher.feature_channels(),
+        f"{type(teacher).__name__} shows no stages, so no channels can be derived from it: wrap it, Foreign(net, stages=[…]), or give a Space its channels",
+    )
     expansions = [e for m in teacher.modules() if type(e := getattr(m, "expansion", None)) is int]
     return list(teacher.feature_channels().values())[-1] // (expansions or [1])[-1]
 
@@ -153,8 +212,18 @@ def space_of(
     base = last_width(teacher)
     good = [f for f in factors if float(base * f).is_integer() and base * f >= 1]
     cure = f"take factors={tuple(good)}" if good else "give a Space its channels"
-    need(len(good) == len(factors), f"a channel set cannot be built: the teacher's last width is {base}, and {', '.join(f'{f:g} of it is {base * f:g}' for f in factors if f not in good)}; {cure}")
-    return Space(name or f"of-{base}-channels", tuple(int(base * f) for f in factors), normal, downsample, image_size or teacher.image_size, teacher.in_channels)
+    need(
+        len(good) == len(factors),
+        f"a channel set cannot be built: the teacher's last width is {base}, and {', '.join(f'{f:g} of it is {base * f:g}' for f in factors if f not in good)}; {cure}",
+    )
+    return Space(
+        name or f"of-{base}-channels",
+        tuple(int(base * f) for f in factors),
+        normal,
+        downsample,
+        image_size or teacher.image_size,
+        teacher.in_channels,
+    )
 
 # %% ../../nbs/lib/70_search.space.ipynb #a233f746
 def genome_macs(

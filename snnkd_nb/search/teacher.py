@@ -34,8 +34,15 @@ def staged(
     x,  # images (B, C, H, W) or frames (T, B, C, H, W) that it will see
 ):
     "The teacher with named stages; raises `UserError` for a spiking one."
-    need(getattr(teacher, "T", None) is None, "the teacher is a spiking network: DSAS searches under an ANN, create_model(..., T=None)")
-    return teacher if hasattr(teacher, "stage_names") else Foreign(teacher, image_size=x.shape[-1], in_channels=x.shape[-3])
+    need(
+        getattr(teacher, "T", None) is None,
+        "the teacher is a spiking network: DSAS searches under an ANN, create_model(..., T=None)",
+    )
+    return (
+        teacher
+        if hasattr(teacher, "stage_names")
+        else Foreign(teacher, image_size=x.shape[-1], in_channels=x.shape[-3])
+    )
 
 
 def last_layer(
@@ -43,8 +50,17 @@ def last_layer(
 ):
     "The layer that makes the logits."
     theirs = isinstance(net, Foreign)
-    path = classifier(net.net, net.num_classes, net.shape(net.image_size)) if theirs else "head.out" if hasattr(getattr(net, "head", None), "out") else ""
-    need(path, f"{called(net)} has no linear layer with as many outputs as classes, whose gradient TGS needs: take metric='mas'")
+    path = (
+        classifier(net.net, net.num_classes, net.shape(net.image_size))
+        if theirs
+        else "head.out"
+        if hasattr(getattr(net, "head", None), "out")
+        else ""
+    )
+    need(
+        path,
+        f"{called(net)} has no linear layer with as many outputs as classes, whose gradient TGS needs: take metric='mas'",
+    )
     return net.get_submodule(path)
 
 # %% ../../nbs/lib/71_search.teacher.ipynb #df9867f5
@@ -53,15 +69,22 @@ def one_thread():
     "Compute with one thread of this process."
     n = torch.get_num_threads()
     torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n)
 
 
-def check_labels(y, classes): need(0 <= y.min() and y.max() < classes, f"labels from {y.min()} to {y.max()}: the teacher tells {classes} classes apart, give labels from 0 to {classes - 1}")
+def check_labels(y, classes):
+    need(
+        y.min() >= 0 and y.max() < classes,
+        f"labels from {y.min()} to {y.max()}: the teacher tells {classes} classes apart, give labels from 0 to {classes - 1}",
+    )
 
 
 class Asked(NamedTuple):
     "What a teacher answers on one batch."
+
     features: dict  # stage -> (B, C, H, W)
     layers: list  # gradients of all layers, first to last
     last: torch.Tensor  # (N, C), gradient of the last layer's weights
@@ -71,23 +94,47 @@ class Asked(NamedTuple):
 @one_thread()
 def ask(
     teacher,  # a staged ANN with gradients switched on
-    x, y,  # images or frames, labels (B,)
+    x,
+    y,  # images or frames, labels (B,)
     of="weight",  # whose gradients guide the slopes: "weight" of every layer, or "activation" of every stage
 ):
     "One forward and one backward pass. Source: DSAS section 3.3."
-    if of not in ("weight", "activation"): raise unknown("kind of gradient", of, ("weight", "activation"))
+    if of not in ("weight", "activation"):
+        raise unknown("kind of gradient", of, ("weight", "activation"))
     head, entered = last_layer(teacher), []
     hook = head.register_forward_pre_hook(lambda m, i: entered.append(i[0]))
     try:
-        with torch.enable_grad(): logits, features = teacher(x, features=True)
-    finally: hook.remove()
+        with torch.enable_grad():
+            logits, features = teacher(x, features=True)
+    finally:
+        hook.remove()
     check_labels(y, logits.shape[1])
-    need(logits.requires_grad, f"the teacher ({called(teacher)}) has no gradients: nothing between its weights and its logits is differentiable; take metric='mas'")
-    need(entered[-1].requires_grad, f"the teacher ({called(teacher)}) has no weights before its last layer: TGS needs a deeper one")
-    sought = list(features.values()) if of == "activation" else [m.weight for m in teacher.modules() if isinstance(m, COUNTED)]
-    found = torch.autograd.grad(F.cross_entropy(logits, y), [head.weight, entered[-1], *sought], allow_unused=True)
-    need(found[0] is not None, "the teacher's last layer has no gradient: TGS needs it, take metric='mas'")
-    return Asked({n: f.detach() for n, f in features.items()}, [g for g in found[2:] if g is not None], found[0].flatten(1), found[1].reshape(*found[1].shape[:2], -1).sum(2))
+    need(
+        logits.requires_grad,
+        f"the teacher ({called(teacher)}) has no gradients: nothing between its weights and its logits is differentiable; take metric='mas'",
+    )
+    need(
+        entered[-1].requires_grad,
+        f"the teacher ({called(teacher)}) has no weights before its last layer: TGS needs a deeper one",
+    )
+    sought = (
+        list(features.values())
+        if of == "activation"
+        else [m.weight for m in teacher.modules() if isinstance(m, COUNTED)]
+    )
+    found = torch.autograd.grad(
+        F.cross_entropy(logits, y), [head.weight, entered[-1], *sought], allow_unused=True
+    )
+    need(
+        found[0] is not None,
+        "the teacher's last layer has no gradient: TGS needs it, take metric='mas'",
+    )
+    return Asked(
+        {n: f.detach() for n, f in features.items()},
+        [g for g in found[2:] if g is not None],
+        found[0].flatten(1),
+        found[1].reshape(*found[1].shape[:2], -1).sum(2),
+    )
 
 # %% ../../nbs/lib/71_search.teacher.ipynb #ea0a8845
 def prepared(
@@ -95,15 +142,18 @@ def prepared(
     mode="eval",  # of its BatchNorms: "eval", or "train" for the statistics of the batch
 ):
     "A copy to ask, on the CPU in single precision, with gradients switched on."
-    if mode not in ("eval", "train"): raise unknown("mode of the teacher", mode, ("eval", "train"))
+    if mode not in ("eval", "train"):
+        raise unknown("mode of the teacher", mode, ("eval", "train"))
     made = copy.deepcopy(teacher).to("cpu", torch.float32).requires_grad_(True)
-    for m in made.modules(): m.training = mode == "train" and isinstance(m, nn.modules.batchnorm._BatchNorm)
+    for m in made.modules():
+        m.training = mode == "train" and isinstance(m, nn.modules.batchnorm._BatchNorm)
     return made
 
 # %% ../../nbs/lib/71_search.teacher.ipynb #06b07cab
 def guided_slopes(
     teacher,  # an ANN
-    x, y,  # images or frames, labels; or lists of batches
+    x,
+    y,  # images or frames, labels; or lists of batches
     alpha0=2.0,  # slope of the steadiest part
     K=3,  # parts
     of="weight",  # as for `ask`
@@ -122,15 +172,35 @@ def slopes_of(asked, alpha0, K, of):
 
 
 def paired(
-    x, y,  # tensors, or lists of them
+    x,
+    y,  # tensors, or lists of them
 ):
     "The batches as pairs, float32 and int64."
     xs, ys = ([v] if isinstance(v, torch.Tensor) else list(v) for v in (x, y))
-    need(len(xs) == len(ys) and xs, f"{len(xs)} batches of images and {len(ys)} of labels: give one for one")
+    need(
+        len(xs) == len(ys) and xs,
+        f"{len(xs)} batches of images and {len(ys)} of labels: give one for one",
+    )
     for a, b in zip(xs, ys):
-        for v in (a, b): need(isinstance(v, torch.Tensor), f"images and labels of {type(v).__name__}: give tensors, e.g. torch.from_numpy(…)")
-        need(a.is_floating_point() and not b.is_floating_point(), f"images of {a.dtype}, labels of {b.dtype}: give images as the teacher sees them, in floating point, and labels as whole numbers")
-        need(bool(a.isfinite().all()), "images that are not finite (NaN or infinite): mend them, or leave them out")
-        need(a.shape[-3:] == xs[0].shape[-3:], f"batches of images {tuple(xs[0].shape[-3:])} and {tuple(a.shape[-3:])}: give all of one size")
-        need(a.dim() in (4, 5) and b.shape == a.shape[-4:-3] and len(b), f"images {tuple(a.shape)} and labels {tuple(b.shape)}: give (B, C, H, W) or frames (T, B, C, H, W), and (B,)")
+        for v in (a, b):
+            need(
+                isinstance(v, torch.Tensor),
+                f"images and labels of {type(v).__name__}: give tensors, e.g. torch.from_numpy(…)",
+            )
+        need(
+            a.is_floating_point() and not b.is_floating_point(),
+            f"images of {a.dtype}, labels of {b.dtype}: give images as the teacher sees them, in floating point, and labels as whole numbers",
+        )
+        need(
+            bool(a.isfinite().all()),
+            "images that are not finite (NaN or infinite): mend them, or leave them out",
+        )
+        need(
+            a.shape[-3:] == xs[0].shape[-3:],
+            f"batches of images {tuple(xs[0].shape[-3:])} and {tuple(a.shape[-3:])}: give all of one size",
+        )
+        need(
+            a.dim() in (4, 5) and b.shape == a.shape[-4:-3] and len(b),
+            f"images {tuple(a.shape)} and labels {tuple(b.shape)}: give (B, C, H, W) or frames (T, B, C, H, W), and (B,)",
+        )
     return [(a.float(), b.long()) for a, b in zip(xs, ys)]

@@ -6,7 +6,8 @@
 __all__ = ['save_checkpoint', 'load_checkpoint']
 
 # %% ../../nbs/lib/53_training.checkpoint.ipynb #ab35aa72
-import json, warnings
+import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -48,13 +49,20 @@ def load_checkpoint(
     "The JSON data of a checkpoint after filling module and optimiser; None where there is none that is whole and fits."
     from safetensors.torch import load
 
-    if not Path(path).exists(): return None
+    if not Path(path).exists():
+        return None
     blob = _read(path)
-    if blob is None: return warnings.warn(f"checkpoint {Path(path).name} is damaged; the run starts again", stacklevel=2)
+    if blob is None:
+        return warnings.warn(
+            f"checkpoint {Path(path).name} is damaged; the run starts again", stacklevel=2
+        )
     size = int.from_bytes(blob[:8], "little")
     tensors, state = load(blob), json.loads(json.loads(blob[8 : 8 + size])["__metadata__"]["state"])
     if of and state.get("of") != of:
-        return warnings.warn(f"checkpoint {Path(path).name} belongs to another training; this one starts anew", stacklevel=2)
+        return warnings.warn(
+            f"checkpoint {Path(path).name} belongs to another training; this one starts anew",
+            stacklevel=2,
+        )
     module.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("module.")})
     _fill(optimiser, tensors)
     return state
@@ -63,5 +71,6 @@ def load_checkpoint(
 def _fill(optimiser, tensors):
     whole, slots = optimiser.state_dict(), {}
     for k, v in tensors.items():
-        if k.startswith("optimiser."): slots.setdefault(int(k.split(".")[1]), {})[k.split(".", 2)[2]] = v
+        if k.startswith("optimiser."):
+            slots.setdefault(int(k.split(".")[1]), {})[k.split(".", 2)[2]] = v
     optimiser.load_state_dict({**whole, "state": slots})

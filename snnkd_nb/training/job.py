@@ -7,7 +7,8 @@ __all__ = ['check_frames', 'build_model', 'rebuilt', 'load_model', 'measure', 'c
            'neurons_of']
 
 # %% ../../nbs/lib/69_training.job.ipynb #95792ed7
-import os, time
+import os
+import time
 
 import torch
 
@@ -20,7 +21,15 @@ from ..metrics.probes import check_probes, create_probes
 from ..models.zoo import check_model, create_model
 from ..neurons.lif import LIF
 from ..spec import need, to_dict
-from ..store import Record, Store, environment, peak_memory, save_weights, twins, with_weights
+from snnkd_nb.store import (
+    Record,
+    Store,
+    environment,
+    peak_memory,
+    save_weights,
+    twins,
+    with_weights,
+)
 from .loop import fit
 from .progress import JsonLines
 
@@ -31,8 +40,11 @@ def check_frames(
 ):
     "Refuse a spiking network that runs other time steps than the recordings have frames; an ANN sees their mean."
     frames = getattr(data, "frames", None)
-    need(frames is None or spec.T in (None, frames), f"{data.name} has {frames} frames a recording, the model runs T={spec.T} steps: "
-         f"DataSpec(args={{'frames': {spec.T}}}) cuts it into {spec.T}, or take ModelSpec(T={frames})")
+    need(
+        frames is None or spec.T in (None, frames),
+        f"{data.name} has {frames} frames a recording, the model runs T={spec.T} steps: "
+        f"DataSpec(args={{'frames': {spec.T}}}) cuts it into {spec.T}, or take ModelSpec(T={frames})",
+    )
 
 
 def build_model(
@@ -44,8 +56,16 @@ def build_model(
     check_frames(spec, data)
     torch.manual_seed(seed_for(seed, "weights", spec.canonical()))
     c, size = data.shape[0], data.shape[-1]
-    return create_model(spec.name, data.num_classes, T=spec.T, neuron=spec.neuron, width=spec.width,
-                        in_channels=c, image_size=size, **spec.args)
+    return create_model(
+        spec.name,
+        data.num_classes,
+        T=spec.T,
+        neuron=spec.neuron,
+        width=spec.width,
+        in_channels=c,
+        image_size=size,
+        **spec.args,
+    )
 
 # %% ../../nbs/lib/69_training.job.ipynb #71fed047
 def rebuilt(
@@ -64,7 +84,10 @@ def load_model(
 ):
     "`(network with its trained weights, record)`; raises `UserError` where the weights are not on this machine."
     record, state = with_weights(spec, store or Store())
-    if record is None: raise UserError(f"no weights of {spec.id} on this machine: train it with run_train(spec, weights=True)")
+    if record is None:
+        raise UserError(
+            f"no weights of {spec.id} on this machine: train it with run_train(spec, weights=True)"
+        )
     return rebuilt(spec, state), record
 
 # %% ../../nbs/lib/69_training.job.ipynb #880e923f
@@ -75,32 +98,59 @@ def measure(
     history,  # of its training
 ):
     "The metrics of a record: three accuracies, parameters, and for a spiking network firing rate and SOPs an image."
-    out = {"acc_last": history.acc_last, "acc_best_val": history.acc_best_val, "acc_best_test": history.acc_best_test,
-           "val_best": history.val_best, "params": sum(p.numel() for p in model.parameters())}
-    if model.T is None: return out
-    x, _ = next(iter(data.loader("test", min(256, len(data.test)), shuffle=False, device=next(model.parameters()).device)))
-    return {**out, "firing_rate": mean_rate(firing_rates(model, x)), "sops": sum(r["sops"] for r in sops(model, x))}
+    out = {
+        "acc_last": history.acc_last,
+        "acc_best_val": history.acc_best_val,
+        "acc_best_test": history.acc_best_test,
+        "val_best": history.val_best,
+        "params": sum(p.numel() for p in model.parameters()),
+    }
+    if model.T is None:
+        return out
+    x, _ = next(
+        iter(
+            data.loader(
+                "test",
+                min(256, len(data.test)),
+                shuffle=False,
+                device=next(model.parameters()).device,
+            )
+        )
+    )
+    return {
+        **out,
+        "firing_rate": mean_rate(firing_rates(model, x)),
+        "sops": sum(r["sops"] for r in sops(model, x)),
+    }
 
 # %% ../../nbs/lib/69_training.job.ipynb #3429b3b6
 def _network(spec, store, on_event):
-    if spec is None: return None, None
-    if with_weights(spec, store)[0] is None: run_train(spec, store, on_event, weights=True)
+    if spec is None:
+        return None, None
+    if with_weights(spec, store)[0] is None:
+        run_train(spec, store, on_event, weights=True)
     return load_model(spec, store)
 
 
-def _checkpoint(spec): return cache_dir() / "checkpoints" / f"{spec.id}.ckpt"
+def _checkpoint(spec):
+    return cache_dir() / "checkpoints" / f"{spec.id}.ckpt"
 
 
 def check_spec(
     spec,  # a `RunSpec`
 ):
     "Raise `UserError` for a method or network that cannot be, before anything is loaded."
-    need(spec.optim.precision != "auto", "precision must be fp32, bf16 or fp16 in a stored run, got 'auto': give one of them; only fit and the command line can choose")
+    need(
+        spec.optim.precision != "auto",
+        "precision must be fp32, bf16 or fp16 in a stored run, got 'auto': give one of them; only fit and the command line can choose",
+    )
     check_model(spec.model.name, spec.model.T, spec.model.width)
-    if spec.method != "none": parse_methods(spec.method)
+    if spec.method != "none":
+        parse_methods(spec.method)
     check_probes(spec.probes, bool(spec.reference or spec.teacher))
     for other in (spec.teacher, spec.reference):
-        if other: check_spec(other)
+        if other:
+            check_spec(other)
 
 # %% ../../nbs/lib/69_training.job.ipynb #749d9954
 def run_train(
@@ -114,16 +164,23 @@ def run_train(
     Two processes asked for the same run train it once. A run that was killed goes on from its last epoch."""
     store = store or Store()
     check_spec(spec)
-    need(int(os.environ.get("WORLD_SIZE", 1)) == 1, "a stored run trains in one process: start it without torchrun, or call fit() in a script of yours under torchrun")
+    need(
+        int(os.environ.get("WORLD_SIZE", 1)) == 1,
+        "a stored run trains in one process: start it without torchrun, or call fit() in a script of yours under torchrun",
+    )
     with lock(store.path(spec.id)):
         done = with_weights(spec, store)[0] if weights else store.get(spec)
-        if done: return done
+        if done:
+            return done
         _rehearse(spec)
         teacher, record_t = _network(spec.teacher, store, on_event)
-        reference, record_r = _network(spec.reference, store, on_event) if spec.reference else (teacher, None)
+        reference, record_r = (
+            _network(spec.reference, store, on_event) if spec.reference else (teacher, None)
+        )
         record = _train(spec, (teacher, record_t), (reference, record_r), _listener(spec, on_event))
         kept = store.put(record)
-        if kept.weights != record.weights: twins().put(record, replace=True)
+        if kept.weights != record.weights:
+            twins().put(record, replace=True)
         _checkpoint(spec).unlink(missing_ok=True)
         return record if weights else kept
 
@@ -132,9 +189,19 @@ def _rehearse(spec):
     data = load_spec(spec.data)
     check_frames(spec.model, data)
     others, asked = (spec.teacher, spec.reference or spec.teacher), to_dict(spec).get("probes", {})
-    if not (spec.teacher or asked) or any(of and of.model.args.get("pretrained") for of in others): return
-    student, (teacher, reference) = build_model(spec.model, data, spec.seed), (of and build_model(of.model, data) for of in others)
-    create_probes(asked, student, reference, data, create_distiller(spec.method, student, teacher, spec.variant, **_options(spec)))
+    if not (spec.teacher or asked) or any(of and of.model.args.get("pretrained") for of in others):
+        return
+    student, (teacher, reference) = (
+        build_model(spec.model, data, spec.seed),
+        (of and build_model(of.model, data) for of in others),
+    )
+    create_probes(
+        asked,
+        student,
+        reference,
+        data,
+        create_distiller(spec.method, student, teacher, spec.variant, **_options(spec)),
+    )
 
 
 def _listener(spec, on_event):
@@ -142,7 +209,12 @@ def _listener(spec, on_event):
     return lambda e: (log(e := {"id": spec.id, **e}), on_event(e) if on_event else None)
 
 # %% ../../nbs/lib/69_training.job.ipynb #39a613a7
-def _used(record): return record and {"id": record.id, "sha256": record.weights["sha256"], "acc_last": record.metrics["acc_last"]}
+def _used(record):
+    return record and {
+        "id": record.id,
+        "sha256": record.weights["sha256"],
+        "acc_last": record.metrics["acc_last"],
+    }
 
 
 def _train(spec, taught, compared, emit):
@@ -154,14 +226,44 @@ def _train(spec, taught, compared, emit):
     distiller = create_distiller(spec.method, student, teacher, spec.variant, **_options(spec))
     asked = to_dict(spec).get("probes", {})
     probes = lambda: create_probes(asked, student, reference, data, distiller)  # noqa: E731 once all is on its device
-    history = fit(student, data, distiller, spec.optim, spec.data.augment, spec.seed, checkpoint=_checkpoint(spec), on_event=emit, probes=probes if asked else None)
+    history = fit(
+        student,
+        data,
+        distiller,
+        spec.optim,
+        spec.data.augment,
+        spec.seed,
+        checkpoint=_checkpoint(spec),
+        on_event=emit,
+        probes=probes if asked else None,
+    )
     metrics = measure(student, data, history)
     entry = save_weights(student.state_dict(), spec.id)
-    route = {"bf16_route": bf16_route()} if spec.optim.precision == "bf16" and is_on_cpu(student) else {}
-    env = environment(precision=spec.optim.precision, cpu_class=cpu_class(), **route, **neurons_of(student), seconds=sum(e["seconds"] for e in history), peak_mib=peak_memory())
+    route = (
+        {"bf16_route": bf16_route()}
+        if spec.optim.precision == "bf16" and is_on_cpu(student)
+        else {}
+    )
+    env = environment(
+        precision=spec.optim.precision,
+        cpu_class=cpu_class(),
+        **route,
+        **neurons_of(student),
+        seconds=sum(e["seconds"] for e in history),
+        peak_mib=peak_memory(),
+    )
     emit({"event": "done", "seconds": time.perf_counter() - t0, "acc_last": metrics["acc_last"]})
     extra = {"reference": _used(record_r)} if record_r else {}
-    return Record(to_dict(spec, full=True), metrics, history.columns(), env, data.describe(), _used(record_t), entry, extra=extra)
+    return Record(
+        to_dict(spec, full=True),
+        metrics,
+        history.columns(),
+        env,
+        data.describe(),
+        _used(record_t),
+        entry,
+        extra=extra,
+    )
 
 
 def is_on_cpu(model) -> bool:
@@ -172,7 +274,11 @@ def is_on_cpu(model) -> bool:
 def _options(spec):
     args = to_dict(spec).get("method_args", {})
     given = any(k.split(".")[-1] == "batch_size" for k in args)
-    return args if given or not wants_batch_size(spec.method) else {**args, "batch_size": spec.optim.batch_size}
+    return (
+        args
+        if given or not wants_batch_size(spec.method)
+        else {**args, "batch_size": spec.optim.batch_size}
+    )
 
 
 def neurons_of(model):

@@ -6,7 +6,10 @@
 __all__ = ['evaluate', 'NonFiniteLoss', 'first_bad_layer', 'History', 'fit']
 
 # %% ../../nbs/lib/54_training.loop.ipynb #fec2e980
-import contextlib, dataclasses, math, time
+import contextlib
+import dataclasses
+import math
+import time
 
 import torch
 from torch import nn
@@ -34,7 +37,8 @@ def evaluate(
     device, right, seen = next(model.parameters()).device, 0, 0
     with eval_mode(model):
         for x, y in data.loader(split, batch_size, shuffle=False, device=device):
-            with autocast(device, precision): logits = mean_logits(model(x))
+            with autocast(device, precision):
+                logits = mean_logits(model(x))
             right, seen = right + (logits.argmax(-1) == y).sum(), seen + len(y)
     return 100 * float(right) / max(seen, 1)
 
@@ -45,7 +49,9 @@ class NonFiniteLoss(RuntimeError):
 
 def _bad(out):
     out = out.rate if isinstance(out, Rate) else out
-    return isinstance(out, torch.Tensor) and out.is_floating_point() and not torch.isfinite(out).all()
+    return (
+        isinstance(out, torch.Tensor) and out.is_floating_point() and not torch.isfinite(out).all()
+    )
 
 
 @torch.no_grad()
@@ -56,45 +62,68 @@ def first_bad_layer(
 ):
     "Name of the first layer with a weight or an output that is not finite, or None."
     for name, p in distiller.named_parameters():
-        if _bad(p): return f"{name} (the weight itself)"
+        if _bad(p):
+            return f"{name} (the weight itself)"
     found, hooks = [], []
     for name, m in distiller.named_modules():
-        if not any(m.children()): hooks.append(m.register_forward_hook(lambda m, i, o, name=name: found.append(name) if _bad(o) else None))
-    try: distiller(x, y)
-    finally: [h.remove() for h in hooks]
+        if not any(m.children()):
+            hooks.append(
+                m.register_forward_hook(
+                    lambda m, i, o, name=name: found.append(name) if _bad(o) else None
+                )
+            )
+    try:
+        distiller(x, y)
+    finally:
+        [h.remove() for h in hooks]
     return found[0] if found else None
 
 # %% ../../nbs/lib/54_training.loop.ipynb #058343a7
 def _check(terms, distiller, x, y, epoch, step, precision="fp32"):
     bad = [k for k, v in terms.items() if not torch.isfinite(v)]
-    if not bad: return
-    with autocast(x.device, precision): layer = first_bad_layer(distiller, x, y)
-    where = f"first seen in layer {layer}" if layer else "all layers are finite: the loss itself overflows"
-    raise NonFiniteLoss(f"loss term {bad[0]!r} is {float(terms[bad[0]].detach())} at epoch {epoch + 1}, step {step + 1}; {where}. "
-                        "Lower the learning rate, add warm-up or clip the gradient")
+    if not bad:
+        return
+    with autocast(x.device, precision):
+        layer = first_bad_layer(distiller, x, y)
+    where = (
+        f"first seen in layer {layer}"
+        if layer
+        else "all layers are finite: the loss itself overflows"
+    )
+    raise NonFiniteLoss(
+        f"loss term {bad[0]!r} is {float(terms[bad[0]].detach())} at epoch {epoch + 1}, step {step + 1}; {where}. "
+        "Lower the learning rate, add warm-up or clip the gradient"
+    )
 
 # %% ../../nbs/lib/54_training.loop.ipynb #6646ede5
 def _check_weights(distiller, epoch):
     bad = next((n for n, t in distiller.state_dict().items() if _bad(t)), None)
-    if bad: raise NonFiniteLoss(f"{bad} is not finite after epoch {epoch + 1}, although the loss was (a spiking layer hides it). "
-                                "Lower the learning rate, add warm-up or clip the gradient")
+    if bad:
+        raise NonFiniteLoss(
+            f"{bad} is not finite after epoch {epoch + 1}, although the loss was (a spiking layer hides it). "
+            "Lower the learning rate, add warm-up or clip the gradient"
+        )
 
 # %% ../../nbs/lib/54_training.loop.ipynb #75504ade
 def _step(accelerator, module, optimiser, scaler, optim, x, y, at):
-    with autocast(accelerator.device, optim.precision): terms, logits = module(x, y)
+    with autocast(accelerator.device, optim.precision):
+        terms, logits = module(x, y)
     _check(terms, accelerator.unwrap_model(module), x, y, *at, optim.precision)
     scaler.scale(sum(terms.values())).backward()
     if optim.clip:
         scaler.unscale_(optimiser)
         nn.utils.clip_grad_norm_(module.parameters(), optim.clip)
-    scaler.step(optimiser), scaler.update()
+    scaler.step(optimiser)
+    scaler.update()
     optimiser.zero_grad(set_to_none=True)
     return {k: v.detach() for k, v in terms.items()}, (logits.argmax(-1) == y).float().mean()
 
 
 def _shard(accelerator, *tensors):
     rank, n = accelerator.process_index, accelerator.num_processes
-    return tensors if n == 1 else tuple(t.chunk(n, int(t.dim() == 5))[rank] for t in tensors)  # frames have time first
+    return (
+        tensors if n == 1 else tuple(t.chunk(n, int(t.dim() == 5))[rank] for t in tensors)
+    )  # frames have time first
 
 # %% ../../nbs/lib/54_training.loop.ipynb #c8818313
 def _epoch(accelerator, module, optimiser, scaler, optim, loader, epoch):
@@ -102,45 +131,93 @@ def _epoch(accelerator, module, optimiser, scaler, optim, loader, epoch):
     sums, n, t0 = {}, 0, time.perf_counter()
     for i, (x, y) in enumerate(loader):
         lr = lr_at(optim, epoch * len(loader) + i, len(loader))
-        for g in optimiser.param_groups: g["lr"] = lr
-        terms, hit = _step(accelerator, module, optimiser, scaler, optim, *_shard(accelerator, x, y), (epoch, i))
-        for k, v in {**terms, "train_acc": 100 * hit}.items(): sums[k] = sums.get(k, 0) + v * len(y)
+        for g in optimiser.param_groups:
+            g["lr"] = lr
+        terms, hit = _step(
+            accelerator, module, optimiser, scaler, optim, *_shard(accelerator, x, y), (epoch, i)
+        )
+        for k, v in {**terms, "train_acc": 100 * hit}.items():
+            sums[k] = sums.get(k, 0) + v * len(y)
         n += len(y)
-    row = {k: float(accelerator.reduce(torch.as_tensor(v, device=accelerator.device), "mean")) / n for k, v in sums.items()}
+    row = {
+        k: float(accelerator.reduce(torch.as_tensor(v, device=accelerator.device), "mean")) / n
+        for k, v in sums.items()
+    }
     loss = sum(v for k, v in row.items() if k != "train_acc")
-    return {"epoch": epoch + 1, "loss": loss, **row, "lr": lr, "train_seconds": time.perf_counter() - t0}
+    return {
+        "epoch": epoch + 1,
+        "loss": loss,
+        **row,
+        "lr": lr,
+        "train_seconds": time.perf_counter() - t0,
+    }
 
 # %% ../../nbs/lib/54_training.loop.ipynb #53e3f349
 class History(list):
     "One dict an epoch; `acc_last`, `acc_best_test`, `acc_best_val` are the three accuracies."
+
     @property
-    def acc_last(self): return self[-1]["test_acc"]
+    def acc_last(self):
+        return self[-1]["test_acc"]
+
     @property
-    def acc_best_test(self): return max(e["test_acc"] for e in self)
+    def acc_best_test(self):
+        return max(e["test_acc"] for e in self)
 
     @property
     def acc_best_val(self):
         "Test accuracy at the first epoch of the best validation accuracy; None without validation images."
-        if self[-1].get("val_acc") is None: return None
+        if self[-1].get("val_acc") is None:
+            return None
         return max(self, key=lambda e: (e["val_acc"], -e["epoch"]))["test_acc"]
 
     @property
-    def val_best(self): return max((e["val_acc"] for e in self if e.get("val_acc") is not None), default=None)
+    def val_best(self):
+        return max((e["val_acc"] for e in self if e.get("val_acc") is not None), default=None)
 
     def columns(self, most=None):
         "The history as columns of seven digits; of more than `most` epochs (100, fewer where probes add columns) every n-th, the best and up to ten last."
         n, most = len(self), most or (100 if len(self[0]) < 12 else max(8, 1100 // len(self[0])))
         few = len(self[0]) >= 12 and n > most  # room for the last and the best within `most`
         late = max(1, min(10, most - 5 if few else 10))
-        best = [max(range(n), key=lambda i, k=k: self[i].get(k) or 0) for k in ("test_acc", "val_acc")]
-        rows = [self[i] for i in sorted({*range(0, n, -(-n // max(1, most - late - 2 if few else most))), *range(max(0, n - late), n), *best})]
-        return {k: [float(f"{v:.7g}") if isinstance(v := e.get(k), float) else v for e in rows] for k in self[0]}
+        best = [
+            max(range(n), key=lambda i, k=k: self[i].get(k) or 0) for k in ("test_acc", "val_acc")
+        ]
+        rows = [
+            self[i]
+            for i in sorted(
+                {
+                    *range(0, n, -(-n // max(1, most - late - 2 if few else most))),
+                    *range(max(0, n - late), n),
+                    *best,
+                }
+            )
+        ]
+        return {
+            k: [float(f"{v:.7g}") if isinstance(v := e.get(k), float) else v for e in rows]
+            for k in self[0]
+        }
 
 # %% ../../nbs/lib/54_training.loop.ipynb #68bfd6c2
 def _optim(optim, overrides):
     valid = [f.name for f in dataclasses.fields(OptimSpec)]
     for k in overrides:
-        if k not in valid: raise unknown("option of fit", k, [*valid, "augment", "seed", "device", "checkpoint", "on_event", "compile", "probes", "stream"])
+        if k not in valid:
+            raise unknown(
+                "option of fit",
+                k,
+                [
+                    *valid,
+                    "augment",
+                    "seed",
+                    "device",
+                    "checkpoint",
+                    "on_event",
+                    "compile",
+                    "probes",
+                    "stream",
+                ],
+            )
     return dataclasses.replace(optim or OptimSpec(), **overrides)
 
 
@@ -148,45 +225,77 @@ def _accelerator(device):
     from accelerate import Accelerator
 
     kind = str(device).split(":")[0] if device else None
-    if kind not in (None, "cpu", "cuda", "mps", "xpu"): raise unknown("device", device, ["cpu", "cuda", "mps", "xpu"])
+    if kind not in (None, "cpu", "cuda", "mps", "xpu"):
+        raise unknown("device", device, ["cpu", "cuda", "mps", "xpu"])
     accelerator = Accelerator(cpu=kind == "cpu" or None)
     have = accelerator.device.type
-    if kind not in (None, have): raise UserError(f"device = {device!r}: this machine offers {have!r} to torch; leave device=None to take what is there")
+    if kind not in (None, have):
+        raise UserError(
+            f"device = {device!r}: this machine offers {have!r} to torch; leave device=None to take what is there"
+        )
     return accelerator
 
 # %% ../../nbs/lib/54_training.loop.ipynb #35cbaf72
 def _check_gradient(distiller, gradient):
     gradient = gradient if gradient != "bptt" else getattr(distiller.student, "gradient", gradient)
     for m in distiller.methods:
-        if getattr(m, "looks_at_steps", False): check_steps(f"method = {type(m).__name__.lower()!r}", gradient)
-    if distiller.ce == "each": check_steps("ce = 'each'", gradient)
+        if getattr(m, "looks_at_steps", False):
+            check_steps(f"method = {type(m).__name__.lower()!r}", gradient)
+    if distiller.ce == "each":
+        check_steps("ce = 'each'", gradient)
 
 
 @contextlib.contextmanager
 def _trained_by(student, gradient, compile, stream=None):
-    "The student finds its gradients this way while the context lasts; \"bptt\", the default, leaves it as it is."
-    if gradient == "bptt" and stream is not None: raise UserError(f"stream = {stream!r}: only rate-based backpropagation can be computed in parts; give gradient='rate', or leave stream=None")
-    if gradient == "bptt": return (yield)
-    if not hasattr(student, "gradient"): raise UserError(f"gradient = {gradient!r}: {type(student).__name__} has no rates; train a network of list_models(), or leave gradient='bptt'")
-    if compile: raise UserError(f"gradient = {gradient!r} and compile = {compile!r} exclude each other: leave compile=None")
+    'The student finds its gradients this way while the context lasts; "bptt", the default, leaves it as it is.'
+    if gradient == "bptt" and stream is not None:
+        raise UserError(
+            f"stream = {stream!r}: only rate-based backpropagation can be computed in parts; give gradient='rate', or leave stream=None"
+        )
+    if gradient == "bptt":
+        return (yield)
+    if not hasattr(student, "gradient"):
+        raise UserError(
+            f"gradient = {gradient!r}: {type(student).__name__} has no rates; train a network of list_models(), or leave gradient='bptt'"
+        )
+    if compile:
+        raise UserError(
+            f"gradient = {gradient!r} and compile = {compile!r} exclude each other: leave compile=None"
+        )
     before, student.gradient = student.gradient, gradient
     try:
-        with streaming(stream): yield
-    finally: student.gradient = before
+        with streaming(stream):
+            yield
+    finally:
+        student.gradient = before
 
 
 @contextlib.contextmanager
 def _compiled(distiller, backend):
     "Student and teacher compiled while the context lasts; hooks that methods set are seen."
     nets = [m for m in (distiller.student, distiller.teacher) if m is not None] if backend else []
-    valid = sorted({"inductor", "aot_eager", "eager", *torch.compiler.list_backends()}) if backend else [backend]
-    if backend not in valid: raise unknown("backend of torch.compile", backend, valid)
-    mode = {"mode": "reduce-overhead"} if backend == "inductor" and torch.cuda.is_available() else {}
+    valid = (
+        sorted({"inductor", "aot_eager", "eager", *torch.compiler.list_backends()})
+        if backend
+        else [backend]
+    )
+    if backend not in valid:
+        raise unknown("backend of torch.compile", backend, valid)
+    mode = (
+        {"mode": "reduce-overhead"} if backend == "inductor" and torch.cuda.is_available() else {}
+    )
     try:
-        for m in nets: m.compile(backend=backend, **mode)
-        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False) if nets else contextlib.nullcontext(): yield
+        for m in nets:
+            m.compile(backend=backend, **mode)
+        with (
+            torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
+            if nets
+            else contextlib.nullcontext()
+        ):
+            yield
     finally:
-        for m in nets: m._compiled_call_impl = None
+        for m in nets:
+            m._compiled_call_impl = None
 
 # %% ../../nbs/lib/54_training.loop.ipynb #43d3b459
 def fit(
@@ -207,8 +316,14 @@ def fit(
     "Train and return the `History`. Raises `NonFiniteLoss` (nothing is saved then) and `UserError`."
     optim, emit = _optim(optim, overrides), on_event or Printer()
     distiller = distiller or Distiller(student)
-    if not hasattr(data, "loader"): raise UserError(f"data = {data!r:.60}…: give an ImageData, e.g. load('digits') or one made of your tensors as nbs/lib/11_data.batches.ipynb shows")
-    if distiller.student is not student: raise UserError("the distiller was made for another student: create it from the one that is trained")
+    if not hasattr(data, "loader"):
+        raise UserError(
+            f"data = {data!r:.60}…: give an ImageData, e.g. load('digits') or one made of your tensors as nbs/lib/11_data.batches.ipynb shows"
+        )
+    if distiller.student is not student:
+        raise UserError(
+            "the distiller was made for another student: create it from the one that is trained"
+        )
     _check_gradient(distiller, optim.gradient)
     accelerator = _accelerator(device)
     distiller.to(accelerator.device)
@@ -225,14 +340,25 @@ def fit(
     with safe, _compiled(distiller, compile), _trained_by(student, optim.gradient, compile, stream):
         for epoch in range(len(history), optim.epochs):
             torch.manual_seed(seed_for(seed, "epoch", epoch))
-            loader = data.loader("train", optim.batch_size, seed=seed, epoch=epoch, augment=augment, drop_last=len(data.train) > optim.batch_size, device=accelerator.device)
+            loader = data.loader(
+                "train",
+                optim.batch_size,
+                seed=seed,
+                epoch=epoch,
+                augment=augment,
+                drop_last=len(data.train) > optim.batch_size,
+                device=accelerator.device,
+            )
             distiller.begin_epoch(epoch, optim.epochs)
             row = _epoch(accelerator, module, optimiser, scaler, optim, loader, epoch)
             _check_weights(distiller, epoch)
             _alike(accelerator, distiller, weights=False)
-            history.append(_measure(row, student, data, optim.precision) | _probed(probes or {}, distiller))
+            history.append(
+                _measure(row, student, data, optim.precision) | _probed(probes or {}, distiller)
+            )
             state = {"of": of, "history": history, "scaler": scaler.state_dict()}
-            if checkpoint and accelerator.is_main_process: save_checkpoint(checkpoint, distiller, optimiser, state)
+            if checkpoint and accelerator.is_main_process:
+                save_checkpoint(checkpoint, distiller, optimiser, state)
             emit({"event": "epoch", "epochs": optim.epochs, **history[-1]})
     return history
 
@@ -240,38 +366,75 @@ def fit(
 def _identity(optim, augment, seed, data, distiller, probes):
     teacher = distiller.teacher.state_dict() if distiller.teacher is not None else {}
     sums = [[k, float(v.double().sum())] for k, v in teacher.items()]
-    methods = [[type(m).__name__, w, _plain_options(m)] for m, w in zip(distiller.methods, distiller.weights)]
+    methods = [
+        [type(m).__name__, w, _plain_options(m)]
+        for m, w in zip(distiller.methods, distiller.weights)
+    ]
     shapes = [[k, tuple(v.shape)] for k, v in distiller.state_dict().items()]
-    text = repr([optim, augment, seed, getattr(data, "fingerprint", ""), methods, shapes, sums, *sorted(probes or {})])
-    return sha256_of(text.replace(", gradient='bptt'", ""))  # a field that came later leaves unfinished runs alone
+    text = repr(
+        [
+            optim,
+            augment,
+            seed,
+            getattr(data, "fingerprint", ""),
+            methods,
+            shapes,
+            sums,
+            *sorted(probes or {}),
+        ]
+    )
+    return sha256_of(
+        text.replace(", gradient='bptt'", "")
+    )  # a field that came later leaves unfinished runs alone
 
 
 def _plain_options(module):
-    plain = lambda v: isinstance(v, (int, float, str, type(None))) or isinstance(v, (list, tuple)) and all(map(plain, v))
-    own = [[k, v] for k, v in vars(module).items() if k != "training" and not k.startswith("_") and plain(v)]
+    def plain(v):
+        return isinstance(v, (int, float, str, type(None))) or (
+            isinstance(v, (list, tuple)) and all(map(plain, v))
+        )
+
+    own = [
+        [k, v]
+        for k, v in vars(module).items()
+        if k != "training" and not k.startswith("_") and plain(v)
+    ]
     return [*sorted(own), *([n, _plain_options(m)] for n, m in module.named_children())]
 
 
 def _resume(checkpoint, distiller, optimiser, scaler, of):
     state = load_checkpoint(checkpoint, distiller, optimiser, of) if checkpoint else None
-    if state and state.get("scaler"): scaler.load_state_dict(state["scaler"])
+    if state and state.get("scaler"):
+        scaler.load_state_dict(state["scaler"])
     return History(state["history"] if state else [])
 
 
 def _alike(accelerator, net, weights=True):
     "In a training of several processes, give all of them the first one's buffers, and weights."
-    if accelerator.num_processes == 1 or net is None: return
-    for v in [*(net.parameters() if weights else ()), *net.buffers()]: torch.distributed.broadcast(v.data, 0)
+    if accelerator.num_processes == 1 or net is None:
+        return
+    for v in [*(net.parameters() if weights else ()), *net.buffers()]:
+        torch.distributed.broadcast(v.data, 0)
 
 # %% ../../nbs/lib/54_training.loop.ipynb #ed820a7a
 def _measure(row, student, data, precision):
     t0 = time.perf_counter()
     val = evaluate(student, data, "val", precision=precision) if data.val is not None else None
     test = evaluate(student, data, "test", precision=precision)
-    return {**row, "val_acc": val, "test_acc": test, "seconds": row["train_seconds"] + time.perf_counter() - t0}
+    return {
+        **row,
+        "val_acc": val,
+        "test_acc": test,
+        "seconds": row["train_seconds"] + time.perf_counter() - t0,
+    }
 
 
 def _probed(probes, distiller):
-    with eval_mode(distiller), torch.random.fork_rng(): found = {name: probe() for name, probe in probes.items()}
-    flat = {f"{n}_{k}" if k else n: float(x) for n, v in found.items() for k, x in (v.items() if isinstance(v, dict) else [("", v)])}
+    with eval_mode(distiller), torch.random.fork_rng():
+        found = {name: probe() for name, probe in probes.items()}
+    flat = {
+        f"{n}_{k}" if k else n: float(x)
+        for n, v in found.items()
+        for k, x in (v.items() if isinstance(v, dict) else [("", v)])
+    }
     return {k: v if math.isfinite(v) else None for k, v in flat.items()}

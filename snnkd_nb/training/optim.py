@@ -12,11 +12,14 @@ import torch
 
 # %% ../../nbs/lib/50_training.optim.ipynb #2e731775
 def _shape(optim, epoch, p):
-    if optim.schedule == "cosine": return 0.5 * (1 + math.cos(math.pi * p))
-    if optim.schedule == "multistep": return optim.gamma ** sum(epoch >= m for m in optim.milestones)
+    if optim.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * p))
+    if optim.schedule == "multistep":
+        return optim.gamma ** sum(epoch >= m for m in optim.milestones)
     if optim.schedule == "onecycle":
         up = min(p / 0.3, 1)
-        if p < 0.3: return 0.04 + 0.96 * 0.5 * (1 - math.cos(math.pi * up))
+        if p < 0.3:
+            return 0.04 + 0.96 * 0.5 * (1 - math.cos(math.pi * up))
         return 1e-4 + (1 - 1e-4) * 0.5 * (1 + math.cos(math.pi * (p - 0.3) / 0.7))
     return 1.0
 
@@ -40,6 +43,14 @@ def sgd(
     params = [p for p in module.parameters() if p.requires_grad]
     thin = [] if optim.decay_norm else [p for p in params if p.dim() < 2]
     ids = {id(p) for p in thin}
-    groups = [{"params": [p for p in params if id(p) not in ids]}] + ([{"params": thin, "weight_decay": 0.0}] if thin else [])
-    return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay,
-                           nesterov=optim.nesterov, foreach=True)
+    groups = [{"params": [p for p in params if id(p) not in ids]}] + (
+        [{"params": thin, "weight_decay": 0.0}] if thin else []
+    )
+    return torch.optim.SGD(
+        groups,
+        lr=optim.lr,
+        momentum=optim.momentum,
+        weight_decay=optim.weight_decay,
+        nesterov=optim.nesterov,
+        foreach=True,
+    )

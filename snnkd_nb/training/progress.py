@@ -6,14 +6,19 @@
 __all__ = ['in_notebook', 'epoch_line', 'Printer', 'JsonLines', 'read_events']
 
 # %% ../../nbs/lib/52_training.progress.ipynb #2a5ef15a
-import contextlib, json, sys, time
+import contextlib
+import json
+import sys
+import time
 from pathlib import Path
 
 # %% ../../nbs/lib/52_training.progress.ipynb #188dec7e
 def in_notebook():
     "Whether the code runs in a Jupyter kernel."
-    try: return get_ipython().__class__.__name__ == "ZMQInteractiveShell"
-    except NameError: return False
+    try:
+        return get_ipython().__class__.__name__ == "ZMQInteractiveShell"
+    except NameError:
+        return False
 
 
 def epoch_line(
@@ -27,36 +32,53 @@ def epoch_line(
 # %% ../../nbs/lib/52_training.progress.ipynb #221520b2
 class Printer:
     "Shows epoch events where the code runs: notebook, terminal or file."
+
     def __init__(self, out=None):
         self.out, self.handle, self.lines = out or sys.stdout, None, []
 
     def __call__(self, event):
-        if event["event"] != "epoch": return
+        if event["event"] != "epoch":
+            return
         line = epoch_line(event)
-        if self.out is sys.stdout and in_notebook(): self._notebook(line)
-        elif self.out.isatty(): print("\r" + line, end="\n" if event["epoch"] == event["epochs"] else "", file=self.out, flush=True)
-        else: print(line, file=self.out, flush=True)
+        if self.out is sys.stdout and in_notebook():
+            self._notebook(line)
+        elif self.out.isatty():
+            print(
+                "\r" + line,
+                end="\n" if event["epoch"] == event["epochs"] else "",
+                file=self.out,
+                flush=True,
+            )
+        else:
+            print(line, file=self.out, flush=True)
 
     def _notebook(self, line):
         from IPython.display import Pretty, display
 
         class Text(Pretty):
-            def __repr__(self): return self.data
+            def __repr__(self):
+                return self.data
+
         self.lines = [*self.lines, line][-5:]
         shown = Text("\n".join(self.lines))
-        if self.handle is None: self.handle = display(shown, display_id=True)
-        else: self.handle.update(shown)
+        if self.handle is None:
+            self.handle = display(shown, display_id=True)
+        else:
+            self.handle.update(shown)
 
 # %% ../../nbs/lib/52_training.progress.ipynb #34bd3f68
 class JsonLines:
     "Appends every event with its time to a file; a log that cannot be written never stops a run."
-    def __init__(self, path): self.path = Path(path)
+
+    def __init__(self, path):
+        self.path = Path(path)
 
     def __call__(self, event):
         line = json.dumps({"time": round(time.time(), 2), **event}) + "\n"
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a") as f: f.write(line)
+            with open(self.path, "a") as f:
+                f.write(line)
 
 
 def read_events(
@@ -65,6 +87,8 @@ def read_events(
     "The events of a progress file; a last line cut short by a kill is left out."
     out = []
     for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
-        try: out.append(json.loads(line))
-        except ValueError: continue
+        try:
+            out.append(json.loads(line))
+        except ValueError:
+            continue
     return out
