@@ -4,16 +4,21 @@
 
 # %% auto #0
 __all__ = ['UserError', 'unknown', 'raises', 'root', 'cache_dir', 'data_dir', 'canonical_json', 'sha256_of', 'seed_for',
-           'atomic_write', 'lock', 'cores', 'threads']
+           'atomic_write', 'lock', 'cores', 'threads', 'renamed', 'renamed_arguments']
 
 # %% ../nbs/lib/00_core.ipynb #3be12b44
 import contextlib
 import difflib
+import functools
 import hashlib
+import importlib
 import json
 import os
 import tempfile
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # %% ../nbs/lib/00_core.ipynb #57f68fb6
 class UserError(ValueError):
@@ -147,3 +152,58 @@ def threads(
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(n)
     if "torch" in __import__("sys").modules:
         __import__("torch").set_num_threads(n)
+
+# %% ../nbs/lib/00_core.ipynb #5fea0d40
+def renamed(
+    module_name: str,  # the module that had the old names; pass `__name__`
+    names: dict[str, str],  # old name -> "new_name", or "package.module:new_name" after a move
+) -> Callable[[str], Any]:
+    """Return a module-level `__getattr__` that serves old names with a `DeprecationWarning`.
+
+    Modules after a move are relative to the package: "data.images:load" is `snnkd_nb.data.images.load`."""
+
+    def __getattr__(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module_name!r} has no attribute {name!r}")
+        module, separator, new_name = names[name].rpartition(":")
+        if not separator:
+            module = module_name
+        elif not module.startswith("snnkd_nb."):
+            module = f"snnkd_nb.{module}"
+        warnings.warn(
+            f"{module_name}.{name} is now {module}.{new_name}; the old name goes in the next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(importlib.import_module(module), new_name)
+
+    return __getattr__
+
+# %% ../nbs/lib/00_core.ipynb #d8a74d5e
+def renamed_arguments(
+    **names: str,  # old keyword = "new keyword"
+) -> Callable[[Callable], Callable]:
+    """Return a decorator that accepts old keywords with a `DeprecationWarning`.
+
+    A call that gives both the old and the new keyword raises `TypeError`."""
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for old_name in names.keys() & kwargs.keys():
+                new_name = names[old_name]
+                if new_name in kwargs:
+                    raise TypeError(
+                        f"{function.__qualname__}() got {new_name!r} and its old name {old_name!r}"
+                    )
+                warnings.warn(
+                    f"{function.__qualname__}(): the argument {old_name!r} is now {new_name!r}",
+                    DeprecationWarning,
+                    stacklevel=2,
+                )
+                kwargs[new_name] = kwargs.pop(old_name)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
