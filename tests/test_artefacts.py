@@ -17,8 +17,8 @@ from snnkd_nb.models.zoo import create_model
 from snnkd_nb.papers import dsas, sastc, sastc_robust, studies
 from snnkd_nb.papers.registry import modules_of
 from snnkd_nb.published.format import published
-from snnkd_nb.reports.compare import Report
 from snnkd_nb.reports.grid import SCALES
+from snnkd_nb.reports.tables import Report
 
 ROOT = Path(__file__).resolve().parents[1]
 GRIDS = {
@@ -75,14 +75,15 @@ def test_scales_do_not_mix(key):
     sorted((ROOT / "nbs" / "papers").glob("*/*.ipynb")),
     ids=lambda p: f"{p.parent.name}/{p.stem}",
 )
-def test_a_page_that_judges_keeps_its_verdicts(page):
+def test_a_page_that_judges_saves_its_verdicts(page):
     source = "\n".join(
         "".join(c["source"])
         for c in json.loads(page.read_text(encoding="utf-8"))["cells"]
         if c["cell_type"] == "code"
     )
-    judged = re.findall(r"(?<!save_claims\()\bjudged?\(", source)
-    assert not judged, f"{judged[0]}…) is shown and not kept: save_claims(…, grid)"
+    judging = r"(?:judged?|judge_claims|judge_cells)\("
+    unsaved = re.findall(rf"(?<!save_claims\()(?<!save_claims\(\n    )\b{judging}", source)
+    assert not unsaved, f"{unsaved[0]}…) is shown and not saved: save_claims(…, grid)"
 
 
 @pytest.fixture(scope="module")
