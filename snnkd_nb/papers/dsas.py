@@ -11,7 +11,7 @@ __all__ = ['EVENTS', 'GESTURE', 'DATASETS', 'RESNETS', 'PYRAMIDS', 'SEEDS', 'ONC
 from functools import cache
 
 from ..core import unknown
-from snnkd_nb.reports.grid import (
+from snnkd_nb.papers.experiments import (
     Cell,
     Grid,
     budget_in_words,

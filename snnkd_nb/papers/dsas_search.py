@@ -12,9 +12,9 @@ from functools import cache
 from ..core import unknown
 from . import dsas
 from .dsas import DATASETS, EVENTS, GESTURE, LOW, SEEDS
-from ..published.format import published
+from .experiments import Cell, Grid, check_scale, seeded
+from .published import published
 from ..reports.compare import Measure, Report
-from ..reports.grid import Cell, Grid, check_scale, seeded
 from ..spec import SearchSpec
 from ..store import Store
 

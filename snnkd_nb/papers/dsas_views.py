@@ -13,8 +13,8 @@ from ..core import unknown
 from . import dsas
 from .dsas import EVENTS, GESTURE, SEEDS
 from .dsas_search import METRICS, in_words, search, table08
-from ..published.format import Claim, evaluate_claim
-from ..reports.grid import Cell, Grid, check_scale, seeded
+from .experiments import Cell, Grid, check_scale, seeded
+from .published import Claim, evaluate_claim
 
 # %% ../../nbs/lib/89_papers.dsas_views.ipynb #6366b806
 def depth_searches(

@@ -8,7 +8,7 @@ __all__ = ['packaged_folder', 'paper_folders', 'paper_folder', 'read_toml', 'che
            'estimate', 'told_apart', 'evaluate_claim', 'Stated', 'computed', 'holds', 'Contradiction', 'failing',
            'claims', 'stated', 'contradictions']
 
-# %% ../../nbs/lib/70_papers.published.ipynb #b7d86b09
+# %% ../../nbs/lib/70_papers.published.ipynb #bbdf4bae
 import csv
 import functools
 import itertools
@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import snnkd_nb
-
 from ..core import UserError, unknown
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# %% ../../nbs/lib/70_papers.published.ipynb #6d03e848
+# %% ../../nbs/lib/70_papers.published.ipynb #250d4b98
+@functools.cache
 def packaged_folder() -> Path:
     "The folder that holds `papers` and `studies`: the data of an installed wheel, else `nbs` of the clone."
     package = Path(snnkd_nb.__file__).parent
@@ -469,7 +469,9 @@ class Stated:
     place: str  # where it is said
     text: str  # what is said, in our words
     says: str  # the number as printed
-    left: dict | float  # a place in the table (`key` in it: in another one), or a number of the text
+    left: (
+        dict | float
+    )  # a place in the table (`key` in it: in another one), or a number of the text
     right: dict | float | None = None  # what is subtracted
     how: str = "minus"  # or "percent": left as a percentage of right
 

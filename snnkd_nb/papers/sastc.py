@@ -12,8 +12,7 @@ __all__ = ['STUDENTS', 'TEACHERS', 'WIDTHS', 'NARROW', 'LOW', 'FEWER', 'LONGER',
 from functools import partial
 
 from ..core import unknown
-from ..published.format import published
-from snnkd_nb.reports.grid import (
+from snnkd_nb.papers.experiments import (
     Cell,
     Grid,
     budget_in_words,
@@ -22,6 +21,7 @@ from snnkd_nb.reports.grid import (
     optim_at,
     seeded,
 )
+from .published import published
 from ..spec import ModelSpec, RunSpec
 
 # %% ../../nbs/lib/88_papers.sastc.ipynb #829a6b77

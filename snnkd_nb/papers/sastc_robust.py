@@ -9,6 +9,8 @@ __all__ = ['APART', 'ARTEFACTS', 'table07', 'table08', 'table09', 'table10', 'ad
 from statistics import mean, stdev
 
 from ..core import unknown
+from .experiments import Cell, Grid, check_scale, seeded
+from .published import published
 from snnkd_nb.papers.sastc import (
     BY_STEPS,
     LONGER,
@@ -21,8 +23,6 @@ from snnkd_nb.papers.sastc import (
     sizes,
     teacher,
 )
-from ..published.format import published
-from ..reports.grid import Cell, Grid, check_scale, seeded
 
 # %% ../../nbs/lib/88_papers.sastc_robust.ipynb #d6035b27
 def _corrupted(scale, row, **corrupt):

@@ -11,7 +11,7 @@ import math
 from statistics import mean
 
 from . import sastc
-from ..published.format import Claim
+from .published import Claim
 from ..reports.dots import readings
 
 # %% ../../nbs/lib/89_papers.sastc_views.ipynb #ed9fe79c

@@ -13,9 +13,7 @@ __all__ = ['SHRINK', 'CHANNELS', 'METHODS', 'MAPS', 'COMPARED', 'CALIBRATED', 'F
 # %% ../../nbs/lib/88_papers.studies.ipynb #a7efbb16
 from statistics import mean, stdev
 
-from ..published.format import Claim, estimate, told_apart
-from ..reports.compare import gain
-from snnkd_nb.reports.grid import (
+from snnkd_nb.papers.experiments import (
     HALF,
     Cell,
     Grid,
@@ -25,6 +23,8 @@ from snnkd_nb.reports.grid import (
     optim_at,
     seeded,
 )
+from .published import Claim, estimate, told_apart
+from ..reports.compare import gain
 from ..spec import ALONE, DataSpec, ModelSpec, OptimSpec, RunSpec
 
 # %% ../../nbs/lib/88_papers.studies.ipynb #4cbae950

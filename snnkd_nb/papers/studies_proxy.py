@@ -16,7 +16,7 @@ from ..metrics.ranks import again, interval, kendall, pairs, partial, resamples
 from ..models.genome import genome_text
 from . import dsas, studies
 from .dsas_search import CHANGED, space
-from ..reports.grid import Cell, Grid, budget_in_words, check_scale, optim_at
+from .experiments import Cell, Grid, budget_in_words, check_scale, optim_at
 from ..search.job import batches_of
 from ..search.pool import Memo, Pool
 from ..search.score import Scorer
