@@ -1,9 +1,11 @@
 """Packaging, read from settings.ini (one place for names, versions and requirements)."""
 
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
@@ -13,6 +15,22 @@ cfg = config["DEFAULT"]
 
 def names(key):
     return cfg.get(key, "").split()
+
+
+class BuildWithPapers(build_py):
+    """Also copy the papers' data files: a clone reads them from nbs, an installed package from papers/data."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            return
+        target = Path(self.build_lib) / cfg["lib_path"] / "papers" / "data"
+        for folder in ("papers", "studies"):
+            for source in sorted((here / "nbs" / folder).rglob("*")):
+                if source.suffix in (".toml", ".csv", ".md"):
+                    copy = target / source.relative_to(here / "nbs")
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(source, copy)
 
 
 extras = {
@@ -33,6 +51,7 @@ setup(
     url=cfg["git_url"],
     license="Apache-2.0",
     keywords=cfg["keywords"],
+    cmdclass={"build_py": BuildWithPapers},
     packages=find_packages(include=["snnkd_nb", "snnkd_nb.*"]),
     python_requires=f">={cfg['min_python']}",
     install_requires=names("requirements"),

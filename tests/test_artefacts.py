@@ -1,6 +1,5 @@
 """Every built artefact at every scale, and one of them from nothing to bytes that do not change."""
 
-import importlib
 import json
 import os
 import re
@@ -15,9 +14,9 @@ import torch
 from snnkd_nb.losses.zoo import parse_methods
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.papers import dsas, sastc, sastc_robust, studies
-from snnkd_nb.papers.registry import modules_of
-from snnkd_nb.published.format import published
-from snnkd_nb.reports.grid import SCALES
+from snnkd_nb.papers.experiments import SCALES
+from snnkd_nb.papers.published import published
+from snnkd_nb.papers.registry import grid_for
 from snnkd_nb.reports.tables import Report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -215,11 +214,7 @@ def deviations_shown():
 def test_pages_show_the_deviations_of_today():
     pages = list(deviations_shown())
     for path, shown in pages:
-        makers = [
-            getattr(importlib.import_module(f"snnkd_nb.papers.{m}"), path.stem, None)
-            for m in modules_of(path.parent.name)
-        ]
-        grid = next(filter(None, makers))("smoke")
+        grid = grid_for(f"{path.parent.name}/{path.stem}", "smoke")
         assert shown == "\n".join(f"- {d}" for d in grid.deviations).splitlines(), (
             f"{path}: run it again"
         )

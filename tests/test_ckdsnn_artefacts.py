@@ -1,6 +1,5 @@
 """CKDSNN's tables and accuracy figures: every scale can be built without training, smoke runs end to end, small scale shares the study's runs."""
 
-import importlib
 import os
 from functools import lru_cache
 
@@ -12,26 +11,19 @@ from snnkd_nb.data.images import list_datasets, opener
 from snnkd_nb.losses.zoo import create_distiller
 from snnkd_nb.models.zoo import create_model, model_info
 from snnkd_nb.papers import studies
-from snnkd_nb.papers.ckdsnn import (
-    ARTEFACTS,
-    FIGURE_CLAIMS,
-    METHODS,
-    STEPS,
-    figure_claims,
-    student,
-    table01,
-)
+from snnkd_nb.papers.experiments import SCALES, build_grid, build_run, load_settings
+from snnkd_nb.papers.published import claims, published
 from snnkd_nb.papers.registry import artefact, specs_for
-from snnkd_nb.published.format import published
 from snnkd_nb.reports.compare import Report
 from snnkd_nb.reports.dots import by_seed, judged
-from snnkd_nb.reports.grid import SCALES
 from snnkd_nb.spec import RunSpec
 from snnkd_nb.store import Store
 from snnkd_nb.training.job import run_train
 
 BIG = ("medium", "paper")
-TABLES = [k for k in ARTEFACTS if k.startswith("table")]
+TABLES = ["table01", "table02", "table03", "table04"]
+ARTEFACTS = [*TABLES, "figure04", "figure05"]
+FEWER_STEPS = ("smoke", "small")  # scales at which the paper's 2, 4 and 10 steps are 1, 2 and 4
 CLASSES = {
     "cifar10": (10, 32, 3),
     "cifar100": (100, 32, 3),
@@ -40,8 +32,14 @@ CLASSES = {
 }
 
 
+@lru_cache
+def grid_of(name, scale):
+    return build_grid(f"ckdsnn/{name}", scale)
+
+
+@lru_cache
 def specs(scale):
-    return list(dict.fromkeys(s for make in ARTEFACTS.values() for s in make(scale).specs))
+    return list(dict.fromkeys(s for name in ARTEFACTS for s in grid_of(name, scale).specs))
 
 
 def with_teachers(scale):
@@ -95,9 +93,9 @@ def test_every_data_set_has_a_known_name_and_as_many_frames_as_there_are_steps(s
 
 @pytest.mark.parametrize("scale", BIG)
 def test_real_recordings_have_the_papers_ten_frames(scale):
-    assert {s.model.T for s in ARTEFACTS["table04"](scale).specs} == {10} and {
-        s.data.name for s in ARTEFACTS["table04"](scale).specs
-    } == {"cifar10-dvs:cifar10-dvs"}
+    found = grid_of("table04", scale).specs
+    assert {s.model.T for s in found} == {10}
+    assert {s.data.name for s in found} == {"cifar10-dvs:cifar10-dvs"}
 
 
 @pytest.mark.parametrize("scale", BIG)
@@ -151,7 +149,7 @@ def narrow_teacher(spec, common):
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("key", TABLES)
 def test_cells_are_the_published_ones_and_all_that_can_be_run_is(key, scale):
-    grid = ARTEFACTS[key](scale)
+    grid = grid_of(key, scale)
     report = Report(grid, {})
     assert len(report.rows) == len(published(grid.key).records) and all(
         r["note"] for r in report.rows
@@ -162,29 +160,28 @@ def test_cells_are_the_published_ones_and_all_that_can_be_run_is(key, scale):
         grid.cells
     ) and all(
         "fewer steps" in c.note
-        or (c.note == "as CIFAR-10" and c.index["dataset"] == "CIFAR-100" and scale in STEPS)
+        or (c.note == "as CIFAR-10" and c.index["dataset"] == "CIFAR-100" and scale in FEWER_STEPS)
         for c in few
     )
-    assert bool(few) == (scale in STEPS and key == "table01")
+    assert bool(few) == (scale in FEWER_STEPS and key == "table01")
     assert set(report.claims()["ours"]) == {"not run"} and grid.deviations
 
 
 @pytest.mark.parametrize("key", [k for k in ARTEFACTS if k not in TABLES])
 def test_figures_have_arms_with_three_seeds_and_claims_about_them(key):
-    grid = ARTEFACTS[key]("smoke")
+    grid = grid_of(key, "smoke")
     assert all(
         len(c.groups) == 3 and [g[0].seed for g in c.groups] == [0, 1, 2] for c in grid.cells
     )
-    assert by_seed(grid, {}).empty and set(
-        judged(figure_claims(f"ckdsnn/{key}"), grid, {}).ours
-    ) == {"not run"}
+    assert by_seed(grid, {}).empty and set(judged(claims(f"ckdsnn/{key}"), grid, {}).ours) == {
+        "not run"
+    }
 
 
 def test_the_registry_asks_for_these_runs():
-    for key, make in ARTEFACTS.items():
-        assert artefact(f"ckdsnn/{key}") and specs_for(f"ckdsnn/{key}", "smoke") == list(
-            dict.fromkeys(make("smoke").specs)
-        )
+    for key in ARTEFACTS:
+        assert artefact(f"ckdsnn/{key}")
+        assert specs_for(f"ckdsnn/{key}", "smoke") == grid_of(key, "smoke").specs
 
 
 def test_scales_do_not_mix():
@@ -208,7 +205,7 @@ def test_small_scale_shares_the_pair_of_a_study():
     } and len({s for s in mine if s.model.T}) % 3 == 0
     row = [
         c
-        for c in table01("small").cells
+        for c in grid_of("table01", "small").cells
         if c.index["model"] == "ResNet20"
         and c.index["dataset"] == "CIFAR-10"
         and c.index["method"] == "CKDSNN (Ours)"
@@ -217,7 +214,7 @@ def test_small_scale_shares_the_pair_of_a_study():
         1: set(),
         2: {1},
         4: {2},
-    } and STEPS["smoke"] == STEPS["small"] == {2: 1, 4: 2, 10: 4}
+    }
     assert not any("digits" in s.data.name for s in specs("small"))
 
 
@@ -227,10 +224,11 @@ def test_smoke_is_small():
 
 
 def test_mistakes_are_named():
+    wrong = {"network": "ResNet-19", "dataset": "CIFAR-10", "T": 1, "method": "none"}
     for bad, named in (
-        (lambda: table01("papr"), "paper"),
-        (lambda: figure_claims("ckdsnn/figure06"), "figure05"),
-        (lambda: student("smoke", "ResNet-19", "CIFAR-10", 1, "none"), "ResNet19"),
+        (lambda: build_grid("ckdsnn/table01", "papr"), "paper"),
+        (lambda: build_grid("ckdsnn/figure6", "smoke"), "figure06"),
+        (lambda: build_run("ckdsnn", "student", "smoke", **wrong), "ResNet19"),
     ):
         with pytest.raises(UserError, match=named):
             bad()
@@ -280,8 +278,5 @@ def test_one_student_of_every_method_runs_to_its_record(method, alone):
 
 def test_every_method_of_the_paper_is_among_them():
     made = {s.method for s in specs("smoke")}
-    assert set(METHODS.values()) | {"samd", "nld", "nld+e2kd", "nld+400*catkd"} == made
-    assert {"tet", "ckdsnn/noise=none"} <= set(ONE_EACH) and {c.key for c in FIGURE_CLAIMS} <= {
-        f"ckdsnn/{k}" for k in ARTEFACTS
-    }
-    assert importlib.import_module("snnkd_nb.papers.ckdsnn").ARTEFACTS is ARTEFACTS
+    assert set(load_settings("ckdsnn").sections["means"]["method"].values()) == made
+    assert {"tet", "ckdsnn/noise=none"} <= set(ONE_EACH)

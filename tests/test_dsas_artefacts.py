@@ -14,11 +14,11 @@ from snnkd_nb.models.genome import EXAMPLES, genome_parameters
 from snnkd_nb.models.zoo import create_model, model_info
 from snnkd_nb.papers import dsas, dsas_search, dsas_students, dsas_views
 from snnkd_nb.papers.dsas import DATASETS, EVENTS, GESTURE
+from snnkd_nb.papers.experiments import SCALES
+from snnkd_nb.papers.published import claims, published
 from snnkd_nb.papers.registry import specs_for
-from snnkd_nb.published.format import claims, published
 from snnkd_nb.reports.compare import Report
 from snnkd_nb.reports.dots import by_seed, judged
-from snnkd_nb.reports.grid import SCALES
 from snnkd_nb.runner.graph import plan
 from snnkd_nb.runner.jobs import execute_all
 from snnkd_nb.search.job import engine_args, run_search

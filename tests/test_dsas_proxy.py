@@ -18,8 +18,8 @@ from snnkd_nb.models.zoo import create_model
 from snnkd_nb.papers import studies
 from snnkd_nb.papers import studies_proxy as proxy
 from snnkd_nb.papers.dsas_search import space
+from snnkd_nb.papers.experiments import SCALES
 from snnkd_nb.papers.registry import artefact, match, specs_for
-from snnkd_nb.reports.grid import SCALES
 from snnkd_nb.search.candidate import candidate
 from snnkd_nb.search.score import Scorer
 from snnkd_nb.search.space import create_space

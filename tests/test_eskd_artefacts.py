@@ -11,14 +11,14 @@ from snnkd_nb.core import UserError
 from snnkd_nb.data.images import list_datasets, opener
 from snnkd_nb.losses.zoo import create_distiller
 from snnkd_nb.models.zoo import create_model, model_info
-from snnkd_nb.papers import ckdsnn, eskd, eskd_views, studies
-from snnkd_nb.papers.ckdsnn import EVENTS, IMAGENET
+from snnkd_nb.papers import eskd, eskd_views, studies
+from snnkd_nb.papers.eskd import EVENTS, IMAGENET
+from snnkd_nb.papers.experiments import SCALES, build_run
+from snnkd_nb.papers.published import claims, published
 from snnkd_nb.papers.registry import artefact, artefacts, specs_for
-from snnkd_nb.published.format import claims, published
 from snnkd_nb.reports.attention import by_epoch
 from snnkd_nb.reports.compare import Report, summary
 from snnkd_nb.reports.dots import judge, judged
-from snnkd_nb.reports.grid import SCALES
 from snnkd_nb.reports.hybrids import cams, framework, refit, step_calls
 from snnkd_nb.spec import RunSpec
 from snnkd_nb.store import Store
@@ -287,19 +287,21 @@ def test_what_is_in_several_artefacts_is_one_run(scale):
 
 
 def test_the_sew_baseline_and_two_teachers_are_other_papers_runs():
+    sew = {"network": "ResNet34", "dataset": IMAGENET}
     for scale in SCALES:
+        steps = eskd.steps(scale, IMAGENET, 4)
         assert {
             s
             for c in grids(scale)["table01"].cells
             if c.index["method"] == "SEW ResNet"
             for s in c.specs
-        } == {ckdsnn.student(scale, "ResNet34", IMAGENET, eskd.steps(scale, IMAGENET, 4), "none")}
+        } == {build_run("ckdsnn", "student", scale, method="none", T=steps, **sew)}
     for scale in ("smoke", "medium", "paper"):
-        assert eskd.teacher(scale, "Spikingformer-4-256", "CIFAR-10") == ckdsnn.teacher(
-            scale, "Spikformer-4-384", "CIFAR-10"
+        assert eskd.teacher(scale, "Spikingformer-4-256", "CIFAR-10") == build_run(
+            "ckdsnn", "teacher", scale, network="Spikformer-4-384", dataset="CIFAR-10"
         )
-    assert eskd.teacher("smoke", "ResNet-34", IMAGENET) == ckdsnn.teacher(
-        "smoke", "ResNet34", IMAGENET
+    assert eskd.teacher("smoke", "ResNet-34", IMAGENET) == build_run(
+        "ckdsnn", "teacher", "smoke", **sew
     )
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from snnkd_nb.reports.grid import SCALES
 
 from snnkd_nb.core import UserError
 from snnkd_nb.papers.registry import artefact, artefacts, match, specs_for
-from snnkd_nb.reports.grid import SCALES
 from snnkd_nb.runner import jobs as runner_jobs
 from snnkd_nb.runner import notebooks as runner_notebooks
 from snnkd_nb.runner.graph import START_RUNS, Clock, cost, page_seconds, plan

@@ -12,6 +12,8 @@ from snnkd_nb.data.images import list_datasets, opener
 from snnkd_nb.losses.zoo import create_distiller
 from snnkd_nb.models.zoo import create_model, model_info
 from snnkd_nb.papers import sastc, sastc_maps, sastc_robust, studies
+from snnkd_nb.papers.experiments import SCALES
+from snnkd_nb.papers.published import published
 from snnkd_nb.papers.registry import artefact, specs_for
 from snnkd_nb.papers.sastc_maps import (
     FIGURE_CLAIMS,
@@ -21,10 +23,8 @@ from snnkd_nb.papers.sastc_maps import (
     pair_panels,
 )
 from snnkd_nb.papers.sastc_robust import add_energy, shares
-from snnkd_nb.published.format import published
 from snnkd_nb.reports.compare import Report
 from snnkd_nb.reports.dots import by_seed, judged
-from snnkd_nb.reports.grid import SCALES
 from snnkd_nb.spec import RunSpec
 from snnkd_nb.store import Store
 from snnkd_nb.training.job import run_train

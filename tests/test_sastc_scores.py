@@ -21,6 +21,8 @@ from snnkd_nb.metrics.mismatch import fixed_batch, stm_score
 from snnkd_nb.metrics.probes import check_probes, create_probes
 from snnkd_nb.models.zoo import create_model, model_info
 from snnkd_nb.papers import sastc, sastc_maps, sastc_robust, studies
+from snnkd_nb.papers.experiments import SCALES
+from snnkd_nb.papers.published import published
 from snnkd_nb.papers.registry import artefact, specs_for
 from snnkd_nb.papers.sastc_scores import (
     ARTEFACTS,
@@ -43,11 +45,9 @@ from snnkd_nb.papers.sastc_views import (
     interval_map,
     map_rows,
 )
-from snnkd_nb.published.format import published
 from snnkd_nb.reports.attention import attention_history, by_epoch
 from snnkd_nb.reports.compare import Measure, Report
 from snnkd_nb.reports.dots import judge
-from snnkd_nb.reports.grid import SCALES
 from snnkd_nb.reports.maps import batch_of, picture
 from snnkd_nb.runner.networks import trained
 from snnkd_nb.store import Store
