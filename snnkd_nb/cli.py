@@ -267,7 +267,7 @@ def train(
     | None = None,  # an ordinary network, also timm:NAME or torchvision:NAME, trained first; default: no teacher
     method: str
     | None = None,  # distillation method, e.g. kd or kd+0.5*feature; default: kd with a teacher
-    variant: str = "paper",  # reading of the method: paper, code
+    variant: str = "paper",  # reading of the method: paper, code, scaled (of SAMD)
     method_args: tuple[str, ...] = (),  # its options, e.g. beta=2.0 scaling=l2
     student_args: tuple[str, ...] = (),  # options of the student's network, e.g. "genome=n64 d128"
     T: int | None = 4,  # time steps; None: an ordinary network

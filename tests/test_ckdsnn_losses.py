@@ -285,7 +285,7 @@ def test_two_steps_of_every_method(digits, method, precision):
     )
 
 
-@pytest.mark.parametrize("variant", ["paper", "code"])
+@pytest.mark.parametrize("variant", ["paper", "scaled", "code"])
 @pytest.mark.parametrize(
     "kw",
     [
@@ -294,7 +294,7 @@ def test_two_steps_of_every_method(digits, method, precision):
         {"scaling": "l2"},
         {"scaling": "zscore"},
         {"scaling": "none"},
-        {"rescale": "none"},
+        {"rescale": "sample"},
         {"classes": "predicted"},
         {"stage": "stage1"},
         {"noise": "fixed", "sigma": 2.0},
@@ -315,7 +315,7 @@ def test_every_switch_trains(digits, variant, kw):
 SWITCHES = {
     "C1": {"student_map": ("sam", "cam")},
     "C4": {"classes": ("true", "predicted")},
-    "C5": {"rescale": ("sample", "batch")},
+    "C5": {"rescale": ("none", "batch")},
     "C6": {"squared": (True, False)},
     "C8 and C9": {"mix": ("logits", "probabilities")},
 }
@@ -451,6 +451,84 @@ def test_silent_students_and_teachers_give_finite_gradients():
     assert abs(samd) < 1e-6 and torch.isfinite(batch.feats_s["stage3"].grad).all()
 
 
+def map_loss_by_hand(spikes, feature, weight, classes, variant):
+    "SAMD image by image in double precision: spikes (T, B, C, H, W), feature (B, C, H, W)."
+    steps, batch, channels = spikes.shape[:3]
+    teacher_channels = feature.shape[1]
+    positions = feature.shape[-1] * feature.shape[-2]
+    factor = (
+        1.0 if variant == "code" else 1 / positions
+    )  # CAM, or Grad-CAM under a mean and a linear layer
+    student_maps, teacher_maps = [], []
+    for i in range(batch):
+        count = sum(spikes[t, i, c] for t in range(steps) for c in range(channels))
+        evidence = sum(
+            factor * weight[classes[i], c] * feature[i, c] for c in range(teacher_channels)
+        )
+        student_maps.append(count)
+        teacher_maps.append(np.maximum(evidence, 0))
+    if variant == "scaled":
+        student_maps = [(m - m.min()) / (np.ptp(m) or 1) for m in student_maps]
+        teacher_maps = [(m - m.min()) / (np.ptp(m) or 1) for m in teacher_maps]
+    if variant == "code":
+        scaled = []
+        for maps in (np.stack(student_maps), np.stack(teacher_maps)):
+            scaled.append((maps - maps.min()) / (maps.max() - maps.min() + 1e-3))
+        student_maps, teacher_maps = scaled
+    total = 0.0
+    for s, t in zip(student_maps, teacher_maps, strict=True):
+        p_s = np.exp(s / 2) / np.exp(s / 2).sum()
+        p_t = np.exp(t / 2) / np.exp(t / 2).sum()
+        total += (p_t * np.log(p_t / p_s)).sum() / batch
+    return total if variant == "code" else 4 * total
+
+
+@pytest.mark.parametrize("variant", ["paper", "scaled", "code"])
+def test_each_reading_of_samd_is_an_independent_loop(variant):
+    torch.manual_seed(0)
+    student, teacher = net(T=3, width=0.5), net(width=0.5)
+    distiller = create_distiller("ckdsnn", student, teacher, variant)
+    y = torch.tensor([3, 1, 4, 1])
+    batch = distiller.look(torch.rand(4, 1, 8, 8), y)
+    batch.feats_s["stage3"] = (torch.rand(3, 4, 16, 2, 2) > 0.6).float()
+    batch.feats_t["stage3"] = 5 * torch.rand(4, 32, 2, 2)
+    classes = batch.logits_t.argmax(1) if variant == "code" else y
+    want = map_loss_by_hand(
+        batch.feats_s["stage3"].double().numpy(),
+        batch.feats_t["stage3"].double().numpy(),
+        teacher.head.out.weight.detach().double().numpy(),
+        classes.tolist(),
+        variant,
+    )
+    got = distiller.methods[0].terms(batch)["samd"]
+    assert float(got) == pytest.approx(want, rel=1e-5)
+
+
+def test_the_readings_of_samd_are_far_apart():
+    "The golden values of one batch: the scaled loss is hundreds of times smaller than equation 4."
+    torch.manual_seed(0)
+    spikes = (torch.rand(4, 6, 64, 8, 8) > 0.8).float()
+    feature, weight = torch.rand(6, 64, 8, 8), 0.1 * torch.randn(10, 64)
+    found = {
+        v: map_loss_by_hand(spikes.numpy(), feature.numpy(), weight.numpy(), range(6), v)
+        for v in ("paper", "scaled", "code")
+    }
+    assert found["paper"] > 100 * found["scaled"] > 100 * found["code"] > 0
+
+
+@pytest.mark.parametrize("method", ["kd", "nld", "feature+kd", "bkd"])
+def test_scaled_is_a_variant_of_samd_alone(method):
+    with pytest.raises(UserError, match="no such reading; it exists for ckdsnn, samd"):
+        create_distiller(method, net(T=2), net(), "scaled")
+
+
+def test_the_other_methods_of_a_scaled_sum_follow_the_paper():
+    distiller = create_distiller("samd+nld+kd", net(T=2), net(), "scaled")
+    assert [m.variant for m in distiller.methods] == ["scaled", "paper", "paper"]
+    with pytest.raises(UserError, match="did you mean 'scaled'"):
+        create_distiller("samd", net(T=2), net(), "scaledd")
+
+
 def test_batch_mates_matter_only_in_the_published_code():
     torch.manual_seed(0)
     student, teacher, x, y = (
@@ -459,7 +537,7 @@ def test_batch_mates_matter_only_in_the_published_code():
         torch.rand(6, 1, 8, 8),
         torch.arange(6),
     )
-    for variant in ("paper", "code"):
+    for variant in ("paper", "scaled", "code"):
         d = create_distiller("samd", student, teacher, variant)
         d.eval()
         with torch.no_grad():
@@ -467,7 +545,8 @@ def test_batch_mates_matter_only_in_the_published_code():
                 d(x, y)[0]["samd"],
                 [d(x[i : i + 1], y[i : i + 1])[0]["samd"] for i in range(6)],
             )
-        assert (abs(whole - sum(parts) / 6) < 1e-6) == (variant == "paper")
+        alone = sum(parts) / 6
+        assert (abs(whole - alone) < 1e-6 * max(1, whole)) == (variant != "code")
 
 
 def test_noise_is_the_same_after_a_break(digits, tmp_path):
@@ -638,7 +717,7 @@ def test_maps_of_rates_are_sums_over_the_steps_and_intervals_need_steps():
         torch.randn(6, 1, 8, 8),
         torch.arange(6),
     )
-    for options in ({}, {"rescale": "none"}, {"scaling": "none"}):
+    for options in ({}, {"rescale": "sample"}, {"scaling": "none"}):
         d, found = create_distiller("samd", student, teacher, **options).eval(), {}
         for student.gradient in ("bptt", "rate"):
             found[student.gradient] = float(d(x, y)[0]["samd"])

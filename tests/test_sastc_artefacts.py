@@ -445,7 +445,7 @@ def test_ids_of_the_other_studies_are_what_they_were():
             for i, h in enumerate(("3281ad2b85", "69d13e4dfa", "fbfa0c55bf"))
         ),
     ]
-    assert studies.ckdsnn("small").specs[-3].id == "cifar10_jpeg-resnet20-T2-ckdsnn-s0-a37ae2f891"
+    assert studies.ckdsnn("small").specs[-3].id == "cifar10_jpeg-resnet20-T2-ckdsnn-s0-a6e5ce5555"
 
 
 def test_mistakes_are_named():

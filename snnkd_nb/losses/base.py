@@ -133,6 +133,7 @@ class Method(nn.Module):
     "Base of the methods: says which features it needs and turns a `Batch` into named terms."
 
     needs_teacher = True
+    variants = ("paper", "code")  # readings of the method that `create_distiller` may ask for
     replaces_ce = False  # True: its terms stand in place of the cross-entropy
     looks_at_steps = False  # True: it is about single time steps, which firing rates do not have
 

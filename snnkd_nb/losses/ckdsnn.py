@@ -137,7 +137,8 @@ def stage_pair(
 # %% ../../nbs/lib/45_losses.ckdsnn.ipynb #32132fbf
 STUDENT_MAPS = ("sam", "isi", "cam")
 READINGS = {
-    "paper": {"classes": "true", "rescale": "sample", "squared": True, "mix": "logits"},
+    "paper": {"classes": "true", "rescale": "none", "squared": True, "mix": "logits"},
+    "scaled": {"classes": "true", "rescale": "sample", "squared": True, "mix": "logits"},
     "code": {"classes": "predicted", "rescale": "batch", "squared": False, "mix": "probabilities"},
 }
 
@@ -145,11 +146,13 @@ READINGS = {
 class SAMD(Method):
     "Saliency-scaled activation map distillation."
 
+    variants = tuple(READINGS)
+
     def __init__(
         self,
         student,  # a spiking network (an ordinary one counts as one step)
         teacher,  # an ordinary network
-        variant="paper",  # decides the options that are None: "paper" or "code", see *Deviations*
+        variant="paper",  # decides the options that are None: "paper", "scaled" or "code", see *Deviations*
         temp=2.0,  # temperature of the softmax, > 0
         scaling="softmax",  # or "l2", "zscore", "none"
         stage=None,  # a stage of both, or (student's, teacher's); None: the last
@@ -267,11 +270,13 @@ class NLD(Method):
 class CKDSNN(Method):
     "SAMD and NLD, weighted."
 
+    variants = tuple(READINGS)
+
     def __init__(
         self,
         student,  # a spiking network
         teacher,  # an ordinary network
-        variant="paper",  # "paper" or "code": decides what is None below, see *Deviations*
+        variant="paper",  # "paper", "scaled" or "code": decides what is None below, see *Deviations*
         beta=1.0,  # weight of SAMD, ≥ 0
         gamma=1.0,  # weight of NLD, ≥ 0
         temp=2.0,

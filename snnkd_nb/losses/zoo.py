@@ -8,7 +8,7 @@ __all__ = ['register_method', 'list_distillers', 'parse_methods', 'wants_batch_s
 # %% ../../nbs/lib/49_losses.zoo.ipynb #27890b63
 import inspect
 
-from ..core import unknown
+from ..core import UserError, unknown
 from .base import Distiller
 from .baselines import BKD, CATKD, E2KD, KDSNN, TET
 from .ckdsnn import CKDSNN, NLD, SAMD
@@ -17,7 +17,7 @@ from .feature import Feature
 from .kd import KD
 from .logits import LogitsMSE
 from .sastc import SASTC
-from ..spec import need
+from ..spec import VARIANTS, need
 
 # %% ../../nbs/lib/49_losses.zoo.ipynb #c228f576
 _methods = {
@@ -110,23 +110,39 @@ def _check(names, kw):
             raise unknown(f"option of {'+'.join(names) or 'none'}", k, valid)
 
 # %% ../../nbs/lib/49_losses.zoo.ipynb #ad4d9e68
+def _check_variant(names, variant):
+    if not names or any(variant in _methods[n].variants for n in names):
+        return
+    having = [n for n, cls in sorted(_methods.items()) if variant in cls.variants]
+    raise UserError(
+        f"variant = {variant!r}: {'+'.join(names)} has no such reading; "
+        f"it exists for {', '.join(having)}"
+    )
+
+# %% ../../nbs/lib/49_losses.zoo.ipynb #30ee4cbe
 def create_distiller(
     name,  # "none", or a sum of methods such as "kd+0.5*feature"
     student,  # the network that is trained
     teacher=None,  # the network it learns from
-    variant="paper",  # "paper" or "code": which reading of the methods
+    variant="paper",  # "paper", "code" or "scaled" (of SAMD): which reading of the methods
     **kw,  # options of the methods; `ce`, `ce_weight` of the cross-entropy
 ):
     "The `Distiller` for a method by name. Raises `UserError` for unknown names and options, or a teacher that is missing."
     pairs = [] if name == "none" else parse_methods(name)
     names = [n for _, n in pairs]
-    need(variant in ("paper", "code"), f"variant = {variant!r}: 'paper' or 'code'")
+    if variant not in VARIANTS:
+        raise unknown("variant", variant, VARIANTS)
+    _check_variant(names, variant)
     need(
         teacher is not None or not any(_methods[n].needs_teacher for n in names),
         f"method {name!r} needs a teacher",
     )
     _check(names, kw)
-    made = [(w, _methods[n](student, teacher, variant, **_options(n, names, kw))) for w, n in pairs]
+    made = []
+    for weight, n in pairs:
+        cls = _methods[n]
+        own_variant = variant if variant in cls.variants else "paper"
+        made.append((weight, cls(student, teacher, own_variant, **_options(n, names, kw))))
     return Distiller(
         student,
         teacher if any(_methods[n].needs_teacher for n in names) else None,

@@ -238,9 +238,10 @@ def loss_terms(
     x,  # images
     y,  # labels
     seed=0,  # of the noise
+    variant="paper",  # reading of the method, as in the run
 ):
     "{ce, samd, nld}: the terms that training adds up, for this batch."
-    distiller = create_distiller("ckdsnn", student, teacher)
+    distiller = create_distiller("ckdsnn", student, teacher, variant)
     torch.manual_seed(seed)
     with eval_mode(distiller):
         return {n: float(v) for n, v in distiller(x, y)[0].items()}
@@ -352,6 +353,7 @@ def pipeline(
     x,  # images (B, C, H, W)
     y,  # labels (B,)
     image,  # the first of them as matplotlib shows it
+    variant="paper",  # reading of the method, as in the run
 ):
     "`(figure, numbers)`: both networks, the maps and probabilities of the first image, the loss terms of the batch."
     import matplotlib.pyplot as plt
@@ -361,7 +363,7 @@ def pipeline(
     n, seen, terms = (
         len(student.stage_names),
         looks({"t": teacher, "s": student}, x, y),
-        loss_terms(student, teacher, x, y),
+        loss_terms(student, teacher, x, y, variant=variant),
     )
     wide = 1.4 + (n + 1) * STEP + 0.62
     fig = plt.figure(figsize=(wide, 3.75), layout=PlaceHolderLayoutEngine(True, True))
