@@ -10,10 +10,19 @@ from torch import nn
 from snnkd_nb.core import UserError, root
 from snnkd_nb.data.images import load
 from snnkd_nb.losses.base import Batch, Distiller, mean_logits
-from snnkd_nb.losses.baselines import adapter, bkd_loss, generator
+from snnkd_nb.losses.baselines import bkd_loss, create_adapter, create_generator
 from snnkd_nb.losses.ckdsnn import CKDSNN, SAMD, nld_loss, samd_loss
 from snnkd_nb.losses.kd import kd_loss
-from snnkd_nb.losses.maps import SCALINGS, ClassMap, cam, grad_cam, isi_sam, rescale, sam, same_size
+from snnkd_nb.losses.maps import (
+    SCALINGS,
+    ClassMap,
+    cam,
+    grad_cam,
+    isi_sam,
+    rescale_maps,
+    sam,
+    same_size,
+)
 from snnkd_nb.losses.zoo import create_distiller
 from snnkd_nb.models.foreign import timm
 from snnkd_nb.models.taps import Foreign
@@ -54,8 +63,10 @@ def test_maps_and_samd_are_those_of_the_published_code():
     g = golden("ckdsnn_published_code")
     spikes = g["spikes"].clone().requires_grad_()
     a, b = (
-        rescale(sam(spikes), "batch"),
-        rescale(cam(g["teacher_feature"], g["classifier_weight"], g["predicted_class"]), "batch"),
+        rescale_maps(sam(spikes), "batch"),
+        rescale_maps(
+            cam(g["teacher_feature"], g["classifier_weight"], g["predicted_class"]), "batch"
+        ),
     )
     loss = samd_loss(a, b, squared=False)
     loss.backward()
@@ -90,8 +101,10 @@ def test_the_methods_of_the_code_variant_are_the_published_code(monkeypatch):
             return self.head(self.conv(x).mean((2, 3)))
 
     student, teacher = net(T=4), Foreign(Teacher(), {"last": "conv"}, image_size=8)
-    both = CKDSNN(student, teacher, "code", stage=("stage1", "last"))
-    batch = Distiller(student, teacher, [(1.0, both)]).look(torch.rand(6, 1, 8, 8), torch.arange(6))
+    both = CKDSNN(student, teacher, "code", layers={"student": "stage1", "teacher": "last"})
+    batch = Distiller(student, teacher, [(1.0, both)]).run_networks(
+        torch.rand(6, 1, 8, 8), torch.arange(6)
+    )
     batch.feats_s["stage1"], batch.feats_t["last"] = (
         g["spikes"].clone().requires_grad_(),
         g["teacher_feature"],
@@ -110,7 +123,7 @@ def test_the_methods_of_the_code_variant_are_the_published_code(monkeypatch):
 
 def test_the_blurred_loss_is_that_of_the_published_code():
     g = golden("bkd_loss")
-    adapt, generate = adapter(12, 16), generator(16)
+    adapt, generate = create_adapter(12, 16), create_generator(16)
     for module, name in ((adapt, "align"), (generate, "generation")):
         module.load_state_dict(
             {k.split(".", 2)[2]: v for k, v in g.items() if k.startswith(f"param.{name}.")}
@@ -140,7 +153,13 @@ def test_the_method_is_the_blurred_loss_of_the_published_code_and_its_weighted_l
         net(width=0.25),
     )
     method = create_distiller(
-        "bkd", student, teacher, variant, stage=("last", "stage3"), logits=0.5, temp=3.0
+        "bkd",
+        student,
+        teacher,
+        variant,
+        layers={"student": "last", "teacher": "stage3"},
+        logits=0.5,
+        temp=3.0,
     ).methods[0]
     method.load_state_dict(
         {
@@ -296,7 +315,7 @@ def test_two_steps_of_every_method(digits, method, precision):
         {"scaling": "none"},
         {"rescale": "sample"},
         {"classes": "predicted"},
-        {"stage": "stage1"},
+        {"layers": "stage1"},
         {"noise": "fixed", "sigma": 2.0},
         {"noise": "none"},
         {"mix": "probabilities"},
@@ -383,21 +402,21 @@ def test_a_step_changes_nothing_in_the_teacher(digits, method, variant):
 
 
 @pytest.mark.parametrize(
-    "student,stage",
+    "student,layers",
     [
         ("resnet19_tet", None),
         ("resnet19_ckd", None),
         ("wrn16_2", None),
-        ("vgg11_sastc", ("stage2", "stage1")),
-        ("vgg11_sastc", ("stage1", "stage3")),
+        ("vgg11_sastc", {"student": "stage2", "teacher": "stage1"}),
+        ("vgg11_sastc", {"student": "stage1", "teacher": "stage3"}),
         ("spikformer", None),
     ],
 )
 @pytest.mark.parametrize("teacher", ["resnet20", "wrn16_2"])
-def test_students_and_teachers_of_other_kinds_and_resolutions(digits, student, stage, teacher):
+def test_students_and_teachers_of_other_kinds_and_resolutions(digits, student, layers, teacher):
     student, teacher = net(student, T=2), net(teacher, width=0.25)
     x, y = next(iter(digits.loader("train", 5)))
-    d = create_distiller("ckdsnn+e2kd", student, teacher, **({"stage": stage} if stage else {}))
+    d = create_distiller("ckdsnn+e2kd", student, teacher, layers=layers)
     terms, _ = d(x, y)
     sum(terms.values()).backward()
     assert (
@@ -410,7 +429,7 @@ def test_students_and_teachers_of_other_kinds_and_resolutions(digits, student, s
 def test_an_ordinary_student_is_one_step():
     student, teacher, x = net(), net(width=0.25), torch.rand(3, 1, 8, 8)
     d = create_distiller("samd", student, teacher)
-    batch = d.look(x, torch.arange(3))
+    batch = d.run_networks(x, torch.arange(3))
     assert d.methods[0].maps(batch)[0].equal(batch.feats_s["stage3"].sum(1))
 
 
@@ -424,7 +443,7 @@ def test_the_teacher_runs_once_even_where_the_gradient_is_needed():
     d(torch.rand(3, 1, 8, 8), torch.arange(3))
     for h in handles:
         h.remove()
-    assert calls == ["front", "whole"] and not d.methods[0].parts[0].look.linears
+    assert calls == ["front", "whole"] and not d.methods[0].parts[0].teacher_cam.linears
 
 
 def test_the_gradient_of_the_maps_leaves_nothing_behind():
@@ -444,7 +463,7 @@ def test_silent_students_and_teachers_give_finite_gradients():
     student, teacher = net(T=2), net(width=0.25)
     teacher.head.out.weight.data.zero_()
     d = create_distiller("ckdsnn", student, teacher, rescale="sample")
-    batch = d.look(torch.rand(2, 1, 8, 8), torch.arange(2))
+    batch = d.run_networks(torch.rand(2, 1, 8, 8), torch.arange(2))
     batch.feats_s["stage3"] = torch.zeros_like(batch.feats_s["stage3"]).requires_grad_()
     samd = d.methods[0].terms(batch)["samd"]
     samd.backward()
@@ -489,7 +508,7 @@ def test_each_reading_of_samd_is_an_independent_loop(variant):
     student, teacher = net(T=3, width=0.5), net(width=0.5)
     distiller = create_distiller("ckdsnn", student, teacher, variant)
     y = torch.tensor([3, 1, 4, 1])
-    batch = distiller.look(torch.rand(4, 1, 8, 8), y)
+    batch = distiller.run_networks(torch.rand(4, 1, 8, 8), y)
     batch.feats_s["stage3"] = (torch.rand(3, 4, 16, 2, 2) > 0.6).float()
     batch.feats_t["stage3"] = 5 * torch.rand(4, 32, 2, 2)
     classes = batch.logits_t.argmax(1) if variant == "code" else y
@@ -606,7 +625,7 @@ def test_terms_of_a_sum_and_terms_twice(digits):
         ({"tau": 0}, "tau = 0"),
         ({"gamma": -1}, "gamma = -1"),
         ({"beta": float("nan")}, "beta = nan"),
-        ({"stage": "stage7"}, "did you mean"),
+        ({"layers": "stage7"}, "did you mean"),
         ({"scaling": "max"}, "saliency scaling"),
         ({"classes": "all"}, "choice of classes"),
         ({"tmep": 2}, "did you mean 'temp'"),
@@ -637,11 +656,11 @@ def test_any_module_teaches_maps_by_path(digits):
         nn.Linear(6 * 16, 10),
     )
     student = net(T=2)
-    d = create_distiller("ckdsnn", student, teacher, stage=("stage3", "3"))
+    d = create_distiller("ckdsnn", student, teacher, layers={"student": "stage3", "teacher": "3"})
     terms, _ = d(*next(iter(digits.loader("train", 8))))
     sum(terms.values()).backward()
     assert (
-        d.methods[0].parts[0].look.size == (4, 4)
+        d.methods[0].parts[0].teacher_cam.size == (4, 4)
         and untouched(teacher)
         and torch.isfinite(terms["samd"])
     )
@@ -663,7 +682,7 @@ def test_a_vit_teaches_from_its_patches(digits, tokens, precision):
     x, y = next(iter(digits.loader("train", 4)))
     with autocast("cpu", precision):
         terms, _ = d(x, y)
-    look = d.methods[0].parts[0].look
+    look = d.methods[0].parts[0].teacher_cam
     assert (
         look.stage == "stage2"
         and look.size == (4, 4)
@@ -672,10 +691,12 @@ def test_a_vit_teaches_from_its_patches(digits, tokens, precision):
         and untouched(teacher)
     )
     with pytest.raises(UserError, match="class token alone"):
-        create_distiller("samd", student, teacher, stage=("stage3", "stage3"))
+        create_distiller(
+            "samd", student, teacher, layers={"student": "stage3", "teacher": "stage3"}
+        )
     if precision == "bf16":
         return
-    batch = d.look(x, y)
+    batch = d.run_networks(x, y)
     got = look(batch.feats_t["stage2"], y)
     hooked, whole = {}, teacher.net
     hook = whole.blocks[1].register_forward_hook(lambda m, i, o: hooked.update(out=o))

@@ -17,7 +17,7 @@ from torch import nn
 from snnkd_nb.core import UserError
 from snnkd_nb.losses.maps import cam
 from snnkd_nb.metrics.energy import NAMES, energies, layer_table, spikingjelly_counts
-from snnkd_nb.metrics.likeness import brightest, iou, likeness, pearson
+from snnkd_nb.metrics.likeness import brightest, compare_maps, iou, pearson
 from snnkd_nb.models.blocks import eval_mode
 from snnkd_nb.models.spikformer import Products
 from snnkd_nb.models.zoo import create_model
@@ -267,7 +267,7 @@ def test_saved_maps_are_the_maps(nets):
     for _, r in frame.iterrows():
         values = torch.tensor([float(v) for v in r["values"].split()]).view(4, 4)
         assert torch.allclose(values, found[r["map"]][r["image"]], rtol=2e-3, atol=1e-6)
-    again = likeness(found["SAM, CKDSNN"], found["teacher CAM"])
+    again = compare_maps(found["SAM, CKDSNN"], found["teacher CAM"])
     assert np.allclose(frame[frame["map"] == "SAM, CKDSNN"].pearson, [r["pearson"] for r in again])
 
 
@@ -483,4 +483,4 @@ def test_maps_of_networks_of_your_own_and_of_frames():
         ).items()
     }.keys() == {"teacher CAM", "SAM, SNN"}
     with pytest.raises(UserError, match="not finite"):
-        likeness(torch.full((1, 2, 2), torch.nan), torch.rand(1, 2, 2))
+        compare_maps(torch.full((1, 2, 2), torch.nan), torch.rand(1, 2, 2))

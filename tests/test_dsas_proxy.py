@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
 from snnkd_nb.core import UserError
-from snnkd_nb.metrics import ranks
+from snnkd_nb.metrics import statistics
 from snnkd_nb.models.genome import check_genome, genome_parameters
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.papers import studies
@@ -191,18 +191,21 @@ def test_snasnet_against_a_slow_loop(genome):
 @settings(max_examples=80, deadline=None)
 def test_tau_is_scipys(n, ties, seed):
     x, y = np.random.default_rng(seed).integers(ties, size=(2, n)).astype(float)
-    theirs, ours = kendalltau(x, y).statistic, ranks.kendall(ranks.pairs(x), ranks.pairs(y))
+    theirs, ours = (
+        kendalltau(x, y).statistic,
+        statistics.kendall_tau(statistics.pair_signs(x), statistics.pair_signs(y)),
+    )
     assert math.isnan(ours) if math.isnan(theirs) else ours == pytest.approx(theirs, abs=1e-12)
 
 
 def test_tau_by_hand():
-    p = ranks.pairs
+    p = statistics.pair_signs
     assert (
-        ranks.kendall(p([1, 2, 3, 4]), p([2, 1, 3, 4])) == 4 / 6
-        and ranks.kendall(p([1, 2, 3]), p([3, 2, 1])) == -1
+        statistics.kendall_tau(p([1, 2, 3, 4]), p([2, 1, 3, 4])) == 4 / 6
+        and statistics.kendall_tau(p([1, 2, 3]), p([3, 2, 1])) == -1
     )
-    assert ranks.kendall(p([1, 1, 2]), p([1, 2, 3])) == pytest.approx(2 / math.sqrt(2 * 3))
-    assert ranks.kendall(p([1, 2, math.inf, math.inf]), p([1, 2, 3, 3])) == 1, (
+    assert statistics.kendall_tau(p([1, 1, 2]), p([1, 2, 3])) == pytest.approx(2 / math.sqrt(2 * 3))
+    assert statistics.kendall_tau(p([1, 2, math.inf, math.inf]), p([1, 2, 3, 3])) == 1, (
         "the dead are last, and tied"
     )
     assert p([1, math.inf, math.inf]).tolist() == [[0, -1, -1], [1, 0, 0], [1, 0, 0]]
@@ -214,24 +217,24 @@ def test_partial_tau_is_what_least_squares_leaves(seed):
     rng = np.random.default_rng(seed)
     z = rng.normal(size=15)
     x, y = rng.normal(size=(2, 15)) + z
-    a, b, c = (ranks.pairs(v).astype(float).ravel() for v in (x, y, z))
+    a, b, c = (statistics.pair_signs(v).astype(float).ravel() for v in (x, y, z))
     left = [v - c * np.linalg.lstsq(c[:, None], v, rcond=None)[0] for v in (a, b)]
 
     def tau(u, v):
-        return ranks.kendall(ranks.pairs(u), ranks.pairs(v))
+        return statistics.kendall_tau(statistics.pair_signs(u), statistics.pair_signs(v))
 
-    assert ranks.partial(tau(x, y), tau(x, z), tau(y, z)) == pytest.approx(
+    assert statistics.partial_tau(tau(x, y), tau(x, z), tau(y, z)) == pytest.approx(
         left[0] @ left[1] / np.linalg.norm(left[0]) / np.linalg.norm(left[1]), abs=1e-9
     )
 
 
 def test_partial_tau_closed_form():
     assert (
-        ranks.partial(0.6, 0.0, 0.0) == 0.6
-        and ranks.partial(0.25, 0.5, 0.5) == 0
-        and ranks.partial(0.5, 0.5, 0.5) == pytest.approx(1 / 3)
+        statistics.partial_tau(0.6, 0.0, 0.0) == 0.6
+        and statistics.partial_tau(0.25, 0.5, 0.5) == 0
+        and statistics.partial_tau(0.5, 0.5, 0.5) == pytest.approx(1 / 3)
     )
-    assert math.isnan(ranks.partial(0.5, 1.0, 0.5))
+    assert math.isnan(statistics.partial_tau(0.5, 1.0, 0.5))
 
 
 # intervals
@@ -240,13 +243,16 @@ def test_partial_tau_closed_form():
 def test_a_resample_is_what_scipy_says_of_it():
     rng = np.random.default_rng(3)
     x, y = rng.integers(9, size=(2, 14))
-    picks = ranks.resamples(14, 50)
-    found = ranks.kendall(ranks.again(ranks.pairs(x), picks), ranks.again(ranks.pairs(y), picks))
+    picks = statistics.draw_resamples(14, 50)
+    found = statistics.kendall_tau(
+        statistics.resample_signs(statistics.pair_signs(x), picks),
+        statistics.resample_signs(statistics.pair_signs(y), picks),
+    )
     assert found == pytest.approx([kendalltau(x[p], y[p]).statistic for p in picks], abs=1e-12)
     assert (
-        (ranks.resamples(14, 50) == picks).all()
-        and not (ranks.resamples(14, 50, seed=1) == picks).all()
-        and ranks.resamples(14).shape == (5000, 14)
+        (statistics.draw_resamples(14, 50) == picks).all()
+        and not (statistics.draw_resamples(14, 50, seed=1) == picks).all()
+        and statistics.draw_resamples(14).shape == (5000, 14)
     )
 
 
@@ -254,7 +260,7 @@ def test_a_resample_is_what_scipy_says_of_it():
 def test_intervals_cover_the_truth_about_as_often_as_they_say(rho):
     rng, picks, truth, hits, excluded = (
         np.random.default_rng(0),
-        ranks.resamples(24, 400),
+        statistics.draw_resamples(24, 400),
         2 / math.pi * math.asin(rho),
         0,
         0,
@@ -262,8 +268,11 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say(rho):
     for _ in range(200):
         x = rng.normal(size=24)
         y = rho * x + math.sqrt(1 - rho**2) * rng.normal(size=24)
-        low, high = ranks.interval(
-            ranks.kendall(ranks.again(ranks.pairs(x), picks), ranks.again(ranks.pairs(y), picks))
+        low, high = statistics.percentile_interval(
+            statistics.kendall_tau(
+                statistics.resample_signs(statistics.pair_signs(x), picks),
+                statistics.resample_signs(statistics.pair_signs(y), picks),
+            )
         )
         hits, excluded = hits + (low <= truth <= high), excluded + (low > 0)
     assert 0.88 <= hits / 200 <= 0.99
@@ -271,10 +280,11 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say(rho):
 
 
 def test_interval_by_hand():
-    assert ranks.interval(np.array([np.nan, *np.arange(101.0)])) == (2.5, 97.5) and ranks.interval(
-        np.arange(101.0), 80
-    ) == (10, 90)
-    assert all(map(math.isnan, ranks.interval(np.array([np.nan, np.nan]))))
+    assert statistics.percentile_interval(np.array([np.nan, *np.arange(101.0)])) == (
+        2.5,
+        97.5,
+    ) and statistics.percentile_interval(np.arange(101.0), 80) == (10, 90)
+    assert all(map(math.isnan, statistics.percentile_interval(np.array([np.nan, np.nan]))))
 
 
 # what is said

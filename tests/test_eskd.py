@@ -13,15 +13,22 @@ from hypothesis import strategies as st
 from spikingjelly.activation_based import neuron as sj_neuron
 from torch import nn
 
-import snnkd_nb.metrics.hybrids  # noqa: F401 its probes are entered
+import snnkd_nb.metrics.likeness  # noqa: F401 its probes are registered
 from snnkd_nb.core import UserError
 from snnkd_nb.data.images import load
 from snnkd_nb.losses.base import Distiller, mean_logits, observe
-from snnkd_nb.losses.eskd import ESKD, HybridNet, alpha_at, betas, hybrids_for, rates_of
+from snnkd_nb.losses.eskd import (
+    ESKD,
+    HybridNet,
+    alpha_at,
+    compute_betas,
+    create_hybrids,
+    mean_rates,
+)
 from snnkd_nb.losses.kd import kd_loss
 from snnkd_nb.losses.zoo import create_distiller
-from snnkd_nb.metrics.hybrids import accuracies, cosine, cosines, hybrids
-from snnkd_nb.metrics.probes import check_probes, list_probes
+from snnkd_nb.metrics.activity import check_probes, list_probes
+from snnkd_nb.metrics.likeness import cosine, hybrid_accuracies, hybrid_cosines, hybrids
 from snnkd_nb.models.blocks import eval_mode
 from snnkd_nb.models.foreign import vit_small
 from snnkd_nb.models.hybrid import ADAPTERS, Adapter, Branch, Hybrids, by_depth, frozen, stage_pairs
@@ -175,17 +182,17 @@ def test_adapters_of_resnet18_and_34_have_as_many_parameters_as_printed():
             )
         ]
     for teacher in nets[1:3]:
-        made = hybrids_for(nets[0], teacher)
+        made = create_hybrids(nets[0], teacher)
         assert sum(p.numel() for p in made.parameters()) == 173_824 and made.names == (
             "M0",
             "M1",
             "M2",
         )
-    wide = hybrids_for(nets[3], nets[2])
+    wide = create_hybrids(nets[3], nets[2])
     assert [(b.name, b.student, b.teacher) for b in wide.branches] == [
         (f"M{k}", f"stage{k + 1}", f"stage{k + 1}") for k in range(3)
     ]
-    assert hybrids_for(nets[0], nets[1], "all").names == ("MH", "M0", "M1", "M2", "Mfc")
+    assert create_hybrids(nets[0], nets[1], "all").names == ("MH", "M0", "M1", "M2", "Mfc")
 
 
 @settings(max_examples=60, deadline=None)
@@ -349,11 +356,11 @@ def test_stages_that_do_not_pair():
     )
     with pytest.raises(
         UserError,
-        match="no stages pair by resolution: the student has stem 32×32.*the teacher stage1 10×10, stage2 4×4; give pairs=",
+        match="no stages pair by resolution: the student has stem 32×32.*the teacher stage1 10×10, stage2 4×4; give layers=",
     ) as e:
         create_distiller("eskd", student, odd)
     assert "\n" not in str(e.value)
-    d = create_distiller("eskd", student, odd, pairs=[("stage2", "stage1")])
+    d = create_distiller("eskd", student, odd, layers={"student": "stage2", "teacher": "stage1"})
     assert d.methods[0].hybrids.names == ("M1",) and d(*batch(4, 32))[0]["M1"].isfinite()
     top = Foreign(
         nn.Sequential(
@@ -536,7 +543,7 @@ def test_hybrids_on_rates_answer_what_they_answer_on_mean_spikes(T):
         one.student.gradient = mode
         terms = one(x, y)[0]
         out[mode] = (
-            one.methods[0].logits(one.look(x, y)),
+            one.methods[0].logits(one.run_networks(x, y)),
             terms,
             torch.autograd.grad(sum(terms.values()), list(one.parameters())),
         )
@@ -558,10 +565,10 @@ def test_schedules():
         alpha_at("decrease", e, 5) for e in range(5)
     ] == [1, 0.75, 0.5, 0.25, 0]
     assert (
-        betas("uniform", 3) == [1 / 3] * 3
-        and betas("decay", 3) == [1 / 8, 1 / 4, 1 / 2]
-        and betas([0, 1, 2], 3) == [0, 1, 2]
-        and betas(2, 2) == [2, 2]
+        compute_betas("uniform", 3) == [1 / 3] * 3
+        and compute_betas("decay", 3) == [1 / 8, 1 / 4, 1 / 2]
+        and compute_betas([0, 1, 2], 3) == [0, 1, 2]
+        and compute_betas(2, 2) == [2, 2]
     )
     x, y = batch()
     _, _, d = pair(alpha="increase", beta="decay")
@@ -708,11 +715,11 @@ def test_frames():
     student, teacher, d = pair(T=3, positions="all")
     x, y = torch.randn(3, 5, 3, 8, 8), torch.arange(5)
     for student.gradient in ("bptt", "rate"):
-        b = d.look(x, y)
+        b = d.run_networks(x, y)
         assert torch.allclose(b.logits_t, teacher(x.mean(0)), atol=1e-6)
         assert all(z.shape == (5, 10) for z in d.methods[0].logits(b).values())
         sum(d(x, y)[0].values()).backward()
-    assert set(cosines(d, x)) == {"MH", "M0", "M1", "Mfc"}
+    assert set(hybrid_cosines(d, x)) == {"MH", "M0", "M1", "Mfc"}
 
 
 def test_an_ordinary_network_and_module_paths():
@@ -720,13 +727,16 @@ def test_an_ordinary_network_and_module_paths():
     ann = create_model("resnet20", **SMALL)
     assert set(create_distiller("eskd", ann, teacher)(*batch())[0]) == {"ce", "kd", "M0", "M1"}
     d = create_distiller(
-        "eskd", student, teacher, pairs=[("stage1.0.act1", "stage1"), ("stage2", "stage2")]
+        "eskd",
+        student,
+        teacher,
+        layers={"student": ["stage1.0.act1", "stage2"], "teacher": ["stage1", "stage2"]},
     ).train()
     for student.gradient in ("bptt", "rate"):
         terms = d(*batch())[0]
         assert set(terms) == {"ce", "kd", "Mstage1.0.act1", "M1"}
     with eval_mode(d):
-        assert rates_of(observe(student, batch()[0], ["stage1.0.act1"])[1])[
+        assert mean_rates(observe(student, batch()[0], ["stage1.0.act1"])[1])[
             "stage1.0.act1"
         ].shape == (6, 4, 8, 8)
     with pytest.raises(UserError, match="leave one of them out"):
@@ -776,7 +786,7 @@ def test_a_class_token_comes_from_the_student():
     )
     student.image_size = 16
     for prefix in ("learned", "mean"):
-        made = hybrids_for(student, teacher, prefix=prefix)
+        made = create_hybrids(student, teacher, prefix=prefix)
         assert made.names == ("M0", "M1", "M2") and [b.teacher for b in made.branches] == [
             "stage1",
             "stage2",
@@ -818,7 +828,7 @@ def test_it_learns_on_digits(taught, gradient):
     student = tiny()
     d = create_distiller("eskd", student, teacher, positions="all")
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    keys, start = list(student.state_dict()), accuracies(d, data, untrained=True)
+    keys, start = list(student.state_dict()), hybrid_accuracies(d, data, untrained=True)
     history = fit(
         student,
         data,
@@ -956,8 +966,8 @@ def test_probes_before_training_and_without_eskd(taught):
     student.gradient = "rate"
     x = next(iter(data.loader("test", 32)))[0]
     for early in (
-        lambda: accuracies(d, data),
-        lambda: cosines(d, x),
+        lambda: hybrid_accuracies(d, data),
+        lambda: hybrid_cosines(d, x),
         lambda: evaluate(HybridNet(student, d.methods[0].hybrids, "M0"), data),
     ):
         with pytest.raises(UserError, match="adapter saw no batch yet: .*give untrained=True") as e:
@@ -966,7 +976,7 @@ def test_probes_before_training_and_without_eskd(taught):
     assert (
         0 <= evaluate(HybridNet(student, d.methods[0].hybrids, "M0", untrained=True), data) <= 100
     )
-    found = accuracies(d, data, untrained=True), cosines(d, x, untrained=True)
+    found = hybrid_accuracies(d, data, untrained=True), hybrid_cosines(d, x, untrained=True)
     assert (
         all(0 <= v <= 100 for v in found[0].values())
         and all(-1 <= v <= 1 for v in found[1].values())
@@ -994,7 +1004,9 @@ def test_adapters_without_statistics_can_be_asked_at_once(taught, kind):
     student = create_model(
         "resnet20", T=2, width=0.25, depth=0.34, in_channels=1, image_size=8, neuron="rate"
     )
-    assert set(accuracies(create_distiller("eskd", student, teacher, adapter=kind), data)) == {
+    assert set(
+        hybrid_accuracies(create_distiller("eskd", student, teacher, adapter=kind), data)
+    ) == {
         "S",
         "M0",
         "M1",
@@ -1004,7 +1016,7 @@ def test_adapters_without_statistics_can_be_asked_at_once(taught, kind):
 def test_after_a_step_hybrids_can_be_asked():
     student, _teacher, d = pair(positions="all")
     d(*batch())
-    assert len(cosines(d, batch()[0])) == 4 and all(
+    assert len(hybrid_cosines(d, batch()[0])) == 4 and all(
         z.shape == (6, 10)
         for z in (
             HybridNet(student, d.methods[0].hybrids, n).eval()(batch()[0])

@@ -14,7 +14,7 @@ from torch import nn
 from snnkd_nb.core import UserError, sha256_of
 from snnkd_nb.data.corrupt import subset
 from snnkd_nb.data.images import load
-from snnkd_nb.losses.feature import default_pairs
+from snnkd_nb.losses.base import default_pairs
 from snnkd_nb.losses.zoo import create_distiller
 from snnkd_nb.models.foreign import create_foreign, patch_for, vit_small, with_channels
 from snnkd_nb.models.imagenet import (
@@ -516,8 +516,8 @@ def test_a_network_without_known_stages_says_so():
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
-            setattr(self, "body", nn.Conv2d(3, 4, 1))
-            setattr(self, "tail", nn.Linear(4, 10))
+            self.body = nn.Conv2d(3, 4, 1)
+            self.tail = nn.Linear(4, 10)
 
         def forward(self, x):
             return self.tail(self.body(x).mean((2, 3)))

@@ -19,9 +19,15 @@ from snnkd_nb.data.images import load
 from snnkd_nb.kernels import projection, winograd
 from snnkd_nb.kernels.winograd import Winograd
 from snnkd_nb.losses import feature
-from snnkd_nb.losses.attention import WORTH, distance, similarity
 from snnkd_nb.losses.base import Batch, Distiller
-from snnkd_nb.losses.sastc import SASTC, Calibration, mean_attention
+from snnkd_nb.losses.sastc import (
+    MIN_ELEMENTS,
+    SASTC,
+    Calibration,
+    distance,
+    mean_attention,
+    similarity,
+)
 from snnkd_nb.losses.zoo import create_distiller
 from snnkd_nb.models.taps import Foreign
 from snnkd_nb.models.zoo import create_model
@@ -59,7 +65,7 @@ def published(g):
     "The method of the code variant with the parameters of the golden file, and its batch."
     student, teacher = (net(T=T) for T in (3, None))
     method = SASTC(
-        student, teacher, "code", batch_size=8, beta=1.0, teacher_layers=["stage1", "stage2"]
+        student, teacher, "code", batch_size=8, beta=1.0, layers={"teacher": ["stage1", "stage2"]}
     )
     c = method.calibration
     c.projections = Calibration((16, 32, 64), (24, 48), 8).projections
@@ -229,7 +235,7 @@ def test_the_loops_over_memory_and_autograd_agree_within_the_loss():
         [torch.rand(8, 19, 16, 16), torch.rand(8, 20, 32, 32)],
     )
     module = Calibration((9,), (19, 20), 8, norm="step")
-    assert WORTH <= 16 * 19 * 256
+    assert MIN_ELEMENTS <= 16 * 19 * 256
     leaves = [*students, *module.parameters()]
     ours, theirs = module(students, teachers), slowly(module, students, teachers)
     torch.testing.assert_close(ours, theirs)
@@ -295,7 +301,7 @@ def test_projections_in_half_precision_round_like_their_modules_and_tiles_up_to_
     ours = learnt(*calibrated(norm, training))
     assert used.count("Winograd") == used.count("whole") == 1 and used.count("NormReluMix") == 3
     exact = learnt(*calibrated(norm, training), half=False)
-    monkeypatch.setattr(projection, "WORTH", 2**40)
+    monkeypatch.setattr(projection, "MIN_ELEMENTS", 2**40)
     monkeypatch.setattr(projection, "covers", lambda *a: False)
     modules = learnt(*calibrated(norm, training))
     assert len(used) == 5 and len(ours) == len(exact) == len(modules)
@@ -330,7 +336,7 @@ def test_feature_kd_in_half_precision_rounds_like_its_module(monkeypatch):
     monkeypatch.setattr(winograd, "sweep", lambda name, *a: done.append(name) or sweep(name, *a))
     ours, exact = learnt(True), learnt(False)
     assert {"to_tiles", "from_tiles", "spread", "collect"} == set(done)
-    monkeypatch.setattr(projection, "WORTH", 2**40)
+    monkeypatch.setattr(projection, "MIN_ELEMENTS", 2**40)
     monkeypatch.setattr(projection, "covers", lambda *a: False)
 
     def off(a, b):
@@ -544,7 +550,7 @@ def test_parameters_of_a_calibration_have_the_names_and_draws_they_always_had():
 def test_distances_in_one_pass_are_those_of_torch(T, B, c, h, w, last, half, seed):
     torch.manual_seed(seed)
     order = {"memory_format": torch.channels_last if last else torch.contiguous_format}
-    c += -(-WORTH // (T * B * h * w))
+    c += -(-MIN_ELEMENTS // (T * B * h * w))
     x = (
         torch.randn(T * B, c, h, w)
         .to(torch.bfloat16 if half else torch.float32)
@@ -553,7 +559,7 @@ def test_distances_in_one_pass_are_those_of_torch(T, B, c, h, w, last, half, see
     )
     f = torch.randn(B, c, h, w)
     slow = (x.float().unflatten(0, (T, B)) - f).square().flatten(2).mean(2)
-    assert x.numel() >= WORTH and distance(x, f).grad_fn.name().startswith("Distance")
+    assert x.numel() >= MIN_ELEMENTS and distance(x, f).grad_fn.name().startswith("Distance")
     torch.testing.assert_close(distance(x, f), slow, atol=1e-6, rtol=1e-5)
     g = torch.randn(T, B)
     (a,), (b,) = torch.autograd.grad(distance(x, f), x, g), torch.autograd.grad(slow, x, g)
@@ -686,7 +692,7 @@ def test_students_smaller_and_larger_than_the_teacher(name, T, size, name_t, var
         p.grad is not None for p in method.parameters()
     )
     assert any(p.grad is not None and p.grad.any() for p in student.parameters())
-    eta = method.attention(d.look(x, y))
+    eta = method.attention(d.run_networks(x, y))
     assert eta.shape == (
         T,
         len(method.student_features),
@@ -714,12 +720,11 @@ def test_layers_by_module_path_of_anybodys_networks():
             student,
             teacher,
             batch_size=4,
-            student_layers=["stage1.0.conv1", "stage2"],
-            teacher_layers=["1", "3"],
+            layers={"student": ["stage1.0.conv1", "stage2"], "teacher": ["1", "3"]},
         )
         terms, _ = d(*seen())
         terms["sastc"].backward()
-        assert d.methods[0].attention(d.look(*seen())).shape == (T, 2, 4, 2) and all(
+        assert d.methods[0].attention(d.run_networks(*seen())).shape == (T, 2, 4, 2) and all(
             p.grad is None for p in teacher.parameters()
         )
     d = create_distiller(
@@ -741,7 +746,7 @@ class Tokens(nn.Module):
 
 def test_tokens_are_compared_on_their_grid_or_refused():
     with pytest.raises(UserError, match="tokens='map'"):
-        SASTC(net(T=2), Tokens(), teacher_layers=["blocks.0"], input_shape=(1, 8, 8))
+        SASTC(net(T=2), Tokens(), layers={"teacher": ["blocks.0"]}, input_shape=(1, 8, 8))
     raw = Foreign(Tokens(), ["blocks.0"], image_size=8, in_channels=1, tokens="raw")
     with pytest.raises(UserError, match="puts out"):
         SASTC(net(T=2), raw)
@@ -761,10 +766,10 @@ def test_tokens_are_compared_on_their_grid_or_refused():
         ({"beta": float("nan")}, "not negative"),
         ({"batch_size": 0}, "batch_size = 0"),
         ({"batch_size": 2.5}, "whole number"),
-        ({"student_layers": ["stage7"]}, "did you mean"),
+        ({"layers": {"student": ["stage7"]}}, "did you mean"),
         ({"teacher_layers": []}, "give a list"),
         ({"pool": "median"}, "unknown pool"),
-        ({"teacher_layers": ["head"]}, "SASTC compares maps"),
+        ({"layers": {"teacher": ["head"]}}, "SASTC compares maps"),
     ],
 )
 def test_what_cannot_be_is_an_error_of_one_line(kw, message):
@@ -779,7 +784,7 @@ def test_maps_that_do_not_fit_are_an_error_of_one_line():
         for s in ((2, 4), (4, 2))
     )
     with pytest.raises(UserError, match="2×4 and 4×2 have no common spatial extent"):
-        SASTC(wide, tall, student_layers=["1"], teacher_layers=["1"], input_shape=(1, 8, 8))
+        SASTC(wide, tall, layers="1", input_shape=(1, 8, 8))
 
 
 def test_a_term_counts_once():
@@ -833,11 +838,11 @@ def test_similarities_and_attention_are_in_single_precision_under_autocast(preci
     x, y = torch.rand(4, 3, 32, 32), torch.arange(4)
     if precision == "bf16":
         with autocast("cpu", precision):
-            terms, batch = d(x, y)[0], d.look(x, y)
+            terms, batch = d(x, y)[0], d.run_networks(x, y)
         sum(terms.values()).backward()
         assert terms["sastc"].dtype == torch.float32 and torch.isfinite(terms["sastc"])
     else:
-        batch = d.look(x, y)
+        batch = d.run_networks(x, y)
     kind = torch.bfloat16 if precision == "bf16" else torch.float16
     batch.feats_s, batch.feats_t = (
         {k: f.to(kind) for k, f in feats.items()} for feats in (batch.feats_s, batch.feats_t)
@@ -1068,7 +1073,7 @@ def test_on_a_gpu(variant, precision):
         *seen(8),
     )
     with torch.no_grad():
-        here, eta = d.eval()(x, y)[0]["sastc"], d.methods[1].attention(d.look(x, y))
+        here, eta = d.eval()(x, y)[0]["sastc"], d.methods[1].attention(d.run_networks(x, y))
     d, x, y = d.to("cuda"), x.cuda(), y.cuda()
     with autocast("cuda", precision), torch.no_grad():
         there = d(x, y)[0]["sastc"]
@@ -1076,7 +1081,7 @@ def test_on_a_gpu(variant, precision):
         here, there.cpu(), rtol=1e-2 if precision == "fp32" else 0.2
     )
     if precision == "fp32":
-        assert torch.allclose(eta, d.methods[1].attention(d.look(x, y)).cpu(), atol=1e-2)
+        assert torch.allclose(eta, d.methods[1].attention(d.run_networks(x, y)).cpu(), atol=1e-2)
     with autocast("cuda", precision):
         terms, _ = d.train()(x, y)
     sum(terms.values()).backward()

@@ -17,8 +17,8 @@ from snnkd_nb.core import UserError
 from snnkd_nb.data.images import load
 from snnkd_nb.losses.base import Distiller
 from snnkd_nb.metrics import fisher as F_
-from snnkd_nb.metrics.mismatch import NORMALISE, fixed_batch, last_mean, stm_score
-from snnkd_nb.metrics.probes import create_probes, list_probes
+from snnkd_nb.metrics.activity import create_probes, list_probes
+from snnkd_nb.metrics.likeness import NORMALISE, fixed_batch, mean_of_last_epochs, stm_score
 from snnkd_nb.models.blocks import eval_mode
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.neurons.lif import LIF
@@ -247,13 +247,13 @@ def test_probes_measure_what_the_functions_do_and_leave_no_trace(data):
 def test_the_mean_of_the_last_epochs():
     history = {"stm": [float(v) for v in range(20)], "gap": [1.0, None, 3.0], "none": [None]}
     assert (
-        last_mean(history) == np.mean(range(10, 20))
-        and last_mean(history, n=3) == 18
-        and last_mean(history, "gap") == 2
-        and math.isnan(last_mean(history, "none"))
+        mean_of_last_epochs(history) == np.mean(range(10, 20))
+        and mean_of_last_epochs(history, n=3) == 18
+        and mean_of_last_epochs(history, "gap") == 2
+        and math.isnan(mean_of_last_epochs(history, "none"))
     )
     with pytest.raises(UserError, match="did you mean 'stm'"):
-        last_mean(history, "stn")
+        mean_of_last_epochs(history, "stn")
 
 
 def test_the_last_epochs_are_the_last_where_a_history_was_thinned():
@@ -274,7 +274,7 @@ def test_the_last_epochs_are_the_last_where_a_history_was_thinned():
         and thin["epoch"][0] == 1
         and all(e > 80 for e in thin["epoch"][-4:])
     )
-    assert 80 < last_mean(thin) <= 90 and last_mean(thin, n=1) == 90
+    assert 80 < mean_of_last_epochs(thin) <= 90 and mean_of_last_epochs(thin, n=1) == 90
 
 
 def test_a_spiking_network_whose_logits_have_no_time_is_refused():
@@ -336,7 +336,7 @@ def test_fisher_at_once_is_fisher_one_by_one(name):
     )
     x, y = torch.randn(3, 3, 16, 16), torch.arange(3)
     model(torch.randn(8, 3, 16, 16))
-    hot = F_.targets(model, x, y)
+    hot = F_.one_hot_targets(model, x, y)
     fast, slow = F_.squared_norms(model, x, hot), F_.squared_norms_loop(model, x, hot)
     assert fast.shape == (3, 2) and (slow > 0).all() and torch.allclose(fast, slow, rtol=1e-3)
 
@@ -401,7 +401,7 @@ def test_composable_neurons_are_the_fused_ones(T, v_reset, decay_input, detach_r
         detach_reset=detach_reset,
         strict=strict,
     )
-    a, b = fused(x), F_.composable(fused)(x)
+    a, b = fused(x), F_.make_composable(fused)(x)
     assert a.equal(b) and torch.allclose(
         *(torch.autograd.grad((v * w).sum(), x)[0] for v in (a, b)), rtol=1e-4, atol=1e-5
     )
@@ -411,18 +411,18 @@ def test_labels_of_fisher(data):
     student, _ = pair()
     x, y = fixed_batch(data, 6)
     with eval_mode(student):
-        z = F_.so_far(student(x))
-    predicted = F_.targets(student, x, y, "predicted")
-    assert predicted.argmax(-1).equal(z.argmax(-1)) and F_.targets(student, x, y).argmax(-1).equal(
-        y.expand(3, -1)
-    )
+        z = F_.decisions_over_time(student(x))
+    predicted = F_.one_hot_targets(student, x, y, "predicted")
+    assert predicted.argmax(-1).equal(z.argmax(-1)) and F_.one_hot_targets(student, x, y).argmax(
+        -1
+    ).equal(y.expand(3, -1))
     last = F_.temporal_fisher(student, x, y, "predicted")[-1]
     assert torch.allclose(last, F_.temporal_fisher(student, x, z[-1].argmax(-1))[-1], rtol=1e-4)
     assert F_.temporal_fisher(student, x, y, "sampled").equal(
         F_.temporal_fisher(student, x, y, "sampled")
     )
-    assert not F_.targets(student, x, y, "sampled", seed=1).equal(
-        F_.targets(student, x, y, "sampled")
+    assert not F_.one_hot_targets(student, x, y, "sampled", seed=1).equal(
+        F_.one_hot_targets(student, x, y, "sampled")
     )
 
 

@@ -17,8 +17,8 @@ from snnkd_nb.core import UserError
 from snnkd_nb.data.corrupt import load_spec
 from snnkd_nb.data.images import list_datasets, load, opener
 from snnkd_nb.losses.zoo import create_distiller
-from snnkd_nb.metrics.mismatch import fixed_batch, stm_score
-from snnkd_nb.metrics.probes import check_probes, create_probes
+from snnkd_nb.metrics.activity import check_probes, create_probes
+from snnkd_nb.metrics.likeness import fixed_batch, stm_score
 from snnkd_nb.models.zoo import create_model, model_info
 from snnkd_nb.papers import sastc, sastc_maps, sastc_robust, studies
 from snnkd_nb.papers.experiments import SCALES
