@@ -8,14 +8,14 @@ __all__ = ['ClaimRecord', 'Runs', 'SCALE_WARNINGS', 'INDEX_UNITS', 'VERDICTS', '
            'report_table', 'scale_warning', 'claims_and_deviations', 'save_claims', 'load_claims', 'shorten_verdict',
            'count_verdicts']
 
-# %% ../../nbs/lib/74_reports.claims.ipynb #485b62f9
+# %% ../../nbs/lib/74_reports.claims.ipynb #a17f9f8f
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from ..core import atomic_write, renamed, root
+from ..core import atomic_write, renamed, renamed_arguments, root
 from ..published.format import Claim, estimate, evaluate_claim, matches, told_apart
 from .figure import artefact_path, format_csv, markdown_table
 from .grid import Cell, Grid, summarise
@@ -154,7 +154,8 @@ def compare_verdicts(
         )
     return _claims_frame(rows, ["claim", "place", "paper's numbers", "ours"])
 
-# %% ../../nbs/lib/74_reports.claims.ipynb #b7e71925
+# %% ../../nbs/lib/74_reports.claims.ipynb #809636e6
+@renamed_arguments(of="arm", over="baseline")
 def describe_gain(
     table: "pd.DataFrame",  # from `reports.tables.summarize_grid`: method, mean, std, n
     arm: str,

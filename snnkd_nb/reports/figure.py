@@ -6,14 +6,14 @@
 __all__ = ['METHOD_COLORS', 'OTHER_COLOR', 'PAGE_WIDTH', 'method_color', 'use_style', 'integer_axis', 'artefact_path',
            'format_csv', 'format_png', 'save_figure', 'markdown_table', 'save_table', 'draw_film_strips']
 
-# %% ../../nbs/lib/73_reports.figure.ipynb #8767bc18
+# %% ../../nbs/lib/73_reports.figure.ipynb #1f44dced
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core import atomic_write, renamed, root
+from ..core import atomic_write, renamed, renamed_arguments, root
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -135,7 +135,7 @@ def save_table(
     atomic_write(path.with_name(f"{path.name}.md"), text)
     return atomic_write(path.with_name(f"{path.name}.csv"), format_csv(frame))
 
-# %% ../../nbs/lib/73_reports.figure.ipynb #a4a5281a
+# %% ../../nbs/lib/73_reports.figure.ipynb #23075447
 def _draw_film_strip(axes, frames, image, max_events: int):
     "Draw one recording (T, 2, H, W) into a row of axes; return the last drawn frame."
     if image is not None:
@@ -147,6 +147,7 @@ def _draw_film_strip(axes, frames, image, max_events: int):
     return drawn
 
 
+@renamed_arguments(most="max_events")
 def draw_film_strips(
     x: Any,  # event counts (T, B, 2, H, W): darker, brighter
     names: list[str],  # of the recordings

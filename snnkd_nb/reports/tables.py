@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'UNSAVED', 'check_metric', 'Measure', 'join_published', 'Report', 'summarize_grid', 'history_frame',
-           'save_summary']
+           'save_summary', 'tabulate_by_seed', 'tabulate_by_epoch']
 
 # %% ../../nbs/lib/75_reports.tables.ipynb #33b31768
 from collections.abc import Callable
@@ -65,7 +65,7 @@ class Measure:
                 measured[spec] = SimpleNamespace(metrics={self.name: value})
         return measured
 
-# %% ../../nbs/lib/75_reports.tables.ipynb #f036d4b1
+# %% ../../nbs/lib/75_reports.tables.ipynb #50247404
 def _place(record: dict, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(str(record[name]) for name in names)
 
@@ -133,7 +133,7 @@ def join_published(
     assert not cells, f"cells of {grid.key} without a published value: {list(cells)[:3]}"
     return rows
 
-# %% ../../nbs/lib/75_reports.tables.ipynb #18c03603
+# %% ../../nbs/lib/75_reports.tables.ipynb #c046e99e
 def _format_number(value: float, std: float | None = None, digits: int = 2) -> str:
     text = f"{value:.{digits}f}"
     if std is not None:
@@ -324,6 +324,62 @@ def save_summary(
         parts.append(f"{conclusion}\n")
     atomic_write(path.with_name(f"{path.name}.md"), "\n".join(parts))
     return atomic_write(path.with_name(f"{path.name}.csv"), format_csv(frame))
+
+# %% ../../nbs/lib/75_reports.tables.ipynb #6e1aa495
+def tabulate_by_seed(
+    grid: Grid,  # its cells are the arms
+    runs: Runs,
+    metric: str = "acc_last",  # a metric of the records
+) -> "pd.DataFrame":
+    "Return one row per arm and seed: the index of the cell, seed, value, and the ids of its runs."
+    import pandas as pd
+
+    rows = []
+    for cell in grid.cells:
+        ids = {group[0].seed: " ".join(spec.id for spec in group) for group in cell.groups}
+        for seed, value in values_by_seed(cell, runs, metric).items():
+            rows.append({**cell.index, "seed": seed, "value": value, "runs": ids[seed]})
+    return pd.DataFrame(rows, columns=[*grid.cells[0].index, "seed", "value", "runs"])
+
+
+def _probe_values(history: dict[str, list], probe: str) -> list[tuple[str, int, float]]:
+    "Return `(part, epoch, value)` of all columns of a probe; a value that was not recorded is left out."
+    found = []
+    for name, values in history.items():
+        if name != probe and not name.startswith(f"{probe}_"):
+            continue
+        part = name[len(probe) + 1 :]
+        # A long history keeps only some of its epochs, and lists them.
+        epochs = history.get("epoch", range(1, len(values) + 1))
+        for epoch, value in zip(epochs, values, strict=False):
+            if value is not None:
+                found.append((part, epoch, value))
+    return found
+
+
+def tabulate_by_epoch(
+    grid: Grid,
+    runs: Runs,
+    probe: str,  # name of a probe, e.g. "stm"
+) -> "pd.DataFrame":
+    """
+    Return one row for every run, epoch (from 1) and value of a probe.
+
+    Columns: the index of the cell, seed, epoch, part (what follows the probe's name; "" for a single number), value, and the id of the run.
+    """
+    import pandas as pd
+
+    rows = []
+    for cell in grid.cells:
+        for spec in cell.specs:
+            record = runs.get(spec)
+            if not record:
+                continue
+            for part, epoch, value in _probe_values(record.history, probe):
+                place = {**cell.index, "seed": spec.seed, "epoch": epoch, "part": part}
+                rows.append({**place, "value": value, "run": spec.id})
+    columns = [*grid.cells[0].index, "seed", "epoch", "part", "value", "run"]
+    return pd.DataFrame(rows, columns=columns)
 
 # %% ../../nbs/lib/75_reports.tables.ipynb #0d3dc920
 __getattr__ = renamed(
