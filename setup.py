@@ -53,6 +53,7 @@ setup(
     keywords=cfg["keywords"],
     cmdclass={"build_py": BuildWithPapers},
     packages=find_packages(include=["snnkd_nb", "snnkd_nb.*"]),
+    package_data={cfg["lib_name"]: ["py.typed"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=names("requirements"),
     extras_require=extras,

@@ -80,6 +80,7 @@ class MovedModuleLoader(Loader):
         self.new_path = new_path
 
     def exec_module(self, module: ModuleType) -> None:
+        "Put the module at the new path in the place of the old one."
         # Python takes the module from sys.modules after this call, so it may be replaced here.
         if self.new_path is not None:
             sys.modules[module.__name__] = importlib.import_module(self.new_path)
@@ -94,6 +95,7 @@ class MovedModuleFinder(MetaPathFinder):
         path: Sequence[str] | None,
         target: ModuleType | None = None,
     ) -> ModuleSpec | None:
+        "Answer for modules that were folded into another; None for all others."
         package, _, old_path = fullname.partition(".")
         if package != "snnkd_nb":
             return None

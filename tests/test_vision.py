@@ -16,8 +16,8 @@ def test_where_torchvision_loads_the_guard_does_nothing():
         import sys, types, importlib
         fake = types.ModuleType("torchvision"); fake.__path__ = []
         sys.modules["torchvision"] = fake
-        from snnkd_nb import vision
-        assert vision.torchvision() is fake and not vision._libraries
+        from snnkd_nb import core
+        assert core.torchvision() is fake and not core._libraries
     """)
     assert r.returncode == 0, r.stderr
 
@@ -39,7 +39,7 @@ def test_where_it_refuses_the_pure_python_parts_load():
         except RuntimeError as e: print("refused:", e)
         else: raise SystemExit("the fake torchvision should refuse")
         [sys.modules.pop(m) for m in list(sys.modules) if m.startswith("torchvision")]
-        from snnkd_nb.vision import torchvision as guarded
+        from snnkd_nb.core import torchvision as guarded
         assert guarded().whole
         assert guarded("half").x == 1
     """)
@@ -52,7 +52,7 @@ def test_another_error_is_not_swallowed():
         import sys, tempfile, pathlib
         top = pathlib.Path(tempfile.mkdtemp()); (top / "torchvision.py").write_text("raise RuntimeError('something else')")
         sys.path.insert(0, str(top))
-        from snnkd_nb.vision import torchvision
+        from snnkd_nb.core import torchvision
         try: torchvision()
         except RuntimeError as e: assert str(e) == "something else"
         else: raise SystemExit("swallowed")
@@ -62,7 +62,7 @@ def test_another_error_is_not_swallowed():
 
 def test_the_installed_torchvision_gives_data_sets_transforms_and_models():
     r = run("""
-        from snnkd_nb.vision import torchvision
+        from snnkd_nb.core import torchvision
         torchvision("datasets").CIFAR10, torchvision("transforms.v2").AutoAugment, torchvision("models").resnet18
     """)
     assert r.returncode == 0, r.stderr

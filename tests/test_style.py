@@ -1,0 +1,230 @@
+"""The style that CONTRIBUTING.md describes: formatter, linter, types, and what no tool counts."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LIB = sorted((ROOT / "nbs/lib").glob("*.ipynb"))
+TOOLS = Path(sys.executable).parent
+
+# Exemptions, which only shrink. Lines above 100 columns that a notebook may still have, by module:
+LONG_LINES: dict[str, int] = {
+    "cli": 17,
+    "core": 5,
+    "data.augment": 1,
+    "data.batches": 8,
+    "data.camera": 3,
+    "data.corrupt": 4,
+    "data.decode": 3,
+    "data.events": 7,
+    "data.images": 13,
+    "data.neuromorphic": 18,
+    "data.stream": 2,
+    "kernels.flat": 3,
+    "kernels.gpu": 1,
+    "kernels.gram": 4,
+    "kernels.lif": 7,
+    "kernels.norm": 5,
+    "kernels.precision": 19,
+    "kernels.profile": 3,
+    "kernels.projection": 4,
+    "kernels.rate": 3,
+    "kernels.rate_cpu": 3,
+    "kernels.winograd": 2,
+    "losses.attention": 8,
+    "losses.base": 13,
+    "losses.baselines": 8,
+    "losses.ckdsnn": 16,
+    "losses.eskd": 15,
+    "losses.feature": 7,
+    "losses.kd": 2,
+    "losses.maps": 8,
+    "losses.sastc": 16,
+    "losses.zoo": 3,
+    "metrics.activity": 5,
+    "metrics.energy": 5,
+    "metrics.fisher": 6,
+    "metrics.hybrids": 2,
+    "metrics.likeness": 2,
+    "metrics.mismatch": 8,
+    "metrics.probes": 1,
+    "models.blocks": 17,
+    "models.foreign": 10,
+    "models.genome": 9,
+    "models.hybrid": 17,
+    "models.imagenet": 9,
+    "models.pyramid": 3,
+    "models.resnet": 1,
+    "models.resnet19": 2,
+    "models.spikformer": 7,
+    "models.taps": 21,
+    "models.vgg": 5,
+    "models.weights": 11,
+    "models.wide": 2,
+    "models.zoo": 8,
+    "neurons.lif": 5,
+    "neurons.rate": 14,
+    "neurons.ratelayers": 8,
+    "neurons.stream": 2,
+    "papers.dsas": 10,
+    "papers.dsas_search": 11,
+    "papers.dsas_students": 14,
+    "papers.dsas_views": 9,
+    "papers.eskd": 21,
+    "papers.eskd_views": 14,
+    "papers.experiments": 11,
+    "papers.published": 12,
+    "papers.registry": 4,
+    "papers.sastc": 19,
+    "papers.sastc_maps": 19,
+    "papers.sastc_robust": 9,
+    "papers.sastc_scores": 17,
+    "papers.sastc_views": 4,
+    "papers.studies": 30,
+    "papers.studies_proxy": 23,
+    "reports.attention": 9,
+    "reports.calibration": 3,
+    "reports.claims": 4,
+    "reports.dots": 3,
+    "reports.efficiency": 4,
+    "reports.embedding": 1,
+    "reports.figure": 1,
+    "reports.graph": 5,
+    "reports.hybrids": 4,
+    "reports.maps": 9,
+    "reports.overview": 4,
+    "reports.searches": 4,
+    "reports.speed": 6,
+    "reports.tables": 8,
+    "runner.bench": 9,
+    "runner.doctor": 7,
+    "runner.durations": 6,
+    "runner.jobs": 11,
+    "runner.micro": 7,
+    "runner.networks": 4,
+    "runner.notebooks": 5,
+    "runner.numerics": 20,
+    "runner.overhead": 7,
+    "runner.peers": 2,
+    "runner.ratestep": 4,
+    "runner.status": 5,
+    "runner.turns": 6,
+    "runner.workers": 2,
+    "search.candidate": 4,
+    "search.evolution": 17,
+    "search.job": 13,
+    "search.live": 2,
+    "search.operators": 4,
+    "search.pool": 3,
+    "search.score": 19,
+    "search.similarity": 12,
+    "search.space": 13,
+    "search.teacher": 10,
+    "spec": 11,
+    "store": 4,
+    "training.checkpoint": 1,
+    "training.job": 9,
+    "training.loop": 15,
+    "training.optim": 1,
+    "training.progress": 1,
+}
+# Modules whose notebooks still have tuples as statements or lambdas with names:
+FOLDED: set[str] = {"training.job"}
+
+
+def module_of(path: Path) -> str:
+    "The module a library notebook exports: the file's name without its number."
+    return path.stem.partition("_")[2]
+
+
+def code_cells(path: Path) -> Iterator[tuple[int, str]]:
+    "Number and source of the code cells of a notebook."
+    for number, cell in enumerate(json.loads(path.read_text())["cells"]):
+        if cell["cell_type"] == "code":
+            yield number, "".join(cell["source"])
+
+
+def run(*command: str) -> subprocess.CompletedProcess:
+    "Run a tool of this environment in the project folder; skip the test if the tool is missing."
+    if not (TOOLS / command[0]).exists():
+        pytest.skip(f"{command[0]} is not installed: pip install -e .[dev]")
+    return subprocess.run(
+        [TOOLS / command[0], *command[1:]], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_code_is_formatted():
+    done = run("ruff", "format", "--check", "nbs", "tests", "setup.py")
+    assert done.returncode == 0, f"run `ruff format .`, then nbdev_export:\n{done.stdout[-3000:]}"
+
+
+def test_linter_finds_nothing():
+    done = run("ruff", "check", "--output-format", "concise", "nbs", "tests", "setup.py")
+    assert done.returncode == 0, f"run `ruff check --fix .`:\n{done.stdout[-3000:]}"
+
+
+@pytest.mark.timeout(900)
+def test_types_are_consistent():
+    done = run("mypy")
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_modules_without_type_check_exist():
+    "The list in pyproject.toml only shrinks, and names modules that exist."
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]
+    exempt = [name for entry in settings.get("overrides", []) for name in entry["module"]]
+    modules = {f"snnkd_nb.{module_of(p)}" for p in LIB}
+    assert [name for name in exempt if name not in modules] == []
+
+
+@pytest.mark.parametrize("path", LIB, ids=lambda p: p.stem)
+def test_no_line_is_longer_than_100_columns(path):
+    "URLs aside: nobody can break them."
+    long = [
+        f"cell {number}: {line.strip()[:80]}…"
+        for number, source in code_cells(path)
+        for line in source.splitlines()
+        if len(line) > 100 and "://" not in line
+    ]
+    assert len(long) <= LONG_LINES.get(module_of(path), 0), "\n".join(long)
+
+
+def folded_statements(source: str) -> Iterator[str]:
+    "Statements that hide a second one: tuples used as statements, and lambdas with a name."
+    lines = re.sub(r"^%.*$", "pass", source, flags=re.M)
+    tree = ast.parse(lines)
+    last = tree.body[-1] if tree.body else None
+    for node in ast.walk(tree):
+        is_tuple = isinstance(node, ast.Expr) and isinstance(node.value, ast.Tuple)
+        is_lambda = isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda)
+        if is_tuple and node is not last:
+            yield f"a tuple as a statement: {ast.unparse(node)[:80]}"
+        if is_lambda and isinstance(node.targets[0], ast.Name):
+            yield f"a lambda with a name: {ast.unparse(node)[:80]}"
+
+
+@pytest.mark.parametrize("path", LIB, ids=lambda p: p.stem)
+def test_every_statement_does_one_thing(path):
+    "The last expression of a cell is what it shows, and may be a tuple."
+    if module_of(path) in FOLDED:
+        pytest.skip("not unfolded yet")
+    found = [
+        f"cell {number}: {what}"
+        for number, source in code_cells(path)
+        for what in folded_statements(source)
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_folded_statements_are_found():
+    "The check itself can fail."
+    assert len(list(folded_statements("f(), g()\nx = lambda: 1\ny = 2"))) == 2
+    assert list(folded_statements("x = [lambda: 1]\n(x, 2)")) == []
