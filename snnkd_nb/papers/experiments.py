@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'HALF', 'KINDS', 'check_scale', 'Cell', 'Grid', 'seeded', 'summarise', 'budget_in_words', 'size_in_words',
-           'data_at', 'optim_at', 'Settings', 'load_settings', 'fill_in', 'is_met', 'NotKnownYet', 'resolve',
+           'data_at', 'optim_at', 'Settings', 'load_settings', 'fill_in', 'applies', 'is_met', 'NotKnownYet', 'resolve',
            'build_spec', 'build_run', 'run_entry', 'Sentence', 'parse_deviations', 'deviations', 'has_cells',
            'build_grid', 'networks_by_method']
 
@@ -161,9 +161,9 @@ def optim_at(
         return long.replace(epochs=60)
     return long.replace(epochs=6, batch_size=64, precision="fp32") if half else long
 
-# %% ../../nbs/lib/71_papers.experiments.ipynb #3967ee97
+# %% ../../nbs/lib/71_papers.experiments.ipynb #b7989023
 KINDS = ("data", "model", "optim", "options", "run", "search", "means")
-_LAYER_KEYS = ("from", "drop", "with", "except", "when")
+_LAYER_KEYS = ("from", "drop", "with", "except", "when", "unless")
 _PARTS = {
     "run": {
         "data": "data",
@@ -218,10 +218,11 @@ def load_settings(
         path = paper_folder(key) / "settings.toml"
     return _read_settings(path)
 
-# %% ../../nbs/lib/71_papers.experiments.ipynb #3b3c1f42
+# %% ../../nbs/lib/71_papers.experiments.ipynb #07b4d42b
 @functools.cache
 def _variables_in(text: str) -> list[str]:
-    return [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+    fields = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+    return [re.split(r"[.\[]", name)[0] for name in fields]
 
 
 def fill_in(
@@ -245,6 +246,19 @@ def fill_in(
     return value.format(**variables)
 
 
+def applies(
+    rule: Mapping[str, Any],  # with `when`, and optionally `unless`: a condition or a list of them
+    variables: Mapping[str, Any],
+) -> bool:
+    "Whether an exception or a rule applies: `when` is met, and no condition of `unless` is."
+    unless = rule.get("unless", [])
+    if isinstance(unless, dict):
+        unless = [unless]
+    if not is_met(rule.get("when", {}), variables):
+        return False
+    return not any(is_met(condition, variables) for condition in unless)
+
+
 def is_met(
     condition: Mapping[str, Any],  # variable -> value, or list of allowed values
     variables: Mapping[str, Any],
@@ -256,7 +270,7 @@ def is_met(
             return False
     return True
 
-# %% ../../nbs/lib/71_papers.experiments.ipynb #759adfbc
+# %% ../../nbs/lib/71_papers.experiments.ipynb #d0634cad
 @functools.cache
 def _scales_named(key: str) -> tuple[str, ...]:
     "The scales a key names, as in `medium, paper`; empty if the key is no list of scales."
@@ -280,7 +294,7 @@ def _layers(
         if "with" in layer:
             variables.update(fill_in(layer["with"], variables, where))
     for exception in table.get("except", []):
-        if is_met(exception["when"], variables):
+        if applies(exception, variables):
             layers.append(exception)
             variables.update(fill_in(exception.get("with", {}), variables, where))
     starts = [i for i, layer in enumerate(layers) if "from" in layer or "call" in layer]
@@ -352,7 +366,7 @@ def _resolve_value(
         return _resolve_table(settings, kind or "options", value, variables, where, start)
     return fill_in(value, variables, where)
 
-# %% ../../nbs/lib/71_papers.experiments.ipynb #cefbf85d
+# %% ../../nbs/lib/71_papers.experiments.ipynb #d3f233f4
 class NotKnownYet(UserError):
     "A run depends on a result that is not stored yet, such as the network a search finds; the message says which."
 
@@ -364,6 +378,7 @@ def resolve(
     paper: str,  # key of the settings file
     kind: str,  # data, model, optim, options, run or search
     name: str,  # of the section; "other:name" for a section of another file
+    /,
     **variables: Any,  # `scale` and what the section refers to
 ) -> dict[str, Any]:
     "The fields of a section, all references followed; raises `UserError` with file and section for a mistake."
@@ -406,6 +421,7 @@ def build_spec(
     kind: str,  # data, model, optim, run or search
     name: str,  # of the section
     scale: str,  # smoke, small, medium, paper
+    /,
     **variables: Any,  # what the section refers to, e.g. dataset="CIFAR-10"
 ) -> Any:
     "The spec of a section at a scale. Runs and searches take `seed`, 0 unless given."
@@ -421,6 +437,7 @@ def build_run(
     paper: str,  # key of the settings file, e.g. "ckdsnn"
     name: str,  # of the run section
     scale: str,  # smoke, small, medium, paper
+    /,
     **variables: Any,  # what the section refers to, e.g. dataset="CIFAR-10", seed=1
 ) -> RunSpec:
     "The `RunSpec` of a run section at a scale; raises `UserError` with file and section for a mistake."
@@ -453,7 +470,7 @@ def _loop(each: Mapping[str, list]) -> Iterator[dict[str, Any]]:
             variables.update(value if isinstance(value, Mapping) else {name: value})
         yield variables
 
-# %% ../../nbs/lib/71_papers.experiments.ipynb #85ce18b1
+# %% ../../nbs/lib/71_papers.experiments.ipynb #06135667
 class _Block:
     "One `[[name.cells]]` block at a scale."
 
@@ -493,7 +510,7 @@ class _Block:
             index = self.index_of(printed)
         column = fill_in(self.block.get("column", "{column}"), printed, self.where)
         for rule in self.block.get("skip", []):
-            if is_met(rule["when"], printed):
+            if applies(rule, printed):
                 return Cell(index, column, note=fill_in(rule["note"], printed, self.where))
         groups, note = self.groups(self.variables(printed))
         return Cell(index, column, groups, note)
@@ -536,7 +553,7 @@ class _Block:
         name = fill_in(name, variables, self.where)
         average = run_entry(self.paper, name, "average", variables, {})
         turns = list(_loop(average)) if average else [{}]
-        return [build_run(self.paper, name, **{**variables, **turn}) for turn in turns]
+        return [build_run(self.paper, name, self.scale, **{**variables, **turn}) for turn in turns]
 
     def searches(self) -> list[SearchSpec]:
         "The searches of all cells and seeds."
@@ -547,7 +564,9 @@ class _Block:
             for seed in self.seeds(variables):
                 for name in self.block.get("searches", []):
                     found.append(
-                        build_spec(self.paper, "search", name, **{**variables, "seed": seed})
+                        build_spec(
+                            self.paper, "search", name, self.scale, **{**variables, "seed": seed}
+                        )
                     )
         return found
 
