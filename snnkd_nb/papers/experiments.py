@@ -8,10 +8,11 @@ __all__ = ['SCALES', 'HALF', 'KINDS', 'check_scale', 'Cell', 'Grid', 'seeded', '
            'build_spec', 'build_run', 'run_entry', 'Sentence', 'parse_deviations', 'deviations', 'has_cells',
            'build_grid', 'networks_by_method']
 
-# %% ../../nbs/lib/71_papers.experiments.ipynb #273bbad4
+# %% ../../nbs/lib/71_papers.experiments.ipynb #4b9f79eb
 import functools
 import importlib
 import itertools
+import os
 import re
 import string
 from collections.abc import Callable, Iterator, Mapping
@@ -161,7 +162,7 @@ def optim_at(
         return long.replace(epochs=60)
     return long.replace(epochs=6, batch_size=64, precision="fp32") if half else long
 
-# %% ../../nbs/lib/71_papers.experiments.ipynb #b7989023
+# %% ../../nbs/lib/71_papers.experiments.ipynb #fc7bb442
 KINDS = ("data", "model", "optim", "options", "run", "search", "means")
 _LAYER_KEYS = ("from", "drop", "with", "except", "when", "unless")
 _PARTS = {
@@ -206,17 +207,23 @@ def _read_settings(path: Path) -> Settings:
     return Settings(path, content)
 
 
+@functools.cache
+def _settings_path(
+    key: str,
+    external_papers: str,  # value of $SNNKD_PAPERS; the same key may be another folder
+) -> Path:
+    if key == "common":
+        return packaged_folder() / "papers" / "common.toml"
+    if key == "studies":
+        return packaged_folder() / "studies" / "settings.toml"
+    return paper_folder(key) / "settings.toml"
+
+
 def load_settings(
     key: str,  # of a paper; "common" and "studies" are files of the project
 ) -> Settings:
     "Read a settings file; raises `UserError` with the file for an unknown kind of section."
-    if key == "common":
-        path = packaged_folder() / "papers" / "common.toml"
-    elif key == "studies":
-        path = packaged_folder() / "studies" / "settings.toml"
-    else:
-        path = paper_folder(key) / "settings.toml"
-    return _read_settings(path)
+    return _read_settings(_settings_path(key, os.environ.get("SNNKD_PAPERS", "")))
 
 # %% ../../nbs/lib/71_papers.experiments.ipynb #07b4d42b
 @functools.cache
@@ -366,7 +373,7 @@ def _resolve_value(
         return _resolve_table(settings, kind or "options", value, variables, where, start)
     return fill_in(value, variables, where)
 
-# %% ../../nbs/lib/71_papers.experiments.ipynb #d3f233f4
+# %% ../../nbs/lib/71_papers.experiments.ipynb #6ddb6020
 class NotKnownYet(UserError):
     "A run depends on a result that is not stored yet, such as the network a search finds; the message says which."
 
@@ -425,10 +432,10 @@ def build_spec(
     **variables: Any,  # what the section refers to, e.g. dataset="CIFAR-10"
 ) -> Any:
     "The spec of a section at a scale. Runs and searches take `seed`, 0 unless given."
-    seed = variables.pop("seed", 0)
-    variables = {"options": {}, **variables, "scale": scale}
+    seed = variables.get("seed", 0)
+    variables = {"options": {}, "seed": seed, **variables, "scale": scale}
     fields = resolve(paper, kind, name, **variables)
-    if seed:
+    if seed and kind in ("run", "search"):
         fields = {**fields, "seed": seed}
     return _make_spec(_SPECS[kind], fields, f"{load_settings(paper).path} [{kind}.{name}]")
 

@@ -59,7 +59,7 @@ def papers() -> list[Paper]:
     "All papers: those of the project in their order, then those of `$SNNKD_PAPERS`."
     return [find_paper(key) for key in paper_folders()]
 
-# %% ../../nbs/lib/72_papers.registry.ipynb #b3dbbdb1
+# %% ../../nbs/lib/72_papers.registry.ipynb #3c0272f4
 @dataclass(frozen=True)
 class Artefact:
     "A table, figure or diagram of a paper."
@@ -83,7 +83,7 @@ class Artefact:
         if self.paper == "studies":
             return root() / "nbs" / f"{self.page}.ipynb"
         folder = paper_folder(self.paper)
-        if folder.is_relative_to(packaged_folder()):
+        if folder.parent == packaged_folder() / "papers":
             folder = root() / "nbs" / "papers" / self.paper
         return folder / f"{self.page.split('/')[1]}.ipynb"
 
