@@ -14,7 +14,7 @@ from jupyter_client.connect import write_connection_file
 from snnkd_nb.core import atomic_write
 from snnkd_nb.runner import kernels
 from snnkd_nb.runner.kernels import SERVER, kernel_command, kernel_server
-from snnkd_nb.runner.notebooks import cleaned, run_notebook
+from snnkd_nb.runner.notebooks import clean_notebook, run_notebook
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux only")
 KERNELSPEC = {"display_name": "python3", "language": "python", "name": "python3"}
@@ -121,7 +121,7 @@ def test_a_page_has_the_same_bytes_as_in_an_ordinary_kernel(home, monkeypatch):
     monkeypatch.delenv(SERVER)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     ordinary = run_notebook(path, {})
-    assert cleaned(forked, {}) == cleaned(ordinary, {})
+    assert clean_notebook(forked, {}) == clean_notebook(ordinary, {})
     assert "image/png" in json.dumps(forked)
 
 

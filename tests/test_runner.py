@@ -19,10 +19,16 @@ from snnkd_nb.core import UserError
 from snnkd_nb.papers.registry import artefact, artefacts, match, specs_for
 from snnkd_nb.runner import jobs as runner_jobs
 from snnkd_nb.runner import notebooks as runner_notebooks
-from snnkd_nb.runner.graph import START_RUNS, Clock, cost, page_seconds, plan
-from snnkd_nb.runner.jobs import Bars, ensure, execute, run_tasks, tasks_for
-from snnkd_nb.runner.notebooks import coerce, parameters, prepare, render, reproduce
-from snnkd_nb.runner.status import rendered_path, rows, status_text
+from snnkd_nb.runner.jobs import BarDisplay, ensure, execute, make_tasks, run_tasks
+from snnkd_nb.runner.notebooks import coerce, prepare, read_parameters, render, reproduce
+from snnkd_nb.runner.planning import (
+    START_RUNS,
+    Clock,
+    estimate_page_seconds,
+    estimate_seconds,
+    plan,
+)
+from snnkd_nb.runner.status import list_rows, rendered_path, status_text
 from snnkd_nb.runner.workers import Task
 from snnkd_nb.spec import DataSpec, ModelSpec, OptimSpec, RunSpec, to_dict
 from snnkd_nb.store import Record, Store
@@ -49,18 +55,22 @@ from snnkd_nb.store import Record, Store
 
 def train(spec, store, weights, emit):
     run = RunSpec.from_dict(spec)
-    if run.seed == 99: raise ValueError("seed 99")
-    if run.seed == 98: warnings.warn("mind the seed")
-    for i in range(run.optim.epochs): emit({"event": "epoch", "id": run.id, "epoch": i + 1, "epochs": run.optim.epochs})
+    if run.seed == 99:
+        raise ValueError("seed 99")
+    if run.seed == 98:
+        warnings.warn("mind the seed")
+    for epoch in range(1, run.optim.epochs + 1):
+        emit({"event": "epoch", "id": run.id, "epoch": epoch, "epochs": run.optim.epochs})
     Store(store).put(Record(spec, {"acc_last": 80.0 + run.seed}, {}, {}, {}))
     return {"acc": 80.0 + run.seed, "seconds": 0.1}
 
 def chore(name, bad, emit):
-    if bad: raise ValueError(name)
+    if bad:
+        raise ValueError(name)
     return {"name": name}
 """
 
-# --- the graph --------------------------------------------------------------------------------------------------------
+# --- the plan --------------------------------------------------------------------------------------------------------
 
 OPTIM = OptimSpec(epochs=1)
 TEACHERS = [RunSpec(model=ModelSpec("resnet20", width=w), optim=OPTIM) for w in (0.5, 1.0)]
@@ -102,7 +112,7 @@ def test_the_longest_chain_starts_first(home):
         teacher=TEACHERS[0],
     )
     tasks = {
-        t.id: t.rank for t in tasks_for(plan([STUDENTS[1], long, TEACHERS[1]], Store()), Store())
+        t.id: t.rank for t in make_tasks(plan([STUDENTS[1], long, TEACHERS[1]], Store()), Store())
     }
     assert tasks[TEACHERS[0].id] > tasks[long.id] > tasks[TEACHERS[1].id]
 
@@ -169,16 +179,15 @@ def test_a_warning_is_told_once(home, monkeypatch):
 
 def test_bars_show_what_is_going_and_lines_scroll_past(home, capsys, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
-    with Bars() as board:
+    with BarDisplay() as display:
         task = Task("a", "", {})
-        board.epoch(task, {"id": "run-a", "epoch": 1, "epochs": 2})
-        assert [t.description for t in board.bars.tasks] == ["run-a"] and board.bars.tasks[
-            0
-        ].completed == 1
-        board.say("[1/2] finished [brackets]")
-        board.epoch(task, {"id": "run-a", "epoch": 2, "epochs": 2})
-        board.end(task)
-        assert not board.bars.tasks
+        display.show_epoch(task, {"id": "run-a", "epoch": 1, "epochs": 2})
+        assert [bar.description for bar in display.bars.tasks] == ["run-a"]
+        assert display.bars.tasks[0].completed == 1
+        display.print_line("[1/2] finished [brackets]")
+        display.show_epoch(task, {"id": "run-a", "epoch": 2, "epochs": 2})
+        display.end_task(task)
+        assert not display.bars.tasks
     assert "[1/2] finished [brackets]" in capsys.readouterr().out
 
 
@@ -254,17 +263,18 @@ def test_a_reproduction_says_first_what_it_will_do_and_how_long_it_takes(home, m
     assert re.fullmatch(
         r"1 page to render; (less than a minute|about \d+ minutes?) on 1 core", lines[0]
     )
-    monkeypatch.setattr(runner_notebooks, "machine_speed", lambda: 2.0)
+    monkeypatch.setattr(runner_notebooks, "measure_slowdown", lambda: 2.0)
     monkeypatch.setattr(runner_notebooks, "cores", lambda: 2)
     specs = [RunSpec(seed=seed, optim=OptimSpec(epochs=20)) for seed in range(8)]
-    speed, after = runner_notebooks._announce(specs, 30, 4, lines.append)
-    expected = 2 * (sum(map(cost, specs)) / 2 + START_RUNS) + after
-    assert speed == 2.0 and after == page_seconds(30, 2, 2.0) > page_seconds(3, 2, 2.0)
+    slowdown, after = runner_notebooks._announce(specs, 30, 4, lines.append)
+    expected = 2 * (sum(map(estimate_seconds, specs)) / 2 + START_RUNS) + after
+    assert slowdown == 2.0
+    assert after == estimate_page_seconds(30, 2, 2.0) > estimate_page_seconds(3, 2, 2.0)
     assert (
         lines[-1]
         == f"8 runs to train and 30 pages to render; about {round(expected / 60)} minutes on 2 cores"
     )
-    monkeypatch.setattr(runner_notebooks, "cards", lambda: ["0"])
+    monkeypatch.setattr(runner_notebooks, "list_gpus", lambda: ["0"])
     assert runner_notebooks._announce(specs, 30, 1, lines.append) == (None, 0.0)
     assert (
         lines[-1]
@@ -275,22 +285,25 @@ def test_a_reproduction_says_first_what_it_will_do_and_how_long_it_takes(home, m
 def test_the_time_left_counts_what_comes_after_the_runs(home):
     lines = []
     specs = [RunSpec(seed=seed, optim=OPTIM) for seed in range(3)]
-    assert execute(specs, 1, on_line=lines.append, call="standin:train", speed=1e-6, after=3600).ok
+    estimates = {"slowdown": 1e-6, "seconds_after": 3600}
+    assert execute(specs, 1, on_line=lines.append, call="standin:train", **estimates).ok
     assert ["1 h 00 min left" in line for line in lines] == [True, True, False]
 
 
 def test_an_estimate_moves_from_the_measured_speed_to_what_runs_take():
-    clock, spec = Clock(speed=1.0), RunSpec(optim=OptimSpec(epochs=10))
-    assert clock.seconds(spec) == pytest.approx(cost(spec))
+    clock = Clock(slowdown=1.0)
+    spec = RunSpec(optim=OptimSpec(epochs=10))
+    estimate = estimate_seconds(spec)
+    assert clock.seconds(spec) == pytest.approx(estimate)
     for _ in range(100):
-        clock.add(spec, 3 * cost(spec))
-    assert 2.5 * cost(spec) < clock.seconds(spec) < 3 * cost(spec)
+        clock.add(spec, 3 * estimate)
+    assert 2.5 * estimate < clock.seconds(spec) < 3 * estimate
     for longer in (
         RunSpec(optim=OptimSpec(epochs=20)),
         spec.replace(model=ModelSpec("resnet20", T=8)),
         spec.replace(data=DataSpec("digits", size=64)),
     ):
-        assert cost(longer) > cost(spec)
+        assert estimate_seconds(longer) > estimate
 
 
 # --- the registry -----------------------------------------------------------------------------------------------------
@@ -349,7 +362,7 @@ def test_a_page_renders_to_the_same_bytes_and_plain_papermill_agrees(home):
     assert {p: p.read_bytes() for p in made} == made
     nb = json.loads(first)
     assert (
-        parameters(nb)["reach"] == 3.0
+        read_parameters(nb)["reach"] == 3.0
         and all(c.get("execution_count") is None for c in nb["cells"])
         and set(nb["metadata"]) == {"kernelspec"}
     )
@@ -377,7 +390,7 @@ def test_a_page_renders_to_the_same_bytes_and_plain_papermill_agrees(home):
 def test_a_table_without_runs_is_rendered_with_holes_and_nothing_is_trained(home):
     text = render("dsas/table15").read_text()
     assert "0 stored" in text and Store().ids() == [] and not (home / "results/progress").exists()
-    row = rows(["dsas/table15"])[0]
+    row = list_rows(["dsas/table15"])[0]
     assert row.rendered and row.missing == row.needed > 0
     smoke = status_text(scales=("smoke",))
     assert (
@@ -398,11 +411,24 @@ def test_a_table_without_runs_is_rendered_with_holes_and_nothing_is_trained(home
         (float("nan"), 1.0),
         (object(), "x"),
         (b"x", "x"),
+        ("4.5", 4),
+        ("many", 4),
+        ("maybe", True),
+        ("x", 0.5),
+        (Path("x"), "x"),
+        ({1, 2}, None),
+        (True, 1),
     ],
 )
 def test_values_that_do_not_fit_are_refused(value, default):
     with pytest.raises(UserError, match="give a"):
         coerce("x", value, default)
+
+
+def test_numbers_and_tuples_are_converted():
+    assert coerce("lr", "1", 0.5) == 1.0
+    assert coerce("seeds", (3, 4), [0]) == [3, 4]
+    assert coerce("T", 3, 4) == 3
 
 
 @given(

@@ -22,7 +22,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from types import SimpleNamespace
 
-# %% ../../nbs/lib/93_runner.kernels.ipynb #0276f070
+# %% ../../nbs/lib/93_runner.kernels.ipynb #63e42d84
 PRELOADED = (
     "ipykernel.kernelapp",
     "pandas",
@@ -38,7 +38,7 @@ PRELOADED = (
     "snnkd_nb.papers.sastc_maps",
     "snnkd_nb.papers.eskd",
     "snnkd_nb.runner.jobs",
-    "snnkd_nb.runner.networks",
+    "snnkd_nb.training.job",
 )
 SERVER = "SNNKD_KERNELS"  # environment variable: path of the socket of the kernel server
 
@@ -58,14 +58,18 @@ def preload(modules: tuple[str, ...] = PRELOADED) -> None:
 
 @contextlib.contextmanager
 def _as_in_a_kernel() -> Iterator[None]:
-    # pandas decides while it is imported, by `get_ipython().kernel`, how many columns it shows
-    builtins.get_ipython = lambda: SimpleNamespace(kernel=None)
+    """Let `get_ipython` exist: pandas asks it on import, to choose how many columns it shows."""
+
+    def get_ipython() -> SimpleNamespace:
+        return SimpleNamespace(kernel=None)
+
+    builtins.get_ipython = get_ipython  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        del builtins.get_ipython
+        del builtins.get_ipython  # type: ignore[attr-defined]
 
-# %% ../../nbs/lib/93_runner.kernels.ipynb #a3610001
+# %% ../../nbs/lib/93_runner.kernels.ipynb #4c0f9d68
 RELAY = """
 import os, signal, socket, sys
 
@@ -102,7 +106,7 @@ sys.exit(code)
 
 
 def kernel_command() -> list[str]:
-    """Return the command that starts a kernel: forked if a server answers, else an ordinary one.
+    """Return the command that starts a kernel: forked if a server answers, else ordinary.
 
     `{connection_file}` in the command is filled in by Jupyter.
     """
@@ -120,9 +124,13 @@ def _answers(path: str) -> bool:
             return False
     return True
 
-# %% ../../nbs/lib/93_runner.kernels.ipynb #9cf290eb
+# %% ../../nbs/lib/93_runner.kernels.ipynb #6c211de5
+def _ignore_signal(number: int, frame: object) -> None:
+    pass
+
+
 class KernelServer:
-    """The kernels of one server process: starts, signals and reaps them.
+    """Start, signal and reap the kernels of one server process.
 
     `listener` is a listening Unix socket.
     """
@@ -133,7 +141,7 @@ class KernelServer:
         self.child_ended, notify = os.pipe()
         os.set_blocking(self.child_ended, False)
         os.set_blocking(notify, False)
-        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.signal(signal.SIGCHLD, _ignore_signal)  # the wakeup descriptor reports it
         signal.set_wakeup_fd(notify, warn_on_full_buffer=False)
 
     def run(self) -> list[str] | None:
@@ -157,7 +165,7 @@ class KernelServer:
                     return request
 
     def accept(self) -> list[str] | None:
-        """Fork a kernel for the next relay; returns its request in the kernel, else None."""
+        """Fork a kernel for the next relay; return its request in the kernel, else None."""
         relay = self.listener.accept()[0]
         relay.settimeout(10.0)
         try:
@@ -176,7 +184,7 @@ class KernelServer:
         return None
 
     def leave(self, relay: socket.socket, outputs: list[int]) -> None:
-        """Drop in a kernel what belongs to the server, and take the relay's outputs."""
+        """In a forked kernel, close the server's files and take the outputs of the relay."""
         os.setsid()
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -201,7 +209,7 @@ class KernelServer:
                 os.kill(pid, number)
 
     def reap(self) -> None:
-        """Tell the relays of kernels that have ended how they ended."""
+        """Send the exit codes of kernels that have ended to their relays."""
         with contextlib.suppress(BlockingIOError):
             os.read(self.child_ended, 4096)
         while self.relays:
@@ -224,7 +232,7 @@ class KernelServer:
 
 
 def receive_request(relay: socket.socket) -> tuple[list[str], list[int]]:
-    """Read what a relay sends first: its request and its standard output and error.
+    """Read the first message of a relay: its request, and its standard output and error.
 
     Raises `EOFError` if the connection ends before the request does.
     """
@@ -242,7 +250,7 @@ def receive_request(relay: socket.socket) -> tuple[list[str], list[int]]:
         raise EOFError("the request is incomplete")
     return [os.fsdecode(field) for field in body.split(b"\0")], outputs
 
-# %% ../../nbs/lib/93_runner.kernels.ipynb #05c380ec
+# %% ../../nbs/lib/93_runner.kernels.ipynb #cf008157
 def launch(connection_file: str, folder: str, *environment: str) -> None:
     """Run a Jupyter kernel in this process until it is shut down."""
     from ipykernel.kernelapp import IPKernelApp
@@ -251,28 +259,30 @@ def launch(connection_file: str, folder: str, *environment: str) -> None:
     os.environ.update(dict(entry.split("=", 1) for entry in environment))
     os.chdir(folder)
     if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed()  # as after a start: every kernel has another state
+        # a new process has a new random state, too
+        sys.modules["numpy"].random.seed()
     parent = f"--IPKernelApp.parent_handle={os.getppid()}"
     sys.argv = ["ipykernel_launcher", "-f", connection_file, parent]
     IPKernelApp.launch_instance()
 
 
 def serve_kernels(descriptor: int) -> None:
-    """Be a kernel server on an inherited listening socket; forked kernels return from here, too."""
+    """Run a kernel server on an inherited listening socket, and a kernel in its forked children."""
     preload()
     request = KernelServer(socket.socket(fileno=descriptor)).run()
     if request is not None:
         launch(*request)
 
-# %% ../../nbs/lib/93_runner.kernels.ipynb #e7ba2fd2
+# %% ../../nbs/lib/93_runner.kernels.ipynb #9590646a
 @contextlib.contextmanager
 def kernel_server(
     threads: int = 1, folder: str | None = None, **environment: str
 ) -> Iterator[dict[str, str]]:
-    """Run a kernel server; yields the environment variables that make `kernel_command` use it.
+    """Run a kernel server; yield the environment variables that make `kernel_command` use it.
 
-    `threads` is the number of cores of each kernel. It, `environment` and what lies in `folder`
-    (None: the working directory), such as a matplotlibrc, are read when the packages are imported.
+    `threads` is the number of cores per kernel. `folder` (None: the working directory) is where
+    packages look for files such as a matplotlibrc while they are imported. `environment` are
+    further environment variables of the server.
     """
     if sys.platform != "linux":
         yield {}
@@ -301,6 +311,7 @@ def kernel_server(
         try:
             yield {SERVER: address}
         finally:
+            assert process.stdin is not None
             process.stdin.close()
             try:
                 process.wait(5)
