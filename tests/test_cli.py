@@ -83,6 +83,13 @@ BAD = [
     (["train", "--student", "VGGSNN"], "did you mean 'vggsnn'"),
     (["train", "--subset", "100", "--teacher", "timm:vit_tiny_patch16_224"], "--size"),
     (["train", "--dataset", "folder:nowhere"], "no folder"),
+    (["train", "--epochs", "none"], "--epochs"),
+    (["train", "--method-args", "beta"], "write name=value"),
+    (["train", "--gradient", "rates"], "did you mean 'rate'"),
+    (["search", "--population", "1"], "population"),
+    (["search", "--metric", "mass", "--teacher-epochs", "0"], "epochs = 0"),
+    (["search", "--algorithm", "gaa"], "did you mean 'ga'"),
+    (["measure", "overhed"], "did you mean 'overhead'"),
     (["watch", "no-such-run"], "unknown run"),
 ]
 
@@ -165,7 +172,7 @@ def test_ctrl_c_is_130_and_one_line(home, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setitem(VERBS, "status", stop)
-    monkeypatch.setattr("snnkd_nb.cli.parse", lambda *a: {})
+    monkeypatch.setattr("snnkd_nb.cli.parse", lambda *words: {})
     assert main(["status"]) == 130
     err = capsys.readouterr().err
     assert err.startswith("snnkd: stopped") and err.count("\n") == 1
@@ -365,11 +372,11 @@ def test_status_readme_and_doctor(home, capsys):
 
 
 def test_options_of_one_method_and_words_that_are_flags():
-    from snnkd_nb.cli import _options
+    from snnkd_nb.cli import _parse_options
 
-    assert _options(
+    assert _parse_options(
         ("kd.temp=4.0", "shared=false", "norm=None", "stage=('stage3','4')"), "--method-args"
     ) == {"kd.temp": 4.0, "shared": False, "norm": None, "stage": ("stage3", "4")}
     for bad in ("kd.=1", "2x=1", "temp"):
         with pytest.raises(UserError, match="write name=value"):
-            _options((bad,), "--method-args")
+            _parse_options((bad,), "--method-args")

@@ -19,9 +19,9 @@ from snnkd_nb.runner.numerics import (
     Report,
     check_gradients,
     check_networks,
-    ending_in_words,
+    describe_ending,
+    format_numbers,
     group_faults,
-    in_ranges,
     largest_error,
     network_cases,
     plain,
@@ -130,10 +130,10 @@ def test_faults_are_grouped_with_their_conditions():
 
 
 def test_small_parts():
-    assert in_ranges([1, 2]) == "1, 2"
-    assert in_ranges(list(range(1, 10))) == "1, 2, 3, …, 9"
-    assert ending_in_words(signal.SIGALRM) == "hangs"
-    assert ending_in_words(3 << 8) == "ends with exit status 3"
+    assert format_numbers([1, 2]) == "1, 2"
+    assert format_numbers(list(range(1, 10))) == "1, 2, 3, …, 9"
+    assert describe_ending(signal.SIGALRM) == "hangs"
+    assert describe_ending(3 << 8) == "ends with exit status 3"
     assert largest_error(torch.tensor([2.0, 2.0]), torch.tensor([2.0, -4.0]).double()) == 1.5
     assert numerics.implementation_of("plain") is plain
     with pytest.raises(ValueError, match="AVX3"):

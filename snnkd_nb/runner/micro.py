@@ -31,7 +31,7 @@ from snnkd_nb.runner.timing import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 # %% ../../nbs/lib/95_runner.micro.ipynb #91f70220
 Fire = Callable[["Tensor"], "Tensor"]
@@ -460,12 +460,12 @@ def roofline_rows(tiny: bool = False) -> list[Row]:
                 rows.append({**line, "part": kind, "way": way})
     return rows
 
-# %% ../../nbs/lib/95_runner.micro.ipynb #91c080d4
+# %% ../../nbs/lib/95_runner.micro.ipynb #d70fc18f
 def profile_rows(tiny: bool = False) -> list[Row]:
     """Return the share of convolutions in a ResNet-20 step, and milliseconds by kind of work."""
     from spikingjelly.activation_based import functional
 
-    from snnkd_nb.kernels.profile import where_time_goes
+    from snnkd_nb.kernels.profile import profile_by_kind
     from snnkd_nb.models.zoo import create_model
 
     T = 4
@@ -484,7 +484,7 @@ def profile_rows(tiny: bool = False) -> list[Row]:
     }
     rows = []
     for who, step in steps.items():
-        by_kind = where_time_goes(step, 1 if tiny else 3)
+        by_kind = profile_by_kind(step, 1 if tiny else 3)
         parts = {kind: round(ms, 2) for kind, ms in by_kind.items()}
         times = {"conv": [parts["convolution and products"]], "all": [sum(parts.values())]}
         line = compare("profile", f"{who}: convolutions / step", times, "conv", "all")

@@ -10,12 +10,12 @@ __all__ = ['OPERATIONS', 'CONVOLUTIONS', 'CHANNELS', 'KERNELS', 'SIZES', 'BATCHE
            'has_window', 'is_strided_pointwise', 'random_case', 'is_degenerate', 'standard_cases', 'tiny_cases',
            'poison_memory', 'operands', 'plain', 'guarded', 'implementation_of', 'names_of', 'with_gradients',
            'reference_of', 'largest_error', 'run_case', 'operation_task', 'run_group', 'run_as_child',
-           'ending_in_words', 'serve', 'is_death', 'report', 'report_suspects', 'Fault', 'Report', 'run_job',
-           'settings_here', 'check_gradients', 'max_threads', 'run_settings', 'group_of', 'group_faults', 'lines_of',
-           'in_ranges', 'NetworkCase', 'network_cases', 'smooth', 'calibrate', 'gradient_errors', 'norm_errors',
-           'network_task', 'check_networks']
+           'describe_ending', 'serve', 'is_death', 'report', 'report_suspects', 'Fault', 'Report', 'run_job',
+           'list_settings', 'check_gradients', 'max_threads', 'run_settings', 'group_of', 'group_faults',
+           'format_report', 'format_numbers', 'NetworkCase', 'network_cases', 'smooth', 'calibrate', 'gradient_errors',
+           'norm_errors', 'network_task', 'check_networks']
 
-# %% ../../nbs/lib/93_runner.numerics.ipynb #646ca646
+# %% ../../nbs/lib/93_runner.numerics.ipynb #9985d8c7
 import contextlib
 import dataclasses
 import importlib
@@ -32,7 +32,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-# %% ../../nbs/lib/93_runner.numerics.ipynb #c81d9b5d
+from ..core import renamed
+
+# %% ../../nbs/lib/93_runner.numerics.ipynb #43519996
 OPERATIONS = (
     "conv2d",
     "depthwise",
@@ -71,7 +73,7 @@ class Case:
 
     @property
     def cost(self) -> int:
-        """Multiply-accumulates of the forward pass, roughly."""
+        """Estimate the multiply-accumulates of the forward pass."""
         edges = 1 if self.operation in ("conv1d", "linear", "matmul", "bmm") else 2
         window = self.kernel**edges if self.operation in CONVOLUTIONS else 1
         filters = 1 if self.operation == "depthwise" else self.c_out
@@ -86,7 +88,7 @@ class Case:
 
 
 def has_weight(operation: str) -> bool:
-    """Tell whether an operation has a second operand with channels of its own."""
+    """Tell whether an operation has a second operand, which sets the channels of the result."""
     return operation in ("conv2d", "conv1d", "linear", "matmul", "bmm")
 
 
@@ -99,9 +101,9 @@ def is_strided_pointwise(case: Case) -> bool:
     """Tell whether a case is a strided 1×1 convolution, the shape of oneDNN issue 6035."""
     return case.operation in CONVOLUTIONS and case.kernel == 1 and case.stride > 1
 
-# %% ../../nbs/lib/93_runner.numerics.ipynb #e8fa0f5e
+# %% ../../nbs/lib/93_runner.numerics.ipynb #8dc69877
 def random_case(rng: random.Random, operation: str | None = None, threads: int = 2) -> Case:
-    """Draw a case that is cheap enough, of `operation` if it is given, with 1 to `threads` threads."""
+    """Draw a cheap case, of `operation` if it is given, with 1 to `threads` threads."""
     while True:
         kind = operation or rng.choice((*CONVOLUTIONS, *CONVOLUTIONS, *OPERATIONS))
         channels = rng.choice(CHANNELS)
@@ -135,23 +137,32 @@ def is_degenerate(case: Case) -> bool:
 
 
 def standard_cases(seed: int = 0, threads: int = 2) -> Iterator[Case]:
-    """Yield cases without an end: every third one is a strided 1×1 convolution, half of these with few channels."""
+    """Yield cases without an end.
+
+    Every third one is a strided 1×1 convolution, and half of these have few channels.
+    """
     rng = random.Random(seed)
     while True:
         case = random_case(rng, rng.choice(("conv2d", "conv2d", "conv1d")), threads)
         few = rng.choice([c for c in CHANNELS if c < 16])
-        narrow = {"c_in": few} if rng.random() < 0.5 else {}
-        pointwise = dataclasses.replace(case, kernel=1, stride=2, **narrow)
-        yield pointwise
+        case = dataclasses.replace(case, kernel=1, stride=2)
+        if rng.random() < 0.5:
+            case = dataclasses.replace(case, c_in=few)
+        yield case
         yield random_case(rng, threads=threads)
         yield random_case(rng, threads=threads)
 
 
 def tiny_cases() -> list[Case]:
-    """Return a few cases that cover every operation, and the faulty shapes of both vector widths."""
+    """Return cases that cover every operation, and the faulty shapes of both vector widths."""
     rng = random.Random(0)
     others = [random_case(rng, operation) for operation in OPERATIONS]
-    common = {"operation": "conv2d", "kernel": 1, "stride": 2, "layout": "channels_last"}
+    common: dict[str, Any] = {
+        "operation": "conv2d",
+        "kernel": 1,
+        "stride": 2,
+        "layout": "channels_last",
+    }
     pointwise = [
         Case(c_in=c_in, c_out=c_out, size=8, batch=8, dtype=dtype, threads=threads, **common)
         for c_in, c_out, threads in ((4, 8, 1), (4, 8, 2), (12, 16, 1))
@@ -159,14 +170,14 @@ def tiny_cases() -> list[Case]:
     ]
     return pointwise + others
 
-# %% ../../nbs/lib/93_runner.numerics.ipynb #698e3ff0
+# %% ../../nbs/lib/93_runner.numerics.ipynb #742a826b
 TOLERANCES = {"fp32": 1e-4, "bf16": 3e-2}
 MALLOC_PERTURB = -6  # M_PERTURB of glibc's mallopt: fill memory that is handed out
-NAN_BYTES = 256  # … with the complement of this: bytes 0xff, which are not a number in every format
+NAN_BYTES = 256  # … with the complement of this: bytes 0xff, which are NaN in every format
 
 
 def poison_memory() -> bool:
-    """Let the C library fill every new block of memory with NaN; False where it cannot."""
+    """Make the C library fill every new block of memory with NaN; return False if it cannot."""
     import ctypes
 
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -174,7 +185,7 @@ def poison_memory() -> bool:
 
 
 def operands(case: Case, seed: int = 0) -> tuple[Any, ...]:
-    """Return the operands of a case in float32: the input, then weight and bias or what else it has."""
+    """Return the operands of a case in float32: the input, then weight and bias if it has them."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -213,11 +224,12 @@ def plain(case: Case, *tensors: Any) -> Any:
     from torch.nn import functional as F
 
     padding = case.kernel // 2
-    window = {"stride": case.stride, "padding": padding}
+    window: dict[str, Any] = {"stride": case.stride, "padding": padding}
     if case.operation == "conv2d":
         return F.conv2d(*tensors, **window)
     if case.operation == "depthwise":
-        return F.conv2d(*tensors, **window, groups=case.c_in)
+        x, weight, bias = tensors
+        return F.conv2d(x, weight, bias, case.stride, padding, groups=case.c_in)
     if case.operation == "conv1d":
         return F.conv1d(*tensors, **window)
     if case.operation == "linear":
@@ -229,7 +241,8 @@ def plain(case: Case, *tensors: Any) -> Any:
     if case.operation == "layer_norm":
         return F.layer_norm(tensors[0], (case.c_in,), *tensors[1:])
     if case.operation == "batch_norm":
-        return F.batch_norm(tensors[0], None, None, *tensors[1:], training=True)
+        weight, bias = tensors[1:]
+        return F.batch_norm(tensors[0], None, None, weight, bias, training=True)
     if case.operation == "max_pool":
         return F.max_pool2d(tensors[0], case.kernel, **window)
     if case.operation == "avg_pool":
@@ -238,7 +251,7 @@ def plain(case: Case, *tensors: Any) -> Any:
 
 
 def guarded(case: Case, *tensors: Any) -> Any:
-    """Return the result of a case as `kernels.precision` lets it be computed."""
+    """Return the result of a case under the protection of `kernels.precision`."""
     from snnkd_nb.kernels.precision import protected
 
     with protected():
@@ -249,13 +262,13 @@ IMPLEMENTATIONS = {"plain": plain, "guarded": guarded}
 
 
 def implementation_of(name: str) -> Callable:
-    """Return the function `"plain"`, `"guarded"` or `"module:function"` with the arguments of `plain`."""
+    """Return the function that `"plain"`, `"guarded"` or `"module:function"` names."""
     if name in IMPLEMENTATIONS:
         return IMPLEMENTATIONS[name]
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)
 
-# %% ../../nbs/lib/93_runner.numerics.ipynb #6ecca474
+# %% ../../nbs/lib/93_runner.numerics.ipynb #1b7b4992
 def names_of(tensors: tuple[Any, ...]) -> tuple[str, ...]:
     """Return the names under which the result and the gradients of a case are reported."""
     return ("result", "input gradient", "weight gradient", "bias gradient")[: len(tensors) + 1]
@@ -264,7 +277,10 @@ def names_of(tensors: tuple[Any, ...]) -> tuple[str, ...]:
 def with_gradients(
     function: Callable, case: Case, tensors: tuple[Any, ...], cotangent: Any
 ) -> tuple[Any, ...]:
-    """Return the result of `function` and the gradients of all tensors, where the result has gradient `cotangent`."""
+    """Return the result of `function` and the gradients of all tensors.
+
+    `cotangent` is the gradient of the result.
+    """
     import torch
 
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
@@ -274,7 +290,7 @@ def with_gradients(
 
 
 def reference_of(case: Case, tensors: tuple[Any, ...]) -> tuple[tuple, Any]:
-    """Return result and gradients in double precision without oneDNN, and the cotangent they belong to."""
+    """Return result and gradients in double precision without oneDNN, and the result's gradient."""
     import torch
 
     if case.dtype == "bf16":
@@ -291,7 +307,7 @@ def reference_of(case: Case, tensors: tuple[Any, ...]) -> tuple[tuple, Any]:
 
 
 def largest_error(found: Any, reference: Any) -> float:
-    """Return the largest difference relative to the largest number of the reference; inf where one is not finite."""
+    """Return the error (1) of a tensor; inf if one of its numbers is not finite."""
     found = found.double()
     if not found.isfinite().all():
         return float("inf")
@@ -317,10 +333,10 @@ def run_case(case: Case, function: Callable, repeats: int) -> dict[str, float]:
             errors[name] = max(errors[name], largest_error(tensor, exact))
     return errors
 
-# %% ../../nbs/lib/93_runner.numerics.ipynb #f735bc4a
+# %% ../../nbs/lib/93_runner.numerics.ipynb #d87db8fc
 GROUP = 48  # cases per child
 NUM_SUSPECTS = 8  # cases before a death that are run again alone
-DEATH_REPEATS = 10  # times as many repetitions where a case is run again after a death
+DEATH_REPEATS = 10  # times as many repetitions when a case is run again after a death
 
 
 def operation_task(job: dict[str, Any]) -> Callable[[dict, int], dict]:
@@ -334,7 +350,7 @@ def operation_task(job: dict[str, Any]) -> Callable[[dict, int], dict]:
 
     torch.set_num_threads(1)  # threads do not survive a fork
     case = Case("conv2d", 8, 8, 3, 1, 8, 2, "fp32", "contiguous", 1)
-    run_case(case, plain, 1)  # what libraries set up at their first call is set up once
+    run_case(case, plain, 1)  # libraries set themselves up in their first call, before the fork
     function = implementation_of(job["implementation"])
 
     def run(fields: dict[str, Any], factor: int) -> dict[str, float]:
@@ -348,7 +364,7 @@ def operation_task(job: dict[str, Any]) -> Callable[[dict, int], dict]:
 def run_group(task: Callable, cases: list[dict], seconds: float, factor: int = 1) -> Iterator[dict]:
     """Run cases in one forked child and yield a message for each case that was begun.
 
-    A message has the `index` of the case and either its `errors`, or a `failure`: how the child ended.
+    A message has the `index` of the case, and its `errors` or a `failure`: how the child ended.
     """
     reader, writer = os.pipe()
     pid = os.fork()
@@ -368,7 +384,7 @@ def run_group(task: Callable, cases: list[dict], seconds: float, factor: int = 1
     if status and last is None:
         last = len(cases) - 1  # it died after the last case, when memory was given back
     if last is not None:
-        yield {"index": last, "failure": ending_in_words(status)}
+        yield {"index": last, "failure": describe_ending(status)}
 
 
 def run_as_child(
@@ -389,14 +405,14 @@ def run_as_child(
                 message["errors"] = task(fields, factor)
             except Exception as error:
                 text = " ".join(str(error).split())[:160]
-                message["failure"] = (
-                    text if text.startswith("refused") else f"{type(error).__name__}: {text}"
-                )
+                if not text.startswith("refused"):
+                    text = f"{type(error).__name__}: {text}"
+                message["failure"] = text
             print(json.dumps(message), file=lines)
     os._exit(0)
 
 
-def ending_in_words(status: int) -> str:
+def describe_ending(status: int) -> str:
     """Return how a process ended, from what `os.waitpid` reports."""
     number = os.waitstatus_to_exitcode(status)
     if number == -signal.SIGALRM:
@@ -409,8 +425,8 @@ def ending_in_words(status: int) -> str:
 def serve() -> None:
     """Run the job on standard input and print a line of JSON for each of its cases.
 
-    The job is JSON: `task` (operation or network), `cases`, `seconds` for all, `case_seconds` for one, and what the
-    task needs. The last line is `{"end": cases that were tried}`.
+    The job is JSON: `task` (operation or network), `cases`, `seconds` for all, `case_seconds` for
+    one, and the arguments of the task. The last line is `{"end": number of cases tried}`.
     """
     job = json.load(sys.stdin)
     task = TASKS[job["task"]](job)
@@ -434,7 +450,7 @@ def serve() -> None:
 
 
 def is_death(message: dict[str, Any]) -> bool:
-    """Tell whether a message is about a child that did not come to its end."""
+    """Tell whether a message is about a child that did not finish its cases."""
     return message.get("failure", "").startswith(("hangs", "dies", "ends"))
 
 
@@ -446,10 +462,10 @@ def report(message: dict[str, Any], first: int) -> None:
 def report_suspects(
     task: Callable, suspects: list[dict], died: dict[str, Any], seconds: float, first: int
 ) -> None:
-    """Run the last cases up to the one at which a child died, each alone, and report those that fail.
+    """Run the last cases before a child died, each alone, and report those that fail.
 
-    A damaged heap can show late, so the case at fault may be an earlier one. If all of them pass alone, the fault is
-    reported for the last one, and that it needs the others.
+    A damaged heap can cause a crash later, so an earlier case may be the faulty one. If all of them
+    pass alone, the fault is reported for the last one, with the note that it needs the others.
     """
     guilty = False
     for index in reversed(range(max(0, len(suspects) - NUM_SUSPECTS), len(suspects))):
@@ -461,8 +477,8 @@ def report_suspects(
         failure = f"{died['failure']} after other cases, not alone"
         report({"index": died["index"], "failure": failure}, first)
 
-# %% ../../nbs/lib/93_runner.numerics.ipynb #99f50a40
-SETTINGS = {
+# %% ../../nbs/lib/93_runner.numerics.ipynb #8f7399b0
+SETTINGS: dict[str, dict[str, str]] = {
     "default": {},
     "AVX2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
     "SSE41": {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default"},
@@ -476,7 +492,7 @@ class Fault:
     setting: str  # one of `SETTINGS`
     case: Any  # `Case` or `NetworkCase`
     what: str  # what is wrong, e.g. "weight gradient wrong", "dies (SIGSEGV)"
-    error: float  # the largest relative error; inf where there is none
+    error: float  # the largest relative error; inf if there is none
 
     def __str__(self) -> str:
         amount = f", relative error {self.error:.2g}" if 0 < self.error < float("inf") else ""
@@ -485,34 +501,32 @@ class Fault:
 
 @dataclass(frozen=True)
 class Report:
-    """What a check found."""
+    """The faults that a check found, and the cases it ran."""
 
     faults: tuple[Fault, ...]
     tried: dict[str, tuple]  # setting -> the cases that were run
-    left_out: dict[str, int] = dataclasses.field(
-        default_factory=dict
-    )  # setting -> cases PyTorch refuses
+    # setting -> number of cases PyTorch refuses
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was found in at least one case."""
+        """Tell whether at least one case was run and no fault was found."""
         return not self.faults and any(self.tried.values())
 
     @property
     def count(self) -> int:
-        """Number of cases that were run, over all settings."""
+        """Return the number of cases that were run, over all settings."""
         return sum(map(len, self.tried.values()))
 
 
 def run_job(job: dict[str, Any], variables: dict[str, str]) -> Iterator[dict[str, Any]]:
     """Run a job in a process with these environment variables and yield its messages.
 
-    Raises `RuntimeError` where the process ends before the job does.
+    Raises `RuntimeError` if the process ends before the job does.
     """
     command = [sys.executable, "-c", "from snnkd_nb.runner.numerics import serve; serve()"]
-    no_devices = {
-        "CUDA_VISIBLE_DEVICES": ""
-    }  # autograd has threads for them, which do not survive a fork
+    # autograd has threads for GPUs, which do not survive a fork
+    no_devices = {"CUDA_VISIBLE_DEVICES": ""}
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **no_devices, **variables}
     grace = 60 + 20 * job["case_seconds"]
     process = subprocess.Popen(
@@ -527,6 +541,7 @@ def run_job(job: dict[str, Any], variables: dict[str, str]) -> Iterator[dict[str
     watchdog = threading.Timer(job["seconds"] + grace, process.kill)
     watchdog.start()
     message: dict[str, Any] = {}
+    assert process.stdin and process.stdout and process.stderr
     try:
         process.stdin.write(json.dumps(job))
         process.stdin.close()
@@ -544,14 +559,14 @@ def run_job(job: dict[str, Any], variables: dict[str, str]) -> Iterator[dict[str
         process.stdout.close()
         process.stderr.close()
 
-# %% ../../nbs/lib/93_runner.numerics.ipynb #c68b8b37
-CASE_SECONDS = 20.0  # the dearest case takes a fraction of a second
+# %% ../../nbs/lib/93_runner.numerics.ipynb #9ac4d958
+CASE_SECONDS = 20.0  # the slowest case takes a fraction of a second
 REPEATS = 3
 POINTWISE_REPEATS = 20
 
 
-def settings_here() -> tuple[str, ...]:
-    """Return the settings that differ on this machine."""
+def list_settings() -> tuple[str, ...]:
+    """List the settings that differ on this machine."""
     from snnkd_nb.kernels.precision import cpu_class
 
     narrow = cpu_class() in ("avx2", "sse41", "other")
@@ -560,20 +575,20 @@ def settings_here() -> tuple[str, ...]:
 
 def check_gradients(
     seconds: float = 300.0,  # for all settings together
-    implementation: str = "guarded",  # "plain", "guarded", or "module:function" with the arguments of `plain`
-    cases: Iterable[Case] | None = None,  # what to run; None: `standard_cases()`
+    implementation: str = "guarded",  # plain, guarded, or "module:function" (called like `plain`)
+    cases: Iterable[Case] | None = None,  # None: `standard_cases()`
     settings: Iterable[str] | None = None,  # of `SETTINGS`; None: those that differ on this machine
-    repeats: int = REPEATS,  # of each case
-    pointwise_repeats: int = POINTWISE_REPEATS,  # of a strided 1×1 convolution
-    case_seconds: float = CASE_SECONDS,  # a case that takes longer hangs
-    environment: dict[str, str] | None = None,  # further variables of the children
+    repeats: int = REPEATS,  # repetitions of each case
+    pointwise_repeats: int = POINTWISE_REPEATS,  # repetitions of a strided 1×1 convolution
+    case_seconds: float = CASE_SECONDS,  # a case that takes longer counts as hanging
+    environment: dict[str, str] | None = None,  # further environment variables of the children
     on_line: Callable[[str], Any] = print,  # called with every line of the report
 ) -> Report:
-    """Search for operations whose result or gradients are wrong, that hang, or that bring a process down.
+    """Search for operations with a wrong result or gradient, and for those that hang or crash.
 
     Raises `ValueError` for an unknown setting.
     """
-    names = tuple(settings or settings_here())
+    names = tuple(settings or list_settings())
     unknown = set(names) - set(SETTINGS)
     if unknown:
         raise ValueError(f"settings must be among {', '.join(SETTINGS)}, got {sorted(unknown)}")
@@ -597,13 +612,13 @@ def check_gradients(
                 yield f"{name} {'not finite' if error == float('inf') else 'wrong'}", error
 
     found = run_settings(job, chosen, names, judge, environment or {})
-    for line in lines_of(found):
+    for line in format_report(found):
         on_line(line)
     return found
 
 
 def max_threads() -> int:
-    """Return the most threads a case has: two, as far as there are cores."""
+    """Return the largest number of threads of a case: two, if there are two cores."""
     from snnkd_nb.core import cores
 
     return min(2, cores())
@@ -616,10 +631,16 @@ def run_settings(
     judge: Callable[[Any, dict[str, float]], Iterable[tuple[str, float]]],
     environment: dict[str, str],
 ) -> Report:
-    """Run a job under each setting; `judge` yields what is wrong with a case, and the error, from its errors."""
-    faults, tried, left_out = [], {}, {}
+    """Run a job under each setting and return the faults.
+
+    `judge(case, errors)` yields a description and an error for everything that is wrong.
+    """
+    faults: list[Fault] = []
+    tried: dict[str, tuple] = {}
+    left_out: dict[str, int] = {}
     for setting in settings:
-        begun, left_out[setting] = set(), 0
+        begun: set[Any] = set()
+        left_out[setting] = 0
         for message in run_job(job, {**SETTINGS[setting], **environment}):
             if "end" in message:
                 continue
@@ -636,7 +657,11 @@ def run_settings(
         tried[setting] = tuple(begun)
     return Report(tuple(faults), tried, left_out)
 
-# %% ../../nbs/lib/93_runner.numerics.ipynb #2ec78a4a
+# %% ../../nbs/lib/93_runner.numerics.ipynb #f1982445
+_GROUP_KEYS = ("setting", "operation", "dtype", "layout")
+_SHAPE_KEYS = ("c_in", "c_out", "size", "batch", "threads")
+
+
 def group_of(setting: str, case: Case) -> tuple[str, ...]:
     """Return the group in which the faults of a case are counted."""
     window = f"{case.kernel}×{case.kernel}/{case.stride}" if has_window(case.operation) else ""
@@ -644,7 +669,7 @@ def group_of(setting: str, case: Case) -> tuple[str, ...]:
 
 
 def group_faults(found: Report) -> list[dict[str, Any]]:
-    """Return one row per group of faults: what is wrong, in how many of its cases, and at which shapes."""
+    """Return one row per group of faults: what is wrong, in how many cases, and at which shapes."""
     run: dict[tuple, int] = {}
     for setting, cases in found.tried.items():
         for case in cases:
@@ -655,46 +680,43 @@ def group_faults(found: Report) -> list[dict[str, Any]]:
         groups.setdefault(group_of(fault.setting, fault.case), []).append(fault)
     rows = []
     for key, faults in groups.items():
-        cases = {fault.case for fault in faults}
-        row = dict(zip(("setting", "operation", "dtype", "layout"), key, strict=True))
+        faulty = {fault.case for fault in faults}
+        row: dict[str, Any] = dict(zip(_GROUP_KEYS, key, strict=True))
         row["what"] = ", ".join(sorted({fault.what for fault in faults}))
-        row["faulty"], row["run"] = len(cases), run.get(key, len(cases))
-        for name in ("c_in", "c_out", "size", "batch", "threads"):
-            row[name] = sorted({getattr(case, name) for case in cases})
+        row["faulty"] = len(faulty)
+        row["run"] = run.get(key, len(faulty))
+        for name in _SHAPE_KEYS:
+            row[name] = sorted({getattr(case, name) for case in faulty})
         rows.append(row)
-    return sorted(
-        rows, key=lambda row: (row["setting"], row["operation"], row["dtype"], row["layout"])
-    )
+    return sorted(rows, key=lambda row: [row[name] for name in _GROUP_KEYS])
 
 
-def lines_of(found: Report) -> Iterator[str]:
+def format_report(found: Report) -> Iterator[str]:
     """Yield the lines of a report on operations."""
     for row in group_faults(found):
-        place = "; ".join(
-            f"{name} {in_ranges(row[name])}"
-            for name in ("c_in", "c_out", "size", "batch", "threads")
-        )
-        yield f"{row['setting']}: {row['operation']}, {row['dtype']}, {row['layout']}: {row['what']}"
+        place = "; ".join(f"{name} {format_numbers(row[name])}" for name in _SHAPE_KEYS)
+        group = f"{row['setting']}: {row['operation']}, {row['dtype']}, {row['layout']}"
+        yield f"{group}: {row['what']}"
         yield f"    {row['faulty']} of {row['run']} cases: {place}"
     settings = ", ".join(f"{name} {len(cases)}" for name, cases in found.tried.items())
     faulty = len({(fault.setting, fault.case) for fault in found.faults})
     yield f"{faulty} faulty cases of {found.count} ({settings})"
 
 
-def in_ranges(numbers: list[int]) -> str:
-    """Return sorted numbers as text, shortened in the middle where there are many."""
+def format_numbers(numbers: list[int]) -> str:
+    """Return sorted numbers as text, shortened in the middle if there are many."""
     if len(numbers) <= 8:
         return ", ".join(map(str, numbers))
     return f"{', '.join(map(str, numbers[:3]))}, …, {numbers[-1]}"
 
-# %% ../../nbs/lib/93_runner.numerics.ipynb #e4ede561
+# %% ../../nbs/lib/93_runner.numerics.ipynb #d82ab71a
 NETWORK_WIDTHS = (0.03, 0.1, 0.25, 1.0)
 NETWORK_SIZES = (8, 12, 16, 17, 32, 48, 64)
 NETWORK_TOLERANCE = 1e-3
 SMALL_GRADIENT = 1e-4  # of the largest: below this only rounding is left
 SMALLEST_VARIANCE = 1e-2  # of a calibrated BatchNorm, so that it does not amplify much
 ROUNDING_FACTOR = 10.0  # times the error of single precision without oneDNN is allowed
-NETWORK_COST = 2e9  # multiply-accumulates of a batch that are still checked
+NETWORK_COST = 2e9  # multiply-accumulates per batch above which a network is left out
 
 
 @dataclass(frozen=True)
@@ -718,7 +740,7 @@ def network_cases(
     sizes: Iterable[int] = NETWORK_SIZES,
     threads: Iterable[int] = (1, 2),
 ) -> list[NetworkCase]:
-    """Return all combinations; at width 1 and above the batch has two images."""
+    """Return all combinations, with two images per batch from width 1 on, else four."""
     if names is None:
         from snnkd_nb.models.zoo import list_models
 
@@ -728,7 +750,7 @@ def network_cases(
 
 
 def smooth(network: Any) -> Any:
-    """Replace every ReLU of a network by a SiLU, in place; returns the network."""
+    """Replace every ReLU of a network by SiLU, in place, and return the network."""
     from torch import nn
 
     for parent in network.modules():
@@ -739,7 +761,10 @@ def smooth(network: Any) -> Any:
 
 
 def calibrate(network: Any, images: Any) -> None:
-    """Set the running statistics of every BatchNorm to those of the images; leaves the network in evaluation mode."""
+    """Set the running statistics of every BatchNorm to those of the images.
+
+    The network is in evaluation mode afterwards.
+    """
     import torch
     from torch import nn
 
@@ -751,18 +776,13 @@ def calibrate(network: Any, images: Any) -> None:
         network.train()(images)
     for norm, momentum in zip(norms, before, strict=True):
         norm.momentum = momentum
+        assert norm.running_var is not None
         norm.running_var.clamp_(min=SMALLEST_VARIANCE)
     network.eval()
 
 
-def gradient_errors(case: NetworkCase) -> dict[str, float]:
-    """Return the norm-relative error of each parameter's gradient, beyond what rounding explains.
-
-    Raises `ValueError` with a message that begins with "refused" where the network does not accept the size or is
-    too dear to check.
-    """
-    import copy
-
+def _build_network(case: NetworkCase) -> Any:
+    """Build the network of a case; raise `ValueError` ("refused: …") if it is not checked."""
     import torch
 
     from snnkd_nb.models.zoo import create_model, macs
@@ -775,49 +795,63 @@ def gradient_errors(case: NetworkCase) -> dict[str, float]:
         raise ValueError(f"refused: {error}") from None
     if cost > NETWORK_COST:
         raise ValueError(f"refused: {cost:.1e} multiply-accumulates")
-    network = smooth(network)
+    return smooth(network)
+
+
+def _gradients(network: Any, images: Any, cotangent: Any) -> dict[str, Any]:
+    """Return parameter -> gradient; `cotangent` is the gradient of the logits."""
+    import torch
+
+    loss = (network(images) * cotangent).sum()
+    parameters = dict(network.named_parameters())
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    pairs = zip(parameters, gradients, strict=True)
+    return {name: gradient.double() for name, gradient in pairs if gradient is not None}
+
+
+def gradient_errors(case: NetworkCase) -> dict[str, float]:
+    """Return the norm-relative error of each parameter's gradient, beyond rounding.
+
+    Raises `ValueError` with a message that begins with "refused" if the network does not accept the
+    image size or takes too long.
+    """
+    import copy
+
+    import torch
+
+    network = _build_network(case)
     images = torch.randn(case.batch, 3, case.size, case.size)
     images = images.contiguous(memory_format=torch.channels_last)
     cotangent = torch.randn(case.batch, 10)
     exact = copy.deepcopy(network).double()
-
-    def gradients(net: Any, x: Any) -> dict[str, Any]:
-        loss = (net(x) * cotangent).sum()
-        parameters = dict(net.named_parameters())
-        values = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        return {
-            name: g.double() for name, g in zip(parameters, values, strict=True) if g is not None
-        }
-
     try:
         with torch.backends.mkldnn.flags(enabled=False):
             calibrate(exact, images.double())
             network.eval().load_state_dict(exact.state_dict())  # rounds the statistics
             exact.load_state_dict(network.state_dict())
-            reference = gradients(exact, images.double())
+            reference = _gradients(exact, images.double(), cotangent)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"refused: {error}") from None
     torch.set_num_threads(case.threads)
-    errors = norm_errors(gradients(network, images), reference)
+    errors = norm_errors(_gradients(network, images, cotangent), reference)
     if max(errors.values()) <= NETWORK_TOLERANCE:
         return errors
     with torch.backends.mkldnn.flags(enabled=False):
-        rounding = norm_errors(gradients(network, images), reference)
+        rounding = norm_errors(_gradients(network, images, cotangent), reference)
     return {
         name: max(0.0, error - ROUNDING_FACTOR * rounding[name]) for name, error in errors.items()
     }
 
 
 def norm_errors(found: dict[str, Any], reference: dict[str, Any]) -> dict[str, float]:
-    """Return the norm-relative error of each gradient; inf where it is not finite."""
+    """Return the norm-relative error of each gradient; inf if it is not finite."""
     floor = SMALL_GRADIENT * max(g.norm().item() for g in reference.values())
     errors = {}
     for name, exact in reference.items():
         difference = (found[name] - exact).norm().item()
-        finite = found[name].isfinite().all().item()
-        errors[name] = (
-            difference / max(exact.norm().item(), floor, 1e-30) if finite else float("inf")
-        )
+        scale = max(exact.norm().item(), floor, 1e-30)
+        is_finite = found[name].isfinite().all().item()
+        errors[name] = difference / scale if is_finite else float("inf")
     return errors
 
 
@@ -844,14 +878,17 @@ TASKS = {"operation": operation_task, "network": network_task}
 
 
 def check_networks(
-    cases: Iterable[NetworkCase] | None = None,  # what to check; None: `network_cases()`
+    cases: Iterable[NetworkCase] | None = None,  # None: `network_cases()`
     seconds: float = 1800.0,  # for all settings together
     settings: Iterable[str] = ("default",),  # of `SETTINGS`
     tolerance: float = NETWORK_TOLERANCE,
-    environment: dict[str, str] | None = None,  # further variables of the children
+    environment: dict[str, str] | None = None,  # further environment variables of the children
     on_line: Callable[[str], Any] = print,  # called with every line of the report
 ) -> Report:
-    """Compare the weight gradients of networks with double precision; report those that differ or bring a process down."""
+    """Compare the weight gradients of networks with double precision.
+
+    Networks whose gradients differ, that hang or that crash are reported as faults.
+    """
     chosen = list(network_cases() if cases is None else cases)
     names = tuple(settings)
     job = {
@@ -879,3 +916,14 @@ def check_networks(
         f"{len(found.faults)} faults in {found.count} networks; {refused} sizes are not accepted"
     )
     return found
+
+# %% ../../nbs/lib/93_runner.numerics.ipynb #04d1a0a5
+__getattr__ = renamed(
+    __name__,
+    {
+        "ending_in_words": "describe_ending",
+        "lines_of": "format_report",
+        "in_ranges": "format_numbers",
+        "settings_here": "list_settings",
+    },
+)
