@@ -25,7 +25,6 @@ MOVED_MODULES = {
     "kernels.winograd": "kernels.projection",
     "kernels.rate_cpu": "kernels.rate",
     "kernels.rate_gpu": "kernels.rate",
-    "kernels.profile": "runner.timing",
     "neurons.stream": "neurons.lif",
     "models.resnet19": "models.resnet",
     "models.wide": "models.resnet",
@@ -57,16 +56,11 @@ MOVED_MODULES = {
     "reports.hybrids": "reports.diagrams",
     "reports.dots": "reports.curves",
     "reports.searches": "reports.curves",
-    "runner.graph": "runner.jobs",
-    "runner.workers": "runner.jobs",
-    "runner.kernels": "runner.notebooks",
-    "runner.networks": "runner.numerics",
+    "runner.graph": "runner.planning",
+    "runner.networks": "runner.jobs",
     "runner.readme": "runner.status",
     "runner.turns": "runner.timing",
-    "runner.durations": "runner.timing",
-    "runner.micro": "runner.timing",
-    "runner.overhead": "runner.timing",
-    "runner.ratestep": "runner.timing",
+    "runner.ratestep": "runner.bench",
 }
 
 # %% ../nbs/lib/01_init.ipynb #4e1d72a4

@@ -90,6 +90,7 @@ BAD = [
     (["search", "--metric", "mass", "--teacher-epochs", "0"], "epochs = 0"),
     (["search", "--algorithm", "gaa"], "did you mean 'ga'"),
     (["measure", "overhed"], "did you mean 'overhead'"),
+    (["list", "--papers"], "--papers needs a folder"),
     (["watch", "no-such-run"], "unknown run"),
 ]
 
@@ -347,6 +348,12 @@ def test_a_teacher_of_a_library_has_no_width(home, capsys):
     assert main(words) == 0, capsys.readouterr()
     spec = json.loads((home / capsys.readouterr().out.splitlines()[-1]).read_text())["spec"]
     assert (spec["model"]["width"], spec["teacher"]["model"]["width"]) == (0.0625, 1.0)
+
+
+def test_a_folder_of_papers_must_hold_a_paper(home, capsys, monkeypatch):
+    monkeypatch.setenv("SNNKD_PAPERS", "")
+    (home / "empty").mkdir()
+    assert "no paper.toml" in fails(capsys, "--papers", str(home / "empty"), "list")
 
 
 def test_help_names_every_augmentation():

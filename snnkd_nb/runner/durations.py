@@ -7,7 +7,7 @@ __all__ = ['SHAPES', 'PAIR', 'DISTILLED', 'NAMES', 'make_run_steps', 'measure_gr
            'measurement_path', 'measure', 'load_measurement', 'paper_times', 'compare_with_paper',
            'describe_measurement', 'median_ratios', 'calibration_shares']
 
-# %% ../../nbs/lib/95_runner.durations.ipynb #034b1a64
+# %% ../../nbs/lib/95_runner.durations.ipynb #b1223646
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core import UserError, atomic_write, renamed, root
 from ..papers import sastc, sastc_maps
-from ..published.format import published
+from ..papers.published import published
 from snnkd_nb.runner.timing import (
     autocast_ours,
     compare,

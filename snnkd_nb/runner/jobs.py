@@ -430,9 +430,7 @@ def execute_all(
         new = [spec for spec in wanted() if spec.id not in tried]
         if not new:
             return outcome
-        outcome += execute(
-            new, jobs, store, on_line, executor, call, slowdown, seconds_after
-        )
+        outcome += execute(new, jobs, store, on_line, executor, call, slowdown, seconds_after)
         tried |= {spec.id for spec in new}
 
 # %% ../../nbs/lib/92_runner.jobs.ipynb #042fcd95

@@ -22,7 +22,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from types import SimpleNamespace
 
-# %% ../../nbs/lib/93_runner.kernels.ipynb #63e42d84
+# %% ../../nbs/lib/93_runner.kernels.ipynb #2840b520
 PRELOADED = (
     "ipykernel.kernelapp",
     "pandas",
@@ -30,10 +30,11 @@ PRELOADED = (
     "seaborn",
     "torch",
     "safetensors.torch",
-    "snnkd_nb.reports.compare",
-    "snnkd_nb.reports.dots",
+    "snnkd_nb.reports.claims",
+    "snnkd_nb.reports.curves",
     "snnkd_nb.reports.figure",
     "snnkd_nb.reports.maps",
+    "snnkd_nb.reports.tables",
     "snnkd_nb.papers.dsas_students",
     "snnkd_nb.papers.sastc_maps",
     "snnkd_nb.papers.eskd",

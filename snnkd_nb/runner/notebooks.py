@@ -7,7 +7,7 @@ __all__ = ['Notebook', 'INLINE_BACKEND', 'MIN_FORKED_PAGES', 'find_parameters_ce
            'check_parameters', 'RenderError', 'run_notebook', 'clean_notebook', 'prepare', 'render', 'render_one',
            'Rendered', 'render_all', 'Reproduced', 'reproduce']
 
-# %% ../../nbs/lib/94_runner.notebooks.ipynb #21f304e7
+# %% ../../nbs/lib/94_runner.notebooks.ipynb #acf7e0fe
 import ast
 import contextlib
 import json
@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core import UserError, atomic_write, cores, renamed, root, unknown
+from ..papers.experiments import check_scale
 from ..papers.registry import Artefact, artefact, match, specs_for
-from ..reports.grid import check_scale
 from .jobs import MISSING, Outcome, check_jobs, execute_all, list_gpus
 from .kernels import kernel_command, kernel_server
 from snnkd_nb.runner.planning import (

@@ -52,9 +52,7 @@ def _networks_needed_by(spec: RunSpec | SearchSpec) -> list[RunSpec]:
     return [needed for needed in (spec.teacher, reference) if needed]
 
 
-def _add_job(
-    spec: RunSpec | SearchSpec, store: Store, weights: bool, jobs: dict[str, Job]
-) -> Job:
+def _add_job(spec: RunSpec | SearchSpec, store: Store, weights: bool, jobs: dict[str, Job]) -> Job:
     """Add a run to `jobs` (run id -> job), after the jobs it waits for, and return its job."""
     known = jobs.get(spec.id)
     if known and (known.weights or not weights):

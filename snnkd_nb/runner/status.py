@@ -6,7 +6,7 @@
 __all__ = ['rendered_path', 'list_products', 'Row', 'make_row', 'list_rows', 'format_rows', 'status_text', 'write_status',
            'adapt_links', 'readme_text', 'write_readme']
 
-# %% ../../nbs/lib/93_runner.status.ipynb #42d6880d
+# %% ../../nbs/lib/93_runner.status.ipynb #0c354040
 import json
 import os
 import re
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ..core import UserError, atomic_write, renamed, root
-from ..papers.registry import PAPERS, Artefact, artefacts, match, specs_for, studies
-from ..reports.compare import claims_in_words
-from ..reports.grid import SCALES, check_scale
+from ..papers.experiments import SCALES, check_scale
+from ..papers.registry import Artefact, artefacts, match, papers, specs_for, studies
+from ..reports.claims import count_verdicts
 from ..store import Store
 
 # %% ../../nbs/lib/93_runner.status.ipynb #4364380e
@@ -127,7 +127,7 @@ def format_rows(rows: Sequence[Row]) -> str:
     )
     return "\n".join(lines)
 
-# %% ../../nbs/lib/93_runner.status.ipynb #6e897511
+# %% ../../nbs/lib/93_runner.status.ipynb #65123b7d
 _LINK_TEXT = {".md": "table", ".png": "figure"}
 
 
@@ -157,7 +157,7 @@ def _format_paper(paper: str, rows_by_scale: Mapping[str, Mapping[str, Row]]) ->
 
 
 def _format_verdicts(paper: str, scales: Sequence[str]) -> str:
-    verdicts = claims_in_words(paper, scales).replace("\n", "; ")
+    verdicts = count_verdicts(paper, scales).replace("\n", "; ")
     return f"Verdicts at {verdicts}.\n\n" if verdicts else ""
 
 
@@ -186,10 +186,12 @@ def status_text(store: Store | None = None, scales: Sequence[str] = SCALES[1:]) 
     head = _HEAD if SCALES[0] in scales else _HEAD + _SMOKE_NOTE
     num_built = sum(found.built for found in artefacts())
     sections = [f"{head}\n\n{num_built} of {len(artefacts())} artefacts are built."]
-    papers = [*PAPERS, "studies"] if studies() else list(PAPERS)
-    for paper in papers:
-        table = _format_paper(paper, rows_by_scale)
-        sections.append(f"## {paper}\n\n{_format_verdicts(paper, scales)}{table}")
+    keys = [paper.key for paper in papers()]
+    if studies():
+        keys.append("studies")
+    for key in keys:
+        table = _format_paper(key, rows_by_scale)
+        sections.append(f"## {key}\n\n{_format_verdicts(key, scales)}{table}")
     return "\n\n".join(sections) + "\n"
 
 
