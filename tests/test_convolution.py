@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from snnkd_nb.core import UserError
 from snnkd_nb.kernels import convolution
-from snnkd_nb.kernels.convolution import covers, fast_conv2d
+from snnkd_nb.kernels.convolution import is_worthwhile, fast_conv2d
 
 CL = torch.channels_last
 
@@ -214,7 +214,7 @@ def test_without_the_openmp_of_pytorch(monkeypatch):
     tensors = example(24, 32, 40, 17, 16, 1)
     torch.set_num_threads(2)
     expected = results(fast_conv2d, *tensors, 1)
-    monkeypatch.setattr("snnkd_nb.kernels.flat.openmp", lambda: None)
+    monkeypatch.setattr("snnkd_nb.kernels.flat.find_openmp", lambda: None)
     for a, b in zip(results(fast_conv2d, *tensors, 1), expected, strict=True):
         assert torch.equal(a, b)
 
@@ -240,23 +240,23 @@ def test_gradients_cannot_be_differentiated_again():
 def test_what_is_covered():
     x, weight = torch.empty(64, 32, 16, 16), torch.empty(48, 32, 3, 3)
     for padding in (0, 1, 2, (1, 1)):
-        assert covers(x, weight, 1, padding, 1, 1)
-    assert covers(x.bfloat16(), weight, (1, 1), (1, 1), (1, 1), 1)
-    assert covers(torch.empty(64, 64, 7, 7), torch.empty(64, 64, 3, 3), padding=1)
+        assert is_worthwhile(x, weight, 1, padding, 1, 1)
+    assert is_worthwhile(x.bfloat16(), weight, (1, 1), (1, 1), (1, 1), 1)
+    assert is_worthwhile(torch.empty(64, 64, 7, 7), torch.empty(64, 64, 3, 3), padding=1)
     other_padding = [(x, weight, 1, padding) for padding in (3, "same", (1, 0))]
-    assert not any(covers(*arguments) for arguments in other_padding)
-    assert not covers(x, weight, 2, 1)
-    assert not covers(x, weight, 1, 1, 2)
-    assert not covers(x, torch.empty(48, 16, 3, 3), 1, 1, 1, 2)
-    assert not covers(x, torch.empty(48, 32, 1, 1))
-    assert not covers(x, torch.empty(48, 32, 5, 5), padding=2)
-    assert not covers(x[0], weight, padding=1)
-    assert not covers(x[:0], weight, padding=1)
-    assert not covers(x.double(), weight.double(), padding=1)
-    assert not covers(x.to("meta"), weight.to("meta"), padding=1)
-    assert not covers(x[:, :3], weight[:, :3], padding=1)  # few channels
-    assert not covers(x[:1, :, :8, :8], weight, padding=1)  # little work
-    assert not covers(torch.empty(512, 64, 3, 3), torch.empty(64, 64, 3, 3), padding=1)  # borders
+    assert not any(is_worthwhile(*arguments) for arguments in other_padding)
+    assert not is_worthwhile(x, weight, 2, 1)
+    assert not is_worthwhile(x, weight, 1, 1, 2)
+    assert not is_worthwhile(x, torch.empty(48, 16, 3, 3), 1, 1, 1, 2)
+    assert not is_worthwhile(x, torch.empty(48, 32, 1, 1))
+    assert not is_worthwhile(x, torch.empty(48, 32, 5, 5), padding=2)
+    assert not is_worthwhile(x[0], weight, padding=1)
+    assert not is_worthwhile(x[:0], weight, padding=1)
+    assert not is_worthwhile(x.double(), weight.double(), padding=1)
+    assert not is_worthwhile(x.to("meta"), weight.to("meta"), padding=1)
+    assert not is_worthwhile(x[:, :3], weight[:, :3], padding=1)  # few channels
+    assert not is_worthwhile(x[:1, :, :8, :8], weight, padding=1)  # little work
+    assert not is_worthwhile(torch.empty(512, 64, 3, 3), torch.empty(64, 64, 3, 3), padding=1)  # borders
 
 
 def test_what_cannot_be_computed_is_refused():

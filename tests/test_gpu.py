@@ -112,7 +112,7 @@ def test_one_pass_equals_that_of_the_cpu(T, b, c, h, d, add, half, training, see
     mean, var = norm.moments_of(x)
     for a, e in zip(gpu.moments_of(x.to(DEVICE)), (mean, var)):
         torch.testing.assert_close(a.cpu(), e, rtol=1e-5, atol=1e-6)
-    for passes, task, device in ((norm.CPU, flat.neuron(*d), "cpu"), (gpu, gpu.neuron(*d), DEVICE)):
+    for passes, task, device in ((norm.CPU_PASSES, flat.encode_neuron(*d), "cpu"), (gpu, gpu.encode_neuron(*d), DEVICE)):
         z, s, *vectors = (v.to(device).detach().requires_grad_() for v in (x, r, weight, bias))
         y = norm.NormFire.apply(
             z,
@@ -145,8 +145,8 @@ def test_running_statistics_move_alike():
         [torch.nn.BatchNorm2d(5).to(d) for d in ("cpu", DEVICE)],
     )
     d = (0.5, 1.0, 0.0, False, False, Triangle(1.0), True)
-    norm.norm_fire(x, bns[0], 2, flat.neuron(*d))
-    norm.norm_fire(x.to(DEVICE), bns[1], 2, gpu.neuron(*d), passes=gpu)
+    norm.norm_fire(x, bns[0], 2, flat.encode_neuron(*d))
+    norm.norm_fire(x.to(DEVICE), bns[1], 2, gpu.encode_neuron(*d), passes=gpu)
     for a, b in zip(*(bn.state_dict().values() for bn in bns)):
         torch.testing.assert_close(a, b.cpu(), rtol=1e-5, atol=1e-5)
     assert bns[1].running_mean.abs().min() > 0.1
@@ -154,7 +154,7 @@ def test_running_statistics_move_alike():
 
 @pytest.mark.parametrize("name,T", [("resnet20", 3), ("vgg11_sastc", 2)])
 def test_a_network_trains_the_same_with_either_kernels(monkeypatch, name, T):
-    monkeypatch.setattr(norm, "WORTH", 0)
+    monkeypatch.setattr(norm, "MIN_FUSED_SIZE", 0)
     x, got = torch.rand(2, 3, 16, 16), {}
     for backend in ("fused", "triton"):
         torch.manual_seed(0)
@@ -177,7 +177,7 @@ def test_same_input_same_gradient():
     d = (0.5, 1.0, 0.0, False, False, Triangle(1.0), True)
     x, g = (torch.randn(8, 48, 9, 9, device=DEVICE).contiguous(memory_format=CL) for _ in range(2))
     scale, offset = torch.rand(48, device=DEVICE), torch.rand(48, device=DEVICE)
-    one, two = (gpu.neuron_pass(x, None, g, scale, offset, 4, gpu.neuron(*d)) for _ in range(2))
+    one, two = (gpu.neuron_pass(x, None, g, scale, offset, 4, gpu.encode_neuron(*d)) for _ in range(2))
     assert all(p.equal(q) for p, q in zip(one, two))
 
 
@@ -190,8 +190,8 @@ from snnkd_nb.kernels import gpu
 kinds = dict.fromkeys(("x", "y", "g", "gx", "gy", "r"), "*bf16") | dict.fromkeys(("scale", "offset", "sums", "near", "times", "plus"), "*fp32") | dict.fromkeys(("n", "pixels", "C", "rows"), "i32")
 for T, C in ((4, 3), (4, 512), (16, 64)):
     for name in ("lif_forward", "lif_backward", "moments", "norm_forward", "norm_neuron", "norm_input"):
-        (_, P, W) = gpu.tiling(1000, C, gpu.block_of(T, 512) if name == "norm_neuron" else gpu.block_of(T))
-        c = dict(T=T, STATIC=False, HARD=True, DETACH=False, KIND=0, BLOCK=gpu.block_of(T), P=P, W=W, ADD=True, LOOP=16)
+        (_, P, W) = gpu.tile_grid(1000, C, gpu.block_size(T, 512) if name == "norm_neuron" else gpu.block_size(T))
+        c = dict(T=T, STATIC=False, HARD=True, DETACH=False, KIND=0, BLOCK=gpu.block_size(T), P=P, W=W, ADD=True, LOOP=16)
         kernel = getattr(gpu, name)
         signature = {a: "constexpr" if a in c else kinds.get(a, "fp32") for a in kernel.arg_names}
         made = triton.compile(ASTSource(kernel, signature, {(i,): c[a] for i, a in enumerate(kernel.arg_names) if a in c}), target=GPUTarget("cuda", int(sys.argv[1]), 32), options=gpu.EXACT)

@@ -19,7 +19,7 @@ from spikingjelly.activation_based import surrogate as sj
 
 from snnkd_nb.core import UserError
 from snnkd_nb.kernels import flat
-from snnkd_nb.kernels.lif import is_run, lif, lif_reference
+from snnkd_nb.kernels.lif import is_dense, lif, lif_reference
 from snnkd_nb.kernels.surrogate import ATan, PiecewiseQuadratic, Sigmoid, Surrogate, Triangle
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.neurons.lif import (
@@ -134,7 +134,7 @@ def test_fused_equals_reference(T, shape, kw, kind, half, seed, grid):
     x = layout(x.to(torch.bfloat16 if half else torch.float32), kind)
     (a, ga), (b, gb) = (run(lif, x, w, backend=k, **kw) for k in ("fused", "reference"))
     assert a.equal(b) and a.dtype == x.dtype and near(ga, gb, 2e-2 if half else 1e-5)
-    if is_run(x):
+    if is_dense(x):
         assert a.stride() == x.stride() and ga.stride() == x.stride()
 
 
@@ -333,7 +333,7 @@ def test_any_number_of_threads_gives_the_same(threads, monkeypatch):
     torch.set_num_threads(threads)
     try:
         with_openmp = run(lif, x, w)
-        monkeypatch.setattr(flat, "openmp", lambda: None)  # as where PyTorch has no OpenMP library
+        monkeypatch.setattr(flat, "find_openmp", lambda: None)  # as where PyTorch has no OpenMP library
         without = run(lif, x, w)
     finally:
         torch.set_num_threads(before)
@@ -341,7 +341,7 @@ def test_any_number_of_threads_gives_the_same(threads, monkeypatch):
 
 
 def test_openmp_of_pytorch_is_found():
-    assert flat.openmp() is not None or sys.platform != "linux"
+    assert flat.find_openmp() is not None or sys.platform != "linux"
 
 
 def in_fresh_process(code, **env):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from snnkd_nb.kernels import norm
-from snnkd_nb.kernels.flat import neuron
+from snnkd_nb.kernels.flat import encode_neuron
 from snnkd_nb.kernels.lif import lif_reference
 from snnkd_nb.kernels.surrogate import ATan, Sigmoid, Triangle
 from snnkd_nb.models.zoo import create_model
@@ -105,7 +105,7 @@ def test_one_pass_is_the_three_operations(
     bn = bn_of(c, training)
     wanted, size = (x, bn.weight, bn.bias, *([r] if add else [])), max(1.0, normalised(x, bn)[1])
     expected = one_by_one(x, r if add else None, bn, T, dynamics)
-    y = norm.norm_fire(x, bn, T, neuron(*dynamics), r if add else None)
+    y = norm.norm_fire(x, bn, T, encode_neuron(*dynamics), r if add else None)
     assert y.float().equal(expected) and y.dtype == dtype and y.is_contiguous(memory_format=CL)
     for a, e in zip(gradients(y, weights, *wanted), gradients(expected, weights, *wanted)):
         near = (
@@ -120,7 +120,7 @@ def test_running_statistics_are_batchnorms(momentum):
     ours.momentum = theirs.momentum = momentum
     for i in range(3):
         x = (torch.randn(8, 5, 6, 7) * (i + 1) + 4).contiguous(memory_format=CL)
-        norm.norm_fire(x, ours, 2, neuron(0.5, 1.0, 0.0, False, False, Triangle(1.0), True))
+        norm.norm_fire(x, ours, 2, encode_neuron(0.5, 1.0, 0.0, False, False, Triangle(1.0), True))
         theirs(x)
     for a, b in zip(ours.state_dict().values(), theirs.state_dict().values()):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -131,11 +131,11 @@ def test_odd_numbers_behave_as_one_by_one():
     x[0, 0, 0, 0], x[1, 1, 0, 0], x[2, 2, 1, 1] = float("nan"), float("inf"), 1e4
     x, bn = x.contiguous(memory_format=CL), bn_of(3, False)
     dynamics = (0.5, 1.0, 0.0, False, False, Triangle(1.0), True)
-    y = norm.norm_fire(x, bn, 2, neuron(*dynamics))
+    y = norm.norm_fire(x, bn, 2, encode_neuron(*dynamics))
     assert y.equal(fire(normalised(x, bn)[0], 2, dynamics)) and y.any()
     bn.train()
     y = norm.norm_fire(
-        x, bn, 2, neuron(*dynamics)
+        x, bn, 2, encode_neuron(*dynamics)
     )  # NaN and infinity spoil their channel's statistics, and only theirs
     assert not y[:, :2].any() and y[:, 2].any()
 
@@ -144,7 +144,7 @@ def test_calls_from_several_threads():
     x, bn, task = (
         torch.randn(8, 16, 32, 32).contiguous(memory_format=CL),
         bn_of(16, False),
-        neuron(0.5, 1.0, 0.0, False, False, Triangle(1.0), True),
+        encode_neuron(0.5, 1.0, 0.0, False, False, Triangle(1.0), True),
     )
     once, out = norm.norm_fire(x, bn, 4, task), {}
 
@@ -161,7 +161,7 @@ def test_calls_from_several_threads():
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_network_trains_the_same_either_way(monkeypatch, threads):
-    monkeypatch.setattr(norm, "WORTH", 0)
+    monkeypatch.setattr(norm, "MIN_FUSED_SIZE", 0)
     x, before, grads = torch.rand(4, 3, 32, 32), torch.get_num_threads(), {}
     torch.set_num_threads(threads)
     try:
@@ -191,7 +191,7 @@ def test_a_network_trains_the_same_either_way(monkeypatch, threads):
 
 
 def test_who_watches_sees_every_module(monkeypatch):
-    monkeypatch.setattr(norm, "WORTH", 0)
+    monkeypatch.setattr(norm, "MIN_FUSED_SIZE", 0)
     net, seen = create_model("resnet20", T=2, width=0.25), []
     assert (
         "NormFire"
@@ -280,13 +280,13 @@ def test_what_the_kernels_do_not_cover_is_left_to_the_modules(case, training):
     bn, x, r = ODD[case]
     bn = copy.deepcopy(bn).train(training)
     act, expected = plain(copy.deepcopy(bn), x, 4, r)
-    assert x.numel() >= norm.WORTH and act.after(bn, x, r).equal(expected)
+    assert x.numel() >= norm.MIN_FUSED_SIZE and act.after(bn, x, r).equal(expected)
 
 
 def test_statistics_of_the_batch_where_none_are_tracked():
     bn, x = nn.BatchNorm2d(16, track_running_stats=False).eval(), nhwc(16, 16, 32, 32)
     act, expected = plain(bn, x, 4)
-    assert (act.after(bn, x) != expected).float().mean() < 1e-3 and norm.statistics(bn, x)[2]
+    assert (act.after(bn, x) != expected).float().mean() < 1e-3 and norm.batch_statistics(bn, x)[2]
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from torch import nn
 
 from snnkd_nb.core import UserError, root
 from snnkd_nb.data.images import load
-from snnkd_nb.kernels import projection, winograd
-from snnkd_nb.kernels.winograd import Winograd
+from snnkd_nb.kernels import projection
+from snnkd_nb.kernels.projection import Winograd
 from snnkd_nb.losses import feature
 from snnkd_nb.losses.base import Batch, Distiller
 from snnkd_nb.losses.sastc import (
@@ -288,7 +288,7 @@ def test_projections_in_half_precision_round_like_their_modules_and_tiles_up_to_
     monkeypatch.setenv(
         "SNNKD_BF16", "native"
     )  # tiles in bfloat16 are for CPUs that multiply it in hardware
-    used, whole = [], projection.whole
+    used, whole = [], projection.convolve_small_maps
     for name in ("Winograd", "NormReluMix"):
         apply = getattr(projection, name).apply
         monkeypatch.setattr(
@@ -296,13 +296,15 @@ def test_projections_in_half_precision_round_like_their_modules_and_tiles_up_to_
             "apply",
             lambda *a, name=name, apply=apply: used.append(name) or apply(*a),
         )
-    monkeypatch.setattr(projection, "whole", lambda *a: used.append("whole") or whole(*a))
-    monkeypatch.setattr(winograd, "ROWS", 1)
+    monkeypatch.setattr(
+        projection, "convolve_small_maps", lambda *a: used.append("whole") or whole(*a)
+    )
+    monkeypatch.setattr(projection, "MIN_TILES", 1)
     ours = learnt(*calibrated(norm, training))
     assert used.count("Winograd") == used.count("whole") == 1 and used.count("NormReluMix") == 3
     exact = learnt(*calibrated(norm, training), half=False)
-    monkeypatch.setattr(projection, "MIN_ELEMENTS", 2**40)
-    monkeypatch.setattr(projection, "covers", lambda *a: False)
+    monkeypatch.setattr(projection, "MIN_PROJECTION_SIZE", 2**40)
+    monkeypatch.setattr(projection, "can_fuse_norm", lambda *a: False)
     modules = learnt(*calibrated(norm, training))
     assert len(used) == 5 and len(ours) == len(exact) == len(modules)
 
@@ -332,12 +334,14 @@ def test_feature_kd_in_half_precision_rounds_like_its_module(monkeypatch):
             loss = feature.feature_loss(x, target, project)
         return [loss.detach(), *torch.autograd.grad(loss, (x, *project.parameters()))]
 
-    done, sweep = [], winograd.sweep
-    monkeypatch.setattr(winograd, "sweep", lambda name, *a: done.append(name) or sweep(name, *a))
+    done, sweep = [], projection.run_tile_pass
+    monkeypatch.setattr(
+        projection, "run_tile_pass", lambda name, *a: done.append(name) or sweep(name, *a)
+    )
     ours, exact = learnt(True), learnt(False)
     assert {"to_tiles", "from_tiles", "spread", "collect"} == set(done)
-    monkeypatch.setattr(projection, "MIN_ELEMENTS", 2**40)
-    monkeypatch.setattr(projection, "covers", lambda *a: False)
+    monkeypatch.setattr(projection, "MIN_PROJECTION_SIZE", 2**40)
+    monkeypatch.setattr(projection, "can_fuse_norm", lambda *a: False)
 
     def off(a, b):
         return float((a - b).norm() / b.norm())
@@ -349,15 +353,15 @@ def test_feature_kd_in_half_precision_rounds_like_its_module(monkeypatch):
 def test_other_modules_and_whole_projections_that_are_listened_to_are_called():
     x, heard, module = torch.randn(2, 3, 4, 4), [], feature.projection(3, 2)
     module.register_forward_hook(lambda *a: heard.append(1))
-    own, flat = nn.Conv2d(3, 2, 1), projection.projected([module, nn.Identity()], x)
-    assert heard == [1] and flat[1] is x and projection.projected([own], x)[0].equal(own(x))
+    own, flat = nn.Conv2d(3, 2, 1), projection.project([module, nn.Identity()], x)
+    assert heard == [1] and flat[1] is x and projection.project([own], x)[0].equal(own(x))
 
 
 def test_single_precision_and_what_is_listened_to_pass_the_modules(monkeypatch):
     def never(*a):
         raise AssertionError("a kernel")
 
-    monkeypatch.setattr(projection, "whole", never)
+    monkeypatch.setattr(projection, "convolve_small_maps", never)
     monkeypatch.setattr(projection.Winograd, "apply", never)
     monkeypatch.setattr(projection.NormReluMix, "apply", never)
     module, students, teachers = calibrated("all")
@@ -421,7 +425,7 @@ def test_convolutions_by_tiles_are_within_one_and_a_half_steps_of_half_precision
         y = f(x.to(dtype), weights)
         return [y, *torch.autograd.grad(y, (x, weights), g.to(y.dtype))]
 
-    monkeypatch.setattr(winograd, "PIECE", 2**12)  # many pieces, the last one shorter
+    monkeypatch.setattr(projection, "PIECE_SIZE", 2**12)  # many pieces, the last one shorter
     tiles, exact = (
         learnt(lambda *a: Winograd.apply(*a)[0], torch.bfloat16),
         learnt(lambda x, k: F.conv2d(x, k.double(), padding=1), torch.float64),
@@ -456,13 +460,15 @@ def test_threads_share_the_tiles_and_change_nothing(threads):
     "frozen, passes", [("features", ["spread", "to_tiles"]), ("filters", ["spread", "collect"])]
 )
 def test_what_is_frozen_costs_nothing_backward(frozen, passes, monkeypatch):
-    done, sweep = [], winograd.sweep
+    done, sweep = [], projection.run_tile_pass
     x, weight = (
         torch.randn(2, 8, 4, 4, requires_grad=frozen != "features"),
         torch.randn(3, 8, 3, 3, requires_grad=frozen != "filters"),
     )
     (y,) = Winograd.apply(x, weight)
-    monkeypatch.setattr(winograd, "sweep", lambda name, *a: done.append(name) or sweep(name, *a))
+    monkeypatch.setattr(
+        projection, "run_tile_pass", lambda name, *a: done.append(name) or sweep(name, *a)
+    )
     leaf = weight if frozen == "features" else x
     (g,) = torch.autograd.grad(y.sum(), leaf)
     assert done == passes
@@ -494,7 +500,7 @@ def test_backward_within_autocast_of_half_modules_and_of_one_result_of_two():
 def test_results_may_be_changed_in_place():
     for h, f in (
         (4, lambda x, w: Winograd.apply(x, w)),
-        (2, lambda x, w: projection.whole(x, [w])),
+        (2, lambda x, w: projection.convolve_small_maps(x, [w])),
     ):
         x, weight = (
             torch.randn(2, 8, h, h, requires_grad=True),
