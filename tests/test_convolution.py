@@ -256,7 +256,9 @@ def test_what_is_covered():
     assert not is_worthwhile(x.to("meta"), weight.to("meta"), padding=1)
     assert not is_worthwhile(x[:, :3], weight[:, :3], padding=1)  # few channels
     assert not is_worthwhile(x[:1, :, :8, :8], weight, padding=1)  # little work
-    assert not is_worthwhile(torch.empty(512, 64, 3, 3), torch.empty(64, 64, 3, 3), padding=1)  # borders
+    assert not is_worthwhile(
+        torch.empty(512, 64, 3, 3), torch.empty(64, 64, 3, 3), padding=1
+    )  # borders
 
 
 def test_what_cannot_be_computed_is_refused():

@@ -112,7 +112,10 @@ def test_one_pass_equals_that_of_the_cpu(T, b, c, h, d, add, half, training, see
     mean, var = norm.moments_of(x)
     for a, e in zip(gpu.moments_of(x.to(DEVICE)), (mean, var)):
         torch.testing.assert_close(a.cpu(), e, rtol=1e-5, atol=1e-6)
-    for passes, task, device in ((norm.CPU_PASSES, flat.encode_neuron(*d), "cpu"), (gpu, gpu.encode_neuron(*d), DEVICE)):
+    for passes, task, device in (
+        (norm.CPU_PASSES, flat.encode_neuron(*d), "cpu"),
+        (gpu, gpu.encode_neuron(*d), DEVICE),
+    ):
         z, s, *vectors = (v.to(device).detach().requires_grad_() for v in (x, r, weight, bias))
         y = norm.NormFire.apply(
             z,
@@ -177,7 +180,9 @@ def test_same_input_same_gradient():
     d = (0.5, 1.0, 0.0, False, False, Triangle(1.0), True)
     x, g = (torch.randn(8, 48, 9, 9, device=DEVICE).contiguous(memory_format=CL) for _ in range(2))
     scale, offset = torch.rand(48, device=DEVICE), torch.rand(48, device=DEVICE)
-    one, two = (gpu.neuron_pass(x, None, g, scale, offset, 4, gpu.encode_neuron(*d)) for _ in range(2))
+    one, two = (
+        gpu.neuron_pass(x, None, g, scale, offset, 4, gpu.encode_neuron(*d)) for _ in range(2)
+    )
     assert all(p.equal(q) for p, q in zip(one, two))
 
 

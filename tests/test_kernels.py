@@ -333,7 +333,9 @@ def test_any_number_of_threads_gives_the_same(threads, monkeypatch):
     torch.set_num_threads(threads)
     try:
         with_openmp = run(lif, x, w)
-        monkeypatch.setattr(flat, "find_openmp", lambda: None)  # as where PyTorch has no OpenMP library
+        monkeypatch.setattr(
+            flat, "find_openmp", lambda: None
+        )  # as where PyTorch has no OpenMP library
         without = run(lif, x, w)
     finally:
         torch.set_num_threads(before)
@@ -399,6 +401,37 @@ def test_a_type_without_kernel_is_said_once():
         lif(torch.ones(2, 3, dtype=torch.float16), backend="fused")
 
 
+@pytest.mark.parametrize(
+    "surrogate", [Sigmoid(), Triangle(), PiecewiseQuadratic(), ATan()], ids=str
+)
+def test_surrogates_of_special_numbers_and_of_tensor_slopes(surrogate):
+    far, missing, low = surrogate(torch.tensor([float("inf"), float("nan"), -1e4]))
+    assert far == 0 and missing.isnan() and 0 <= low < 1e-6
+    u = torch.linspace(-2, 2, 41)
+    with_tensor = type(surrogate)(torch.tensor(surrogate.param))
+    assert torch.allclose(with_tensor(u), surrogate(u))
+    assert surrogate == type(surrogate)(surrogate.param)
+
+
+def test_the_name_in_the_cache_changes_with_every_module_of_kernels(tmp_path, monkeypatch):
+    for name in ("vector.py", "flat.py"):
+        (tmp_path / name).write_text("WIDTH = 16")
+    monkeypatch.setattr(flat.kernels_package, "__path__", [str(tmp_path)])
+    compute_hash = flat.hash_kernel_sources.__wrapped__
+    before = compute_hash()
+    assert compute_hash() == before
+    (tmp_path / "vector.py").write_text("WIDTH = 8")
+    assert compute_hash() != before
+
+
+def test_old_names_still_work():
+    with pytest.warns(DeprecationWarning, match="encode_neuron"):
+        assert flat.neuron is flat.encode_neuron
+    with pytest.warns(DeprecationWarning, match="sigmoid_grad"):
+        from snnkd_nb.kernels.flat import bell
+    assert bell is flat.sigmoid_grad
+
+
 def test_a_surrogate_of_the_user():
     class Flat(Surrogate):
         alpha = param = 1.0
@@ -449,6 +482,17 @@ def test_if_is_a_lif_without_leak():
         lambda: LIF(2, tau=2.0, decay=0.5),
         lambda: LIF(3)(torch.ones(4, 2)),
         lambda: lif(torch.ones(2, 2), decay=1.5),
+        lambda: lif(torch.ones(2, 2), decay=0),
+        lambda: lif(torch.ones(2, 2), v_threshold=float("nan")),
+        lambda: lif(torch.ones(2, 2), v_reset=float("inf")),
+        lambda: lif(torch.ones(2, 2), T=0),
+        lambda: lif(torch.ones(2, 2), T=2.0),
+        lambda: lif(torch.ones(2, 2), static=True),
+        lambda: lif(torch.ones(6, 2), T=4),
+        lambda: lif([1.0, 2.0]),
+        lambda: lif(torch.ones(2, 2), backend="fusd"),
+        lambda: Sigmoid(0.0),
+        lambda: Triangle(float("nan")),
         lambda: lif(torch.ones(2, 2), backend="cuda"),
         lambda: lif(torch.ones(0, 2)),
     ],
