@@ -13,7 +13,18 @@ from snnkd_nb.data.images import load
 from snnkd_nb.losses.base import Method
 from snnkd_nb.losses.zoo import create_distiller, list_distillers, register_method
 from snnkd_nb.models.zoo import create_model
-from snnkd_nb.training.loop import Distiller, NonFiniteLoss, evaluate, fit
+from snnkd_nb.spec import ModelSpec, OptimSpec, RunSpec
+from snnkd_nb.store import Store
+from snnkd_nb.training.job import run_train
+from snnkd_nb.training.loop import (
+    Distiller,
+    NonFiniteLoss,
+    create_optimizer,
+    evaluate,
+    fit,
+    train_step,
+    update_weights,
+)
 
 
 def quiet(event):
@@ -307,3 +318,74 @@ def test_projections_train_with_the_student_and_stay_behind(digits):
     fit(student, digits, distiller, epochs=1, on_event=quiet, device="cpu")
     assert any(not torch.equal(a, b) for a, b in zip(before, distiller.methods.parameters()))
     assert not any(k.startswith("methods") for k in student.state_dict())
+
+
+def test_fit_names_wrong_arguments(digits):
+    net = Plain()
+    with pytest.raises(UserError, match="did you mean 'epochs'"):
+        fit(net, digits, epoch=3)
+    with pytest.raises(UserError, match="did you mean 'cuda'"):
+        fit(net, digits, device="cud", epochs=1)
+    with pytest.raises(UserError, match=r"load\('digits'\)"):
+        fit(net, "digits", epochs=1)
+    with pytest.raises(UserError, match="another student"):
+        fit(net, digits, Distiller(Plain()), epochs=1)
+
+
+def test_fit_names_what_rates_exclude(digits):
+    options = {"epochs": 1, "gradient": "rate"}
+    with pytest.raises(UserError, match="exclude each other"):
+        fit(small(), digits, compile="eager", **options)
+    with pytest.raises(UserError, match="no firing rates"):
+        fit(small(T=None), digits, **options)
+    net = small()
+    with pytest.raises(UserError, match="ce = 'each' with gradient = 'rate'"):
+        fit(net, digits, Distiller(net, ce="each"), **options)
+
+
+def test_fit_notes_the_range_of_the_labels(digits):
+    net = Plain()
+    distiller = Distiller(net)
+    fit(net, digits, distiller, epochs=1, on_event=quiet, device="cpu")
+    assert distiller.labels == (0, 9)
+
+
+def test_a_training_step_ignores_old_gradients(digits):
+    "Gradients that a caller left in the network do not enter the step."
+    x, y = next(iter(digits.loader("train", 32)))
+    weights = []
+    for has_old_gradients in (False, True):
+        torch.manual_seed(0)
+        distiller = Distiller(Plain())
+        if has_old_gradients:
+            distiller(x, y)[0]["ce"].backward()
+        train_step(distiller, create_optimizer(distiller, OptimSpec()), x, y)
+        assert all(p.grad is None for p in distiller.parameters())
+        weights.append(distiller.student[1].weight.detach())
+    assert torch.equal(*weights)
+
+
+def test_clipping_needs_a_module():
+    weight = torch.ones(3, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    with pytest.raises(UserError, match="clipped=module"):
+        update_weights(weight.sum(), optimizer, clip=1.0)
+    update_weights(weight.sum(), optimizer)
+    assert torch.allclose(weight, torch.full((3,), 0.9))
+
+
+def test_a_wrong_run_is_refused_before_its_teacher_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setenv("SNNKD_CACHE", str(tmp_path))
+    store = Store(tmp_path / "runs")
+    model = ModelSpec("resnet20", width=0.2, args={"depth": 0.34})
+    run = RunSpec(model=model, optim=OptimSpec(epochs=1), method="kd", teacher=RunSpec(model=model))
+    with pytest.raises(UserError, match="did you mean 'kd'"):
+        run_train(run.replace(method="kdd"), store)
+    with pytest.raises(UserError, match="lam"):
+        run_train(run.replace(method="samd", method_args={"lam": 0.2}), store)
+    with pytest.raises(UserError, match="give reference"):
+        run_train(run.replace(method="none", teacher=None, probes={"stm": {}}), store)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="without torchrun"):
+        run_train(run, store)
+    assert not store.ids()
