@@ -19,27 +19,31 @@ from hypothesis import strategies as st
 from snnkd_nb.core import UserError, canonical_json
 from snnkd_nb.models.genome import Gene, genome_text, parse_genome
 from snnkd_nb.models.zoo import create_model
-from snnkd_nb.search.evolution import evolve, search
-from snnkd_nb.search.live import generation_line
-from snnkd_nb.search.operators import (
+from snnkd_nb.search.evolution import (
     SELECTIONS,
     Rates,
+    ScoreCache,
+    check_selection,
+    choose_parents,
+    create_offspring,
+    create_rates,
     crossover,
-    mutate,
-    offspring,
-    survivors,
-    two_parents,
-)
-from snnkd_nb.search.pool import (
-    Memo,
-    Pool,
-    as_score,
+    evolve,
     load_state,
+    mutate,
     save_state,
+    search,
+    select_survivors,
+)
+from snnkd_nb.search.job import format_generation
+from snnkd_nb.search.score import (
+    Score,
+    Scorer,
+    ScoringPool,
+    as_score,
     score_from_json,
     score_to_json,
 )
-from snnkd_nb.search.score import Score, Scorer
 from snnkd_nb.search.space import Space, create_space, list_spaces
 
 SMALL = Space("small", channels=(8, 16, 32), normal=(1, 6), downsample=(1, 3), image_size=8)
@@ -76,7 +80,7 @@ def test_ten_thousand_children_are_in_their_space(name):
     genomes = [space.sample(rng) for _ in range(60)]
     lengths, rates, made = set(), Rates(mutation=0.8), 0
     while made < 10_000:
-        children = offspring(genomes, [len(g) for g in genomes], space, rng, rates)
+        children = create_offspring(genomes, [len(g) for g in genomes], space, rng, rates)
         for c in children:
             assert not space.why_not(c)
             lengths.add(len(c))
@@ -119,9 +123,9 @@ def test_a_space_of_one_genome_is_searched_to_its_end():
 @settings(max_examples=100, deadline=None)
 def test_the_best_survives_and_parents_differ(fitness, seed, selection):
     rng = np.random.default_rng(seed)
-    kept = survivors(fitness, max(1, len(fitness) // 2), rng, selection)
+    kept = select_survivors(fitness, max(1, len(fitness) // 2), rng, selection)
     assert len(kept) == max(1, len(fitness) // 2) and min(fitness[i] for i in kept) == min(fitness)
-    i, j = two_parents(fitness, rng)
+    i, j = choose_parents(fitness, rng)
     assert i != j and {i, j} <= set(range(len(fitness)))
 
 
@@ -144,10 +148,10 @@ def test_two_phenotypes_never_share_a_text(a, b):
 def test_a_memo_answers_what_was_put_and_nothing_of_another_scorer(tmp_path_factory, scores, keys):
     folder = tmp_path_factory.mktemp("memo")
     scores = {t: as_score(v) for t, v in scores.items()}
-    Memo(keys[0], folder).put(scores)
-    assert Memo(keys[0], folder).known == scores
+    ScoreCache(keys[0], folder).put(scores)
+    assert ScoreCache(keys[0], folder).known == scores
     if keys[0] != keys[1]:
-        assert not Memo(keys[1], folder).known
+        assert not ScoreCache(keys[1], folder).known
 
 
 def test_scores_go_through_json_without_loss():
@@ -167,17 +171,17 @@ def test_each_architecture_is_scored_once_and_a_second_search_shares(tmp_path):
         def __call__(self, g):
             return seen.append(genome_text(g)) or toy(g)
 
-    first = evolve(SMALL, Scorer(), 20, 6, memo=Memo("toy", tmp_path))
+    first = evolve(SMALL, Scorer(), 20, 6, cache=ScoreCache("toy", tmp_path))
     assert len(seen) == len(set(seen)) == first.cost()["evaluated"]
     seen.clear()
-    again = evolve(SMALL, Scorer(), 20, 6, memo=Memo("toy", tmp_path))
+    again = evolve(SMALL, Scorer(), 20, 6, cache=ScoreCache("toy", tmp_path))
     assert (
         not seen
         and [g.genomes for g in again.generations] == [g.genomes for g in first.generations]
         and again.cost()["evaluated"] == 0
     )
     with pytest.raises(UserError, match="another scorer"):
-        evolve(SMALL, Scorer(), 4, 1, memo=Memo("other"))
+        evolve(SMALL, Scorer(), 4, 1, cache=ScoreCache("other"))
 
 
 # --- interruptions ----------------------------------------------------------------------------------------------------
@@ -266,7 +270,7 @@ def test_a_checkpoint_is_of_one_fitness(tmp_path):
 @pytest.mark.parametrize("stop", [0, 5, 14, 30])
 def test_what_a_memo_knew_is_not_counted_as_scored_after_a_stop(tmp_path, stop):
     def memo(name):
-        made = Memo("toy", tmp_path / name)
+        made = ScoreCache("toy", tmp_path / name)
         return (
             made.put(
                 {
@@ -277,15 +281,20 @@ def test_what_a_memo_knew_is_not_counted_as_scored_after_a_stop(tmp_path, stop):
             or made
         )
 
-    whole = evolve(SMALL, toy, 12, 4, memo=memo("a"))
+    whole = evolve(SMALL, toy, 12, 4, cache=memo("a"))
     with (
         pytest.raises(KeyboardInterrupt)
         if stop < whole.cost()["evaluated"]
         else contextlib.nullcontext()
     ):
-        evolve(SMALL, Counted(stop), 12, 4, memo=memo("b"), checkpoint=tmp_path / "b.search")
+        evolve(SMALL, Counted(stop), 12, 4, cache=memo("b"), checkpoint=tmp_path / "b.search")
     again = evolve(
-        SMALL, Counted(), 12, 4, memo=Memo("toy", tmp_path / "b"), checkpoint=tmp_path / "b.search"
+        SMALL,
+        Counted(),
+        12,
+        4,
+        cache=ScoreCache("toy", tmp_path / "b"),
+        checkpoint=tmp_path / "b.search",
     )
     assert again == whole and 0 < again.cost()["evaluated"] < len(again.scores)
 
@@ -331,23 +340,26 @@ def test_a_dead_worker_is_replaced_once(tmp_path, monkeypatch):
     import search_chores
 
     texts = [" ".join(["n8"] * n) for n in range(1, 9)]
-    with pytest.warns(UserWarning, match="scored again"), Pool(search_chores.dies_once, 2) as pool:
+    with (
+        pytest.warns(UserWarning, match="scored again"),
+        ScoringPool(search_chores.dies_once, 2) as pool,
+    ):
         assert {t: s.fitness for t, s in pool.scores(texts)} == {t: len(t.split()) for t in texts}
     with (
         pytest.warns(UserWarning),
         pytest.raises(RuntimeError, match="died twice"),
-        Pool(search_chores.dies, 1 + 1) as pool,
+        ScoringPool(search_chores.dies, 1 + 1) as pool,
     ):
         list(pool.scores(texts))
 
 
 ORPHAN = """
 import os, sys, time
-from snnkd_nb.search.pool import Pool
+from snnkd_nb.search.score import ScoringPool
 def slow(g):
     print(os.getpid(), flush=True)
     time.sleep(60)
-with Pool(slow, 2) as pool: list(pool.scores(["n8", "n16"]))
+with ScoringPool(slow, 2) as pool: list(pool.scores(["n8", "n16"]))
 """
 
 
@@ -412,7 +424,7 @@ def test_nsga2_keeps_no_dead_and_no_twice():
         ({"algorithm": "nsga"}, "did you mean 'nsga2'"),
         ({"workers": 0}, "at least 1"),
         ({"second": "ops"}, "did you mean 'sops'"),
-        ({"memo": "scores"}, "give Memo"),
+        ({"cache": "scores"}, "give ScoreCache"),
         ({"rates": {"mutation": 0.5}}, "create_rates"),
     ],
 )
@@ -555,6 +567,75 @@ def test_what_is_read_from_a_file_is_said_to_be(tmp_path):
     for events in told:
         evolve(SMALL, toy, 6, 3, checkpoint=tmp_path / "x.search", on_event=events.append)
     assert not any("replayed" in e for e in told[0]) and all(e.pop("replayed") for e in told[1])
-    assert "from the checkpoint" in generation_line(
+    assert "from the checkpoint" in format_generation(
         {**told[1][0], "replayed": True}
-    ) and "s left" in generation_line(told[0][0])
+    ) and "s left" in format_generation(told[0][0])
+
+
+# --- wrong arguments --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: Rates(crossover=1.5), "crossover = 1.5"),
+        (lambda: Rates(mutation=None), "mutation = None"),
+        (lambda: Rates(mutation=float("nan")), "mutation = nan"),
+        (lambda: Rates(add=0.9), "sum to 1"),
+        (lambda: create_rates(mutatoin=0.1), "did you mean 'mutation'"),
+        (lambda: check_selection("roulette"), "above 0"),
+        (lambda: check_selection("tournment"), "did you mean 'tournament'"),
+        (lambda: ScoringPool(toy, 0), "at least 1"),
+        (lambda: as_score("x"), "a fitness of 'x'"),
+    ],
+)
+def test_wrong_rates_selections_and_pools_are_errors(make, words):
+    with pytest.raises(UserError, match=words):
+        make()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"population": 1}, "at least 2"),
+        ({"population": 2.0}, "at least 2"),
+        ({"generations": 0}, "at least 1"),
+        ({"algorithm": "gaa"}, "unknown algorithm"),
+        ({"selection": "roulette"}, "above 0"),
+        ({"second": "size"}, "unknown second objective"),
+        ({"workers": 0}, "workers = 0"),
+        ({"cache": ScoreCache("another")}, "another scorer"),
+        ({"rates": {"mutation": 0.5}}, "create_rates"),
+    ],
+)
+def test_evolve_names_wrong_arguments(change, words):
+    with pytest.raises(UserError, match=words):
+        evolve(SMALL, toy, **{"population": 4, "generations": 1, **change})
+
+
+def test_a_second_objective_needs_a_score():
+    def sized(genome):
+        return Score(1.0, {}, len(genome), None, "")
+
+    with pytest.raises(UserError, match="does not say the sops"):
+        evolve(SMALL, sized, 4, 1, "nsga2", second="sops")
+
+
+def test_the_old_keyword_of_the_cache_warns(tmp_path):
+    with pytest.warns(DeprecationWarning, match="'memo' is now 'cache'"):
+        old = evolve(SMALL, toy, 4, 1, memo=ScoreCache("toy", tmp_path))
+    assert old == evolve(SMALL, toy, 4, 1)
+    with pytest.warns(DeprecationWarning, match="network_options"):
+        assert old.built == {}
+
+
+def test_a_space_with_one_genome_stays_as_it_is():
+    lonely = Space("one", channels=(8,), normal=(1, 1), downsample=(0, 0), image_size=8)
+    genome, rng = parse_genome("n8"), np.random.default_rng(0)
+    assert mutate(genome, lonely, rng) == genome
+    assert crossover(genome, genome, lonely, rng) == (genome, genome)
+
+
+def test_an_error_of_the_fitness_names_the_genome():
+    with pytest.raises(RuntimeError, match="scoring 'n8': ZeroDivisionError"):
+        list(ScoringPool(lambda genome: 1 / 0).scores(["n8"]))

@@ -11,7 +11,14 @@ from snnkd_nb.papers import dsas_students
 from snnkd_nb.runner.graph import plan
 from snnkd_nb.runner.jobs import execute
 from snnkd_nb.search import job as module
-from snnkd_nb.search.job import candidates_of, distilled, population_of, run_search
+from snnkd_nb.search.job import (
+    check_search,
+    create_distillation_run,
+    create_engine_options,
+    read_candidates,
+    read_population,
+    run_search,
+)
 from snnkd_nb.spec import DataSpec, ModelSpec, OptimSpec, RunSpec, SearchSpec, to_dict
 from snnkd_nb.store import SearchRecord, Store, dump, parse
 
@@ -82,13 +89,13 @@ def test_searches_run_beside_trainings_and_once(home, capsys):
         and record.run == SPEC
         and record.teacher["id"] == TEACHER.id
     )
-    found, last = candidates_of(record), population_of(record)
+    found, last = read_candidates(record), read_population(record)
     assert (
         len(found) == sum(record.trajectory["evaluated"])
         and len(last) == SPEC.population
         and min(found, key=lambda c: c["fitness"])["genome"] == record.best["genome"]
     )
-    run = distilled(record, OptimSpec(epochs=1))
+    run = create_distillation_run(record, OptimSpec(epochs=1))
     assert (
         run.teacher == TEACHER
         and run.model.args["genome"] == record.best["genome"]
@@ -165,11 +172,11 @@ def test_what_is_distilled_has_the_slopes_of_its_teacher(home, monkeypatch):
         extra={"slopes": [2.0, 2.123456, 3.5]},
     )
     Store().put(record)
-    assert distilled(record).model == dsas_students.student(
+    assert create_distillation_run(record).model == dsas_students.student(
         "smoke", "CIFAR-10"
-    ).model and distilled(record).model.args["slopes"] == (2.0, 2.1235, 3.5)
-    assert distilled(record, slopes=3).model.args["slopes"] == (3.0,) and set(
-        distilled(record, slopes=None).model.args
+    ).model and create_distillation_run(record).model.args["slopes"] == (2.0, 2.1235, 3.5)
+    assert create_distillation_run(record, slopes=3).model.args["slopes"] == (3.0,) and set(
+        create_distillation_run(record, slopes=None).model.args
     ) == {"genome"}
     blind = SearchRecord(
         to_dict(
@@ -184,10 +191,13 @@ def test_what_is_distilled_has_the_slopes_of_its_teacher(home, monkeypatch):
         {},
         extra={"slopes": None},
     )
-    assert distilled(blind).model.args == {"genome": "n8 d8", "neuron_args": {"v_threshold": 0.5}}
+    assert create_distillation_run(blind).model.args == {
+        "genome": "n8 d8",
+        "neuron_args": {"v_threshold": 0.5},
+    }
     for kw in ({"slopes": "guide"}, {"neuron_args": {"alpha": 2.0}}):
         with pytest.raises(UserError, match="slopes"):
-            distilled(record, **kw)
+            create_distillation_run(record, **kw)
 
 
 def test_by_hand(home, capsys):
@@ -244,3 +254,37 @@ def test_by_hand(home, capsys):
         main([*words, "--population", "1"]) == 2
         and "population = 1: give a whole number of at least 2" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        ({"mutate": 0.5}, "unknown option of a search"),
+        ({"mutation": 5}, "mutation = 5"),
+        ({"selection": "roulette"}, "above 0"),
+        ({"second": "sop"}, "did you mean 'sops'"),
+    ],
+)
+def test_wrong_options_of_the_algorithm_are_errors(args, words):
+    with pytest.raises(UserError, match=words):
+        create_engine_options(SPEC.replace(algorithm_args=args))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"metric": "mass"}, "did you mean 'mas'"),
+        ({"metric_args": {"norms": "row"}}, "did you mean 'norm'"),
+        ({"space": "digit"}, "did you mean 'digits'"),
+        ({"space_args": {"normal": [2, 1]}}, "fewest, most"),
+        ({"batch": 2000}, "training images, give less"),
+        ({"batch": 9}, "give at least 10 images"),
+        ({"neuron": "lift"}, "did you mean"),
+        ({"metric_args": {"T": 3}}, "a field of the search itself"),
+        ({"metric_args": {"mode": "ickd"}, "space_args": {"channels": [5]}}, "no multiples"),
+        ({"space_args": {"image_size": 32, "downsample": [2, 5]}}, "8×8 pixels allow 3"),
+    ],
+)
+def test_a_wrong_search_is_an_error_before_its_teacher_is_trained(change, words):
+    with pytest.raises(UserError, match=words):
+        check_search(SPEC.replace(**change))

@@ -20,26 +20,26 @@ from snnkd_nb.models.genome import set_slopes
 from snnkd_nb.models.taps import Foreign
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.search import score as module
-from snnkd_nb.search.candidate import candidate
+from snnkd_nb.search.candidate import create_candidate, guided_slopes, prepare_teacher
 from snnkd_nb.search.score import METRICS, Scorer, Scoring
 from snnkd_nb.search.similarity import (
     NORMS,
     activation_similarity,
     align,
+    compute_slopes,
     density,
-    groups,
+    group_by_depth,
     log_determinant,
     mas,
     matrix_distance,
-    ordered,
+    pick_layers,
     similarity_matrix,
-    slopes,
+    sort_values,
     spike_kernel,
+    sum_over_time,
     tgs,
-    totals,
 )
 from snnkd_nb.search.space import create_space
-from snnkd_nb.search.teacher import guided_slopes, prepared
 from snnkd_nb.vision import torchvision
 
 GOLDEN = {
@@ -82,7 +82,7 @@ def test_the_aligned_teacher_is_as_dense_as_ties_allow(shape, seed, rho, signed,
     if levels:
         a = (a * levels).round() / levels
     kept = align(a, rho)
-    wanted, order = round(rho * a.numel()), ordered(a)
+    wanted, order = round(rho * a.numel()), sort_values(a)
     larger = (a > order[wanted]).sum().item()
     assert larger <= wanted and (
         wanted == a.numel() or larger + (a == order[wanted]).sum().item() > wanted
@@ -165,15 +165,15 @@ def test_silence_is_never_a_perfect_score(where):
 @settings(max_examples=60, deadline=None)
 def test_slopes_lie_between_alpha0_and_twice_that(sizes, seed, alpha0, scale):
     layers = [features((n,), seed + i, signed=True) for i, n in enumerate(sizes)]
-    got = slopes(groups(layers), alpha0)
+    got = compute_slopes(group_by_depth(layers), alpha0)
     assert all(alpha0 <= a < 2 * alpha0 for a in got) and min(got) == alpha0
-    ratio = [v.sub(v.min()).div(v.max() - v.min()) for v in groups(layers)]
+    ratio = [v.sub(v.min()).div(v.max() - v.min()) for v in group_by_depth(layers)]
     assert (
         got[int(np.argmax([(v.mean() / v.std(correction=0)).item() for v in ratio]))] == alpha0
     ), "the steadiest group has α0"
-    assert slopes(groups([scale * g.double() for g in layers]), alpha0) == pytest.approx(
-        got, rel=1e-3
-    )
+    assert compute_slopes(
+        group_by_depth([scale * g.double() for g in layers]), alpha0
+    ) == pytest.approx(got, rel=1e-3)
 
 
 @given(c=st.integers(1, 6), factor=st.integers(1, 4), n=st.integers(2, 6), seed=st.integers(0, 99))
@@ -216,7 +216,7 @@ def test_every_metric_and_the_dead(metric):
         and score.dead == ""
         and list(score.parts) == [metric]
         and score.parameters
-        == sum(p.numel() for p in candidate(GENOME, in_channels=1).parameters())
+        == sum(p.numel() for p in create_candidate(GENOME, in_channels=1).parameters())
     )
     dead = Scorer(TEACHER, X, Y, metric, T=2, neuron_args={"v_threshold": 90.0})(GENOME)
     if metric in ("params", "random"):
@@ -291,7 +291,7 @@ def test_one_pass_equals_the_network_and_its_full_gradient():
     (g_t,) = torch.autograd.grad(F.cross_entropy(logits, Y), copy.head.out.weight)
     for i in range(4):
         g = SPACE.sample(np.random.default_rng(i))
-        net = set_slopes(candidate(g, **common), scorer.slopes).requires_grad_(True)
+        net = set_slopes(create_candidate(g, **common), scorer.slopes).requires_grad_(True)
         logits, f_s = net(X, features=True)
         (g_s,) = torch.autograd.grad(F.cross_entropy(logits.mean(0), Y), net.head.out.weight)
         score = scorer(g)
@@ -374,7 +374,7 @@ def test_the_key_knows_what_a_teacher_computes_and_the_version(monkeypatch):
 
 def test_batch_statistics_switch_no_dropout_on():
     for mode in ("eval", "train"):
-        made = prepared(small(), mode)
+        made = prepare_teacher(small(), mode)
         assert [m.training for m in made.net] == [False, mode == "train", *[False] * 5] and all(
             p.requires_grad for p in made.parameters()
         )
@@ -476,8 +476,11 @@ class Closed(nn.Module):
         (lambda: Scorer(TEACHER, X, Y - 1, "mas"), "labels from -1"),
         (lambda: Scorer(TEACHER, X.byte(), Y), "floating point"),
         (lambda: Scorer(TEACHER, X, Y.float()), "whole numbers"),
-        (lambda: slopes([torch.arange(3.0), torch.ones(3), torch.arange(3.0)]), "part 2 of 3"),
-        (lambda: slopes([torch.ones(3)] * 3), "part 1 of 3"),
+        (
+            lambda: compute_slopes([torch.arange(3.0), torch.ones(3), torch.arange(3.0)]),
+            "part 2 of 3",
+        ),
+        (lambda: compute_slopes([torch.ones(3)] * 3), "part 1 of 3"),
         (lambda: Scorer(TEACHER, X, Y, K=99), "lower K"),
     ],
 )
@@ -517,7 +520,7 @@ def test_options_that_cannot_be_are_one_line(option, words):
 
 
 def test_totals_are_over_time():
-    assert totals(torch.ones(3, 2, 1, 1, 1)).flatten().tolist() == [3, 3]
+    assert sum_over_time(torch.ones(3, 2, 1, 1, 1)).flatten().tolist() == [3, 3]
 
 
 def test_hardly_a_spike_is_not_perfect():
@@ -529,7 +532,7 @@ def test_hardly_a_spike_is_not_perfect():
     s[0, int(a.flatten().argmax()) // a[0].numel(), 0, 0, 0] = 1
     assert (
         mas([a], [s], ("last",)) == 0
-        and module.hardly({2: s}, 0.5) == "block 3 is silent on 94% of the images"
+        and module.find_mostly_silent_block({2: s}, 0.5) == "block 3 is silent on 94% of the images"
     )
     strict, lax = (
         Scorer(TEACHER, X, Y, "mas", T=2, neuron_args={"v_threshold": 3.0}, silence=v)
@@ -565,3 +568,58 @@ def test_a_teacher_that_says_nothing_is_refused(metric, words):
 
 def test_a_teacher_in_half_precision_is_asked_in_single():
     assert Scorer(small().double(), X, Y, "mas", T=2).key == Scorer(small(), X, Y, "mas", T=2).key
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"metric": "mas+tgz"}, "did you mean 'tgs'"),
+        ({"norm": "rows"}, "did you mean 'row'"),
+        ({"T": 0}, "T = 0"),
+        ({"alpha": "guide"}, "or 'guided'"),
+        ({"seeds": ()}, "at least one each"),
+        ({"layers": ["frist"]}, "did you mean 'first'"),
+        ({"K": 0}, "K = 0"),
+        ({"weights": {"as": 1.0}}, "no part of metric"),
+        ({"neuron_args": {"tau": "2"}}, "neuron_args"),
+    ],
+)
+def test_wrong_options_of_a_score_are_errors(change, words):
+    with pytest.raises(UserError, match=words):
+        Scoring(**change)
+
+
+def test_wrong_options_of_similarities_are_errors():
+    gradient = torch.randn(10, 16)
+    identity = torch.eye(2)
+    cases = [
+        (lambda: similarity_matrix(identity, "rows"), "did you mean 'row'"),
+        (lambda: matrix_distance(identity, identity, 2), "unknown R"),
+        (lambda: pick_layers("ab", ["lst"]), "did you mean 'last'"),
+        (lambda: tgs(gradient, gradient, mode="icdk"), "did you mean 'ickd'"),
+        (lambda: tgs(gradient, gradient[:, :12], mode="ickd"), "no multiple of 12"),
+        (lambda: group_by_depth([identity] * 2), "lower K"),
+        (lambda: compute_slopes([torch.zeros(9)] * 2), "no gradients to guide"),
+        (lambda: compute_slopes([torch.tensor([math.nan])] * 2), "no gradients to guide"),
+    ]
+    for make, words in cases:
+        with pytest.raises(UserError, match=words):
+            make()
+
+
+def test_a_scorer_names_wrong_arguments():
+    teacher = small()
+    x, y = torch.rand(16, 1, 8, 8), torch.arange(16) % 10
+    spiking = create_model("resnet18", T=2, in_channels=1)
+    cases = [
+        (lambda: Scorer(spiking, x, y), "spiking network"),
+        (lambda: Scorer(teacher, x, y, norms="row"), "did you mean 'norm'"),
+        (lambda: Scorer(teacher, x, y[:5]), r"images \(16, 1, 8, 8\) and labels \(5,\)"),
+        (lambda: Scorer(teacher, x, y)("d4 d4 d4 d4"), "downsample"),
+        (lambda: Scorer(teacher, 0 * x, y), "no student can be compared"),
+    ]
+    for make, words in cases:
+        with pytest.raises(UserError, match=words):
+            make()
+    with pytest.warns(DeprecationWarning, match=r"Scorer\.scoring"):
+        assert Scorer(teacher, x, y, "mas").how.metric == "mas"

@@ -50,7 +50,8 @@ def draw_weights(
 ) -> nn.Module:
     """Draw the weights of a network.
 
-    Convolutions: He's normal initialization over the fan-out. Linear layers: uniform, as in PyTorch."""
+    Convolutions: He's normal initialization over the fan-out. Linear layers: uniform, as in
+    PyTorch."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             fan_out = module.out_channels * module.kernel_size[0] ** 2
@@ -75,7 +76,7 @@ def create_generator(
 def create_candidate(
     genome: Any,  # anything `parse_genome` reads
     seed: int = 0,  # of the weights
-    **options: Any,  # of `models.genome.searched`: num_classes, T, neuron, in_channels, image_size, …
+    **options: Any,  # of `models.genome.searched`: T, neuron, in_channels, image_size, …
 ) -> nn.Module:
     "Create the untrained network of a genome, with the weights with which it is scored."
     with torch.random.fork_rng(devices=[]):
@@ -229,8 +230,7 @@ def run_candidate(
     batches: Sequence[Tensor],  # images (B, C, H, W), or frames (T, B, C, H, W)
     kit: BlockKit,  # from `get_kit`
     num_classes: int = 10,  # K
-    kept_blocks: Collection[int]
-    | None = None,  # numbers of blocks whose spikes are kept; None: all
+    kept_blocks: Collection[int] | None = None,  # blocks whose spikes are kept; None: all
     with_inner: bool = False,  # whether the spikes inside the blocks are kept
 ) -> list[CandidateRun]:
     "Run the untrained network of a genome on every batch. Only one of its blocks exists at a time."
@@ -270,7 +270,9 @@ def ensure_stages(
     teacher: nn.Module,  # an ANN: one of ours, or any module from (B, C, H, W) to (B, K)
     x: Tensor,  # images (B, C, H, W) or frames (T, B, C, H, W) that it will see
 ) -> nn.Module:
-    "Return a teacher with named stages, wrapped by `Foreign` if it has none; raises `UserError` for an SNN."
+    """Return a teacher with named stages, wrapped by `Foreign` if it has none.
+
+    Raises `UserError` for an SNN."""
     need(
         getattr(teacher, "T", None) is None,
         "the teacher is a spiking network: DSAS searches under an ANN, create_model(..., T=None)",
@@ -448,7 +450,8 @@ def slopes_from_gradients(
 ) -> list[float]:
     """Compute the slopes from the gradients of all batches.
 
-    Gradients of weights are averaged over the batches. Those of activations belong to images and are concatenated."""
+    Gradients of weights are averaged over the batches. Those of activations belong to images and
+    are concatenated."""
     layers = []
     for same_layer in zip(*(found.layers for found in gradients), strict=True):
         if of == "activation":
@@ -467,7 +470,9 @@ def guided_slopes(
     K: int = 3,  # number of parts
     of: str = "weight",  # "weight" or "activation", as for `teacher_gradients`
 ) -> list[float]:
-    "Compute the slope α̃ of every part of the depth from a teacher's gradients. Source: DSAS eq. 6 to 8."
+    """Compute the slope α̃ of every part of the depth from a teacher's gradients.
+
+    Source: DSAS eq. 6 to 8."""
     batches = pair_batches(x, y)
     prepared = prepare_teacher(ensure_stages(teacher, batches[0][0]))
     gradients = [teacher_gradients(prepared, *batch, of) for batch in batches]

@@ -72,7 +72,9 @@ def similarity_matrix(
     activation: Tensor,  # (B, …): features of images, or (N, C): gradients of classes
     norm: str = "row",  # one of `NORMS`
 ) -> Tensor:
-    "Compute the normalized inner products of all pairs, (B, B); zero rows stay zero. Source: DSAS eq. 4 and 9."
+    """Compute the normalized inner products of all pairs, (B, B).
+
+    Zero rows stay zero. Source: DSAS eq. 4 and 9."""
     if norm not in NORMS:
         raise unknown("norm", norm, NORMS)
     products = gram(activation, steps=False)
@@ -85,7 +87,7 @@ def similarity_matrix(
 def matrix_distance(
     teacher_matrix: Tensor,  # (B, B)
     student_matrix: Tensor,  # (B, B)
-    R: str = "batch",  # the sum of squares is divided by "batch": B², "rank": (rank of the teacher's)²
+    R: str = "batch",  # "batch": divide by B²; "rank": by the squared rank of the teacher's
 ) -> float:
     "Compute the squared distance of two similarity matrices. Source: DSAS eq. 5."
     if R not in SCALES:
@@ -105,7 +107,9 @@ def pick_layers(
     stages: Sequence[Stage],  # features or names, first to last
     layers: Sequence[str] = LAYERS,
 ) -> list[Stage]:
-    "Pick the stages that are compared; with fewer than three stages some come twice or three times."
+    """Pick the stages that are compared.
+
+    With fewer than three stages some come twice or three times."""
     num_stages = len(stages)
     positions = {"first": 0, "middle": (num_stages - 1) // 2, "last": num_stages - 1}
     for name in layers:
@@ -167,7 +171,7 @@ def mas(
     R: str = "batch",  # as for `matrix_distance`
     reduce: str = "sum",  # over layers: sum or mean
 ) -> float:
-    """Compute multi-layer activation similarity (MAS), a distance: 0 is best, ∞ is a silent student.
+    """Compute multi-layer activation similarity (MAS), a distance: 0 is best, ∞ is silent.
 
     Source: DSAS eq. 1 to 5."""
     teacher_layers = pick_layers(teacher, layers)
@@ -195,9 +199,9 @@ def group_by_depth(
     layers: Sequence[Tensor],  # gradients, one tensor per layer, first to last
     K: int = 3,  # number of groups
 ) -> list[Tensor]:
-    """Divide layers by depth into K groups of nearly equal size, each one vector. Source: DSAS eq. 6.
+    """Divide layers by depth into K groups of nearly equal size, each one vector.
 
-    Raises `UserError` for fewer than K layers."""
+    Source: DSAS eq. 6. Raises `UserError` for fewer than K layers."""
     need(
         len(layers) >= K,
         f"{len(layers)} layers with gradients cannot be divided into {K} groups: lower K",

@@ -38,7 +38,9 @@ def save_checkpoint(
     optimizer: Optimizer,  # its optimizer
     state: dict[str, Any],  # JSON data, such as the epoch and the history
 ) -> None:
-    "Write a checkpoint. The file is replaced as a whole, so a kill leaves the old one or the new one."
+    """Write a checkpoint.
+
+    The file is replaced as a whole, so a kill leaves the old one or the new one."""
     from safetensors.torch import save
 
     tensors = _collect_tensors(module, optimizer)
@@ -76,7 +78,8 @@ def load_checkpoint(
 ) -> dict[str, Any] | None:
     """Fill module and optimizer from a checkpoint and return its JSON data.
 
-    Returns None, with a warning, for a damaged file and for one of another identity; None without a file."""
+    Returns None, with a warning, for a damaged file and for one of another identity; None
+    without a file."""
     from safetensors.torch import load
 
     path = Path(path)

@@ -113,7 +113,8 @@ def measure_metrics(
 ) -> dict[str, Any]:
     """Measure the metrics of a record: three accuracies and the number of parameters.
 
-    A spiking network also has its firing rate (spikes per neuron and time step) and its SOPs per image."""
+    A spiking network also has its firing rate (spikes per neuron and time step) and its SOPs per
+    image."""
     metrics: dict[str, Any] = {
         "acc_last": history.acc_last,
         "acc_best_val": history.acc_best_val,
@@ -202,8 +203,8 @@ def run_train(
 ) -> Record:
     """Return the record of a run: from the store, or by training it and, before it, its teacher.
 
-    If two processes ask for the same run, it is trained once. A run that was killed continues after its last epoch.
-    Raises `UserError` for a wrong spec and `NonFiniteLoss`."""
+    If two processes ask for the same run, it is trained once. A run that was killed continues
+    after its last epoch. Raises `UserError` for a wrong spec and `NonFiniteLoss`."""
     store = store or Store()
     check_spec(spec)
     need(
