@@ -615,8 +615,8 @@ def test_a_scorer_names_wrong_arguments():
         (lambda: Scorer(spiking, x, y), "spiking network"),
         (lambda: Scorer(teacher, x, y, norms="row"), "did you mean 'norm'"),
         (lambda: Scorer(teacher, x, y[:5]), r"images \(16, 1, 8, 8\) and labels \(5,\)"),
-        (lambda: Scorer(teacher, x, y)("d4 d4 d4 d4"), "downsample"),
-        (lambda: Scorer(teacher, 0 * x, y), "no student can be compared"),
+        (lambda: Scorer(teacher, x, y, "mas")("d4 d4 d4 d4"), "downsample"),
+        (lambda: Scorer(teacher, 0 * x, y, "mas"), "no student can be compared"),
     ]
     for make, words in cases:
         with pytest.raises(UserError, match=words):
