@@ -608,7 +608,7 @@ def test_wrong_options_of_similarities_are_errors():
 
 
 def test_a_scorer_names_wrong_arguments():
-    teacher = small()
+    teacher = create_model("resnet18", width=0.25, in_channels=1, image_size=8)
     x, y = torch.rand(16, 1, 8, 8), torch.arange(16) % 10
     spiking = create_model("resnet18", T=2, in_channels=1)
     cases = [
