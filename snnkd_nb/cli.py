@@ -46,23 +46,34 @@ def comments_of(function: Callable) -> dict[str, str]:
             comments[parameter.arg] = comment
     return comments
 
-# %% ../nbs/lib/99_cli.ipynb #ff7970d3
+# %% ../nbs/lib/99_cli.ipynb #ac68fa19
 _POSITIONAL = ("keys", "what", "run")
 _SHORT_FLAGS = {"jobs": ["-j"], "scale": ["-s"], "p": ["-p"]}
+_METAVARS = {"keys": "KEY …", "p": "NAME VALUE", "jobs": "N"}
 
 
 def _annotate(parameter: inspect.Parameter, comment: str) -> inspect.Parameter:
     """Return a parameter with the help text, kind and short flag that tyro shows."""
     from tyro.conf import Positional, UseAppendAction, arg
 
+    name = parameter.name
     annotation: Any = parameter.annotation
-    metavar = None
-    if parameter.name in _POSITIONAL:
+    if name in _POSITIONAL:
         annotation = Positional[annotation]  # type: ignore[misc, valid-type]
-    elif parameter.name == "p":
+    elif name == "p":
         annotation = UseAppendAction[annotation]  # type: ignore[misc, valid-type]
-        metavar = "NAME VALUE"
-    help_text = arg(help=comment, aliases=_SHORT_FLAGS.get(parameter.name), metavar=metavar)
+    is_flag = annotation is bool
+    metavar = None if is_flag else _METAVARS.get(name, name.upper())
+    if name.endswith("_args"):
+        metavar = "NAME=VALUE"
+    # tyro's "(default: …)" is left out if it is trivial or in the comment
+    is_trivial = is_flag or parameter.default in (None, ()) or name == "keys"
+    help_text = arg(
+        help=comment,
+        aliases=_SHORT_FLAGS.get(name),
+        metavar=metavar,
+        help_behavior_hint="" if is_trivial else None,
+    )
     annotation = Annotated[annotation, help_text]
     return parameter.replace(annotation=annotation, kind=inspect.Parameter.KEYWORD_ONLY)
 
