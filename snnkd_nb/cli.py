@@ -602,7 +602,7 @@ def readme(
         return False
     return True
 
-# %% ../nbs/lib/99_cli.ipynb #ffb49a2c
+# %% ../nbs/lib/99_cli.ipynb #70dedf7e
 VERBS: dict[str, Callable[..., bool | None]] = {
     "list": list_artefacts,
     "run": run,
@@ -630,7 +630,7 @@ def usage() -> str:
 
 
 def _use_papers(words: Sequence[str]) -> list[str]:
-    """Add the papers in the folder of `--papers DIR` to those of the project; return other words."""
+    """Use the papers in the folder of `--papers DIR`, too; return the other words."""
     words = list(words)
     if "--papers" not in words:
         return words

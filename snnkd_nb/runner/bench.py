@@ -10,7 +10,7 @@ __all__ = ['SETTINGS', 'Step', 'RATE_SETTING', 'TINY_RATE_SETTING', 'RATE_STEPS'
            'score_from_scratch', 'search_rows', 'full_search_row', 'format_table', 'measurement_path', 'save_rows',
            'bench']
 
-# %% ../../nbs/lib/95_runner.bench.ipynb #961eab49
+# %% ../../nbs/lib/95_runner.bench.ipynb #8434b398
 import functools
 import json
 import math
@@ -45,13 +45,13 @@ from snnkd_nb.runner.timing import (
     run_in_new_processes,
     time_in_turns,
 )
-from ..spec import need
+from ..spec import require
 from ..store import environment
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# %% ../../nbs/lib/95_runner.bench.ipynb #a33ca7b6
+# %% ../../nbs/lib/95_runner.bench.ipynb #5cf472d8
 # setting of SpikingJelly -> bfloat16 autocast, weights in channels_last
 SETTINGS = {
     "fp32": (False, False),
@@ -146,12 +146,12 @@ def compile_rows(tiny: bool = False) -> list[Row]:
     label = f"ResNet-20, T=4, batch {batch}: ours / ours compiled"
     return [compare("compile", label, times, "as it is", "compiled")]
 
-# %% ../../nbs/lib/95_runner.bench.ipynb #db07bc91
+# %% ../../nbs/lib/95_runner.bench.ipynb #66710f09
 def build_peer_spikformer(size: int, T: int, dim: int, heads: int) -> "nn.Module":
     """Build SpikingJelly's Spikformer: images (B, C, H, W) -> logits (T, B, K)."""
     from torch import nn
 
-    from snnkd_nb.vision import torchvision
+    from snnkd_nb.core import torchvision
 
     torchvision("models")
     from spikingjelly.activation_based.model.spikformer import Spikformer
@@ -468,7 +468,7 @@ def loss_rows(tiny: bool = False) -> list[Row]:
     rows += [{**line, "what": "loss"} for line in sastc_rows(tiny)]
     return rows + calibration_rows(tiny)
 
-# %% ../../nbs/lib/95_runner.bench.ipynb #ba8c78f3
+# %% ../../nbs/lib/95_runner.bench.ipynb #803814f0
 def _build_noise_images(num_images: int, size: int) -> tuple[Any, "Tensor"]:
     """Return a data set of noise and its images (N, H, W, 3)."""
     import torch
@@ -486,7 +486,7 @@ def _build_peer_loader(images: "Tensor", labels: "Tensor", batch: int) -> Any:
     import torch
     from PIL import Image
 
-    from snnkd_nb.vision import torchvision
+    from snnkd_nb.core import torchvision
 
     transforms = torchvision("transforms")
     transform = transforms.Compose(
@@ -736,7 +736,7 @@ def save_rows(rows: Sequence[Row], limits: Mapping[str, float]) -> Path:
     measurement = {"environment": machine, "machine": dict(limits), "rows": merged}
     return atomic_write(path, json.dumps(measurement, indent=1) + "\n")
 
-# %% ../../nbs/lib/95_runner.bench.ipynb #3401f45f
+# %% ../../nbs/lib/95_runner.bench.ipynb #2ddeafb5
 def bench(
     what: str = "all",  # one of `BENCHMARKS`, or "all"
     as_json: bool = False,  # print JSON instead of a table
@@ -750,7 +750,7 @@ def bench(
     """
     if what != "all" and what not in BENCHMARKS:
         raise unknown("benchmark", what, ["all", *BENCHMARKS])
-    need(
+    require(
         not rate or what in ("step", "rate"),
         f"--rate is about the training step: snnkd bench step --rate (not {what})",
     )
