@@ -16,15 +16,20 @@ from snnkd_nb.data.corrupt import subset
 from snnkd_nb.data.images import load
 from snnkd_nb.losses.base import default_pairs
 from snnkd_nb.losses.zoo import create_distiller
-from snnkd_nb.models.foreign import create_foreign, patch_for, vit_small, with_channels
+from snnkd_nb.models.foreign import (
+    create_foreign,
+    load_weights,
+    patch_size_for,
+    vit_small,
+    with_image_channels,
+)
 from snnkd_nb.models.imagenet import (
     PreActBlock,
     imagenet_resnet,
     load_torchvision,
     resnet18_imagenet,
 )
-from snnkd_nb.models.taps import Foreign, Tap, classifier, from_map, to_map
-from snnkd_nb.models.weights import load_weights
+from snnkd_nb.models.taps import Foreign, Tap, find_classifier, from_map, to_map
 from snnkd_nb.models.zoo import catalogue, create_model, model_info
 from snnkd_nb.spec import ModelSpec
 from snnkd_nb.training.loop import fit
@@ -36,7 +41,7 @@ def resnet(channels=3, **kw):
     torch.manual_seed(0)
     models = torchvision("models.resnet")
     net = models.ResNet(models.Bottleneck, [1, 1, 1, 1], num_classes=10, width_per_group=8)
-    return Foreign(with_channels(net, channels), image_size=32, **kw)
+    return Foreign(with_image_channels(net, channels), image_size=32, **kw)
 
 
 def vit(**kw):
@@ -199,7 +204,7 @@ def test_tokens_to_map_and_back(b, c, h, prefix):
 
 @given(size=st.integers(1, 512))
 def test_patches_tile_the_image(size):
-    assert size % patch_for(size) == 0 and patch_for(size) <= 16
+    assert size % patch_size_for(size) == 0 and patch_size_for(size) <= 16
 
 
 @pytest.mark.parametrize("name", ["resnet", "vit"])
@@ -480,7 +485,7 @@ class Aux(nn.Module):
 
 @pytest.mark.parametrize("called", [True, False])
 def test_the_classifier_is_what_makes_the_logits(called):
-    assert classifier(Aux(called), 10, (3, 8, 8)) == "fc"
+    assert find_classifier(Aux(called), 10, (3, 8, 8)) == "fc"
 
 
 def test_a_convolution_can_be_the_classifier(tmp_path):
@@ -523,7 +528,8 @@ def test_a_network_without_known_stages_says_so():
             return self.tail(self.body(x).mean((2, 3)))
 
     with pytest.warns(
-        UserWarning, match=r"Odd has no stages .* stages=\[…\] of its module paths: body, tail"
+        UserWarning,
+        match=r"Odd has no known stages: .* stages=\[…\] of its module paths: body, tail",
     ):
         net = Foreign(Odd())
     student = create_model("resnet20", T=2, width=0.25)

@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snnkd_nb.core import UserError
-from snnkd_nb.kernels.gram import NORMALISATIONS, dense, gram, gram_distance, normalised, rows
+from snnkd_nb.kernels.gram import (
+    NORMALIZATIONS,
+    flatten_features,
+    gram,
+    gram_distance,
+    is_dense,
+    normalize_gram,
+)
 
 
 def arranged(x, kind):
@@ -53,13 +60,13 @@ def test_gram_is_that_of_rows(T, B, c, h, w, seed, kind, dtype):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     B=st.integers(1, 6),
-    how=st.sampled_from(NORMALISATIONS),
+    how=st.sampled_from(NORMALIZATIONS),
     scale=st.floats(0.1, 10),
     seed=st.integers(0, 99),
 )
 def test_scale_of_the_features_does_not_matter(B, how, scale, seed):
     x = torch.rand(2, B, 7, generator=torch.Generator().manual_seed(seed))
-    a, b = (normalised(gram(v), how) for v in (x, scale * x))
+    a, b = (normalize_gram(gram(v), how) for v in (x, scale * x))
     if how == "none":
         b = b / scale**2
     assert torch.allclose(a, b, rtol=1e-4, atol=1e-5) and gram_distance(a, a).eq(0).all()
@@ -67,7 +74,11 @@ def test_scale_of_the_features_does_not_matter(B, how, scale, seed):
 
 def test_no_copy_of_channels_last_features():
     x = torch.randn(6, 3, 4, 4).contiguous(memory_format=torch.channels_last).unflatten(0, (2, 3))
-    assert rows(x).data_ptr() == x.data_ptr() and dense(x, 2) and not dense(x[..., :3], 2)
+    assert (
+        flatten_features(x).data_ptr() == x.data_ptr()
+        and is_dense(x, 2)
+        and not is_dense(x[..., :3], 2)
+    )
 
 
 @pytest.mark.parametrize("x", [torch.rand(3), torch.ones(2, 3, 4, dtype=torch.int64)])

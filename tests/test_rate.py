@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spikingjelly.activation_based import neuron as sj_neuron
 
-import snnkd_nb.neurons.ratelayers as rate_module
+import snnkd_nb.neurons.ratelayers as layers_module
 from snnkd_nb.core import UserError, root
 from snnkd_nb.data.images import load
 from snnkd_nb.kernels.lif import lif, lif_reference
@@ -24,7 +24,7 @@ from snnkd_nb.models.blocks import MODELS
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.neurons.lif import LIF, FromSpikingJelly
 from snnkd_nb.neurons.rate import Rate, mean_of
-from snnkd_nb.neurons.ratelayers import begin
+from snnkd_nb.neurons.ratelayers import rate_of_input
 from snnkd_nb.spec import ModelSpec, OptimSpec, RunSpec
 from snnkd_nb.training.loop import fit
 
@@ -188,7 +188,7 @@ def test_published_numbers(T):
     )
     net.load_state_dict({k[6:]: v for k, v in z.items() if k.startswith("param.")}, strict=False)
     act = LIF(T, decay=0.2, v_reset=None, detach_reset=True)
-    for x in (begin(z["x"], T, True), begin(z["x"].repeat(T, 1, 1, 1), T, False)):
+    for x in (rate_of_input(z["x"], T, True), rate_of_input(z["x"].repeat(T, 1, 1, 1), T, False)):
         logits = net["fc"](
             act(net["b2"](net["c2"](act(net["b1"](net["c1"](x)))))).mean((2, 3))
         ).out()[0]
@@ -234,12 +234,12 @@ def test_large_maps_give_the_spikes_of_the_plain_network(dtype, T, monkeypatch):
         torch.arange(64 // T) % 10,
     )
     used, found = [], {}
-    plain_pass = rate_module.pass_of
+    plain_pass = layers_module.rate_pass_for
     monkeypatch.setattr(
-        rate_module, "pass_of", lambda engine: used.append(engine) or plain_pass(engine)
+        layers_module, "rate_pass_for", lambda engine: used.append(engine) or plain_pass(engine)
     )
     for mode, worth in (("bptt", 0), ("rate", 2**60), ("rate", 2**10)):
-        monkeypatch.setattr(rate_module, "WORTH", worth)
+        monkeypatch.setattr(layers_module, "MIN_STEPWISE_NEURONS", worth)
         one = copy.deepcopy(net)
         one.gradient = mode
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):

@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 import snnkd_nb.kernels.norm as norm_module
 import snnkd_nb.neurons.rate as rate_module
 import snnkd_nb.neurons.ratelayers as layers_module
-import snnkd_nb.neurons.stream as stream_module
+import snnkd_nb.neurons.lif as lif_module
 from snnkd_nb.core import UserError
 from snnkd_nb.data.images import load
-from snnkd_nb.kernels.rate import packed, unpacked
+from snnkd_nb.kernels.rate import pack_spikes, unpack_spikes
 from snnkd_nb.losses.base import observe
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.neurons.rate import Rate, mean_of
-from snnkd_nb.neurons.ratelayers import moments, plain_moments
-from snnkd_nb.neurons.stream import LIMIT, Later, streaming
+from snnkd_nb.neurons.ratelayers import moments_in_parts, plain_moments
+from snnkd_nb.neurons.lif import MEMORY_LIMIT, DeferredSteps, streaming
 from snnkd_nb.training.loop import fit
 
 NETWORKS = {
@@ -79,18 +79,18 @@ def images_at_a_time(monkeypatch):
             out = whole(*args, **kw)
             return (waited.append(1) or out) if out is not None else out
 
-        whole = stream_module.in_parts
-        monkeypatch.setattr(layers_module, "in_parts", count)
+        whole = lif_module.defer_in_parts
+        monkeypatch.setattr(layers_module, "defer_in_parts", count)
 
         def parts(n, size):
             return (
                 [(0, n)]
-                if stream_module.limit() == math.inf
+                if lif_module.memory_limit() == math.inf
                 else [(i, min(i + k, n)) for i in range(0, n, k)]
             )
 
-        for module in (rate_module, stream_module):
-            monkeypatch.setattr(module, "portions", parts)
+        for module in (rate_module, lif_module):
+            monkeypatch.setattr(module, "image_ranges", parts)
         return waited
 
     return choose
@@ -191,7 +191,7 @@ def test_frozen_statistics_need_one_sweep(images_at_a_time, monkeypatch):
             m.running_var.uniform_(0.5, 2)
     monkeypatch.setattr(norm_module, "WORTH", 0)
     images_at_a_time(2)
-    monkeypatch.setattr(layers_module, "moments", lambda *a: 1 / 0)
+    monkeypatch.setattr(layers_module, "moments_in_parts", lambda *a, **kw: 1 / 0)
     plain, parted = result(net, x, y), result(net, x, y, 0)
     assert torch.allclose(plain[0], parted[0], atol=1e-6) and all(
         a.equal(b) for a, b in zip(plain[3], parted[3])
@@ -230,7 +230,7 @@ def test_an_exception_leaves_nothing_behind(images_at_a_time):
     stop.remove()
     assert (
         torch.is_grad_enabled()
-        and LIMIT.get() is None
+        and MEMORY_LIMIT.get() is None
         and [sorted(vars(m)) for m in net.modules()] == keys
     )
     with torch.no_grad(), streaming(0):
@@ -253,31 +253,31 @@ def test_statistics_bits_and_steps_of_parts(T, B, k, C, edge, seed):
         .float()
         .contiguous(memory_format=torch.channels_last)
     )
-    assert unpacked(packed(spikes, T), T, torch.float32).equal(spikes)
+    assert unpack_spikes(pack_spikes(spikes, T), T, torch.float32).equal(spikes)
     ranges = [(i, min(i + k, B)) for i in range(0, B, k)]
     for whole in (
-        Rate(mean_of(spikes, T), packed(spikes, T), T),
+        Rate(mean_of(spikes, T), pack_spikes(spikes, T), T),
         Rate(mean_of(spikes, T), 100 + spikes * torch.randn(C, 1, 1, generator=g), T),
     ):
-        later = Rate(whole.rate, Later(whole.part, ranges, T), T)
-        mean, var = moments(later, plain_moments)
+        later = Rate(whole.rate, DeferredSteps(whole.part, ranges, T), T)
+        mean, var = moments_in_parts(later, plain_moments)
         exact = whole.steps.double()
         assert torch.allclose(mean, exact.mean((0, 2, 3)), rtol=1e-6) and torch.allclose(
             var, exact.var((0, 2, 3), correction=0), rtol=1e-4, atol=1e-6
         )
         assert all(
             v.equal(whole.steps.unflatten(0, (T, B))[:, i:j].flatten(0, 1))
-            for i, j, v in later.each()
-        ) and later.kept.equal(whole.steps)
+            for i, j, v in later.parts()
+        ) and later.stored_steps.equal(whole.steps)
 
 
 def test_the_limit_is_kept_and_found(monkeypatch):
     net, x, y, sizes = network("resnet20", 4), torch.randn(64, 3, 32, 32), torch.arange(64) % 10, []
-    plain_part = rate_module.some_images
-    monkeypatch.setattr(stream_module, "LEAST", 1)
+    plain_part = rate_module.steps_of_images
+    monkeypatch.setattr(lif_module, "MIN_PART_BYTES", 1)
     monkeypatch.setattr(
         rate_module,
-        "some_images",
+        "steps_of_images",
         lambda x, i, j: sizes.append((out := plain_part(x, i, j)).numel() * 4) or out,
     )
     result(net, x, y)
@@ -297,10 +297,12 @@ def test_the_limit_is_kept_and_found(monkeypatch):
 
 
 def test_fit_takes_the_limit(monkeypatch):
-    data, rows, seen, part = load("digits"), [], [], stream_module.in_parts
-    monkeypatch.setattr(stream_module, "LEAST", 1)
+    data, rows, seen, part = load("digits"), [], [], lif_module.defer_in_parts
+    monkeypatch.setattr(lif_module, "MIN_PART_BYTES", 1)
     monkeypatch.setattr(
-        layers_module, "in_parts", lambda *a, **kw: seen.append(LIMIT.get()) or part(*a, **kw)
+        layers_module,
+        "defer_in_parts",
+        lambda *a, **kw: seen.append(MEMORY_LIMIT.get()) or part(*a, **kw),
     )
     for stream in (None, 0.1):
         torch.manual_seed(0)
@@ -317,7 +319,7 @@ def test_fit_takes_the_limit(monkeypatch):
                 on_event=lambda e: None,
             )[-1]
         )
-        assert LIMIT.get() is None
+        assert MEMORY_LIMIT.get() is None
     assert {None, 0.1 * 2**20} == set(seen) and abs(rows[0]["loss"] - rows[1]["loss"]) < 0.05
     with pytest.raises(UserError, match="stream = 8: .*gradient='rate'"):
         fit(net, data, epochs=1, stream=8)
