@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,17 +14,16 @@ import torch
 
 from snnkd_nb.losses.zoo import parse_methods
 from snnkd_nb.models.zoo import create_model
-from snnkd_nb.papers import dsas, sastc, sastc_robust, studies
-from snnkd_nb.papers.experiments import SCALES
+from snnkd_nb.papers import dsas, studies
+from snnkd_nb.papers.experiments import SCALES, build_grid
 from snnkd_nb.papers.published import published
 from snnkd_nb.papers.registry import grid_for
 from snnkd_nb.reports.tables import Report
 
 ROOT = Path(__file__).resolve().parents[1]
+SASTC = ("table02", "table07", "table08")
 GRIDS = {
-    "sastc/table02": sastc.table02,
-    "sastc/table07": sastc_robust.table07,
-    "sastc/table08": sastc_robust.table08,
+    **{f"sastc/{name}": partial(build_grid, f"sastc/{name}") for name in SASTC},
     "dsas/table12": dsas.table12,
     "dsas/table15": dsas.table15,
     "studies/kd": studies.kd,

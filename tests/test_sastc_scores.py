@@ -20,47 +20,56 @@ from snnkd_nb.losses.zoo import create_distiller
 from snnkd_nb.metrics.activity import check_probes, create_probes
 from snnkd_nb.metrics.likeness import fixed_batch, stm_score
 from snnkd_nb.models.zoo import create_model, model_info
-from snnkd_nb.papers import sastc, sastc_maps, sastc_robust, studies
-from snnkd_nb.papers.experiments import SCALES
-from snnkd_nb.papers.published import published
+from snnkd_nb.papers import studies
+from snnkd_nb.papers.experiments import SCALES, build_grid, build_run, resolve
+from snnkd_nb.papers.published import claims, published
 from snnkd_nb.papers.registry import artefact, specs_for
-from snnkd_nb.papers.sastc_scores import (
-    ARTEFACTS,
-    LAST,
-    by_normalisation,
-    full_size,
-    magnitudes,
-    score,
-    score_frame,
-    scored,
-    teacher_of,
-    teachers,
-)
-from snnkd_nb.papers.sastc_views import (
-    FISHER_CLAIMS,
-    MAP_CLAIMS,
-    brightest,
-    fisher_rows,
-    fisher_table,
+from snnkd_nb.reports.claims import judge_claims
+from snnkd_nb.reports.layers import (
+    brightest_share,
+    fisher_records,
     interval_map,
-    map_rows,
+    likeness_records,
+    make_meta_network,
+    mismatch_measure,
+    tabulate_fisher,
+    tabulate_normalizations,
+    tabulate_score_parts,
+    tabulate_scores,
+    teacher_of,
+    teachers_of,
 )
-from snnkd_nb.reports.attention import attention_history, by_epoch
-from snnkd_nb.reports.compare import Measure, Report
-from snnkd_nb.reports.dots import judge
-from snnkd_nb.reports.maps import batch_of, picture
+from snnkd_nb.reports.maps import attention_history, load_picture, load_test_images
+from snnkd_nb.reports.tables import Measure, Report, tabulate_by_epoch
 from snnkd_nb.runner.networks import trained
 from snnkd_nb.store import Store
 from snnkd_nb.training.job import run_train
 
 BIG = ("medium", "paper")
 TABLES = ("table01", "table05")
+FIGURES = ("figure01", "figure03", "figure04")
+PAPER_TEACHERS = {"CIFAR-100": ("resnet32x4", 32), "ImageNet": ("resnet34_imagenet", 224)}
 CLASSES = {"cifar10": (10, 32, 3), "cifar100": (100, 32, 3), "imagefolder-stream": (1000, 224, 3)}
 
 
 @lru_cache
 def grids(scale):
-    return {k: make(scale) for k, make in ARTEFACTS.items()}
+    return {name: build_grid(f"sastc/{name}", scale) for name in TABLES + FIGURES}
+
+
+def last_epochs(scale):
+    return resolve("sastc", "options", "score", scale=scale)["last_epochs"]
+
+
+def score(scale):
+    return mismatch_measure(last_epochs(scale))
+
+
+def row_teacher(scale, dataset):
+    "The teacher of a row of Table 5."
+    if dataset == "ImageNet":
+        return build_run("sastc", "ImageNet teacher", scale)
+    return build_run("sastc", "teacher", scale, dataset=dataset, teacher="ResNet-32x4")
 
 
 @lru_cache
@@ -98,11 +107,7 @@ def on_meta(model, k, size, channels):
 def test_every_network_of_the_large_scales_exists_at_full_size_with_the_layers_it_needs(scale):
     for spec in {(s.model, s.data.name): s for s in every_network(scale)}.values():
         net = on_meta(spec.model, *shape(spec.data))
-        assert (
-            spec.model.width == 1
-            and net.T == spec.model.T
-            and sastc.layers(spec.model) == list(net.stage_names)
-        ), spec.model
+        assert spec.model.width == 1 and net.T == spec.model.T, spec.model
     for s in specs(scale):
         mine, theirs = (
             on_meta(m.model, *shape(m.data)).stage_names if m else () for m in (s, s.teacher)
@@ -143,10 +148,10 @@ def test_a_row_is_scored_against_one_teacher_and_named_like_the_papers(scale):
             if tuple(c.index.values()) == row
             for s in c.specs
         }
-        assert of == {teacher_of(scale, row[1])}
+        assert of == {row_teacher(scale, row[1])}
     assert (
-        teacher_of("paper", "CIFAR-100").model.name == "resnet32x4"
-        and "resnet34" in teacher_of("paper", "ImageNet").model.name
+        row_teacher("paper", "CIFAR-100").model.name == "resnet32x4"
+        and "resnet34" in row_teacher("paper", "ImageNet").model.name
     )
 
 
@@ -154,12 +159,12 @@ def test_a_row_is_scored_against_one_teacher_and_named_like_the_papers(scale):
 def test_scores_are_taken_in_the_runs_of_the_tables_of_accuracy(scale):
     watched, known = (
         set(grids(scale)["table05"].specs),
-        {*sastc.table02(scale).specs, *sastc_maps.table03(scale).specs},
+        {s for k in ("table02", "table03") for s in build_grid(f"sastc/{k}", scale).specs},
     )
     assert watched <= known and {s for s in known if s.probes} == watched, (
         "one run a student, whatever tables it stands in"
     )
-    names = {sastc.STUDENTS["VGG-11"], sastc.STUDENTS["ResNet-18"], sastc_maps.DEEP["ResNet-18"]}
+    names = {"vgg11_sastc", "resnet19_tet", "resnet18_imagenet"}
     assert {s.model.name for s in watched} == names and len(
         {s.replace(probes={}, reference=None) for s in known}
     ) == len(known)
@@ -168,14 +173,14 @@ def test_scores_are_taken_in_the_runs_of_the_tables_of_accuracy(scale):
 @pytest.mark.parametrize("scale", SCALES)
 def test_without_probes_figure_4_has_the_runs_of_the_sweep(scale):
     plain = {s.replace(probes={}, reference=None) for s in grids(scale)["figure04"].specs}
-    of = sastc.teacher(scale, "CIFAR-10", "ResNet-19")
+    swept = build_grid("sastc/figure05", scale)
     known = {
         s.replace(probes={}, reference=None)
-        for g in sastc.arms(scale, "CIFAR-10", "VGG-11", 3, of).values()
-        for seed in g
-        for s in seed
+        for c in swept.cells
+        if c.index["panel"] == "CIFAR-10" and c.index["method"] in ("Baseline", "KD", "β = 1300")
+        for s in c.specs
     }
-    assert plain == known
+    assert {s for s in plain if s.method != "kd+feature"} == known
 
 
 @pytest.mark.parametrize("key", TABLES)
@@ -189,7 +194,7 @@ def test_cells_are_published_ones_and_all_can_be_run(key, scale):
         set(report.claims().ours) == {"not run"}
         and len(report.claims()) == {"table01": 1, "table05": 3}[key]
     )
-    assert LAST[scale] <= min(s.optim.epochs for s in grids(scale)[key].specs) and any(
+    assert last_epochs(scale) <= min(s.optim.epochs for s in grids(scale)[key].specs) and any(
         "128" in d for d in grids(scale)[key].deviations
     )
 
@@ -201,7 +206,7 @@ def test_what_is_in_several_artefacts_is_one_run():
             g["figure01"].specs[1:]
         ) < set(g["table05"].specs)
     assert set(grids("small")["figure03"].specs) <= set(studies.sastc("small").specs)
-    assert set(grids("paper")["figure03"].specs) <= set(sastc_maps.table03("paper").specs)
+    assert set(grids("paper")["figure03"].specs) <= set(build_grid("sastc/table03", "paper").specs)
     assert len([s for s in specs("smoke") if s.probes]) <= 20 and all(
         s.optim.epochs <= 5 and s.data.name == "digits" for s in specs("smoke")
     )
@@ -210,16 +215,15 @@ def test_what_is_in_several_artefacts_is_one_run():
 def test_scales_share_no_run_but_the_teacher_that_is_taken_as_it_is():
     shared = {s for a in SCALES for b in SCALES if a != b for s in set(specs(a)) & set(specs(b))}
     assert (
-        shared == {teacher_of("paper", "ImageNet")}
-        and teacher_of("paper", "ImageNet").optim.lr == 0
+        shared == {row_teacher("paper", "ImageNet")}
+        and row_teacher("paper", "ImageNet").optim.lr == 0
     )
 
 
 def test_the_registry_asks_for_these_runs():
-    for key, make in ARTEFACTS.items():
-        assert artefact(f"sastc/{key}") and specs_for(f"sastc/{key}", "smoke") == list(
-            dict.fromkeys(make("smoke").specs)
-        )
+    for key, grid in grids("smoke").items():
+        assert artefact(f"sastc/{key}")
+        assert specs_for(f"sastc/{key}", "smoke") == grid.specs
 
 
 @pytest.mark.parametrize("scale", BIG)
@@ -237,9 +241,7 @@ def test_every_method_is_made_and_its_probes_look_on_a_narrow_copy(scale):
             for m, T in (
                 (s.model, 2),
                 (
-                    (
-                        s.teacher or s.reference or sastc.teacher(scale, "CIFAR-10", "ResNet-19")
-                    ).model,
+                    (s.teacher or s.reference or row_teacher(scale, "CIFAR-10")).model,
                     None,
                 ),
             )
@@ -297,10 +299,12 @@ def brief(spec):
 @pytest.fixture(scope="module")
 def watched_runs(alone):
     "{(key, method): (brief spec, record)} of one student alone and one under SASTC, scored, and one with Fisher information."
-    row = scored("smoke", "VGG-11", "CIFAR-100")
+    row = {
+        c.column: c.specs for c in grids("smoke")["table05"].cells if c.index["student"] == "VGG-11"
+    }
     chosen = {
-        "Baseline": row["Baseline"][0][0],
-        "SASTC": row["SASTC"][0][0],
+        "Baseline": row["Baseline"][0],
+        "SASTC": row["SASTC"][0],
         "fisher": grids("smoke")["figure04"].specs[1],
     }
     return {k: (brief(s), run_train(brief(s), alone)) for k, s in chosen.items()}
@@ -326,7 +330,7 @@ def test_tables_of_one_row_are_made_from_records(watched_runs, alone):
             c.specs[0] for c in grid.cells if c.column == k and c.index["student"] == "VGG-11"
         )
         runs[spec], nets[spec] = watched_runs[k][1], trained(watched_runs[k][1])
-    nets[teacher_of("smoke", "CIFAR-100")] = trained(alone.get(watched_runs["SASTC"][0].teacher))
+    nets[teacher_of(grid.cells[0])] = trained(alone.get(watched_runs["SASTC"][0].teacher))
     report = Report(grid, runs, score("smoke"))
     ours = {r["column"]: r["ours"] for r in report.rows if r["n"]}
     assert ours == {
@@ -337,17 +341,17 @@ def test_tables_of_one_row_are_made_from_records(watched_runs, alone):
         "not run",
         "not run",
     ]
-    made = by_normalisation(grid, nets)
+    made = tabulate_normalizations(grid, nets)
     assert len(made) == 4 and made["SASTC"][0] == pytest.approx(
         watched_runs["SASTC"][1].history["stm"][-1], rel=1e-5
     )
-    sizes = magnitudes(report, nets)
+    sizes = tabulate_score_parts(report, nets, PAPER_TEACHERS)
     assert (
         set(sizes.whose) == {"paper", "ours"}
         and np.allclose(sizes.n * sizes["one product"], np.exp(sizes.score / 2))
         and len(sizes[sizes.whose == "ours"]) == 1
     )
-    assert len(score_frame(grid, runs)) == 4 and set(score_frame(grid, runs).method) == {
+    assert len(tabulate_scores(grid, runs)) == 4 and set(tabulate_scores(grid, runs).method) == {
         "Baseline",
         "SASTC",
     }
@@ -356,7 +360,7 @@ def test_tables_of_one_row_are_made_from_records(watched_runs, alone):
 def test_attention_of_a_run_sums_to_one_and_names_the_calibrated_layers(watched_runs):
     spec, record = watched_runs["SASTC"]
     grid = grids("smoke")["figure01"]
-    rows = attention_history(by_epoch(grid, {grid.specs[1]: record}, "attention"))
+    rows = attention_history(tabulate_by_epoch(grid, {grid.specs[1]: record}, "attention"))
     assert set(rows.student) == set(spec.method_args["student_layers"]) and set(
         rows.teacher
     ) == set(spec.method_args["teacher_layers"])
@@ -367,7 +371,7 @@ def test_attention_of_a_run_sums_to_one_and_names_the_calibrated_layers(watched_
 
 def test_fisher_information_of_a_run_is_there_for_every_step(watched_runs):
     grid, record = grids("smoke")["figure04"], watched_runs["fisher"][1]
-    frame = by_epoch(grid, {grid.specs[1]: record}, "fisher")
+    frame = tabulate_by_epoch(grid, {grid.specs[1]: record}, "fisher")
     assert (
         set(frame.part) == {"1", "2", "3"}
         and (frame.value > 0).all()
@@ -375,13 +379,14 @@ def test_fisher_information_of_a_run_is_there_for_every_step(watched_runs):
         and set(frame.method) == {"KD"}
     )
     assert (
-        fisher_table(frame).shape == (1, 9)
-        and judge(FISHER_CLAIMS, fisher_rows(frame)).ours.tolist() == ["not run"] * 5
+        tabulate_fisher(frame).shape == (1, 9)
+        and judge_claims(claims("sastc/figure04"), fisher_records(frame)).ours.tolist()
+        == ["not run"] * 5
     )
 
 
 def test_a_measure_of_the_accuracy_is_the_table_of_accuracies():
-    grid = sastc_robust.table09("smoke")
+    grid = build_grid("sastc/table09", "smoke")
     runs = {s: SimpleNamespace(metrics={"acc_last": 50 + i}) for i, s in enumerate(grid.specs)}
     by_name, by_measure = (
         Report(grid, runs),
@@ -437,8 +442,8 @@ def folder(tmp_path_factory):
 
 
 def test_images_in_files_are_looked_at_and_scored_like_those_in_memory(folder):
-    x, y = batch_of(folder, torch.tensor([0, 5, 9]))
-    pictures = [picture(folder, i) for i in (0, 5, 9)]
+    x, y = load_test_images(folder, torch.tensor([0, 5, 9]))
+    pictures = [load_picture(folder, i) for i in (0, 5, 9)]
     assert (
         x.shape == (3, 3, 32, 32)
         and y.tolist() == [0, 1, 2]
@@ -473,9 +478,9 @@ def test_images_in_files_are_looked_at_and_scored_like_those_in_memory(folder):
 def test_the_brightest_part_knows_no_size_and_no_place(batch, h, w, factor, seed):
     g = torch.Generator().manual_seed(seed)
     m = torch.rand(batch, h, w, generator=g) + 1e-3
-    part = brightest(m)
-    assert torch.allclose(brightest(factor * m), part, rtol=1e-4) and torch.allclose(
-        brightest(m.flip(1, 2)), part, rtol=1e-5
+    part = brightest_share(m)
+    assert torch.allclose(brightest_share(factor * m), part, rtol=1e-4) and torch.allclose(
+        brightest_share(m.flip(1, 2)), part, rtol=1e-5
     )
     assert ((part >= max(1, round(0.2 * h * w)) / (h * w) - 1e-5) & (part <= 1 + 1e-5)).all()
 
@@ -495,7 +500,7 @@ def test_how_early_a_curve_falls_does_not_depend_on_its_height(values, factor, l
     )
 
     def read(f):
-        return {r["column"]: r["value"] for r in fisher_rows(f, last)}
+        return {r["column"]: r["value"] for r in fisher_records(f, last)}
 
     share = 0.0
     for v in values:
@@ -539,7 +544,7 @@ def test_a_network_that_fires_once_has_an_empty_map_and_claims_about_maps_are_ju
             for m, p in (("Baseline", 0.1), ("KD", 0.5), ("Feature KD", 0.3), ("SASTC", 0.4))
         ]
     )
-    assert judge(MAP_CLAIMS, map_rows(frame)).ours.tolist() == [
+    assert judge_claims(claims("sastc/figure03"), likeness_records(frame)).ours.tolist() == [
         f"{w}, one seed"
         for w in ("holds", "fails", "holds", "holds", "fails", "holds", "fails", "holds", "fails")
     ]
@@ -548,14 +553,14 @@ def test_a_network_that_fires_once_has_an_empty_map_and_claims_about_maps_are_ju
 def test_the_papers_teachers_have_the_sizes_that_are_told():
     assert [
         max(math.prod(v) for v in net.feature_shapes(size).values())
-        for net, size in map(full_size, ("CIFAR-100", "ImageNet"))
+        for net, size in ((make_meta_network(*of), of[1]) for of in PAPER_TEACHERS.values())
     ] == [65_536, 200_704]
-    assert teachers(grids("paper")["table05"]) == [
-        teacher_of("paper", d) for d in ("CIFAR-100", "ImageNet")
+    assert teachers_of(grids("paper")["table05"]) == [
+        row_teacher("paper", d) for d in ("CIFAR-100", "ImageNet")
     ]
 
 
 def test_mistakes_are_named():
-    for make in ARTEFACTS.values():
+    for name in TABLES + FIGURES:
         with pytest.raises(UserError, match="did you mean 'paper'"):
-            make("papr")
+            build_grid(f"sastc/{name}", "papr")
