@@ -93,7 +93,7 @@ def observe(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Run a network once and return `(logits, {name: feature})`.
 
-    Raises `UserError` for an unknown name, and for a module that is called more than once per forward pass.
+    Raises `UserError` for an unknown name, and for a module that is called more than once.
     """
     if not names:
         return model(x), {}
@@ -121,7 +121,7 @@ def observe(
             features[name] = _restore_time_axis(feature, logits)
     return logits, features
 
-# %% ../../nbs/lib/45_losses.base.ipynb #53e6aad5
+# %% ../../nbs/lib/45_losses.base.ipynb #d30df672
 def _no_map_error(name: str, feature: Any, model: nn.Module, who: str) -> UserError:
     if isinstance(feature, Tensor):
         output = f"a tensor of shape {tuple(feature.shape)}"
@@ -139,11 +139,14 @@ def _no_map_error(name: str, feature: Any, model: nn.Module, who: str) -> UserEr
 def feature_shapes(
     model: Any,  # any classifier
     names: Collection[str],  # stages or module paths
-    input_shape: tuple[int, int, int]
-    | None = None,  # (C, H, W) of one image; None: as the model states, else (3, 32, 32)
+    # (C, H, W) of one image; None: as the model states, else (3, 32, 32)
+    input_shape: tuple[int, int, int] | None = None,
     who: str = "network",  # name of the model in error messages
 ) -> dict[str, tuple[int, ...]]:
-    "Find (C, H, W) of named features by a dry run that leaves the model unchanged. Raises `UserError` for a feature that is no map."
+    """Find (C, H, W) of named features by a dry run that leaves the model unchanged.
+
+    Raises `UserError` for a feature that is no map.
+    """
     size = getattr(model, "image_size", 32)
     shape = input_shape or (getattr(model, "in_channels", 3), size, size)
     parameter = next(model.parameters())
@@ -175,7 +178,7 @@ def _layer_names(side: str, value: Any) -> tuple[str, ...] | None:
 def read_layers(
     layers: Layers,  # None, one name for both networks, or {"student": …, "teacher": …}
 ) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
-    "Return the names of the student's and of the teacher's layers; None for a side that is not given."
+    "Return the names of the student's and the teacher's layers, None for a side not given."
     if layers is None or isinstance(layers, str):
         names = _layer_names("student", layers)
         return names, names
@@ -189,7 +192,10 @@ def read_layers(
 
 
 def read_layer_pairs(layers: Layers) -> list[tuple[str, str]] | None:
-    "Return layers paired position by position, or None for the default. Raises `UserError` for lists of different length."
+    """Return layers paired position by position, or None for the default.
+
+    Raises `UserError` for lists of different length.
+    """
     if layers is None:
         return None
     student, teacher = read_layers(layers)
@@ -215,7 +221,7 @@ def choose_layer_pair(
     layers: Layers,  # the option `layers`
     student: nn.Module,  # a network
 ) -> tuple[str, str | None]:
-    "Return the student's layer, its last stage by default, and the teacher's layer, None by default."
+    "Return the student's layer (default: its last stage) and the teacher's (default: None)."
     student_layer, teacher_layer = read_layer_pair(layers)
     need(
         student_layer or stages_of(student),
@@ -233,7 +239,10 @@ def layers_from_pairs(
     layers: Layers,  # the option `layers`
     pairs: Any,  # the old option: [(student layer, teacher layer), …]
 ) -> Layers:
-    "Translate the old option `pairs`. Raises `UserError` if both are given or if it is no list of pairs."
+    """Translate the old option `pairs`.
+
+    Raises `UserError` if both are given or if it is no list of pairs.
+    """
     if not pairs:
         return layers
     need(layers is None, "layers and pairs are both given: leave out pairs, the old name")
@@ -246,7 +255,10 @@ def layers_from_stage(
     layers: Layers,  # the option `layers`
     stage: Any,  # the old option: a stage of both networks, or (student's, teacher's)
 ) -> Layers:
-    "Translate the old option `stage`. Raises `UserError` if both are given or if it is no stage or pair."
+    """Translate the old option `stage`.
+
+    Raises `UserError` if both are given or if it is no stage or pair.
+    """
     if stage is None:
         return layers
     need(layers is None, "layers and stage are both given: leave out stage, the old name")
@@ -266,7 +278,10 @@ def layers_from_lists(
     student_layers: Any,  # the old option: a list of stages or module paths
     teacher_layers: Any,  # the old option: likewise
 ) -> Layers:
-    "Translate the old options `student_layers` and `teacher_layers`. Raises `UserError` if both forms are given."
+    """Translate the old options `student_layers` and `teacher_layers`.
+
+    Raises `UserError` if both forms are given.
+    """
     if student_layers is None and teacher_layers is None:
         return layers
     need(
@@ -303,14 +318,17 @@ def default_pairs(
     student: nn.Module,  # staged network
     teacher: nn.Module,  # staged network
 ) -> list[tuple[str, str]]:
-    "Pair the stages of two networks from the output backwards. Raises `UserError` where a network has no named stages."
+    """Pair the stages of two networks from the output backwards.
+
+    Raises `UserError` where a network has no named stages.
+    """
     for model in (student, teacher):
         network: Any = getattr(model, "net", model)
         need(
             stages_of(model),
-            f"{type(network).__name__} has no named stages: give it some, Foreign(net, stages=[…]) or"
-            " stages=[…] of its options, or layers={'student': [module path, …], 'teacher': [module"
-            f" path, …]}}; its module paths: {paths_in_words(network)}",
+            f"{type(network).__name__} has no named stages: give it some, Foreign(net, stages=[…])"
+            " or stages=[…] of its options, or layers={'student': [module path, …],"
+            f" 'teacher': [module path, …]}}; its module paths: {paths_in_words(network)}",
         )
     student_stages = stages_of(student)
     teacher_stages = stages_of(teacher)
@@ -358,12 +376,15 @@ def check_choice(
     value: Any,  # its value
     valid: Collection[str],  # the allowed values
 ) -> Any:
-    "Return the value if it is one of the allowed values. Raises `UserError` with the nearest valid one otherwise."
+    """Return the value if it is one of the allowed values.
+
+    Raises `UserError` with the nearest valid one otherwise.
+    """
     if value not in valid:
         raise unknown(name, value, valid)
     return value
 
-# %% ../../nbs/lib/45_losses.base.ipynb #89b970e0
+# %% ../../nbs/lib/45_losses.base.ipynb #1cff9e50
 @dataclass
 class Batch:
     "The images of one batch with the outputs of student and teacher."
@@ -381,9 +402,8 @@ class Method(nn.Module):
 
     needs_teacher = True
     replaces_ce = False  # True: the terms replace the cross-entropy
-    looks_at_steps = (
-        False  # True: the method uses single time steps, which firing rates do not have
-    )
+    # True: the method uses single time steps, which firing rates do not have
+    looks_at_steps = False
     variants: tuple[str, ...] = ("paper", "code")  # readings that `create_distiller` may ask for
 
     student_features: tuple[str, ...]  # stages or module paths that `terms` needs
@@ -396,7 +416,7 @@ class Method(nn.Module):
         self.teacher_features = ()
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
-        "Prepare for epoch `epoch` (from 0) of `epochs`; a hook for methods whose weights change during training."
+        "Prepare for epoch `epoch` (from 0) of `epochs`; for methods whose weights change."
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         "Compute the named loss terms of a batch, each a scalar."
@@ -434,14 +454,14 @@ def check_classes(
     if low < 0:
         raise UserError(f"a label is {low}: labels are whole numbers from 0 to {num_classes - 1}")
 
-# %% ../../nbs/lib/45_losses.base.ipynb #71d9538c
+# %% ../../nbs/lib/45_losses.base.ipynb #e4aec8c1
 def _unique_names(methods: Iterable[Any], attribute: str) -> tuple[str, ...]:
     names = [name for method in methods for name in getattr(method, attribute)]
     return tuple(dict.fromkeys(names))
 
 
 class Distiller(nn.Module):
-    "Student, teacher and methods: `forward(x, y)` returns the named, weighted terms of the loss and the decision."
+    "Student, teacher and methods. `forward(x, y)` returns the terms of the loss and the decision."
 
     teacher: Any  # held outside the registered modules, see `__init__`
 
@@ -462,9 +482,8 @@ class Distiller(nn.Module):
         self.student = student
         self.ce = ce
         self.ce_weight = ce_weight
-        self.labels: tuple[int, int] | None = (
-            None  # `label_range` of the data, set by the training loop
-        )
+        # `label_range` of the data, set by the training loop
+        self.labels: tuple[int, int] | None = None
         self.weights = [weight for weight, _ in methods]
         self.methods = nn.ModuleList(method for _, method in methods)
         # not registered, so that the teacher is neither trained nor saved
@@ -511,19 +530,22 @@ class Distiller(nn.Module):
             if "more than 1 value per channel" not in str(error):
                 raise
             raise UserError(
-                f"a batch of {batch_size} image on maps of one pixel: the student's batch norm has a"
-                " single value and no variance; take two images or more per batch"
+                f"a batch of {batch_size} image on maps of one pixel: the student's batch norm has"
+                " a single value and no variance; take two images or more per batch"
             ) from None
 
     def look(self, x: Tensor, y: Tensor) -> Batch:
         "Old name of `run_networks`."
-        warnings.warn(
-            "Distiller.look was renamed: use run_networks", DeprecationWarning, stacklevel=2
-        )
+        message = "Distiller.look was renamed: use run_networks"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
         return self.run_networks(x, y)
 
     def forward(self, x: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        "Return `(terms, decision)`: the weighted terms, whose sum is the loss, and the student's logits (B, K), detached."
+        """Return `(terms, decision)`.
+
+        The sum of the weighted terms is the loss. The decision is the student's mean logits (B, K),
+        detached.
+        """
         batch = self.run_networks(x, y)
         terms: dict[str, Tensor] = {}
         if not self.replaced:

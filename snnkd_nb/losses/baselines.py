@@ -87,7 +87,7 @@ def create_adapter(
     c_s: int,  # channels of the student
     c_t: int,  # channels of the teacher
 ) -> nn.Module:
-    "Create a 1×1 convolution between different numbers of channels, or an identity between equal ones."
+    "Create a 1×1 convolution, or an identity if both have equally many channels."
     if c_s == c_t:
         return nn.Identity()
     return nn.Conv2d(c_s, c_t, 1)
@@ -118,7 +118,10 @@ def kdsnn_loss(
     f_t: Tensor,  # teacher (B, C', H', W')
     adapt: nn.Module,  # maps C to C' channels
 ) -> Tensor:
-    "Compute the mean squared distance of adapted rates and teacher features. Source: our reading of Xu et al. 2023."
+    """Compute the mean squared distance of adapted rates and teacher features.
+
+    Source: our reading of Xu et al. 2023.
+    """
     rates, target = align(average_over_time(f_s), f_t)
     return F.mse_loss(adapt(rates).float(), target.float())
 
@@ -198,7 +201,10 @@ def wsld_loss(
     y: Tensor,  # labels (B,)
     temp: float = 2.0,  # temperature, > 0
 ) -> Tensor:
-    "Compute temp² KL(teacher ‖ student), weighted by image, mean over the batch. Source: Zhou et al. 2021, as in BKDSNN's published code."
+    """Compute temp² KL(teacher ‖ student), weighted by image, mean over the batch.
+
+    Source: Zhou et al. 2021, as in BKDSNN's published code.
+    """
     check_positive("temp", temp, 2)
     with torch.no_grad():
         ce_s = F.cross_entropy(logits_s, y, reduction="none")
@@ -262,7 +268,10 @@ def e2kd_loss(
     map_s: Tensor,  # student (B, h, w)
     map_t: Tensor,  # teacher (B, h', w')
 ) -> Tensor:
-    "Compute 1 − cosine of the maps, mean over the batch. Source: our reading of Parchami-Araghi et al. 2024."
+    """Compute 1 − cosine of the maps, mean over the batch.
+
+    Source: our reading of Parchami-Araghi et al. 2024.
+    """
     a, b = same_size(map_s, map_t)
     return 1 - F.cosine_similarity(a.flatten(1), b.flatten(1)).mean()
 
@@ -278,7 +287,8 @@ class E2KD(Method):
         stage: Any = None,  # old name of `layers`
         classes: str = "predicted",  # by the teacher, or "true"
         input_shape: Any = None,  # (C, H, W) of one image where neither network knows it
-        layers: Layers = None,  # one layer of each network; None: the last that the logits depend on
+        # one layer of each network; None: the last that the logits depend on
+        layers: Layers = None,
     ):
         super().__init__(student, teacher, variant)
         self.classes = check_choice("choice of classes", classes, CLASSES)
@@ -302,7 +312,7 @@ class E2KD(Method):
         map_s = self.student_map(batch.feats_s[self.student_map.stage], classes)
         return {"e2kd": e2kd_loss(map_s, map_t)}
 
-# %% ../../nbs/lib/51_losses.baselines.ipynb #545926cc
+# %% ../../nbs/lib/51_losses.baselines.ipynb #51262266
 def pooled_class_maps(
     f: Tensor,  # (T, B, C, H, W) or (B, C, H, W)
     matrix: Tensor,  # of the classifier, (K, C)
@@ -320,10 +330,13 @@ def catkd_loss(
     maps_s: Tensor,  # student (B, K, h, w)
     maps_t: Tensor,  # teacher (B, K, h, w)
 ) -> Tensor:
-    "Compute the mean squared distance of the normalized maps. Source: our reading of Guo et al. 2023."
-    return F.mse_loss(
-        F.normalize(maps_s.flatten(2), dim=-1), F.normalize(maps_t.flatten(2), dim=-1)
-    )
+    """Compute the mean squared distance of the normalized maps.
+
+    Source: our reading of Guo et al. 2023.
+    """
+    unit_s = F.normalize(maps_s.flatten(2), dim=-1)
+    unit_t = F.normalize(maps_t.flatten(2), dim=-1)
+    return F.mse_loss(unit_s, unit_t)
 
 
 class CATKD(Method):
@@ -340,7 +353,8 @@ class CATKD(Method):
         super().__init__(student, teacher, variant)
         need(
             type(size) is int and size > 1,
-            f"size = {size!r}: give a whole number of positions per edge, at least 2 (the original has 2)",
+            f"size = {size!r}: give a whole number of positions per edge, at least 2"
+            " (the original has 2)",
         )
         need(
             stages_of(student) and stages_of(teacher),

@@ -50,7 +50,10 @@ def samd_loss(
     scaling: str = "softmax",  # or "l2", "zscore", "none"
     squared: bool = True,  # whether the divergence is multiplied by temp²
 ) -> Tensor:
-    "Compute the distance of two saliency maps, mean over the batch. Source: CKDSNN eq. 4; without temp² its published code."
+    """Compute the distance of two saliency maps, mean over the batch.
+
+    Source: CKDSNN eq. 4; without temp² its published code.
+    """
     need(
         map_s.dim() == map_t.dim() == 3 and len(map_s) == len(map_t),
         f"maps of shapes {tuple(map_s.shape)} and {tuple(map_t.shape)}:"
@@ -72,11 +75,13 @@ MIXES = ("logits", "probabilities")
 
 def nld_noise(
     logits: Tensor,  # student (B, K)
-    noise: str = "adaptive",  # "adaptive": mean and spread of each image's logits; "fixed": mean 0 and `sigma`
+    # "adaptive": mean and spread of each image's logits; "fixed": mean 0 and `sigma`
+    noise: str = "adaptive",
     sigma: float = 1.0,  # standard deviation of the fixed noise
-    mix: str = "logits",  # "logits": spread σ, no gradient; "probabilities": spread σ², with gradient (published code)
-    draw: Tensor
-    | None = None,  # standard normal numbers (B, K); None: drawn now, from torch's generator
+    # "logits": spread σ, no gradient; "probabilities": spread σ², with gradient (published code)
+    mix: str = "logits",
+    # standard normal numbers (B, K); None: drawn now, from torch's generator
+    draw: Tensor | None = None,
 ) -> Tensor:
     "Draw the noise ε, (B, K). Source: CKDSNN eq. 5; its published code."
     xi = torch.randn_like(logits) if draw is None else draw
@@ -93,7 +98,8 @@ def _check_nld_options(lam: float, noise: str, mix: str) -> None:
     check_choice("mix", mix, MIXES)
     need(
         check_weight("lam", lam, 0.1) <= 1 or mix == "logits",
-        f"lam = {lam!r}: a mix of probabilities takes a number from 0 to 1 (the published code has 0.1)",
+        f"lam = {lam!r}: a mix of probabilities takes a number from 0 to 1"
+        " (the published code has 0.1)",
     )
 
 
@@ -105,10 +111,13 @@ def nld_loss(
     noise: str = "adaptive",  # "adaptive", "fixed" or "none"
     sigma: float = 1.0,  # standard deviation of the fixed noise
     mix: str = "logits",  # "logits" (paper) or "probabilities" (published code)
-    draw: Tensor
-    | None = None,  # standard normal numbers (B, K); None: drawn now, from torch's generator
+    # standard normal numbers (B, K); None: drawn now, from torch's generator
+    draw: Tensor | None = None,
 ) -> Tensor:
-    "Compute τ² KL(teacher ‖ smoothed student), mean over the batch. Source: CKDSNN eqs. 5–7; its published code."
+    """Compute τ² KL(teacher ‖ smoothed student), mean over the batch.
+
+    Source: CKDSNN eqs. 5–7; its published code.
+    """
     check_positive("temp", temp, 2)
     _check_nld_options(lam, noise, mix)
     if noise == "none" or lam == 0:
@@ -145,16 +154,19 @@ class SAMD(Method):
         self,
         student: Any,  # a spiking network (an ordinary one counts as one step)
         teacher: Any,  # an ordinary network
-        variant: str = "paper",  # decides the options that are None: "paper", "scaled" or "code", see *Deviations*
+        # decides the options that are None: "paper", "scaled" or "code", see *Deviations*
+        variant: str = "paper",
         temp: float = 2.0,  # temperature of the softmax, > 0
         scaling: str = "softmax",  # or "l2", "zscore", "none"
         stage: Any = None,  # old name of `layers`
-        classes: str
-        | None = None,  # the teacher's map belongs to the "true" or the "predicted" class
-        rescale: str
-        | None = None,  # before scaling to [0, 1] by "sample", by "batch", or "none"; other scalings than softmax: "none"
+        # the teacher's map belongs to the "true" or the "predicted" class
+        classes: str | None = None,
+        # before scaling to [0, 1] by "sample", by "batch", or "none"; other scalings than softmax:
+        # "none"
+        rescale: str | None = None,
         squared: bool | None = None,  # whether the divergence is multiplied by temp²
-        student_map: str = "sam",  # "sam"; "isi": inter-spike intervals; "cam": class activation map of the student
+        # "sam"; "isi": inter-spike intervals; "cam": class activation map of the student
+        student_map: str = "sam",
         decay: float = 0.5,  # of the inter-spike intervals, per step
         input_shape: Any = None,  # (C, H, W) of one image where neither network knows it
         layers: Layers = None,  # one layer of each network; None: the last stages
@@ -254,7 +266,8 @@ class NLD(Method):
         self,
         student: Any,  # used for its logits only
         teacher: Any,  # used for its logits only
-        variant: str = "paper",  # decides `mix` where it is None: "paper" or "code", see *Deviations*
+        # decides `mix` where it is None: "paper" or "code", see *Deviations*
+        variant: str = "paper",
         tau: float = 2.0,  # temperature of the logits, > 0
         lam: float = 0.1,  # weight of the noise, ≥ 0
         noise: str = "adaptive",  # "adaptive", "fixed" or "none"
@@ -286,7 +299,8 @@ class CKDSNN(Method):
         self,
         student: Any,  # a spiking network
         teacher: Any,  # an ordinary network
-        variant: str = "paper",  # "paper", "scaled" or "code": decides the options that are None, see *Deviations*
+        # "paper", "scaled" or "code": decides the options that are None, see *Deviations*
+        variant: str = "paper",
         beta: float = 1.0,  # weight of SAMD, ≥ 0
         gamma: float = 1.0,  # weight of NLD, ≥ 0
         temp: float = 2.0,  # SAMD: temperature of the softmax

@@ -51,7 +51,10 @@ def hybrid_loss(
     alpha: float = 0.5,  # weight of the teacher's answer, 0 to 1
     temp: float = 1.0,  # temperature, > 0; 1: none
 ) -> tuple[Tensor, Tensor]:
-    "Compute `(cross-entropy, KL)`, weighted by 1 - alpha and alpha; their sum is the loss. Source: ESKD eq. 3 and 7."
+    """Compute `(cross-entropy, KL)`, weighted by 1 - alpha and alpha; their sum is the loss.
+
+    Source: ESKD eq. 3 and 7.
+    """
     cross_entropy = (1 - alpha) * F.cross_entropy(logits, y)
     divergence = alpha * kd_loss(logits, logits_t, temp)
     return cross_entropy, divergence
@@ -79,7 +82,8 @@ def check_alpha(
         return alpha
     need(
         is_weight(alpha, 1),
-        f"alpha = {alpha!r}: give a number from 0 to 1 (the paper uses 0.5), 'increase' or 'decrease'",
+        f"alpha = {alpha!r}: give a number from 0 to 1 (the paper uses 0.5),"
+        " 'increase' or 'decrease'",
     )
     return alpha
 
@@ -100,7 +104,7 @@ def alpha_at(
     assert epoch is not None and epochs is not None
     return ALPHA_SCHEDULES[alpha](epoch / max(epochs - 1, 1))
 
-# %% ../../nbs/lib/52_losses.eskd.ipynb #d03c78e8
+# %% ../../nbs/lib/52_losses.eskd.ipynb #adbfae7c
 BETA_RULES: dict[str, Callable[[int, int], float]] = {
     "uniform": lambda k, n: 1 / n,
     "decay": lambda k, n: 0.5 ** (n - k),
@@ -108,10 +112,11 @@ BETA_RULES: dict[str, Callable[[int, int], float]] = {
 
 
 def compute_betas(
-    beta: Any,  # "uniform", "decay", one number for all, or a list with a number for each hybrid model
+    # "uniform", "decay", one number for all, or a list with a number for each hybrid model
+    beta: Any,
     n: int,  # number of hybrid models
-    places: Sequence[int]
-    | None = None,  # position of each model's weight in the list; None: their own order
+    # position of each model's weight in the list; None: their own order
+    places: Sequence[int] | None = None,
 ) -> list[float]:
     "Return the weights beta_k, in the order of the hybrid models. Source: ESKD Table 4."
     beta = plain(beta)
@@ -136,7 +141,10 @@ def to_full_precision(logits: Tensor) -> Tensor:
 def mean_rates(
     features: Mapping[str, Tensor],  # stage -> (T, B, C, h, w), or (B, C, h, w) of an ANN
 ) -> dict[str, Tensor]:
-    "Average features over time, {stage: (B, C, h, w)}. In training on rates the only step is already the mean."
+    """Average features over time, {stage: (B, C, h, w)}.
+
+    In training on rates the only step is already the mean.
+    """
     rates = {}
     for name, feature in features.items():
         rates[name] = feature.mean(0) if feature.dim() == 5 else feature
@@ -152,7 +160,10 @@ def find_shapes(
     pairs: Any = None,  # [(student stage or module path, teacher stage), …]; None: all stages
     input_shape: Any = None,  # (C, H, W) of one image
 ) -> tuple[Shapes, Shapes]:
-    "Return {stage: (C, h, w)} of student and teacher. Raises `UserError` for names that do not exist."
+    """Return {stage: (C, h, w)} of student and teacher.
+
+    Raises `UserError` for names that do not exist.
+    """
     if not pairs:
         default_pairs(student, teacher)  # raises where a network has no stages
     for _, name in check_pairs(pairs or []):
@@ -237,7 +248,8 @@ class HybridNet(nn.Module):
         student: Any,  # its beginning
         hybrids: Any,  # `Hybrids` of the student
         name: str,  # "M0", …
-        untrained: bool = False,  # whether it may run in evaluation before its adapter has seen a batch
+        # whether it may run in evaluation before its adapter has seen a batch
+        untrained: bool = False,
     ):
         super().__init__()
         hybrids.at(name)  # raises for an unknown name
@@ -253,7 +265,10 @@ class HybridNet(nn.Module):
 
 
 class ESKD(Method):
-    "Block-wise replacement: the loss of the student and of its hybrid models. Source: ESKD eq. 2 to 4 and 7."
+    """Block-wise replacement: the loss of the student and of its hybrid models.
+
+    Source: ESKD eq. 2 to 4 and 7.
+    """
 
     replaces_ce = True
     student: Any  # the student, held without registering it a second time
@@ -264,22 +279,30 @@ class ESKD(Method):
         teacher: Any,  # ordinary network with `forward_from`
         variant: str = "paper",  # no code was published: both are the same
         alpha: Any = 0.5,  # weight of the teacher's answer: a number, "increase" or "decrease"
-        beta: Any = "uniform",  # weights of the hybrid models: "uniform", "decay", a number, or a list in the order of positions, else of layers
-        positions: Any = None,  # which: k, "H", "fc" or student stages, in a list; "all"; []: none, which is logit distillation; None: every k between stem and classifier
+        # weights of the hybrid models: "uniform", "decay", a number, or a list in the order of
+        # positions, else of layers
+        beta: Any = "uniform",
+        # which: k, "H", "fc" or student stages, in a list; "all"; []: none, which is logit
+        # distillation; None: every k between stem and classifier
+        positions: Any = None,
         pairs: Any = None,  # old name of `layers`: [(student layer, teacher stage), …]
         adapter: str = "1x1-1x1",  # C_k: 1x1-1x1, 1x1, 3x3, depthwise, linear or identity
         relu: bool = False,  # whether C_k ends in a ReLU
-        prefix: str = "learned",  # a transformer's class token: "learned", or "mean" of the adapted map
+        # a transformer's class token: "learned", or "mean" of the adapted map
+        prefix: str = "learned",
         temp: float = 1.0,  # temperature, > 0 (paper: none)
         input_shape: Any = None,  # (C, H, W) of one image, for the dry run that finds the shapes
-        layers: Layers = None,  # {"student": […], "teacher": […]}, paired by position; None: by resolution, see `models.hybrid`
+        # {"student": […], "teacher": […]}, paired by position; None: by resolution, see
+        # `models.hybrid`
+        layers: Layers = None,
     ):
         super().__init__(student, teacher, variant)
         self.alpha = check_alpha(alpha)
         self.temp = plain(temp)
         need(
             is_weight(self.temp) and self.temp > 0,
-            f"temp = {temp!r}: the temperature must be a finite number above 0 (the paper has none: 1)",
+            f"temp = {temp!r}: the temperature must be a finite number above 0"
+            " (the paper has none: 1)",
         )
         self._epoch: tuple[int, ...] = ()
         named_pairs = read_layer_pairs(layers_from_pairs(layers, pairs))

@@ -44,7 +44,10 @@ def create_projection(
     c_s: int,  # channels of the student's feature
     c_t: int,  # channels of the teacher's feature
 ) -> nn.Sequential:
-    "Create the module that maps student features to the teacher's channels. Source: SASTC eq. 2 and its published code."
+    """Create the module that maps student features to the teacher's channels.
+
+    Source: SASTC eq. 2 and its published code.
+    """
     return nn.Sequential(
         nn.Conv2d(c_s, 2 * c_t, 3, padding=1, bias=False),
         nn.BatchNorm2d(2 * c_t),
@@ -58,7 +61,7 @@ def feature_loss(
     f_t: Tensor,  # teacher feature (B, C', H', W')
     project: Any,  # module that maps C to C' channels
 ) -> Tensor:
-    "Compute the mean squared error between the projected student and the teacher, in fp32, over steps, images and elements."
+    "Compute the mean squared error of the projected student in fp32, over all steps and images."
     num_steps = 1
     if f_s.dim() == 5:
         num_steps = f_s.shape[0]
@@ -80,7 +83,9 @@ class Feature(Method):
         pairs: Any = None,  # old name of `layers`: [(student layer, teacher layer), …]
         input_shape: Any = None,  # (C, H, W) of one image, for the dry run that finds the channels
         weight: float = 1.0,  # of the loss, ≥ 0 (the papers give none)
-        layers: Layers = None,  # {"student": […], "teacher": […]}, paired by position; None: all stages, from the output backwards
+        # {"student": […], "teacher": […]}, paired by position; None: all stages, from the output
+        # backwards
+        layers: Layers = None,
     ):
         super().__init__(student, teacher, variant)
         self.weight = check_weight("weight", weight)

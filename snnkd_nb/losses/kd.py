@@ -21,7 +21,10 @@ def kd_loss(
     logits_t: Tensor,  # teacher (B, K)
     temp: float = 4.0,  # temperature alpha, > 0
 ) -> Tensor:
-    "Compute alpha² KL(teacher ‖ student) of the softened distributions, mean over the batch. Source: SASTC eq. 8, second term."
+    """Compute alpha² KL(teacher ‖ student) of the softened distributions, mean over the batch.
+
+    Source: SASTC eq. 8, second term.
+    """
     check_positive("temp", temp, 4)
     need(
         logits_s.shape == logits_t.shape,
@@ -56,7 +59,10 @@ def logits_mse_loss(
     logits_s: Tensor,  # student (B, K)
     logits_t: Tensor,  # teacher (B, K)
 ) -> Tensor:
-    "Compute the mean squared distance of the logits. Source: Ba & Caruana 2014, as cited by DSAS 4.1."
+    """Compute the mean squared distance of the logits.
+
+    Source: Ba & Caruana 2014, as cited by DSAS 4.1.
+    """
     return F.mse_loss(logits_s, logits_t)
 
 # %% ../../nbs/lib/46_losses.kd.ipynb #9fd827e2

@@ -57,7 +57,10 @@ def cam(
     weight: Tensor,  # of the linear classifier, (K, C)
     classes: Tensor,  # whose map, (B,)
 ) -> Tensor:
-    "Compute the class activation map, (B, H, W), not negative. Source: Zhou et al. 2016; CKDSNN's published code."
+    """Compute the class activation map, (B, H, W), not negative.
+
+    Source: Zhou et al. 2016; CKDSNN's published code.
+    """
     class_weights = weight[check_class_indices(classes, len(weight))].float().unsqueeze(-1)
     with torch.autocast(features.device.type, enabled=False):
         maps = features.float().permute(0, 2, 3, 1).flatten(1, 2) @ class_weights
@@ -122,7 +125,10 @@ def class_gradients(
     classes: Tensor,  # whose logit, (B,)
     shape: tuple[int, int, int],  # (C, H, W) of one image
 ) -> Tensor | None:
-    "Compute the gradient of each image's class logit with respect to the feature; None if the logits do not depend on it."
+    """Compute the gradient of each image's class logit with respect to the feature.
+
+    None if the logits do not depend on it.
+    """
     leaf = copy_prefix(feature.detach().requires_grad_(), feature)
     with torch.enable_grad(), evaluating(model):
         logits = mean_logits(run_tail(model, stage, leaf, shape))
@@ -157,7 +163,10 @@ def find_pooled_linears(
     feature: Tensor,  # a feature of that stage, for its shape
     shape: tuple[int, int, int],  # (C, H, W) of one image
 ) -> list[Any] | None:
-    "Return the linear layers of a head that is an average over the positions and these; None for any other head."
+    """Return the linear layers of a head that is an average over the positions and these.
+
+    None for any other head.
+    """
     if feature.dim() < 4:
         return None
     generator = torch.Generator().manual_seed(0)
@@ -236,8 +245,8 @@ class ClassMap:
     def __init__(
         self,
         model: Any,  # a classifier; it is held, not changed
-        stage: str
-        | None = None,  # stage or module path; None: the last stage that the logits depend on
+        # stage or module path; None: the last stage that the logits depend on
+        stage: str | None = None,
         input_shape: Any = None,  # (C, H, W) of one image; None: as the model states
         who: str = "the teacher",  # its name in messages
     ):
@@ -277,7 +286,10 @@ class ClassMap:
         return bool(as_map(total, self.tap).any())
 
     def gradients(self, feature: Tensor, classes: Tensor) -> Tensor:
-        "Compute the gradient of each image's class logit; zeros if the logits do not depend on the feature."
+        """Compute the gradient of each image's class logit.
+
+        Zeros if the logits do not depend on the feature.
+        """
         grads = class_gradients(self.model, self.stage, feature, classes, self.shape)
         return torch.zeros_like(feature) if grads is None else grads
 
@@ -294,7 +306,10 @@ class ClassMap:
 def sam(
     features: Tensor,  # (T, B, C, H, W), or (B, C, H, W) of one step
 ) -> Tensor:
-    "Compute the spike activation map, (B, H, W): spikes over time and channels. Source: CKDSNN eq. 3."
+    """Compute the spike activation map, (B, H, W): spikes over time and channels.
+
+    Source: CKDSNN eq. 3.
+    """
     maps = features.sum(-3, dtype=torch.float32)
     return maps.sum(0) if features.dim() == 5 else maps
 
@@ -343,7 +358,10 @@ def scale_saliency(
     scaling: str = "softmax",  # one of `SCALINGS`
     temp: float = 2.0,  # temperature of the softmax
 ) -> Tensor:
-    "Scale the maps, each image's separately; return them flat, (B, H·W). Source: CKDSNN, text before eq. 4 and Table 3."
+    """Scale the maps, each image's separately; return them flat, (B, H·W).
+
+    Source: CKDSNN, text before eq. 4 and Table 3.
+    """
     if scaling not in SCALINGS:
         raise unknown("saliency scaling", scaling, SCALINGS)
     check_positive("temp", temp, 2)
@@ -359,7 +377,8 @@ def scale_saliency(
 
 def rescale_maps(
     maps: Tensor,  # (B, H, W)
-    over: str = "sample",  # whose extremes: "sample", "batch", or "none" to leave the maps unchanged
+    # whose extremes: "sample", "batch", or "none" to leave the maps unchanged
+    over: str = "sample",
 ) -> Tensor:
     "Bring maps to the range 0 to 1; a constant map becomes 0 everywhere."
     if over not in RESCALES:

@@ -47,7 +47,7 @@ from ..spec import need
 
 # %% ../../nbs/lib/50_losses.sastc.ipynb #8e79ede7
 class SplitGram(Gram):
-    "`kernels.gram.Gram` of bfloat16 features (n, B, …) on a CPU, with the rounding error added back."
+    "`Gram` of bfloat16 features (n, B, …) on a CPU, with the rounding error added back."
 
     @staticmethod
     def forward(ctx, x, lead):
@@ -66,7 +66,7 @@ class SplitGram(Gram):
 def inner_products(
     f: Tensor,  # features (T, B, …)
 ) -> Tensor:
-    "Compute inner products of all pairs of images, (T, B, B), in single precision also for half precision features."
+    "Compute inner products of all pairs of images, (T, B, B), in single precision."
     if f.dtype == torch.bfloat16 and f.device.type == "cpu":
         return SplitGram.apply(f, 2)  # type: ignore[no-untyped-call]
     return gram(f, exact=True)
@@ -76,7 +76,10 @@ def similarity(
     f: Tensor,  # features (T, B, …)
     size: int,  # images in a group
 ) -> Tensor:
-    "Compute rows of similarities for every step and image, (T, B, size), float32. Source: SASTC eq. 3."
+    """Compute rows of similarities for every step and image, (T, B, size), float32.
+
+    Source: SASTC eq. 3.
+    """
     batch_size = f.shape[1]
     if size < batch_size:
         return torch.cat([similarity(group, size) for group in f.split(size, 1)], 1)
@@ -139,7 +142,7 @@ def max_pool(
     x: Tensor,  # (N, C, h, w)
     size: Sequence[int],  # of the result
 ) -> Tensor:
-    "Take the maximum of every window; windows of equal size where the size of the map is a multiple."
+    "Take the maximum of every window, by windows of equal size where these divide the map."
     height, width = x.shape[-2:]
     if height % size[0] or width % size[1]:
         return F.adaptive_max_pool2d(x, tuple(size))
@@ -276,7 +279,10 @@ def run_distance(name: str, x: Tensor, f: Tensor, w: Tensor, y: Tensor | None) -
 
 # %% ../../nbs/lib/50_losses.sastc.ipynb #6ddc5d42
 class Distance(torch.autograd.Function):
-    "(T·B, C, h, w) and (B, C, h, w), dense and in the same order → mean squared difference (T, B), float32."
+    """Mean squared difference (T, B), float32, of features (T·B, C, h, w) and (B, C, h, w).
+
+    Both must be dense and in the same memory order.
+    """
 
     @staticmethod
     def forward(ctx, x, f):
@@ -309,7 +315,10 @@ def distance(
     x: Tensor,  # projected student (T·B, C, h, w)
     f: Tensor,  # teacher (B, C, h, w)
 ) -> Tensor:
-    "Compute the mean squared difference of every step and image, (T, B), float32 (float64 stays). Source: SASTC eq. 6."
+    """Compute the mean squared difference of every step and image, (T, B), float32 (float64 stays).
+
+    Source: SASTC eq. 6.
+    """
     if _is_fast(x, f):
         order = torch.contiguous_format
         if x.is_contiguous(memory_format=torch.channels_last):
@@ -327,19 +336,23 @@ REDUCTIONS = ("mean", "sum")
 def sastc_loss(
     attention: Tensor,  # (T, S, B, L), rows sum to one
     distances: Tensor,  # (T, S, B, L)
-    reduction: str = "mean",  # over steps, student layers and images: "mean" (published code) or "sum" (paper)
+    # over steps, student layers and images: "mean" (published code) or "sum" (paper)
+    reduction: str = "mean",
 ) -> Tensor:
     "Compute the attended distances. Source: SASTC eq. 6; averaged in its published code."
     total = (attention * distances).sum(-1)
     return total.mean() if reduction == "mean" else total.sum()
 
-# %% ../../nbs/lib/50_losses.sastc.ipynb #613fde49
+# %% ../../nbs/lib/50_losses.sastc.ipynb #3227b774
 NORMS = ("all", "step")
 ROUTES = ("all", "embeddings", "none")
 
 
 class Calibration(nn.Module):
-    "Attention over pairs of layers and the distances of the pairs. The options are those of `SASTC`."
+    """Attention over pairs of layers and the distances of the pairs.
+
+    The options are those of `SASTC`.
+    """
 
     def __init__(
         self,
@@ -362,12 +375,10 @@ class Calibration(nn.Module):
         self._warned = False
         self.query = Embedding(len(channels_s), size, shared, normalise)
         self.key = Embedding(len(channels_t), size, shared, normalise)
-        by_student_layer = []
+        self.projections = nn.ModuleList()
         for c_s in channels_s:
-            by_student_layer.append(
-                nn.ModuleList(create_projection(c_s, c_t) for c_t in channels_t)
-            )
-        self.projections = nn.ModuleList(by_student_layer)
+            to_teacher = [create_projection(c_s, c_t) for c_t in channels_t]
+            self.projections.append(nn.ModuleList(to_teacher))
         if route == "none":
             self.query.requires_grad_(False)
             self.key.requires_grad_(False)
@@ -474,7 +485,10 @@ READINGS = {"paper": {"stem": True, "norm": "all"}, "code": {"stem": False, "nor
 def check_betas(
     beta: Any,  # a number, or a list of numbers
 ) -> tuple[float, ...]:
-    "Return the weights of the parts of a training. Raises `UserError` for a value that is no weight."
+    """Return the weights of the parts of a training.
+
+    Raises `UserError` for a value that is no weight.
+    """
     parts = tuple(beta) if isinstance(beta, (list, tuple)) else (beta,)
     need(parts, "beta = []: give a number, or a list with one for each part of the epochs")
     return tuple(check_weight("beta", part, 1300) for part in parts)
@@ -486,7 +500,10 @@ def select_layers(
     layers: tuple[str, ...] | None,  # the given names, if any
     stem: bool,  # whether the default includes the stem's output
 ) -> tuple[str, ...]:
-    "Return the names of the layers to compare. Raises `UserError` where a network has no named stages."
+    """Return the names of the layers to compare.
+
+    Raises `UserError` where a network has no named stages.
+    """
     names = layers or tuple(name for name in stages_of(model) if stem or name != "stem")
     need(
         names,
@@ -502,7 +519,10 @@ def find_map_shapes(
     names: Sequence[str],  # stages or module paths
     shape: tuple[int, int, int],  # (C, H, W) of one image
 ) -> list[tuple[int, ...]]:
-    "Find (C, h, w) of named maps by a dry run that leaves no trace. Raises `UserError` for a feature that is no map."
+    """Find (C, h, w) of named maps by a dry run that leaves no trace.
+
+    Raises `UserError` for a feature that is no map.
+    """
     parameter = next(model.parameters())
     num_steps = getattr(model, "T", None) or 1
     blank = torch.zeros(2, *shape, device=parameter.device, dtype=parameter.dtype)
@@ -518,35 +538,41 @@ def find_map_shapes(
         )
     return [tuple(features[name].shape[-3:]) for name in names]
 
-# %% ../../nbs/lib/50_losses.sastc.ipynb #0a5371e5
+# %% ../../nbs/lib/50_losses.sastc.ipynb #d5280a8a
 class SASTC(Method):
     """Self-attentive spatio-temporal calibration.
 
     On rates (gradient="rate") a student has one step, its rates, and attention has no time axis.
     """
 
-    wants_batch_size = (
-        True  # `batch_size` should be the number of images that a process sees at once
-    )
+    # `batch_size` should be the number of images that a process sees at once
+    wants_batch_size = True
 
     def __init__(
         self,
         student: Any,  # a spiking network (an ordinary one counts as one step)
         teacher: Any,  # an ordinary network
-        variant: str = "paper",  # decides `norm`, and whether the stem is among the layers: "paper" or "code", see *Deviations*
-        beta: Any = 700.0,  # weight of the loss, ≥ 0 (paper: 1300 on CIFAR-10, 700 on CIFAR-100, 50 on ImageNet); a list: one for each equal part of the epochs
+        # decides `norm`, and whether the stem is among the layers: "paper" or "code", see
+        # *Deviations*
+        variant: str = "paper",
+        # weight of the loss, ≥ 0 (paper: 1300 on CIFAR-10, 700 on CIFAR-100, 50 on ImageNet); a
+        # list: one for each equal part of the epochs
+        beta: Any = 700.0,
         batch_size: int = 128,  # images of a batch in one process: the embeddings are made for it
         student_layers: Any = None,  # old name of `layers`
         teacher_layers: Any = None,  # old name of `layers`
         reduction: str = "mean",  # "mean", or "sum" (paper)
-        normalise: bool = True,  # queries and keys of length one; False (paper): the attention is one-hot
+        # queries and keys of length one; False (paper): the attention is one-hot
+        normalise: bool = True,
         shared: bool = False,  # one perceptron for all queries and one for all keys
-        norm: str
-        | None = None,  # batch norm of the projections over "all" steps, or one "step" at a time
+        # batch norm of the projections over "all" steps, or one "step" at a time
+        norm: str | None = None,
         pool: str = "max",  # the larger student is brought to size by "max" or "avg"
-        route: str = "all",  # which parameters attention teaches: "all", "embeddings" but not the student, or "none"
+        # which parameters attention teaches: "all", "embeddings" but not the student, or "none"
+        route: str = "all",
         input_shape: Any = None,  # (C, H, W) of one image where neither network knows it
-        layers: Layers = None,  # {"student": […], "teacher": […]}, each with each; None: all stages of both
+        # {"student": […], "teacher": […]}, each with each; None: all stages of both
+        layers: Layers = None,
     ):
         super().__init__(student, teacher, variant)
         reading = READINGS[check_choice("variant", variant, tuple(READINGS))]
@@ -593,7 +619,8 @@ class SASTC(Method):
         )
         need(
             type(batch_size) is int and batch_size > 0,
-            f"batch_size = {batch_size!r}: give the whole number of images in a batch (the paper has 128)",
+            f"batch_size = {batch_size!r}: give the whole number of images in a batch"
+            " (the paper has 128)",
         )
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
@@ -609,7 +636,7 @@ class SASTC(Method):
         return student_maps, [batch.feats_t[name] for name in self.teacher_features]
 
     def attention(self, batch: Batch) -> Tensor:
-        "Compute the attention (T, S, B, L) of a `Batch`, without gradient; average over images with `.mean(2)`."
+        "Compute the attention (T, S, B, L) of a `Batch`, without gradient."
         with torch.no_grad():
             return self.calibration.attention(*self._maps(batch))
 
@@ -635,7 +662,10 @@ def mean_attention(
     x: Tensor,  # images (B, C, H, W) or frames (T, B, C, H, W)
     y: Tensor | None = None,  # their labels; None: none are needed
 ) -> dict[tuple[str, int], dict[str, float]]:
-    "Return `{(student layer, step): {teacher layer: mean attention}}` of images, in evaluation mode; leaves no trace."
+    """Return the mean attention over images, `{(student layer, step): {teacher layer: weight}}`.
+
+    The networks run in evaluation mode and stay unchanged.
+    """
     method = next((m for m in distiller.methods if isinstance(m, SASTC)), None)
     names = [type(m).__name__ for m in distiller.methods]
     need(method is not None, f"no SASTC among {names}: attention needs method 'sastc'")

@@ -67,7 +67,10 @@ def _parse_weight(weight: str, name: str, text: str) -> float:
 def parse_methods(
     text: str,  # e.g. "kd+0.5*feature"
 ) -> list[tuple[float, str]]:
-    "Return `[(weight, name), …]` of a sum of methods. Raises `UserError` for an unknown name or a wrong weight."
+    """Return `[(weight, name), …]` of a sum of methods.
+
+    Raises `UserError` for an unknown name or a wrong weight.
+    """
     parsed = []
     for part in text.replace(" ", "").split("+"):
         weight, star, name = part.rpartition("*")
@@ -84,7 +87,7 @@ def parse_methods(
 def wants_batch_size(
     text: str,  # a sum of methods, or "none"
 ) -> bool:
-    "Return whether one of the methods has an option `batch_size`, the number of images it is made for."
+    "Return whether one of the methods has the option `batch_size`."
     if text == "none":
         return False
     names = [name for _, name in parse_methods(text)]
@@ -140,7 +143,10 @@ def create_distiller(
     variant: str = "paper",  # "paper", "code" or "scaled" (of SAMD): which reading of the methods
     **kw: Any,  # options of the methods; `ce`, `ce_weight` of the cross-entropy
 ) -> Distiller:
-    "Create the `Distiller` for a method by name. Raises `UserError` for unknown names and options, or a missing teacher."
+    """Create the `Distiller` for a method by name.
+
+    Raises `UserError` for unknown names and options, or a missing teacher.
+    """
     weighted = [] if name == "none" else parse_methods(name)
     methods = [method for _, method in weighted]
     _check_variant(methods, variant)

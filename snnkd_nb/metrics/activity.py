@@ -27,7 +27,7 @@ from ..spec import need
 def reset_states(
     model: nn.Module,  # any module
 ) -> None:
-    "Reset modules that keep a state between forward passes, such as SpikingJelly's neurons; ours keep none."
+    "Reset modules that keep a state between passes, such as SpikingJelly's neurons."
     for module in model.modules():
         reset = getattr(module, "reset", None)
         if callable(reset):
@@ -37,12 +37,11 @@ def reset_states(
 @contextlib.contextmanager
 def watch_modules(
     model: nn.Module,  # any module
-    on_output: Callable[
-        ..., None
-    ],  # called as `on_output(name, module, inputs, output)` after each forward
+    # called as `on_output(name, module, inputs, output)` after each forward
+    on_output: Callable[..., None],
     is_watched: Callable[[nn.Module], bool],  # which modules are watched
 ) -> Iterator[nn.Module]:
-    "Watch forward passes in evaluation mode without gradients; remove the hooks and reset states at the end."
+    "Watch forward passes in evaluation mode without gradients; clean up at the end."
     handles = []
     reset_states(model)
     try:
@@ -93,7 +92,11 @@ def firing_rates(
     model: nn.Module,  # an SNN
     x: Tensor,  # a batch it takes
 ) -> list[Row]:
-    "Measure one row per neuron layer: layer, rate (spikes per neuron and step), nonzero (fraction), binary, neurons (per image)."
+    """Measure one row per neuron layer.
+
+    Its columns are layer, rate (spikes per neuron and step), nonzero (fraction of the outputs),
+    binary, and neurons (per image).
+    """
     num_steps, num_images = steps_and_images(model, x)
     rows: list[Row] = []
 
@@ -116,7 +119,7 @@ def firing_rates(
 def mean_rate(
     rows: Sequence[Row],  # of `firing_rates`
 ) -> float:
-    "Return spikes per neuron and step over the whole network, layers weighted by their neurons; nan without any layer."
+    "Return spikes per neuron and step over the whole network; nan without any layer."
     num_neurons = sum(row["neurons"] for row in rows)
     if not num_neurons:
         return math.nan
@@ -129,7 +132,7 @@ COUNTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 def is_counted(
     module: nn.Module,
 ) -> bool:
-    "Return whether a module's work is counted: a convolution, a linear layer, or one with a method `products`."
+    "Return whether a module is a convolution, a linear layer, or has a method `products`."
     return isinstance(module, COUNTED) or hasattr(module, "products")
 
 
@@ -157,7 +160,7 @@ def list_operations(
     inputs: Sequence[Tensor],  # what it was given
     output: Tensor,  # what it returned
 ) -> list[tuple[str, str, Tensor, int]]:
-    "Return `(layer, kind, driving values, multiply-accumulates)`, one per layer, or one per product."
+    "Return `(layer, kind, driving values, multiply-accumulates)` of each layer or product."
     if isinstance(module, COUNTED):
         kind = type(module).__name__
         return [(name, kind, inputs[0], count_layer_macs(module, output))]
@@ -180,7 +183,10 @@ def count_macs(
     model: nn.Module,  # ANN or SNN
     x: Tensor,  # a batch it takes
 ) -> list[Row]:
-    "Count one row per layer or product: layer, kind, macs (one image, one step), steps (runs per image)."
+    """Count one row per layer or product.
+
+    Its columns are layer, kind, macs (one image, one step), and steps (runs per image).
+    """
     num_steps, num_images = steps_and_images(model, x)
     rows: list[Row] = []
 
@@ -214,7 +220,10 @@ def sops(
     model: nn.Module,  # ANN or SNN
     x: Tensor,  # a batch it takes
 ) -> list[Row]:
-    "Count the rows of `count_macs` with input, rate_in, sops and mac_ops, the last two for one image over all its steps."
+    """Extend the rows of `count_macs` by input, rate_in, sops and mac_ops.
+
+    The last two are for one image over all its steps.
+    """
     num_steps, num_images = steps_and_images(model, x)
     rows: list[Row] = []
     after_neuron = False
@@ -264,7 +273,7 @@ def energy(
     table: Sequence[Row],  # rows of `sops`
     convention: str = "45nm",  # one of CONVENTIONS
 ) -> dict[str, Any]:
-    "Compute the energy of one image under a named convention: {convention, sops, macs, microjoule}."
+    "Compute the energy of one image, {convention, sops, macs, microjoule}."
     if convention not in CONVENTIONS:
         raise unknown("energy convention", convention, CONVENTIONS)
     costs = CONVENTIONS[convention]
@@ -291,7 +300,10 @@ def register_probe(
     measures: str,  # one line: what it measures
     needs_reference: bool = False,  # whether it compares with a teacher
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    "Return a decorator that registers a factory `(student, reference, data, distiller, **options) -> function` under its name."
+    """Return a decorator that registers a factory of a probe under its name.
+
+    The factory is `(student, reference, data, distiller, **options) -> function`.
+    """
 
     def register(factory: Callable[..., Any]) -> Callable[..., Any]:
         _PROBES[factory.__name__] = (factory, measures, needs_reference)
@@ -327,7 +339,7 @@ def check_probes(
     probes: Mapping[str, Mapping[str, Any]],  # {name: options} of a `RunSpec`
     has_reference: bool,  # whether there is a network to compare with
 ) -> None:
-    "Raise `UserError` for an unknown probe or option, or for a probe without the network it compares with."
+    "Raise `UserError` for an unknown probe or option, or a probe without its reference network."
     for name, options in probes.items():
         if name not in _PROBES:
             _load_probes()

@@ -110,7 +110,8 @@ def find_uncounted(
 ) -> list[str]:
     """Return names of modules with weights whose work no row contains.
 
-    They are of another kind, or used without being called, as the projections of nn.MultiheadAttention.
+    They are of another kind, or used without a call, as the projections of
+    nn.MultiheadAttention.
     """
     layers = set(layers)
     counted = layers | {name.rpartition(".")[0] for name in layers}
@@ -128,7 +129,7 @@ def layer_table(
     model: nn.Module,  # ANN or SNN, ours or another's
     x: Tensor,  # a batch it takes: images (B, C, H, W), or frames (T, B, C, H, W)
 ) -> "pd.DataFrame":
-    "Count one row per layer or product: counts for one image over all its steps, mean over the batch."
+    "Count one row per layer or product, for one image over all its steps, mean over the batch."
     import pandas as pd
 
     rows = []
@@ -202,7 +203,10 @@ def spikingjelly_counts(
     model: nn.Module,  # any network
     x: Tensor,  # a batch it takes
 ) -> dict[str, float]:
-    "Return the counts of SpikingJelly's counters for one image, {synops, macs}; BatchNorm is left out."
+    """Return the counts of SpikingJelly's counters for one image, {synops, macs}.
+
+    BatchNorm is left out.
+    """
     from spikingjelly.activation_based.op_counter import (
         DispatchCounterMode,
         MACCounter,

@@ -34,7 +34,7 @@ LABELS = ("true", "predicted", "sampled")
 def decisions_over_time(
     logits: Tensor,  # (T, B, K) of a spiking network, or (B, K)
 ) -> Tensor:
-    "Return the decision after each step, (T, B, K): the mean of the logits so far; (1, B, K) for an ordinary network."
+    "Return the decision after each step, (T, B, K); (1, B, K) for an ordinary network."
     if logits.dim() == 2:
         return logits[None]
     num_steps = torch.arange(1, len(logits) + 1, device=logits.device)
@@ -65,8 +65,8 @@ def one_hot_targets(
         low, high = int(y.min()), int(y.max())
         need(
             len(y) == num_images and low >= 0 and high < num_classes,
-            f"{len(y)} labels from {low} to {high} for {num_images} images of {num_classes} classes:"
-            " give one per image, from 0",
+            f"{len(y)} labels from {low} to {high} for {num_images} images"
+            f" of {num_classes} classes: give one per image, from 0",
         )
         classes = y.expand(num_steps, -1)
     elif labels == "predicted":
@@ -75,7 +75,7 @@ def one_hot_targets(
         classes = _sample_classes(decisions, seed)
     return F.one_hot(classes, num_classes).to(decisions.dtype)
 
-# %% ../../nbs/lib/60_metrics.fisher.ipynb #50455e6f
+# %% ../../nbs/lib/60_metrics.fisher.ipynb #48093f31
 def trained_parameters(
     model: nn.Module,  # any module
 ) -> dict[str, nn.Parameter]:
@@ -106,7 +106,7 @@ def squared_norms_loop(
     x: Tensor,  # images (B, C, H, W) or frames (T, B, C, H, W)
     targets: Tensor,  # of `one_hot_targets`, (T, B, K)
 ) -> Tensor:
-    "Compute the squared length of the gradient of log P by image and step, (B, T), one image after another."
+    "Compute the squared length of the gradient of log P by image and step, (B, T), in a loop."
     weights = list(trained_parameters(model).values())
     rows = []
     with eval_mode(model), torch.enable_grad():
@@ -120,15 +120,12 @@ def squared_norms_loop(
             rows.append(torch.stack(by_step))
     return torch.stack(rows)
 
-# %% ../../nbs/lib/60_metrics.fisher.ipynb #41bd9006
+# %% ../../nbs/lib/60_metrics.fisher.ipynb #f0b6e1c5
 class Composable(LIF):
     "A `LIF` of plain operations, for `torch.func`: same spikes, same gradient, slower."
 
     def forward(self, x: Tensor, static: bool = False) -> Tensor:
-        if static:
-            by_step = x.expand(self.T, *x.shape)
-        else:
-            by_step = x.unflatten(0, (self.T, -1))
+        by_step = x.expand(self.T, *x.shape) if static else x.unflatten(0, (self.T, -1))
         spikes = list(self.spikes(by_step))
         return torch.stack(spikes).flatten(0, 1)
 
@@ -178,7 +175,7 @@ def squared_norms(
     targets: Tensor,  # of `one_hot_targets`, (T, B, K)
     chunk: int | None = None,  # images at once; None: as many as `MAX_GRADIENT_NUMBERS` allows
 ) -> Tensor:
-    "Compute the same (B, T) with `torch.func`: one forward pass per chunk, then a backward pass for each step."
+    "Compute the same (B, T) with `torch.func`: one forward pass per chunk, one backward per step."
     net = make_composable(model)
     batch_dim = 0 if x.dim() == 4 else 1
     weights = {name: p.detach() for name, p in trained_parameters(net).items()}
@@ -214,11 +211,15 @@ def temporal_fisher(
     x: Tensor,  # images (B, C, H, W) or frames (T, B, C, H, W)
     y: Tensor,  # labels (B,)
     labels: str = "true",  # true, predicted or sampled: the class whose probability is taken
-    how: str = "auto",  # func: all images at once; loop: one after another; auto: func where it works
+    # func: all images at once; loop: one after another; auto: func where it works
+    how: str = "auto",
     chunk: int | None = None,  # images at once
     seed: int = 0,  # of sampled labels
 ) -> Tensor:
-    "Compute the trace of the Fisher information of the first t steps, (T,), or (1,) of an ANN. Source: SASTC Appendix 1, eq. 1."
+    """Compute the trace of the Fisher information of the first t steps, (T,), or (1,) of an ANN.
+
+    Source: SASTC Appendix 1, eq. 1.
+    """
     if how not in WAYS:
         raise unknown("way of taking gradients", how, WAYS)
     need(

@@ -33,7 +33,10 @@ def check_map_pair(
     a: Tensor,  # maps (B, H, W)
     b: Tensor,  # maps (B, H, W)
 ) -> tuple[Tensor, Tensor]:
-    "Return both as (B, H·W) doubles. Raises `UserError` if their shapes differ or a value is not finite."
+    """Return both as (B, H·W) doubles.
+
+    Raises `UserError` if their shapes differ or a value is not finite.
+    """
     need(
         a.dim() == 3 and a.shape == b.shape,
         f"maps of shapes {tuple(a.shape)} and {tuple(b.shape)}: give two stacks (B, H, W) of one"
@@ -58,7 +61,10 @@ def pearson(
     a: Tensor,  # maps (B, H, W)
     b: Tensor,  # maps (B, H, W)
 ) -> Tensor:
-    "Compute Pearson's correlation over the positions, (B,), from -1 to 1; 0 where a map is constant."
+    """Compute Pearson's correlation over the positions, (B,), from -1 to 1.
+
+    0 where a map is constant.
+    """
     a, b = check_map_pair(a, b)
     return (_unit_deviation(a) * _unit_deviation(b)).sum(1).clamp(-1, 1)
 
@@ -67,7 +73,10 @@ def brightest(
     maps: Tensor,  # (B, H, W)
     share: float = 0.2,  # of the positions, above 0, at most 1
 ) -> Tensor:
-    "Mark the brightest share of every map, (B, H·W); positions that tie with the last one are included."
+    """Mark the brightest share of every map, (B, H·W).
+
+    Positions that tie with the last one are included.
+    """
     need(0 < share <= 1, f"share = {share!r}: give a fraction above 0, at most 1")
     flat = maps.detach().flatten(1).double()
     num_bright = math.ceil(round(share * flat.shape[1], 9))
@@ -119,11 +128,15 @@ def compared_layers(
     names: Sequence[str] | None = None,  # stages or module paths; None: all stages
     whose: str = "the network",  # for the error
 ) -> tuple[str, ...]:
-    "Return the layers that are compared. Raises `UserError` if none are given and the network names none."
+    """Return the layers that are compared.
+
+    Raises `UserError` if none are given and the network names none.
+    """
     found = tuple(names or stages_of(model))
     need(
         found,
-        f"{whose} ({type(model).__name__}) has no named stages: give the module paths of its layers",
+        f"{whose} ({type(model).__name__}) has no named stages:"
+        " give the module paths of its layers",
     )
     return found
 
@@ -145,14 +158,14 @@ def similarity_matrices(
     for name, feature in features.items():
         need(
             feature.shape[1 if has_time else 0] == num_images,
-            f"{name} puts out {tuple(feature.shape)} for {num_images} images: features with time are"
-            " (T, B, …), and so are the logits of their network, (T, B, K)",
+            f"{name} puts out {tuple(feature.shape)} for {num_images} images: features with time"
+            " are (T, B, …), and so are the logits of their network, (T, B, K)",
         )
         by_step = feature if has_time else feature[None]
         matrices[name] = normalised(gram(by_step, exact=True), NORMALISE[normalise])
     return matrices
 
-# %% ../../nbs/lib/59_metrics.likeness.ipynb #c553d3e7
+# %% ../../nbs/lib/59_metrics.likeness.ipynb #37c8a8bc
 def _check_pair(pair: Any, student: Sequence[str], teacher: Sequence[str]) -> tuple[str, str]:
     need(
         not isinstance(pair, str) and len(pair) == 2,
@@ -192,7 +205,10 @@ def mismatch_table(
     teacher_matrices: Mapping[str, Tensor],  # of `similarity_matrices`
     pairs: Sequence[tuple[str, str]],  # of `layer_pairs`
 ) -> list[dict[str, Any]]:
-    "Compute the mean squared difference of the matrices by step and pair: rows {t, student, teacher, mse}, t from 1. Source: SASTC eq. 1."
+    """Compute the mean squared difference of the matrices by step and pair. Source: SASTC eq. 1.
+
+    The rows are {t, student, teacher, mse}, with t from 1.
+    """
     num_steps = {len(m) for m in (*student_matrices.values(), *teacher_matrices.values())} - {1}
     need(
         len(num_steps) < 2,
@@ -229,7 +245,9 @@ def stm_score(
     student_layers: Sequence[str] | None = None,  # stages or module paths; None: all stages
     teacher_layers: Sequence[str] | None = None,  # the same for the teacher
 ) -> tuple[float, list[dict[str, Any]]]:
-    """Return `(score, table)`: the STM score, and one row per step, student layer and teacher layer. Source: SASTC eq. 1.
+    """Return the STM score and a table with one row per step, student layer and teacher layer.
+
+    Source: SASTC eq. 1.
 
     The score of a network with itself is the minimum over equal pairs only, not over all pairs.
     """
@@ -300,7 +318,8 @@ def mean_of_last_epochs(
 
 
 @register_probe(
-    "attention of SASTC's calibration by student layer, step and teacher layer: mean over a fixed batch"
+    "attention of SASTC's calibration by student layer, step and teacher layer:"
+    " mean over a fixed batch"
 )
 def attention(
     student: nn.Module,
@@ -358,9 +377,10 @@ def hybrid_accuracies(
     data: Any,  # an `ImageData`
     split: str = "test",  # "train", "val" or "test"
     batch_size: int = 256,  # images at once
-    untrained: bool = False,  # whether hybrid models may run before their adapters have seen a batch
+    # whether hybrid models may run before their adapters have seen a batch
+    untrained: bool = False,
 ) -> dict[str, float]:
-    "Measure top-1 accuracy in percent of the student, `S`, and of every hybrid model, `M0`, …, in one pass of the student."
+    "Measure top-1 accuracy in percent of the student, `S`, and of every hybrid model, `M0`, …"
     method = find_eskd(distiller, "this")
     device = next(distiller.parameters()).device
     correct: dict[str, Any] = {}
@@ -399,7 +419,7 @@ def hybrid_cosines(
     x: Tensor,  # images (B, C, H, W) or frames (T, B, C, H, W)
     untrained: bool = False,  # as for `hybrid_accuracies`
 ) -> dict[str, float]:
-    "Measure `{M_k: mean cosine similarity of adapted student features and teacher features}`. Source: ESKD 4.4."
+    "Measure the mean cosine of adapted student features and teacher features. Source: ESKD 4.4."
     method_hybrids: Any = find_eskd(distiller, "this").hybrids
     branches = method_hybrids.branches
     with eval_mode(distiller), frozen(method_hybrids.teacher):

@@ -18,7 +18,7 @@ from scipy import optimize, stats
 from ..core import renamed
 from ..spec import need
 
-# %% ../../nbs/lib/61_metrics.statistics.ipynb #d2ba3b42
+# %% ../../nbs/lib/61_metrics.statistics.ipynb #e1695dde
 Arm = Mapping[Any, float] | Sequence[float]  # seed -> value, or values without seeds
 OUTCOMES = ("supported", "contradicted", "tie", "undecided")
 
@@ -29,9 +29,8 @@ class Verdict:
 
     outcome: str  # one of OUTCOMES
     effect: float  # mean of the first arm minus mean of the second, in the unit of the values
-    interval: tuple[
-        float, float
-    ]  # confidence interval of the effect, not corrected for other claims
+    # confidence interval of the effect, not corrected for other claims
+    interval: tuple[float, float]
     p_value: float  # two-sided, after Holm's correction; nan where there is no test
     smallest_detectable: float  # smallest true difference that the test finds with 80 % power
     reason: str  # one sentence
@@ -78,7 +77,7 @@ def smallest_detectable_difference(
         high *= 2
     return float(optimize.brentq(missing_power, 0.0, high)) * standard_error
 
-# %% ../../nbs/lib/61_metrics.statistics.ipynb #ec9fe3fd
+# %% ../../nbs/lib/61_metrics.statistics.ipynb #4491f369
 def _paired_test(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     "Standard error and degrees of freedom of a paired t-test."
     differences = a - b
@@ -111,7 +110,7 @@ def _arm_at_chance(
 
 
 def _t_test(a: np.ndarray, b: np.ndarray, paired: bool, level: float, comparisons: int) -> Verdict:
-    "The verdict before any decision: effect, interval, uncorrected p-value, smallest detectable difference."
+    "The verdict before any decision, with the uncorrected p-value."
     effect = float(a.mean() - b.mean())
     standard_error, dof = _paired_test(a, b) if paired else _welch_test(a, b)
     half_width = float(stats.t.ppf(0.5 + level / 2, dof)) * standard_error
@@ -150,7 +149,10 @@ def _test_claim(
 def holm(
     p_values: Sequence[float],  # one per claim; nan where there is no test
 ) -> list[float]:
-    "Correct p-values for the number of tests (Holm 1979); nan stays nan and does not count as a test."
+    """Correct p-values for the number of tests (Holm 1979).
+
+    Nan stays nan and does not count as a test.
+    """
     p = np.asarray(p_values, float)
     tested = np.flatnonzero(~np.isnan(p))
     order = tested[np.argsort(p[tested], kind="stable")]
@@ -161,7 +163,7 @@ def holm(
         corrected[i] = largest
     return corrected.tolist()
 
-# %% ../../nbs/lib/61_metrics.statistics.ipynb #30c35f28
+# %% ../../nbs/lib/61_metrics.statistics.ipynb #1cd24a5e
 def _decide(verdict: Verdict, level: float, margin: float, higher_is_better: bool) -> Verdict:
     "Set outcome and reason from the corrected p-value and the interval."
     if math.isnan(verdict.p_value) or verdict.outcome == "tie":
@@ -171,9 +173,8 @@ def _decide(verdict: Verdict, level: float, margin: float, higher_is_better: boo
     if verdict.p_value < alpha:
         is_better = (verdict.effect > 0) == higher_is_better
         outcome = "supported" if is_better else "contradicted"
-        return replace(
-            verdict, outcome=outcome, reason=f"{verdict.reason}, p = {verdict.p_value:.2g}"
-        )
+        reason = f"{verdict.reason}, p = {verdict.p_value:.2g}"
+        return replace(verdict, outcome=outcome, reason=reason)
     if -margin <= low and high <= margin and margin > 0:
         reason = f"tie: the interval lies within ±{margin:g}"
         return replace(verdict, outcome="tie", reason=reason)
@@ -182,20 +183,20 @@ def _decide(verdict: Verdict, level: float, margin: float, higher_is_better: boo
 
 
 def judge_claims(
-    claims: Mapping[
-        str, tuple[Arm, Arm]
-    ],  # name -> (arm claimed to be better, arm it is compared with)
+    # name -> (arm claimed to be better, arm it is compared with)
+    claims: Mapping[str, tuple[Arm, Arm]],
     level: float = 0.95,  # confidence level of intervals and decisions, above 0, below 1
-    chance: float
-    | None = None,  # value of guessing, in the unit of the values; None: arms are not checked
+    # value of guessing, in the unit of the values; None: arms are not checked
+    chance: float | None = None,
     chance_margin: float = 2.0,  # an arm counts as at chance up to this much above `chance`
     margin: float = 0.0,  # differences up to this size count as a tie, if the interval shows it
     higher_is_better: bool = True,  # False for losses, errors, energy
 ) -> dict[str, Verdict]:
     """Judge all claims of a page together, with Holm's correction for their number.
 
-    An arm is a mapping from seed to value, or a sequence of values. Arms with the same seeds are compared by a paired
-    t-test, others by Welch's. Raises `UserError` for an empty arm or a value that is not finite.
+    An arm is a mapping from seed to value, or a sequence of values. Arms with the same seeds are
+    compared by a paired t-test, others by Welch's. Raises `UserError` for an empty arm or a value
+    that is not finite.
     """
     need(0 < level < 1, f"level = {level!r}: give a number above 0 and below 1, such as 0.95")
     need(margin >= 0, f"margin = {margin!r}: give a number that is not negative")
@@ -224,7 +225,10 @@ def judge_claim(
     margin: float = 0.0,
     higher_is_better: bool = True,
 ) -> Verdict:
-    "Judge a single claim. Use `judge_claims` for several claims on one page, because it corrects for their number."
+    """Judge a single claim.
+
+    Use `judge_claims` for several claims on one page, because it corrects for their number.
+    """
     claims = {"claim": (first, second)}
     verdicts = judge_claims(claims, level, chance, chance_margin, margin, higher_is_better)
     return verdicts["claim"]
