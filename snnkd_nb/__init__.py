@@ -20,7 +20,6 @@ __version__ = "0.1.0"
 # %% ../nbs/lib/01_init.ipynb #cc521d80
 MOVED_MODULES = {
     "vision": "core",
-    "data.stream": "data.batches",
     "data.camera": "data.events",
     "kernels.winograd": "kernels.projection",
     "kernels.rate_cpu": "kernels.rate",

@@ -15,9 +15,15 @@ from PIL import Image
 
 from snnkd_nb.core import UserError
 from snnkd_nb.data import corrupt, events, neuromorphic
-from snnkd_nb.data.camera import PROTOCOLS, Camera, record, sense
 from snnkd_nb.data.corrupt import few_shot, label_noise, load_spec, split_validation
-from snnkd_nb.data.events import frames_of, spikingjelly_datasets
+from snnkd_nb.data.events import (
+    PROTOCOLS,
+    Camera,
+    frames_of,
+    record,
+    sense,
+    spikingjelly_datasets,
+)
 from snnkd_nb.data.images import load
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.spec import DataSpec, ModelSpec

@@ -20,10 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import UserError, data_dir, unknown
+from ..core import UserError, data_dir, torchvision, unknown
 from .batches import ImageData, stratified
 from .decode import Source, prepare
-from ..vision import torchvision
 
 # %% ../../nbs/lib/13_data.images.ipynb #8dc70715
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
