@@ -616,3 +616,9 @@ def contradictions(
 ) -> list[Contradiction]:
     "The places of the papers that do not agree with each other."
     return list(_all_of("contradiction", paper))
+
+# %% ../../nbs/lib/70_papers.published.ipynb #c6f56bb6
+def __getattr__(name: str) -> Any:
+    if name == "PAPERS":  # of the last release; `paper_folders()` also has the papers of the user
+        return tuple(paper_folders())
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

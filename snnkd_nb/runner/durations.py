@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ..core import UserError, atomic_write, renamed, root
-from ..papers import sastc, sastc_maps
+from ..papers import sastc
 from ..papers.published import published
 from snnkd_nb.runner.timing import (
     autocast_ours,
@@ -159,14 +159,14 @@ def measure_imagenet(
     *_, batch, size = SHAPES[scale]
     rows = []
     for student, methods in (("ResNet-18", DISTILLED), ("ResNet-34", ("SASTC",))):
-        alone = sastc_maps.imagenet(scale, student, "Baseline")
+        alone = sastc.imagenet(scale, student, "Baseline")
         arms = {}
         for method in methods:
-            arms["ResNet-34", method] = sastc_maps.imagenet(
+            arms["ResNet-34", method] = sastc.imagenet(
                 scale, student, method, pair=_pair_of(method)
             )
         group = measure_group(alone, arms, rounds, batch=batch, size=size, classes=20)
-        columns = {"student": student, "T": 4, "steps": sastc_maps.steps(scale, 4)}
+        columns = {"student": student, "T": 4, "steps": sastc.steps(scale, 4)}
         rows += [{**columns, **row} for row in group]
     return rows
 

@@ -36,7 +36,7 @@ PRELOADED = (
     "snnkd_nb.reports.maps",
     "snnkd_nb.reports.tables",
     "snnkd_nb.papers.dsas_students",
-    "snnkd_nb.papers.sastc_maps",
+    "snnkd_nb.papers.experiments",
     "snnkd_nb.papers.eskd",
     "snnkd_nb.runner.jobs",
     "snnkd_nb.training.job",
