@@ -80,7 +80,7 @@ def test_a_page_that_judges_saves_its_verdicts(page):
         for c in json.loads(page.read_text(encoding="utf-8"))["cells"]
         if c["cell_type"] == "code"
     )
-    judging = r"(?:judged?|judge_claims|judge_cells)\("
+    judging = r"(?:judged?|judge_records|judge_cells)\("
     unsaved = re.findall(rf"(?<!save_claims\()(?<!save_claims\(\n    )\b{judging}", source)
     assert not unsaved, f"{unsaved[0]}…) is shown and not saved: save_claims(…, grid)"
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ClaimRecord', 'Runs', 'SCALE_WARNINGS', 'INDEX_UNITS', 'VERDICTS', 'values_by_seed', 'cell_record', 'records_by_arm',
-           'find_verdict', 'smallest_lead', 'judge_claims', 'judge_cells', 'compare_verdicts', 'describe_gain',
+           'find_verdict', 'smallest_lead', 'judge_records', 'judge_cells', 'compare_verdicts', 'describe_gain',
            'report_table', 'scale_warning', 'claims_and_deviations', 'save_claims', 'load_claims', 'shorten_verdict',
            'count_verdicts']
 
-# %% ../../nbs/lib/74_reports.claims.ipynb #a17f9f8f
+# %% ../../nbs/lib/74_reports.claims.ipynb #59c49f82
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,9 +16,9 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from ..core import atomic_write, renamed, renamed_arguments, root
-from ..published.format import Claim, estimate, evaluate_claim, matches, told_apart
+from ..papers.published import Claim, estimate, evaluate_claim, matches, told_apart
 from .figure import artefact_path, format_csv, markdown_table
-from .grid import Cell, Grid, summarise
+from ..papers.experiments import Cell, Grid, summarise
 from ..spec import RunSpec
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def records_by_arm(
         if values.count()
     ]
 
-# %% ../../nbs/lib/74_reports.claims.ipynb #b9470d3d
+# %% ../../nbs/lib/74_reports.claims.ipynb #cc1d6244
 def find_verdict(
     claim: Claim,
     records: Iterable[ClaimRecord],  # of the paper, or ours with `std` and `n`
@@ -107,7 +107,7 @@ def _claims_frame(rows: list[dict], columns: list[str]) -> "pd.DataFrame":
     return pd.DataFrame(rows, columns=columns)
 
 
-def judge_claims(
+def judge_records(
     claims: Iterable[Claim],
     records: Sequence[ClaimRecord],
 ) -> "pd.DataFrame":
@@ -130,8 +130,8 @@ def judge_cells(
     runs: Runs,
     metric: str = "acc_last",  # one of our metrics
 ) -> "pd.DataFrame":
-    "Return one row per claim about the arms of a figure, as `judge_claims` does."
-    return judge_claims(claims, [cell_record(cell, runs, metric) for cell in grid.cells])
+    "Return one row per claim about the arms of a figure, as `judge_records` does."
+    return judge_records(claims, [cell_record(cell, runs, metric) for cell in grid.cells])
 
 
 def compare_verdicts(
@@ -288,11 +288,11 @@ def count_verdicts(
         lines.append(f"{scale} scale, {counts.total()} claims: {words}")
     return "\n".join(lines)
 
-# %% ../../nbs/lib/74_reports.claims.ipynb #4f5b3a11
+# %% ../../nbs/lib/74_reports.claims.ipynb #99461f2c
 __getattr__ = renamed(
     __name__,
     {
-        "judge": "judge_claims",
+        "judge": "judge_records",
         "judged": "judge_cells",
         "readings": "records_by_arm",
         "gain": "describe_gain",
