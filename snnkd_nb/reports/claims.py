@@ -8,7 +8,7 @@ __all__ = ['ClaimRecord', 'Runs', 'SCALE_WARNINGS', 'INDEX_UNITS', 'VERDICTS', '
            'report_table', 'scale_warning', 'claims_and_deviations', 'save_claims', 'load_claims', 'shorten_verdict',
            'count_verdicts']
 
-# %% ../../nbs/lib/74_reports.claims.ipynb #59c49f82
+# %% ../../nbs/lib/74_reports.claims.ipynb #3158843e
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,9 +16,9 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from ..core import atomic_write, renamed, renamed_arguments, root
+from ..papers.experiments import Cell, Grid, summarise
 from ..papers.published import Claim, estimate, evaluate_claim, matches, told_apart
 from .figure import artefact_path, format_csv, markdown_table
-from ..papers.experiments import Cell, Grid, summarise
 from ..spec import RunSpec
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def records_by_arm(
         if values.count()
     ]
 
-# %% ../../nbs/lib/74_reports.claims.ipynb #cc1d6244
+# %% ../../nbs/lib/74_reports.claims.ipynb #a36fa527
 def find_verdict(
     claim: Claim,
     records: Iterable[ClaimRecord],  # of the paper, or ours with `std` and `n`
@@ -87,6 +87,8 @@ def find_verdict(
 
 def smallest_lead(claim: Claim, records: Iterable[ClaimRecord]) -> str:
     "Return the smallest lead of the better arm as text; negative where the claim does not hold."
+    if claim.worse is None:
+        return ""
     known = [record for record in records if record["value"] is not None]
     better = [record for record in known if matches(record, claim.better)]
     worse = [record for record in known if matches(record, claim.worse)]
@@ -154,7 +156,7 @@ def compare_verdicts(
         )
     return _claims_frame(rows, ["claim", "place", "paper's numbers", "ours"])
 
-# %% ../../nbs/lib/74_reports.claims.ipynb #809636e6
+# %% ../../nbs/lib/74_reports.claims.ipynb #e31deb27
 @renamed_arguments(of="arm", over="baseline")
 def describe_gain(
     table: "pd.DataFrame",  # from `reports.tables.summarize_grid`: method, mean, std, n
@@ -165,7 +167,10 @@ def describe_gain(
     by_arm = table.set_index("method").rename(columns={"mean": "value"}).dropna(subset="value")
     if arm not in by_arm.index or baseline not in by_arm.index:
         return f"{arm} over {baseline}: not run."
-    gap = estimate(by_arm.loc[arm]) - estimate(by_arm.loc[baseline])
+    first = estimate(by_arm.loc[arm])
+    second = estimate(by_arm.loc[baseline])
+    assert first is not None and second is not None, "rows without a mean were dropped"
+    gap = first - second
     note = ""
     if None in gap.errors:
         note = ", one seed"

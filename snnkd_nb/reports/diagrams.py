@@ -7,7 +7,8 @@ __all__ = ['TEXT_SIZE', 'LINE_HEIGHT', 'LINE_COLOR', 'Canvas', 'create_canvas', 
            'draw_ckdsnn_overview', 'draw_sastc_overview', 'draw_eskd_overview', 'draw_dsas_overview',
            'draw_architecture']
 
-# %% ../../nbs/lib/89_reports.diagrams.ipynb #0a347637
+# %% ../../nbs/lib/89_reports.diagrams.ipynb #9e8085d3
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# %% ../../nbs/lib/89_reports.diagrams.ipynb #7b6eb0a9
+# %% ../../nbs/lib/89_reports.diagrams.ipynb #21f3a12f
 TEXT_SIZE = 8  # points
 LINE_HEIGHT = 0.15  # inches
 LINE_COLOR = "#333333"
@@ -110,8 +111,8 @@ class Canvas:
 
     def line(self, start: tuple[float, float], end: tuple[float, float], **style: Any) -> None:
         "Draw a straight line."
-        style = {"color": LINE_COLOR, "lw": 0.9} | style
-        self.ax.plot([start[0], end[0]], [start[1], end[1]], **style)
+        options: dict[str, Any] = {"color": LINE_COLOR, "lw": 0.9} | style
+        self.ax.plot([start[0], end[0]], [start[1], end[1]], **options)
 
     def thumbnail(self, x: float, y: float, image: Any, size: float = 0.62, **style: Any) -> "Axes":
         "Draw an image or a matrix around a point; return its axes."
@@ -183,7 +184,7 @@ def _loss_rows(terms: Mapping[str, float]) -> list[dict[str, Any]]:
         for name, value in terms.items()
     ]
 
-# %% ../../nbs/lib/89_reports.diagrams.ipynb #22b31ac0
+# %% ../../nbs/lib/89_reports.diagrams.ipynb #a396ef87
 _ROW_MIDDLE = 1.85  # height between the two networks, inches
 _ROW_HIGH = 3.05
 _ROW_LOW = 0.65
@@ -193,7 +194,7 @@ def _draw_network(
     canvas: Canvas, model: Any, stages: Sequence[Stage], y: float, word: str
 ) -> float:
     "Draw a row of stages at height `y`; return the distance from box to box."
-    step = max(1.1, (canvas.width - 1.5) / len(stages))
+    step = max(1.1, (canvas.width - 1.85) / len(stages))
     width = step - 0.12
     for k, stage in enumerate(stages):
         x = 0.85 + step / 2 + k * step
@@ -222,9 +223,7 @@ def _draw_samd(canvas: Canvas, x: float, maps: dict[str, Tensor], value: float) 
     canvas.box(x - 1.3, _ROW_MIDDLE, lines, "pool", 1.6)
 
 
-def _draw_nld(
-    canvas: Canvas, x: float, step: float, logits: dict[str, Tensor], value: float
-) -> None:
+def _draw_nld(canvas: Canvas, x: float, logits: dict[str, Tensor], value: float) -> None:
     "Draw the class probabilities of the first image and NLD between them."
     rows = (
         (_ROW_HIGH, F.softmax(logits["teacher"][0] / 2, 0), "Teacher", "softmax of z / 2", 1),
@@ -238,10 +237,10 @@ def _draw_nld(
     )
     for lane, probabilities, method, label, side in rows:
         canvas.bars(x, lane, probabilities.numpy(), METHOD_COLORS[method])
-        canvas.arrow((x - 0.45, lane), (x - 0.32, lane))
+        canvas.arrow((x - 0.52, lane), (x - 0.32, lane))
         canvas.arrow((x, lane - 0.31 * side), (x, _ROW_MIDDLE + 0.31 * side))
         canvas.text(x - 0.25, lane + 0.42 * side, label)
-    canvas.box(x - 0.1, _ROW_MIDDLE, ["NLD", "4 · KL of softmax", f"{value:.3f}"], "pool", 1.2)
+    canvas.box(x - 0.15, _ROW_MIDDLE, ["NLD", "4 · KL of softmax", f"{value:.3f}"], "pool", 1.2)
 
 
 def draw_ckdsnn_overview(
@@ -263,7 +262,7 @@ def draw_ckdsnn_overview(
     teacher_stages = list_stages(teacher, x)
     student_stages = list_stages(student, x)
     num_boxes = len(student_stages)
-    canvas = create_canvas(0.85 + 1.12 * num_boxes + 0.75, 3.75)
+    canvas = create_canvas(0.85 + 1.12 * num_boxes + 1.0, 3.75)
     _draw_network(canvas, teacher, teacher_stages, _ROW_HIGH, "teacher")
     step = _draw_network(canvas, student, student_stages, _ROW_LOW, "student")
     for lane in (_ROW_HIGH, _ROW_LOW):
@@ -272,7 +271,7 @@ def draw_ckdsnn_overview(
     maps = {name: of_net.maps for name, of_net in outputs.items()}
     logits = {name: of_net.logits for name, of_net in outputs.items()}
     _draw_samd(canvas, last_stage_x - 0.4, maps, terms["samd"])
-    _draw_nld(canvas, canvas.width - 0.42, step, logits, terms["nld"])
+    _draw_nld(canvas, canvas.width - 0.5, logits, terms["nld"])
     mean = f"mean over {len(x)} images: " if len(x) > 1 else ""
     total = sum(terms.values())
     loss = f"{mean}cross-entropy {terms['ce']:.3f} + SAMD + NLD = {total:.3f}"
@@ -280,7 +279,7 @@ def draw_ckdsnn_overview(
     rows = _stage_rows("teacher", teacher_stages) + _stage_rows("student", student_stages)
     return canvas.figure, pd.DataFrame(rows + _loss_rows(terms))
 
-# %% ../../nbs/lib/89_reports.diagrams.ipynb #025cf489
+# %% ../../nbs/lib/89_reports.diagrams.ipynb #e057584a
 _WIDE = 8.4  # of the figure, inches
 _TALL = 6.8
 _TEACHER_Y = 5.95
@@ -385,7 +384,7 @@ def _draw_attention_matrix(canvas: Canvas, snapshot: CalibrationSnapshot) -> Non
         inner.axhline(T * k - 0.5, color="white", lw=0.8)
     title = "η = softmax of Q′K over the teacher's layers"
     colors = f"{attention.min():.2f} (dark) to {attention.max():.2f}"
-    canvas.text(5.15, 2.62, f"{title}\n{colors}")
+    canvas.text(5.4, 2.62, f"{title}\n{colors}")
 
 
 def _select_pair(snapshot: CalibrationSnapshot) -> tuple[int, int]:
@@ -467,7 +466,7 @@ def draw_sastc_overview(
     loss = {**snapshot.terms, "beta": beta, "total": snapshot.total}
     return canvas.figure, pd.DataFrame(rows + _loss_rows(loss))
 
-# %% ../../nbs/lib/89_reports.diagrams.ipynb #cb5451f3
+# %% ../../nbs/lib/89_reports.diagrams.ipynb #f55445eb
 _BOX = 1.0  # width of a box, inches
 _STEP = 1.12  # from box to box
 _ROW = 0.86  # from row to row
@@ -587,7 +586,7 @@ def draw_eskd_overview(
     numbers += [row | {"gradients": True} for row in _loss_rows(terms)]
     return canvas.figure, pd.DataFrame(numbers)
 
-# %% ../../nbs/lib/89_reports.diagrams.ipynb #79fb504c
+# %% ../../nbs/lib/89_reports.diagrams.ipynb #e260d1d3
 _DSAS_TEACHER_Y = 4.75
 _DSAS_MIDDLE_Y = 3.5
 _DSAS_STUDENT_Y = 2.2
@@ -686,7 +685,7 @@ def _draw_consequences(
     centers = [0.25 + width / 2 + k * (canvas.width - width - 0.5) / 2 for k in range(3)]
     for center, (kind, lines) in zip(centers, boxes, strict=True):
         canvas.box(center, y, lines, kind, width)
-    for left, right in zip(centers, centers[1:], strict=False):
+    for left, right in itertools.pairwise(centers):
         canvas.arrow((left + width / 2, y), (right - width / 2, y))
     slopes = ",  ".join(f"{slope:.2f}" for slope in snapshot.slopes)
     words = "slopes of the surrogates by thirds of the depth, from the teacher's gradients:"

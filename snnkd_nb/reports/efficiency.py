@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'PAPER_UNITS', 'load_test_batch', 'measure_costs', 'measure_efficiency', 'layer_costs',
            'summarize_efficiency', 'judge_efficiency', 'implied_energy', 'save_efficiency']
 
-# %% ../../nbs/lib/76_reports.efficiency.ipynb #6808f5e1
+# %% ../../nbs/lib/76_reports.efficiency.ipynb #6fdf7821
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -18,10 +18,10 @@ from torch import nn
 from ..core import atomic_write, renamed, renamed_arguments
 from ..data.corrupt import load_spec
 from ..metrics.energy import NAMES, energies, layer_table
-from ..published.format import claims, published
+from ..papers.experiments import Grid
+from ..papers.published import claims, published
 from .claims import ClaimRecord, Runs, find_verdict, save_claims
 from .figure import artefact_path, format_csv, markdown_table
-from .grid import Grid
 from .tables import METRICS
 from ..spec import RunSpec
 

@@ -8,7 +8,7 @@ __all__ = ['LEVELS', 'FUNCTION_SIGNS', 'REARRANGING_FUNCTIONS', 'KIND_COLORS', '
            'describe_box', 'trace', 'shape_text', 'as_nodes', 'graph_table', 'to_dot', 'find_trunk', 'find_branches',
            'assign_columns', 'Layout', 'box_height', 'layout_nodes', 'draw_graph']
 
-# %% ../../nbs/lib/69_reports.graph.ipynb #b3a07f04
+# %% ../../nbs/lib/69_reports.graph.ipynb #3ec52c4f
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -21,14 +21,14 @@ from torch.overrides import TorchFunctionMode
 
 from ..core import UserError, renamed, unknown
 from ..models.blocks import eval_mode
-from ..spec import need
+from ..spec import require
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# %% ../../nbs/lib/69_reports.graph.ipynb #41c48779
+# %% ../../nbs/lib/69_reports.graph.ipynb #3d962765
 def _window(size: int | tuple[int, ...]) -> str:
     if isinstance(size, tuple):
         return "×".join(map(str, size))
@@ -279,14 +279,14 @@ def describe_box(
         kind = main_kinds.pop()
     return kind, chain_label(layers)
 
-# %% ../../nbs/lib/69_reports.graph.ipynb #3cbb0ced
+# %% ../../nbs/lib/69_reports.graph.ipynb #a4baede9
 def _example_input(module: Any, x: torch.Tensor | tuple[int, ...] | None) -> torch.Tensor:
     "Return the tensor on which a module is traced: `x` itself, or zeros of its shape."
     has_stages = hasattr(module, "stage_names")
     first_conv: Any = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
     if x is None and has_stages:
         x = (module.in_channels, module.image_size, module.image_size)
-    need(
+    require(
         x is not None or first_conv is not None,
         f"{type(module).__name__} has no convolution that tells the shape of its input: "
         "give x, a tensor or the shape of one image",
@@ -626,7 +626,7 @@ def _draw_branch(ax: "Axes", nodes: list[Node], place: Layout, path: list[int], 
         last_x, last_y = place.at[last.id]
         _arrow(ax, [*line, (x, last_y), (last_x + place.half(last), last_y)])
 
-# %% ../../nbs/lib/69_reports.graph.ipynb #ad31109f
+# %% ../../nbs/lib/69_reports.graph.ipynb #41849573
 NOTE_SIZE = 8  # of paths and shapes, points
 NAME_WIDTH = 0.068  # of a letter of that size, inches
 
@@ -672,7 +672,7 @@ def _draw_graph_on(ax: "Axes", nodes: list[Node], place: Layout) -> None:
     _arrow(ax, [(0, end), (0, end - GAP)])
     _draw_notes(ax, nodes, place)
 
-# %% ../../nbs/lib/69_reports.graph.ipynb #18f16dd4
+# %% ../../nbs/lib/69_reports.graph.ipynb #e41d90ea
 SHAPES_NOTE = "Shapes are channels × height × width; time T and batch B are left out."
 
 

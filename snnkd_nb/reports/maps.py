@@ -10,7 +10,7 @@ __all__ = ['Reading', 'CLASS_MARKS', 'CLASS_COLORS', 'first_of_each_class', 'loa
            'attention_history', 'draw_attention', 'pooled_features', 'mean_silhouette', 'embed_tsne', 'embed_features',
            'draw_embeddings']
 
-# %% ../../nbs/lib/77_reports.maps.ipynb #c78a5fe1
+# %% ../../nbs/lib/77_reports.maps.ipynb #8b528100
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -23,13 +23,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core import renamed, renamed_arguments, unknown
-from ..losses.base import mean_logits, observe
-from ..losses.feature import stages_of
-from ..losses.maps import ClassMap, class_grads, rescale, sam, same_size
+from ..losses.base import mean_logits, observe, stages_of
+from ..losses.maps import ClassMap, class_gradients, rescale_maps, sam, same_size
 from ..metrics.likeness import brightest, likeness, pearson
 from ..models.blocks import eval_mode
 from .figure import PAGE_WIDTH
-from ..spec import need
+from ..spec import require
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,7 +67,7 @@ def load_picture(
     images, _ = load_test_images(data, torch.tensor([int(index)]))
     return (images[0] * std + mean).clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy()
 
-# %% ../../nbs/lib/77_reports.maps.ipynb #3c4690ef
+# %% ../../nbs/lib/77_reports.maps.ipynb #371b11bc
 def extract_features(
     model: nn.Module,  # ANN or SNN with named stages
     x: torch.Tensor,  # images (B, C, H, W)
@@ -99,7 +98,7 @@ def compute_spike_map(
     "Return SAM (B, h, w). Source: CKDSNN eq. 3."
     if not stage:
         stages = stages_of(model)
-        need(
+        require(
             stages,
             f"{type(model).__name__} has no named stages: "
             "give stage=, the module path of a layer of neurons",
@@ -129,7 +128,7 @@ def compute_maps(
     batch_size: int = 256,
 ) -> dict[str, torch.Tensor]:
     "Return `{'teacher CAM': (B, h, w), 'SAM, <method>': …}`."
-    need(
+    require(
         "Teacher" in nets,
         "the teacher has not been run, so there is no map to compare with: run `snnkd run` for this artefact first",
     )
@@ -252,13 +251,13 @@ def likeness_by_seed(
     ]
     return pd.concat(frames, ignore_index=True)
 
-# %% ../../nbs/lib/77_reports.maps.ipynb #9df650b0
+# %% ../../nbs/lib/77_reports.maps.ipynb #3c021f0d
 def enlarge_maps(
     maps: torch.Tensor,  # (B, h, w)
     size: Sequence[int],  # (H, W) of the image
 ) -> torch.Tensor:
     "Return maps between 0 and 1 at the size of the image, (B, H, W), bilinear."
-    scaled = rescale(maps.float())[:, None]
+    scaled = rescale_maps(maps.float())[:, None]
     return F.interpolate(scaled, tuple(size), mode="bilinear", align_corners=False)[:, 0]
 
 
@@ -318,7 +317,7 @@ def draw_map_panels(
             ax.set_xlabel(numbers, fontsize=8, labelpad=2)
     return fig
 
-# %% ../../nbs/lib/77_reports.maps.ipynb #08bc2719
+# %% ../../nbs/lib/77_reports.maps.ipynb #0b2c8dc3
 def channel_effects(
     model: Any,  # ANN or SNN
     stage: str,  # name of a stage
@@ -327,7 +326,7 @@ def channel_effects(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Return `(predicted, true)`, (B, C) each: the loss of the class logit without a channel, by gradient and by trial."
     feature = extract_features(model, x)[1][stage]
-    gradient = class_grads(model, stage, feature, y, tuple(x.shape[-3:]))
+    gradient = class_gradients(model, stage, feature, y, tuple(x.shape[-3:]))
     batch_axis = feature.dim() - 4
     channel_axis = feature.dim() - 3
     summed = [d for d in range(feature.dim()) if d not in (batch_axis, channel_axis)]
@@ -355,7 +354,7 @@ def gradient_accuracy(
     predicted, true = channel_effects(model, stage, x, y)
     return pearson(predicted[:, None], true[:, None])
 
-# %% ../../nbs/lib/77_reports.maps.ipynb #8afab8e6
+# %% ../../nbs/lib/77_reports.maps.ipynb #eb265508
 def tabulate_attention(
     eta: torch.Tensor,  # (T, S, B, L) from `losses.sastc`, or its mean over images (T, S, L)
     student: Sequence[str],  # names of the S student layers
@@ -367,7 +366,7 @@ def tabulate_attention(
 
     if eta.dim() == 4:
         eta = eta.detach().float().mean(2)
-    need(
+    require(
         tuple(eta.shape[1:]) == (len(student), len(teacher)),
         f"attention of shape {tuple(eta.shape)} does not fit {len(student)} student and "
         f"{len(teacher)} teacher layers: give (T, S, B, L) or (T, S, L)",
@@ -380,7 +379,7 @@ def tabulate_attention(
                 rows.append({**columns, **place, "weight": weight})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/lib/77_reports.maps.ipynb #72b96405
+# %% ../../nbs/lib/77_reports.maps.ipynb #b3c4179c
 Reading = dict[str, tuple[str, int, str]]  # name -> (student layer, step, teacher layer)
 
 
@@ -435,7 +434,7 @@ def _split_names(frame: "pd.DataFrame") -> "pd.DataFrame":
 
     weight = frame.groupby("part", sort=False).value.mean()
     readings = find_readings(list(weight.index))
-    need(
+    require(
         readings,
         f"not a column of attention: {weight.index[0]!r} is not <student layer>_<step>_<teacher layer>",
     )
@@ -456,7 +455,7 @@ def attention_history(
     "Return the mean weight over the seeds: epoch, student, t, teacher, weight."
     import pandas as pd
 
-    need(len(frame), "no attention was recorded: train with the probe 'attention'")
+    require(len(frame), "no attention was recorded: train with the probe 'attention'")
     run = frame.run if "run" in frame else [0] * len(frame)
     rows = pd.concat([_split_names(of_run) for _, of_run in frame.groupby(run, sort=False)])
     place = ["epoch", "student", "t", "teacher"]
@@ -595,7 +594,7 @@ def embed_features(
         frames.append(pd.DataFrame(columns))
     return pd.concat(frames, ignore_index=True)
 
-# %% ../../nbs/lib/77_reports.maps.ipynb #1ac97fea
+# %% ../../nbs/lib/77_reports.maps.ipynb #806b6c52
 CLASS_MARKS = "osD^v<>PX*"
 CLASS_COLORS = (
     "#0072b2",

@@ -6,7 +6,7 @@
 __all__ = ['METRICS', 'UNSAVED', 'check_metric', 'Measure', 'join_published', 'Report', 'summarize_grid', 'history_frame',
            'save_summary', 'tabulate_by_seed', 'tabulate_by_epoch']
 
-# %% ../../nbs/lib/75_reports.tables.ipynb #33b31768
+# %% ../../nbs/lib/75_reports.tables.ipynb #f0b7ba1c
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ..core import atomic_write, renamed, unknown
-from ..published.format import claims, published
+from ..papers.experiments import Cell, Grid, summarise
+from ..papers.published import claims, published
 from snnkd_nb.reports.claims import (
     Runs,
     claims_and_deviations,
@@ -26,7 +27,6 @@ from snnkd_nb.reports.claims import (
     values_by_seed,
 )
 from .figure import artefact_path, format_csv
-from .grid import Cell, Grid, summarise
 from ..spec import RunSpec
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Measure:
                 measured[spec] = SimpleNamespace(metrics={self.name: value})
         return measured
 
-# %% ../../nbs/lib/75_reports.tables.ipynb #50247404
+# %% ../../nbs/lib/75_reports.tables.ipynb #e6b5d991
 def _place(record: dict, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(str(record[name]) for name in names)
 
@@ -133,7 +133,7 @@ def join_published(
     assert not cells, f"cells of {grid.key} without a published value: {list(cells)[:3]}"
     return rows
 
-# %% ../../nbs/lib/75_reports.tables.ipynb #c046e99e
+# %% ../../nbs/lib/75_reports.tables.ipynb #0ab98c65
 def _format_number(value: float, std: float | None = None, digits: int = 2) -> str:
     text = f"{value:.{digits}f}"
     if std is not None:
