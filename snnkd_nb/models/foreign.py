@@ -7,7 +7,7 @@ __all__ = ['LIBRARIES', 'find_file', 'hash_in', 'check_hash', 'read_state', 'fin
            'with_image_channels', 'timm', 'timm_net', 'torchvision_net', 'names_in', 'check_foreign', 'create_foreign',
            'head_to_skip', 'patch_size_for', 'vit_small']
 
-# %% ../../nbs/lib/36_models.foreign.ipynb #fce4aa8d
+# %% ../../nbs/lib/36_models.foreign.ipynb #03e789a5
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core import UserError, data_dir, renamed, sha256_of, unknown
+from ..core import UserError, data_dir, renamed, sha256_of, torchvision, unknown
 from .blocks import register_model
 from .taps import Foreign, find_classifier, first_line
 from ..spec import need
-from ..vision import torchvision
 
 # %% ../../nbs/lib/36_models.foreign.ipynb #436e91c7
 def find_file(
@@ -464,7 +463,7 @@ def vit_small(
         **for_timm,
     )
 
-# %% ../../nbs/lib/36_models.foreign.ipynb #2ac50977
+# %% ../../nbs/lib/36_models.foreign.ipynb #f894f246
 __getattr__ = renamed(
     __name__,
     {
@@ -472,7 +471,5 @@ __getattr__ = renamed(
         "misfit": "find_misfit",
         "patch_for": "patch_size_for",
         "with_channels": "with_image_channels",
-        # names that came from modules which this one replaces
-        "classifier": "models.taps:find_classifier",
     },
 )

@@ -144,7 +144,7 @@ def hooked(
         for handle in handles:
             handle.remove()
 
-# %% ../../nbs/lib/35_models.taps.ipynb #b9ab18b1
+# %% ../../nbs/lib/35_models.taps.ipynb #3b024417
 def first_line(error: BaseException) -> str:
     "Return the first line of an exception's message, or its type if it has none."
     lines = str(error).strip().splitlines()
@@ -177,7 +177,8 @@ def single_output(
     "Return the one tensor of two to four dimensions that a module put out; `UserError` otherwise."
     need(
         outputs,
-        f"module {path} is never called in a forward pass: it cannot be a stage, choose one that is",
+        f"module {path} is never called in a forward pass: "
+        "it cannot be a stage, choose one that is",
     )
     need(
         len(outputs) == 1,

@@ -106,7 +106,7 @@ def in_autograd_function() -> bool:
         or torch.is_inference_mode_enabled()
     )
 
-# %% ../../nbs/lib/32_neurons.rate.ipynb #9b9e65d3
+# %% ../../nbs/lib/32_neurons.rate.ipynb #98a38b3c
 def innermost_module(
     frames: Iterable[FrameType],  # of the call, the innermost first
 ) -> str:
@@ -137,9 +137,9 @@ def no_rule_error(
         frames = [frame for frame, _ in traceback.walk_stack(sys._getframe())]
         where = innermost_module(frames)
     return UserError(
-        f"rate-based backpropagation does not know what {what!r} does to a firing rate (in {where}): "
-        "train with gradient='bptt', or build the layer from convolutions, BatchNorm, pooling and "
-        "the neurons of list_neurons()"
+        f"rate-based backpropagation does not know what {what!r} does to a firing rate "
+        f"(in {where}): train with gradient='bptt', or build the layer from convolutions, "
+        "BatchNorm, pooling and the neurons of list_neurons()"
     )
 
 
