@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from snnkd_nb.core import UserError, sha256_of
+from snnkd_nb.core import UserError, sha256_of, torchvision
 from snnkd_nb.data.corrupt import subset
 from snnkd_nb.data.images import load
 from snnkd_nb.losses.base import default_pairs
@@ -33,7 +33,6 @@ from snnkd_nb.models.taps import Foreign, Tap, find_classifier, from_map, to_map
 from snnkd_nb.models.zoo import catalogue, create_model, model_info
 from snnkd_nb.spec import ModelSpec
 from snnkd_nb.training.loop import fit
-from snnkd_nb.vision import torchvision
 
 
 def resnet(channels=3, **kw):

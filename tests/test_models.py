@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from snnkd_nb.core import UserError
+from snnkd_nb.core import UserError, torchvision
 from snnkd_nb.metrics.activity import CONVENTIONS, count_macs, energy, firing_rates, mean_rate, sops
 from snnkd_nb.models.blocks import MODELS, BasicBlock, Bottleneck, eval_mode
+from snnkd_nb.models.foreign import create_foreign
+from snnkd_nb.models.genome import parse_genome
+from snnkd_nb.models.taps import Foreign
 from snnkd_nb.models.zoo import create_model, list_models, model_info
-from snnkd_nb.neurons.lif import LIF, FromSpikingJelly
-from snnkd_nb.vision import torchvision
+from snnkd_nb.neurons.lif import LIF, FromSpikingJelly, create_neuron, streaming
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [n for n in list_models() if MODELS[n]["spiking"]]
@@ -536,3 +538,88 @@ def test_import_is_cheap_and_quiet():
     code = "import sys, snnkd_nb.models.zoo; bad = {'nbdev', 'fastcore', 'torchvision', 'matplotlib', 'pandas', 'spikingjelly'} & set(sys.modules); sys.exit(' '.join(bad) or 0)"
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
+
+
+# wrong arguments
+
+
+def foreign_net():
+    return Foreign(
+        nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    )
+
+
+WRONG = {
+    "T of 0": (lambda: LIF(0), "T must be a whole number >= 1"),
+    "tau and decay": (lambda: LIF(2, tau=2.0, decay=0.5), "give only one of them"),
+    "tau of 1": (lambda: LIF(2, tau=1.0), "tau must be > 1"),
+    "surrogate": (lambda: LIF(2, surrogate="sigmoyd"), "sigmoyd"),
+    "backend": (lambda: LIF(2, backend="fast"), "unknown backend"),
+    "threshold": (lambda: LIF(2, v_threshold="1"), "v_threshold must be a number"),
+    "rows": (lambda: LIF(3)(torch.rand(4, 1)), "multiple of T=3"),
+    "neuron": (lambda: create_neuron("tett", 2), "did you mean 'tet'"),
+    "neuron option": (lambda: create_neuron("tet", 2, tua=2.0), "unknown neuron option 'tua'"),
+    "parameter": (lambda: create_neuron("tet", 2, alpha=2.0), "has the parameter 'gamma'"),
+    "limit": (streaming("much").__enter__, "give MiB"),
+    "limit is nan": (streaming(float("nan")).__enter__, "give MiB"),
+    "letter": (lambda: create_model("resnet2O"), "did you mean 'resnet20'"),
+    "no steps": (lambda: create_model("resnet20", T=0), "T .None makes an ANN. = 0"),
+    "width": (lambda: create_model("resnet20", width=-1), "width = -1"),
+    "width True": (lambda: create_model("resnet20", width=True), "width = True"),
+    "width nan": (lambda: create_model("resnet20", width=float("nan")), "width = nan"),
+    "classes": (lambda: create_model("torchvision:resnet18", num_classes=0), "num_classes = 0"),
+    "VGGSNN": (lambda: create_model("VGGSNN"), "did you mean 'vggsnn'"),
+    "one image": (lambda: create_model("resnet20")(torch.rand(3, 8, 8)), "give images"),
+    "whole numbers": (
+        lambda: create_model("resnet20")(torch.ones(1, 3, 8, 8, dtype=torch.int)),
+        "floating point",
+    ),
+    "feature of an image": (
+        lambda: create_model("resnet20", T=2).forward_from("stem", torch.rand(2, 16, 8, 8)),
+        "puts out .T, B, C, H, W.",
+    ),
+    "feature steps": (
+        lambda: create_model("resnet20", T=2).forward_from("stem", torch.rand(3, 2, 16, 8, 8)),
+        "3 time steps",
+    ),
+    "feature channels": (
+        lambda: create_model("resnet20").forward_from("stem", torch.rand(2, 5, 8, 8)),
+        "5 channels",
+    ),
+    "gradient": (lambda: setattr(create_model("resnet20", T=2), "gradient", "rates"), "gradient"),
+    "stem": (lambda: create_model("resnet18_imagenet", stem="imagnet"), "unknown stem"),
+    "pyramid stem": (lambda: create_model("pyramidnet101", stem="smal"), "unknown stem"),
+    "patch": (lambda: create_model("vit_small", patch=5), "patch = 5"),
+    "tokens": (lambda: Foreign(nn.Conv2d(3, 4, 1), tokens="maps"), "unknown form of tokens"),
+    "image size": (lambda: Foreign(nn.Conv2d(3, 4, 1), image_size="32"), "image_size = '32'"),
+    "channels": (lambda: foreign_net()(torch.rand(1, 1, 8, 8)), "has 1 channels"),
+    "foreign stage": (lambda: foreign_net().forward_from("stem", torch.rand(1)), "unknown stage"),
+    "stages as text": (
+        lambda: Foreign(nn.Sequential(nn.Conv2d(3, 4, 1)), stages="0"),
+        "list of module paths",
+    ),
+    "genome": (lambda: create_model("dsas", genome="n0"), "a whole number above 0"),
+    "genome stem": (lambda: create_model("dsas", stem=0), "stem = 0"),
+    "slopes of an ANN": (lambda: create_model("dsas", slopes=[2.0]), "no surrogates"),
+    "library": (lambda: create_foreign("tim", "resnet18"), "did you mean 'timm'"),
+    "spiking library": (lambda: create_foreign("torchvision", "resnet18", 10, 4), "T = 4"),
+    "library width": (lambda: create_foreign("torchvision", "resnet18", width=0.5), "width = 0.5"),
+    "pretrained": (
+        lambda: create_foreign("torchvision", "resnet18", pretrained="yes"),
+        "pretrained = 'yes'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_argument_is_one_line_that_names_it(name):
+    call, text = WRONG[name]
+    with pytest.raises(UserError, match=text) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("genome", ("n64 128", "n-3", "n6.5", [["n"]], 64))
+def test_a_wrong_genome_is_refused(genome):
+    with pytest.raises(UserError, match="genome"):
+        parse_genome(genome)

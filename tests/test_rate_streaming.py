@@ -13,17 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import snnkd_nb.kernels.norm as norm_module
+import snnkd_nb.neurons.lif as lif_module
 import snnkd_nb.neurons.rate as rate_module
 import snnkd_nb.neurons.ratelayers as layers_module
-import snnkd_nb.neurons.lif as lif_module
 from snnkd_nb.core import UserError
 from snnkd_nb.data.images import load
 from snnkd_nb.kernels.rate import pack_spikes, unpack_spikes
 from snnkd_nb.losses.base import observe
 from snnkd_nb.models.zoo import create_model
+from snnkd_nb.neurons.lif import MEMORY_LIMIT, DeferredSteps, streaming
 from snnkd_nb.neurons.rate import Rate, mean_of
 from snnkd_nb.neurons.ratelayers import moments_in_parts, plain_moments
-from snnkd_nb.neurons.lif import MEMORY_LIMIT, DeferredSteps, streaming
 from snnkd_nb.training.loop import fit
 
 NETWORKS = {

@@ -252,9 +252,11 @@ def create_neuron(
         raise unknown("neuron", name, NEURONS)
     return LIF(T, **apply_overrides(NEURONS[name], overrides))
 
-# %% ../../nbs/lib/31_neurons.lif.ipynb #dd181b52
+# %% ../../nbs/lib/31_neurons.lif.ipynb #11e2e0c4
 class FromSpikingJelly(nn.Module):
     "A SpikingJelly neuron for folded tensors (T·B, …), without memory between batches."
+
+    node: Any
 
     def __init__(
         self,
@@ -264,7 +266,7 @@ class FromSpikingJelly(nn.Module):
         super().__init__()
         if T < 1:
             raise UserError(f"T must be a whole number >= 1 (time steps), got {T!r}")
-        self.node: Any = node
+        self.node = node
         self.T = T
         self.node.step_mode = "m"
 
