@@ -7,7 +7,7 @@ __all__ = ['MakeActivation', 'Neuron', 'MODELS', 'activation', 'norm_act', 'Chai
            'fire_static', 'Conv2d', 'Pointwise', 'scale_channels', 'Stem', 'shortcut', 'BasicBlock', 'Bottleneck',
            'linear_head', 'initialize', 'eval_mode', 'fold', 'global_pooling', 'norm_pooling', 'Net', 'register_model']
 
-# %% ../../nbs/lib/34_models.blocks.ipynb #41e25883
+# %% ../../nbs/lib/34_models.blocks.ipynb #a2d82adf
 import contextlib
 import functools
 import inspect
@@ -24,7 +24,7 @@ from ..kernels.precision import conv2d
 from ..neurons.lif import create_neuron, has_hooks, is_plain_lif
 from ..neurons.rate import Rate, explain_errors
 from ..neurons.ratelayers import check_rates, fire_after, rate_of_input
-from ..spec import need
+from ..spec import require
 
 # %% ../../nbs/lib/34_models.blocks.ipynb #afe41989
 MakeActivation = Callable[[], nn.Module]
@@ -289,7 +289,7 @@ def eval_mode(
         for module, mode in modes:
             module.training = mode
 
-# %% ../../nbs/lib/34_models.blocks.ipynb #0b3935ab
+# %% ../../nbs/lib/34_models.blocks.ipynb #70b74abb
 def fold(
     x: Tensor,  # images (B, C, H, W) or frames (T, B, C, H, W)
     T: int | None,  # time steps of the network; None: an ANN, which sees the mean of the frames
@@ -299,12 +299,14 @@ def fold(
 
     Raises `UserError` for a wrong shape.
     """
-    need(
+    require(
         x.dim() in (4, 5),
         f"input of shape {tuple(x.shape)}: give images (B, C, H, W) or frames (T, B, C, H, W)",
     )
-    need(x.is_floating_point(), f"input of type {x.dtype}: give floating point numbers, x.float()")
-    need(
+    require(
+        x.is_floating_point(), f"input of type {x.dtype}: give floating point numbers, x.float()"
+    )
+    require(
         x.shape[-3] == channels,
         f"input has {x.shape[-3]} channels, the model was built for {channels}: "
         f"create_model(..., in_channels={x.shape[-3]})",
@@ -313,7 +315,7 @@ def fold(
         return to_channels_last(x)
     if T is None:
         return to_channels_last(x.mean(0))
-    need(
+    require(
         x.shape[0] == T,
         f"input has {x.shape[0]} frames, the model runs T={T} steps: "
         f"create_model(..., T={x.shape[0]}), or give {T} frames",
@@ -338,7 +340,7 @@ def norm_pooling(
     )
     return Chain(parts)
 
-# %% ../../nbs/lib/34_models.blocks.ipynb #1aa3f71d
+# %% ../../nbs/lib/34_models.blocks.ipynb #b65d3915
 class Net(nn.Module):
     """A classifier made of a stem, named stages, a pooling and a head: an ANN, or an SNN of `T`
     steps.
@@ -424,17 +426,17 @@ class Net(nn.Module):
         if stage not in self.stage_names:
             raise unknown("stage", stage, self.stage_names)
         expected = "(B, C, H, W)" if self.T is None else "(T, B, C, H, W)"
-        need(
+        require(
             x.dim() == (4 if self.T is None else 5),
             f"feature of shape {tuple(x.shape)}: {stage} of this network puts out {expected}",
         )
-        need(
+        require(
             self.T is None or len(x) == self.T,
             f"the feature has {len(x)} time steps, the model runs T={self.T}: "
             "give (T, B, C, H, W) as features=True does",
         )
         channels = self.widths[stage]
-        need(
+        require(
             x.shape[-3] == channels,
             f"the feature has {x.shape[-3]} channels, {stage} puts out {channels}",
         )

@@ -7,7 +7,7 @@ __all__ = ['LIBRARIES', 'find_file', 'hash_in', 'check_hash', 'read_state', 'fin
            'with_image_channels', 'timm', 'timm_net', 'torchvision_net', 'names_in', 'check_foreign', 'create_foreign',
            'head_to_skip', 'patch_size_for', 'vit_small']
 
-# %% ../../nbs/lib/36_models.foreign.ipynb #03e789a5
+# %% ../../nbs/lib/36_models.foreign.ipynb #9b29362f
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..core import UserError, data_dir, renamed, sha256_of, torchvision, unknown
 from .blocks import register_model
 from .taps import Foreign, find_classifier, first_line
-from ..spec import need
+from ..spec import require
 
 # %% ../../nbs/lib/36_models.foreign.ipynb #436e91c7
 def find_file(
@@ -35,7 +35,7 @@ def find_file(
     exists = f"neither {where} exists" if " nor " in where else f"no {where} exists"
     raise UserError(f"no weights {name}: {exists}; put the file there or give its path")
 
-# %% ../../nbs/lib/36_models.foreign.ipynb #1e1a8067
+# %% ../../nbs/lib/36_models.foreign.ipynb #515e939b
 def hash_in(
     name: str,  # of a file
 ) -> str:
@@ -60,7 +60,7 @@ def check_hash(
     if sha256 is False:
         return
     valid = isinstance(sha256, str) and re.fullmatch(r"[0-9a-fA-F]{8,64}", sha256)
-    need(
+    require(
         sha256 is None or valid,
         f"sha256 = {sha256!r}: give the first eight hexadecimal digits or more, "
         "or False to accept the file as it is",
@@ -70,13 +70,13 @@ def check_hash(
         return
     found = sha256_of(path)
     source = "" if sha256 else " as in its name (sha256=False if that is no hash)"
-    need(
+    require(
         found.startswith(digits),
         f"{path}: SHA-256 begins with {found[: len(digits)]}, not {digits}{source}; "
         "it is another file or damaged, get it again",
     )
 
-# %% ../../nbs/lib/36_models.foreign.ipynb #fd6ea67b
+# %% ../../nbs/lib/36_models.foreign.ipynb #5d3488f4
 def _read(path: Path) -> Any:
     if path.suffix != ".safetensors":
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -105,7 +105,7 @@ def read_state(
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    need(
+    require(
         isinstance(state, dict) and state and all(map(torch.is_tensor, state.values())),
         f"{path}: holds no state dict of tensors; save model.state_dict()",
     )
@@ -151,7 +151,7 @@ def load_state(
 
     state = without_head(state)
     misfit = find_misfit(state, without_head(net.state_dict()))
-    need(
+    require(
         not misfit,
         f"{name} does not fit {type(net).__name__}: {misfit}; "
         "give weights of this network, or head=False where only the classifier differs",
@@ -223,7 +223,7 @@ def _call_library(
             )
         raise UserError(f"{name}: {first_line(error)[:120]}; {advice}") from error
 
-# %% ../../nbs/lib/36_models.foreign.ipynb #e59c20fe
+# %% ../../nbs/lib/36_models.foreign.ipynb #0e012251
 def timm_net(
     name: str,
     classes: int,  # K
@@ -291,7 +291,7 @@ def _load_pretrained(net: nn.Module, name: str, weights: Any, head: str) -> None
         if fits or not key.startswith(head + "."):
             state[key] = value
     misfit = find_misfit(own | state, own)
-    need(
+    require(
         not misfit,
         f"torchvision:{name}: its pretrained weights do not fit: {misfit}; "
         "use the standard options, in_channels=3 and input_size=224",
@@ -301,7 +301,7 @@ def _load_pretrained(net: nn.Module, name: str, weights: Any, head: str) -> None
 
 LIBRARIES = {"timm": timm_net, "torchvision": torchvision_net}
 
-# %% ../../nbs/lib/36_models.foreign.ipynb #1980c8e8
+# %% ../../nbs/lib/36_models.foreign.ipynb #27aa9463
 def names_in(
     kind: str,  # "timm" or "torchvision"
 ) -> list[str]:
@@ -324,12 +324,12 @@ def check_foreign(
     exists = timm().is_model(name) if kind == "timm" else name in names_in(kind)
     if not exists:
         raise unknown(f"{kind} model", name, names_in(kind))
-    need(
+    require(
         T is None,
         f"T = {T!r}: {kind}:{name} is an ANN and has no time steps; "
         "leave T=None, and let it teach a spiking network of list_models()",
     )
-    need(
+    require(
         width == 1 and width is not True,
         f"width = {width!r}: {kind}:{name} has no width factor; "
         "leave it at 1, choose another of its networks or the library's own options",
@@ -360,8 +360,8 @@ def create_foreign(
 ) -> Foreign:
     "Create a `Foreign` network of a library; `UserError` for an unknown library, name or option."
     check_foreign(kind, name, T, width)
-    need(isinstance(pretrained, bool), f"pretrained = {pretrained!r}: give True or False")
-    need(
+    require(isinstance(pretrained, bool), f"pretrained = {pretrained!r}: give True or False")
+    require(
         not (pretrained and weights),
         "pretrained=True and weights=FILE exclude each other: leave one out",
     )
@@ -388,14 +388,14 @@ def head_to_skip(
     path = find_classifier(net, classes, shape) if head is False else str(head)
     wanted = "such module" if head is not False else f"linear layer with {classes} outputs"
     example = next(reversed(dict(net.named_children())), "")
-    need(
+    require(
         path in dict(net.named_modules()) and path,
         f"head = {head!r}: {type(net).__name__} has no {wanted}; "
         f"give the module path of its classifier, e.g. head={example!r}",
     )
     return path
 
-# %% ../../nbs/lib/36_models.foreign.ipynb #d6b59eea
+# %% ../../nbs/lib/36_models.foreign.ipynb #a6b293f5
 def patch_size_for(
     image_size: int,  # pixels per edge
 ) -> int:
@@ -431,13 +431,15 @@ def vit_small(
     size = input_size or common.get("image_size", 32)
     width = common.get("width", 1.0)
     patch = patch or patch_size_for(size)
-    need(
+    require(
         type(patch) is int and 0 < patch <= size and size % patch == 0,
         f"patch = {patch!r}: give a whole number of pixels that divides {size}, "
         f"e.g. {patch_size_for(size)}",
     )
-    need(type(blocks) is int and blocks > 0, f"blocks = {blocks!r}: give a whole number of blocks")
-    need(
+    require(
+        type(blocks) is int and blocks > 0, f"blocks = {blocks!r}: give a whole number of blocks"
+    )
+    require(
         not pretrained or (width == 1 and blocks == 12),
         "pretrained=True: the weights are those of width=1.0 and blocks=12",
     )

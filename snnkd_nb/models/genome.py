@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'Genome', 'EXAMPLES', 'Gene', 'parse_genome', 'genome_text', 'halvings', 'check_genome', 'fit_genome',
            'FirstBlock', 'set_slopes', 'genome_parameters', 'searched', 'dsas']
 
-# %% ../../nbs/lib/42_models.genome.ipynb #f29b74e4
+# %% ../../nbs/lib/42_models.genome.ipynb #ef197936
 import re
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
@@ -29,9 +29,9 @@ from snnkd_nb.models.blocks import (
     repeat_time,
     scale_channels,
 )
-from ..spec import need
+from ..spec import require
 
-# %% ../../nbs/lib/42_models.genome.ipynb #4b7b02f7
+# %% ../../nbs/lib/42_models.genome.ipynb #ba1ad138
 KINDS = {"n": "normal", "d": "downsample"}
 
 
@@ -57,14 +57,14 @@ def _parse_gene(word: Any) -> Gene:
     found = re.fullmatch(r"([A-Za-z]+)(-?[0-9]{1,6})", word) if isinstance(word, str) else None
     pair = (found[1], int(found[2])) if found else word
     is_pair = isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str)
-    need(
+    require(
         is_pair,
         f"block {word!r} of a genome: write a kind and its channels, e.g. n64 or ['n', 64]",
     )
     kind, channels = pair
     if kind not in KINDS:
         raise unknown("kind of block", kind, KINDS)
-    need(
+    require(
         type(channels) is int and channels > 0,
         f"block {word!r} of a genome: its channels must be a whole number above 0",
     )
@@ -78,13 +78,13 @@ def parse_genome(
 
     Raises `UserError` for an unknown kind, impossible channels or no block at all.
     """
-    need(
+    require(
         isinstance(genome, (str, list, tuple)),
         f'genome = {genome!r}: give text or a list, e.g. "n64 d128"',
     )
     words = genome.split() if isinstance(genome, str) else genome
     genes = tuple(_parse_gene(word) for word in words)
-    need(genes, 'the genome has no blocks: give at least one, e.g. "n64"')
+    require(genes, 'the genome has no blocks: give at least one, e.g. "n64"')
     return genes
 
 
@@ -92,7 +92,7 @@ def genome_text(genome: Genome) -> str:
     "Return the one text of an architecture, e.g. for `ModelSpec(args=...)`."
     return " ".join(str(gene) for gene in parse_genome(genome))
 
-# %% ../../nbs/lib/42_models.genome.ipynb #f4bf534b
+# %% ../../nbs/lib/42_models.genome.ipynb #76a151ac
 def halvings(
     image_size: int,  # pixels per edge
 ) -> int:
@@ -108,7 +108,7 @@ def check_genome(
     genes = parse_genome(genome)
     most = halvings(image_size)
     found = sum(gene.kind == "d" for gene in genes)
-    need(
+    require(
         found <= most,
         f"the genome has {found} downsample blocks, {image_size}×{image_size} pixels allow {most}: "
         f"make some of them normal, or take fit_genome(genome, {image_size})",
@@ -153,7 +153,7 @@ class FirstBlock(BasicBlock):
         residual = repeat_time(self.shortcut(x), repeat)
         return norm_act(self.bn2, self.act2, self.conv2(spikes), residual)
 
-# %% ../../nbs/lib/42_models.genome.ipynb #2d818ac0
+# %% ../../nbs/lib/42_models.genome.ipynb #255ae1c4
 def set_slopes(
     net: Any,  # a spiking network; its neurons are changed
     # slope of the sigmoid surrogate for every part of the depth, first to last
@@ -169,12 +169,12 @@ def set_slopes(
         and alphas
         and all(type(alpha) in (int, float) and alpha > 0 for alpha in alphas)
     )
-    need(
+    require(
         valid,
         f"slopes = {alphas!r}: give numbers above 0, one for each part of the depth, "
         "e.g. [2.0, 2.5, 3.0]",
     )
-    need(
+    require(
         neurons,
         f"slopes = {alphas!r}: {type(net).__name__} has no spiking neurons to give them to",
     )
@@ -209,7 +209,7 @@ def genome_parameters(
         c = o
     return total + c * num_classes + num_classes
 
-# %% ../../nbs/lib/42_models.genome.ipynb #4e331cac
+# %% ../../nbs/lib/42_models.genome.ipynb #93fe8848
 # Ours: same size and ranges as the published architectures, whose genomes are not printed.
 EXAMPLES = {
     "ImageNet": "n106 d424 n106 d424 n106 d424 n106 d424 n212 n424 d212 n106",
@@ -242,11 +242,11 @@ def searched(
         genes = fit_genome(EXAMPLES["CIFAR-10"], image_size)
     else:
         genes = check_genome(genome, image_size)
-    need(
+    require(
         stem is None or (type(stem) is int and stem > 0),
         f"stem = {stem!r}: give its channels, or None to let the first block take the image",
     )
-    need(
+    require(
         slopes is None or T is not None,
         f"slopes = {slopes!r}: an ordinary network has no surrogates, leave slopes=None",
     )

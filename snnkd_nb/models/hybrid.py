@@ -8,7 +8,7 @@ __all__ = ['Shapes', 'StagePair', 'ADAPTERS', 'PREFIXES', 'pair_by_depth', 'map_
            'separable_conv_norm', 'two_pointwise', 'two_separable', 'linear_map', 'no_layers', 'Adapter', 'frozen',
            'check_tail', 'check_fitted', 'adapt', 'Hybrids']
 
-# %% ../../nbs/lib/43_models.hybrid.ipynb #89570d7a
+# %% ../../nbs/lib/43_models.hybrid.ipynb #45a5632b
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..core import renamed, unknown
 from ..neurons.rate import ReplaceValue
-from ..spec import need
+from ..spec import require
 
 # %% ../../nbs/lib/43_models.hybrid.ipynb #4f58874d
 Shapes = Mapping[str, Sequence[int]]
@@ -89,7 +89,7 @@ def branch_suffix(
     stages = [name for name in student if name != "stem"]
     return str(stages.index(pair[0])) if pair[0] in stages else pair[0]
 
-# %% ../../nbs/lib/43_models.hybrid.ipynb #45e60dc9
+# %% ../../nbs/lib/43_models.hybrid.ipynb #61b3fc7a
 def to_python(value: Any) -> Any:
     "Return numbers and lists of NumPy or PyTorch as Python's own; anything else as it is."
     return value.tolist() if hasattr(value, "tolist") else value
@@ -121,7 +121,7 @@ def choose_branches(
     for pair in pairs:
         suffix = branch_suffix(pair, student, teacher[-1])
         every[suffix] = Branch("M" + suffix, *pair)
-    need(
+    require(
         len(every) == len(pairs),
         f"pairs = {list(pairs)}: two of them make the same hybrid model; give every stage once",
     )
@@ -134,7 +134,7 @@ def choose_branches(
     known |= {branch.name: suffix for suffix, branch in every.items()}
     known |= {suffix: suffix for suffix in every}
     for position in wanted:
-        need(
+        require(
             str(position) in known,
             f"position {position!r}: the hybrid models of these networks are "
             f"{', '.join(branch.name for branch in every.values())}; "
@@ -171,7 +171,7 @@ def sorted_branches(
     "Return `choose_branches(…)` in the order of the student's stages."
     return sort_branches(choose_branches(pairs, student, teacher, positions), student)
 
-# %% ../../nbs/lib/43_models.hybrid.ipynb #e6d403e0
+# %% ../../nbs/lib/43_models.hybrid.ipynb #88f2654e
 def conv_norm(c_in: int, c_out: int, kernel: int = 1) -> list[nn.Module]:
     "Return a convolution that keeps the resolution, and BatchNorm."
     conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False)
@@ -206,7 +206,7 @@ def linear_map(c_in: int, c_out: int) -> list[nn.Module]:
 
 def no_layers(c_in: int, c_out: int) -> list[nn.Module]:
     "Return nothing; raises `UserError` where the channels differ."
-    need(
+    require(
         c_in == c_out,
         f"adapter = 'identity': the student's stage has {c_in} channels and the teacher's {c_out}; "
         "take '1x1' or '1x1-1x1'",
@@ -223,7 +223,7 @@ ADAPTERS: dict[str, Callable[[int, int], list[nn.Module]]] = {
     "identity": no_layers,
 }
 
-# %% ../../nbs/lib/43_models.hybrid.ipynb #01681a01
+# %% ../../nbs/lib/43_models.hybrid.ipynb #a11dcab3
 PREFIXES = ("learned", "mean")
 
 
@@ -247,7 +247,7 @@ class Adapter(nn.Module):
         for option, value, valid in (("adapter", kind, ADAPTERS), ("prefix", prefix, PREFIXES)):
             if not isinstance(value, str) or value not in valid:
                 raise unknown(option, value, valid)
-        need(
+        require(
             isinstance(relu, bool),
             f"relu = {relu!r}: give True, for a ReLU at the end of the adapter, or False",
         )
@@ -291,7 +291,7 @@ def frozen(
         for module in modules:
             module.training = True
 
-# %% ../../nbs/lib/43_models.hybrid.ipynb #181d812d
+# %% ../../nbs/lib/43_models.hybrid.ipynb #62db403e
 def check_tail(
     teacher: Any,  # any network
 ) -> None:
@@ -300,16 +300,16 @@ def check_tail(
     """
     kind = type(getattr(teacher, "net", teacher)).__name__
     T = getattr(teacher, "T", None)
-    need(
+    require(
         hasattr(teacher, "forward_from"),
         f"{kind} has no forward_from: wrap it, Foreign(net, image_size=…), "
         "or take a network of list_models()",
     )
-    need(
+    require(
         T is None,
         f"the teacher runs T={T} steps: a hybrid model ends in an ordinary network, T=None",
     )
-    need(
+    require(
         not any(tap.raw for tap in getattr(teacher, "taps", {}).values()),
         f"{kind} gives raw tokens: build the teacher with tokens='map'",
     )
@@ -324,7 +324,7 @@ def check_fitted(
         if isinstance(module, nn.BatchNorm2d) and not module.training:
             num_batches: Any = module.num_batches_tracked
             seen = not module.track_running_stats or int(num_batches)
-            need(
+            require(
                 seen,
                 f"{name}'s adapter saw no batch yet: its running statistics are still 0 and 1, "
                 "and its logits mean nothing; train first, or give untrained=True",
@@ -348,7 +348,7 @@ def adapt(
         out.prefix = ReplaceValue.apply(y.prefix, y.prefix, 1 / divide)
     return out
 
-# %% ../../nbs/lib/43_models.hybrid.ipynb #e4fd531b
+# %% ../../nbs/lib/43_models.hybrid.ipynb #c992a29e
 class Hybrids(nn.Module):
     """The adapters of hybrid models, and the models' logits: `forward({student stage: rates})` →
     `{name: (B, K)}`.
@@ -408,7 +408,7 @@ class Hybrids(nn.Module):
         found = {name: self.at(name) for name in (self.names if only is None else only)}
         stages = ", ".join(dict.fromkeys(branch.student for branch, _ in found.values()))
         for name, (branch, adapter) in found.items():
-            need(
+            require(
                 branch.student in rates,
                 f"{name} begins with the student's {branch.student!r}, "
                 f"and rates are given of {', '.join(rates) or 'nothing'}: give those of {stages}",

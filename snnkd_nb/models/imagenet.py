@@ -8,7 +8,7 @@ __all__ = ['STEMS', 'RENAMED_PARTS', 'URL', 'WEIGHTS', 'PLAIN', 'ImageStem', 'en
            'resnet50_imagenet', 'sew_resnet18', 'sew_resnet34', 'sew_resnet50', 'preact_resnet18', 'preact_resnet34',
            'our_name', 'with_our_names', 'torchvision_architecture', 'find_official', 'load_torchvision']
 
-# %% ../../nbs/lib/39_models.imagenet.ipynb #a21d4f09
+# %% ../../nbs/lib/39_models.imagenet.ipynb #d64def91
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from snnkd_nb.models.blocks import (
 )
 from .foreign import find_file, hash_in, load_state, read_state
 from .resnet import STAGE_WIDTHS, stage
-from ..spec import need
+from ..spec import require
 
 # %% ../../nbs/lib/39_models.imagenet.ipynb #8c4aeb85
 # kind of stem → (edge, stride) of its convolution
@@ -240,7 +240,7 @@ def with_our_names(
     "Return the same tensors under our names."
     return {our_name(name): value for name, value in state.items()}
 
-# %% ../../nbs/lib/39_models.imagenet.ipynb #514989db
+# %% ../../nbs/lib/39_models.imagenet.ipynb #cc4141b2
 URL = "https://download.pytorch.org/models/"
 WEIGHTS: dict[str, tuple[str, ...]] = {
     "resnet18": ("resnet18-f37072fd.pth",),
@@ -259,7 +259,7 @@ def torchvision_architecture(model: nn.Module) -> str:
 
     Raises `UserError` if there is none.
     """
-    need(
+    require(
         not any(isinstance(module, PreActBlock) for module in model.modules()),
         "torchvision's weights are of networks with activations behind the convolutions, "
         "this one has them before: build a resnet*_imagenet or sew_resnet*",
@@ -318,7 +318,7 @@ def load_torchvision(
     """
     name = torchvision_architecture(model)
     file = find_file(path) if path else find_official(name)
-    need(
+    require(
         sha256 is not None or hash_in(file.name),
         f"{file.name}: no hash in the name; keep torchvision's own, e.g. {WEIGHTS[name][0]}, "
         "or give sha256=",

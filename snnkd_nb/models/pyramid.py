@@ -6,7 +6,7 @@
 __all__ = ['PyramidBlocks', 'block_widths', 'PadShortcut', 'PyramidBlock', 'PyramidBottleneck', 'small_stem', 'pyramid_stages',
            'pyramid', 'pyramidnet18', 'pyramidnet20', 'pyramidnet110', 'pyramidnet200', 'pyramidnet101']
 
-# %% ../../nbs/lib/40_models.pyramid.ipynb #42db8cc3
+# %% ../../nbs/lib/40_models.pyramid.ipynb #cf5db2a0
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +27,7 @@ from snnkd_nb.models.blocks import (
     scale_channels,
 )
 from .imagenet import STEMS, ImageStem
-from ..spec import need
+from ..spec import require
 
 # %% ../../nbs/lib/40_models.pyramid.ipynb #37c3e98e
 def block_widths(
@@ -135,7 +135,7 @@ def pyramid_stages(
         stages.append(nn.Sequential(*blocks))
     return stages, c
 
-# %% ../../nbs/lib/40_models.pyramid.ipynb #e9957f08
+# %% ../../nbs/lib/40_models.pyramid.ipynb #a4a18eba
 def pyramid(
     block: PyramidBlocks,  # PyramidBlock or PyramidBottleneck
     depths: Sequence[int],  # blocks of each stage
@@ -152,7 +152,7 @@ def pyramid(
     depth: float = 1.0,  # factor on the blocks of each stage, at least one stays
 ) -> Net:
     "Build a PyramidNet; raises `UserError` for a negative alpha."
-    need(
+    require(
         isinstance(alpha, (int, float)) and 0 <= alpha < float("inf"),
         f"alpha = {alpha!r}: give the number of channels to add, 0 or more",
     )

@@ -7,7 +7,7 @@ __all__ = ['SCALE', 'keys_first', 'attend', 'Products', 'split_heads', 'join_hea
            'SpikformerStem', 'SpikingformerStem', 'token_width', 'attention_activation', 'draw_small_linear_layers',
            'transformer', 'spikformer', 'spikingformer']
 
-# %% ../../nbs/lib/41_models.spikformer.ipynb #fb496ae8
+# %% ../../nbs/lib/41_models.spikformer.ipynb #9a609b65
 import itertools
 import math
 from collections import OrderedDict
@@ -29,7 +29,7 @@ from snnkd_nb.models.blocks import (
     norm_act,
     register_model,
 )
-from ..spec import need
+from ..spec import require
 
 # %% ../../nbs/lib/41_models.spikformer.ipynb #b0a295ad
 SCALE = 0.125
@@ -209,7 +209,7 @@ class SpikingformerStem(Stem):
     def forward(self, x: Tensor, repeat: int | None = None) -> Tensor:
         return self.patches(super().forward(x, repeat))
 
-# %% ../../nbs/lib/41_models.spikformer.ipynb #a20834b3
+# %% ../../nbs/lib/41_models.spikformer.ipynb #a5f14e0c
 def token_width(
     dim: int,  # channels of a token as published
     heads: int,  # number of heads
@@ -220,7 +220,7 @@ def token_width(
     Raises `UserError` if `dim` itself is not such a multiple.
     """
     step = math.lcm(heads, 8)
-    need(
+    require(
         dim % step == 0,
         f"dim={dim}, heads={heads}: dim must be a multiple of heads and of 8, "
         f"e.g. dim={max(step, round(dim / step) * step)}",
@@ -255,7 +255,7 @@ def draw_small_linear_layers(
                 nn.init.zeros_(layer.bias)
     return net
 
-# %% ../../nbs/lib/41_models.spikformer.ipynb #d6ec10b0
+# %% ../../nbs/lib/41_models.spikformer.ipynb #4db2c5a1
 def transformer(
     stem: type[SpikformerStem] | type[SpikingformerStem],
     blocks: int,  # number of blocks
@@ -272,7 +272,7 @@ def transformer(
 ) -> Net:
     "Build a tokenizer, blocks as stages, the mean over the tokens and a linear layer."
     for name, number in {"blocks": blocks, "dim": dim, "heads": heads}.items():
-        need(
+        require(
             isinstance(number, int) and number > 0,
             f"{name}={number!r}: give a whole number of at least 1",
         )

@@ -8,7 +8,7 @@ __all__ = ['GLOBAL_POOLINGS', 'StageCandidates', 'stage_candidates', 'name_stage
            'count_prefix_tokens', 'prefix_tokens_for', 'blank_images', 'dry_run', 'write_count', 'StageSurvey',
            'survey_stages', 'ShapeMode', 'run_from', 'candidate_heads', 'find_classifier', 'Foreign']
 
-# %% ../../nbs/lib/35_models.taps.ipynb #00d7b7d2
+# %% ../../nbs/lib/35_models.taps.ipynb #05f48622
 import contextlib
 import re
 import threading
@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map_only
 from ..core import UserError, renamed, unknown
 from ..kernels.precision import protected
 from .blocks import eval_mode, fold
-from ..spec import need
+from ..spec import require
 
 # %% ../../nbs/lib/35_models.taps.ipynb #889ae265
 class StageCandidates(NamedTuple):
@@ -53,7 +53,7 @@ def stage_candidates(net: nn.Module) -> StageCandidates:
     children = [f"{top}.{name}".strip(".") for name, _ in sequence.named_children()]
     return StageCandidates(children, thin=True)
 
-# %% ../../nbs/lib/35_models.taps.ipynb #c04753e6
+# %% ../../nbs/lib/35_models.taps.ipynb #72b58a20
 GLOBAL_POOLINGS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 
@@ -87,7 +87,7 @@ def resolve_stage_paths(
     "Return {name: path}; `UserError` with the nearest paths for a path that does not exist."
     if stages is None:
         stages = stage_candidates(net).paths
-    need(
+    require(
         isinstance(stages, (list, tuple, Mapping)),
         f"stages = {stages!r}: give a list of module paths, or a dict of names and paths",
     )
@@ -144,7 +144,7 @@ def hooked(
         for handle in handles:
             handle.remove()
 
-# %% ../../nbs/lib/35_models.taps.ipynb #3b024417
+# %% ../../nbs/lib/35_models.taps.ipynb #d43c1511
 def first_line(error: BaseException) -> str:
     "Return the first line of an exception's message, or its type if it has none."
     lines = str(error).strip().splitlines()
@@ -156,7 +156,7 @@ def logits_of(
 ) -> Tensor:
     "Return the logits (B, K); `UserError` if there are none."
     output = getattr(output, "logits", output)
-    need(
+    require(
         isinstance(output, Tensor) and output.dim() == 2,
         f"the network returned {_describe(output)}: "
         "a teacher must map images (B, C, H, W) to logits (B, K)",
@@ -175,18 +175,18 @@ def single_output(
     outputs: Sequence[Any],  # its outputs in one forward pass
 ) -> Tensor:
     "Return the one tensor of two to four dimensions that a module put out; `UserError` otherwise."
-    need(
+    require(
         outputs,
         f"module {path} is never called in a forward pass: "
         "it cannot be a stage, choose one that is",
     )
-    need(
+    require(
         len(outputs) == 1,
         f"module {path} is called {len(outputs)} times in a forward pass: "
         "a stage must be called once, choose the module around it",
     )
     output = outputs[0]
-    need(
+    require(
         isinstance(output, Tensor) and 2 <= output.dim() <= 4,
         f"module {path} puts out {_describe(output)}: "
         "a stage must put out one tensor, (B, C, H, W), (B, N, C) or (B, C)",
@@ -258,7 +258,7 @@ def from_map(
         return torch.cat([prefix, patches], 1)
     return patches
 
-# %% ../../nbs/lib/35_models.taps.ipynb #a402053e
+# %% ../../nbs/lib/35_models.taps.ipynb #6990e85f
 def count_prefix_tokens(
     net: Any,  # the network
     num_tokens: int,  # its tokens for a square image
@@ -291,12 +291,12 @@ def prefix_tokens_for(
     found: Any = getattr(feature, "prefix", otherwise) if prefix is None else prefix
     if isinstance(found, str) and found == "mean":
         return feature.flatten(2).mean(2)[:, None].expand(-1, tap.prefix, -1)
-    need(
+    require(
         found is not None,
         f"a map without its {tap.prefix} class or register token(s): give prefix=tensor {shape}, "
         "e.g. the teacher's feature.prefix, or prefix='mean', or use tokens='raw'",
     )
-    need(
+    require(
         isinstance(found, Tensor) and tuple(found.shape) == shape,
         f"prefix is {_describe(found)}: this map needs a tensor of shape {shape}, or 'mean'",
     )
@@ -391,7 +391,7 @@ def _tap_for(net: nn.Module, path: str, output: Tensor, copy: bool, raw: bool) -
     channels_last = getattr(net, "output_fmt", None) == "NHWC" or from_swin
     return Tap(path, output.dim(), prefix, output.dim() == 4 and channels_last, copy, raw)
 
-# %% ../../nbs/lib/35_models.taps.ipynb #525bc180
+# %% ../../nbs/lib/35_models.taps.ipynb #496437b6
 class ShapeMode(TorchDispatchMode):
     """Let operations in this thread compute shapes only.
 
@@ -432,7 +432,7 @@ def run_from(
         if "meta" not in str(error).lower():
             raise
         can_cut = False
-    need(
+    require(
         can_cut,
         f"the network cannot be cut behind {path}: "
         "something after it also reads what comes before; choose another stage",
@@ -481,7 +481,7 @@ def find_classifier(
             return path
     return next(reversed(seen), "")
 
-# %% ../../nbs/lib/35_models.taps.ipynb #cce2894a
+# %% ../../nbs/lib/35_models.taps.ipynb #2bf7d866
 class Foreign(nn.Module):
     "Any classifier as a staged ANN: `model(x, features=True)`, `forward_from`, `feature_shapes`."
 
@@ -503,15 +503,15 @@ class Foreign(nn.Module):
         input_size: int | None = None,
     ) -> None:
         super().__init__()
-        need(isinstance(model, nn.Module), f"model = {model!r}: give an nn.Module")
+        require(isinstance(model, nn.Module), f"model = {model!r}: give an nn.Module")
         if tokens not in ("map", "raw"):
             raise unknown("form of tokens", tokens, ("map", "raw"))
-        need(prefix in (None, "mean"), f"prefix = {prefix!r}: None or 'mean'")
+        require(prefix in (None, "mean"), f"prefix = {prefix!r}: None or 'mean'")
         sizes = {"image_size": image_size, "in_channels": in_channels, "input_size": input_size}
         for name, value in sizes.items():
             valid = type(value) is int and value > 0
             optional = name != "image_size" and not value
-            need(valid or optional, f"{name} = {value!r}: give a whole number of at least 1")
+            require(valid or optional, f"{name} = {value!r}: give a whole number of at least 1")
         self.net = model
         self.image_size = image_size
         self.input_size = input_size
@@ -594,7 +594,7 @@ class Foreign(nn.Module):
             raise unknown("stage", stage, self.stage_names)
         tap, own = self.taps[stage], self.found[stage]
         fits = x.dim() == len(own) + 1 and tap.channels(x.shape[1:]) == tap.channels(own)
-        need(
+        require(
             fits,
             f"feature of shape {tuple(x.shape)}: "
             f"{stage} of this network puts out (B, {', '.join(map(str, own))})",

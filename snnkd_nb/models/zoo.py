@@ -6,7 +6,7 @@
 __all__ = ['COMMON_OPTIONS', 'BARS', 'list_models', 'is_foreign', 'unknown_model', 'check_model', 'registry_entry',
            'create_model', 'parameters', 'model_info', 'macs', 'sparkline', 'describe_shapes', 'catalogue']
 
-# %% ../../nbs/lib/44_models.zoo.ipynb #03867057
+# %% ../../nbs/lib/44_models.zoo.ipynb #f2ea4621
 import fnmatch
 import itertools
 import re
@@ -29,7 +29,7 @@ from snnkd_nb.models import (  # noqa: F401 (each registers its networks)
 )
 from .blocks import MODELS, Neuron, eval_mode
 from .foreign import check_foreign, create_foreign
-from ..spec import need
+from ..spec import require
 
 # %% ../../nbs/lib/44_models.zoo.ipynb #dda70730
 def list_models(
@@ -75,7 +75,7 @@ def _options_hint(name: str) -> str:
         return ", its blocks and features are options, see model_info"
     return ""
 
-# %% ../../nbs/lib/44_models.zoo.ipynb #37970271
+# %% ../../nbs/lib/44_models.zoo.ipynb #60a330be
 def check_model(
     name: Any,  # one of `list_models()`, or "timm:NAME" or "torchvision:NAME"
     T: int | None = None,  # its time steps
@@ -92,7 +92,7 @@ def check_model(
         import_plugins()
     if name not in MODELS:
         raise unknown_model(name)
-    need(
+    require(
         T is None or MODELS[name]["spiking"],
         f"T = {T!r}: {name} is an ordinary network without a spiking form; "
         "leave T=None, and let it teach another",
@@ -120,7 +120,7 @@ def registry_entry(
         "native": {"image_size": 224},
     }
 
-# %% ../../nbs/lib/44_models.zoo.ipynb #3cabb959
+# %% ../../nbs/lib/44_models.zoo.ipynb #743f839b
 COMMON_OPTIONS = (
     "num_classes",
     "T",
@@ -134,7 +134,7 @@ COMMON_OPTIONS = (
 
 def _check_count(name: str, value: Any) -> None:
     valid = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    need(valid, f"{name} = {value!r}: give a whole number of at least 1")
+    require(valid, f"{name} = {value!r}: give a whole number of at least 1")
 
 
 def _check_sizes(
@@ -146,7 +146,7 @@ def _check_sizes(
     _check_count("in_channels", in_channels)
     _check_count("image_size", image_size)
     is_number = isinstance(width, (int, float)) and not isinstance(width, bool)
-    need(
+    require(
         is_number and 0 < width < float("inf"),
         f"width = {width!r}: give a number above 0",
     )
@@ -192,7 +192,7 @@ def create_model(
             neuron_args=neuron_args,
             **options,
         )
-    need(
+    require(
         hasattr(net, "stage_names") and hasattr(net, "T"),
         f"model {name!r}: its function returned a {type(net).__name__}; let it return a Net of "
         "models.blocks, or Foreign(net, image_size=image_size) of models.taps",
