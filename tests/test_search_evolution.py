@@ -492,7 +492,7 @@ def test_the_found_network_is_the_one_that_was_scored():
         found.built["slopes"]
     ) == 3
     assert search(small_teacher(), SMALL, images(), 4, 1, "mas", T=3).built.get("slopes") is None
-    with pytest.raises(UserError, match="does not say how its networks are built"):
+    with pytest.raises(UserError, match="does not define how its networks are built"):
         evolve(SMALL, toy, 4, 1).network()
 
 
@@ -617,7 +617,7 @@ def test_a_second_objective_needs_a_score():
     def sized(genome):
         return Score(1.0, {}, len(genome), None, "")
 
-    with pytest.raises(UserError, match="does not say the sops"):
+    with pytest.raises(UserError, match="does not give the sops"):
         evolve(SMALL, sized, 4, 1, "nsga2", second="sops")
 
 

@@ -148,7 +148,7 @@ def test_workers_do_not_change_the_record(home):
         ),
         ({"metric": "mas", "batch": 1}, "a batch of 1 image"),
         ({"metric_args": {"mode": "sample"}, "batch": 1}, "a batch of 1 image"),
-        ({"data": DataSpec(size=6)}, "images 1×8×8 of digits, those of the search are 1×6×6"),
+        ({"data": DataSpec(size=6)}, "images 1×8×8 of digits, the images of the search are 1×6×6"),
     ],
 )
 def test_mistakes_are_said_before_a_teacher_is_trained(home, kw, words):
