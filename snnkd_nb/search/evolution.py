@@ -47,7 +47,7 @@ from ..models.genome import KINDS, Gene, genome_text, parse_genome
 from ..models.zoo import create_model
 from .score import Score, Scorer, ScoringPool, score_from_json, score_to_json
 from .space import Space, check_images
-from ..spec import need
+from ..spec import require
 
 # %% ../../nbs/lib/67_search.evolution.ipynb #e20a079e
 Genome = tuple[Gene, ...]
@@ -71,12 +71,12 @@ class Rates:
         for rate in fields(self):
             value = getattr(self, rate.name)
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            need(
+            require(
                 is_number and 0 <= value <= 1,
                 f"{rate.name} = {value!r}: a probability is a number from 0 to 1",
             )
         total = sum(self.shares)
-        need(
+        require(
             abs(total - 1) < 1e-9,
             f"add + delete + channel = {total:g}: they are shares of the mutations, "
             "give three that sum to 1",
@@ -113,7 +113,9 @@ def cross_at(
     j: int,  # genes of b before the cut
 ) -> tuple[Genome, Genome]:
     "Exchange the tails of two parents. Source: CNN-GA Algorithm 3."
-    return a[:i] + b[j:], b[:j] + a[i:]
+    first_child = a[:i] + b[j:]
+    second_child = b[:j] + a[i:]
+    return first_child, second_child
 
 
 def _draw_cut(genome: Genome, rng: np.random.Generator) -> int:
@@ -240,7 +242,7 @@ def check_selection(
     name: str,  # one of `SELECTIONS`
 ) -> str:
     "Return the name; raises `UserError` for another, with a reason for roulette."
-    need(
+    require(
         name != "roulette",
         "selection = 'roulette': shares of a wheel need a fitness above 0, and ours is a "
         "distance, lower is better; take tournament (the paper's) or truncation",
@@ -484,10 +486,10 @@ class SearchResult:
     ) -> nn.Module:
         """Create the spiking network of a genome with new weights.
 
-        Neuron, time steps and slopes are those of the search."""
-        need(
+        It has the neuron, the time steps and the slopes of the search."""
+        require(
             bool(self.network_options),
-            "this fitness is a function of yours and does not say how its networks are built: "
+            "this fitness is a function of yours, which does not define how its networks are built: "
             "create_model('dsas', genome=result.best, T=…, neuron='dsas')",
         )
         options = {**self.network_options, "genome": genome or self.best, **changes}
@@ -654,12 +656,12 @@ class _Ledger:
                 self.save()
 
     def close_generation(self, number: int) -> float:
-        "End a generation and return its seconds; those of a replayed one come from the file."
+        "End a generation and return its seconds, for a replayed one from the file."
         if number >= len(self.done):
             self.done.append(round(self.spent, 3))
             self.spent = 0.0
             self.save()
-        # The cache is updated last, because scores it knows count as shared.
+        # The cache is updated last, because the scores it holds count as shared.
         self.cache.put(self.scores)
         return self.done[number]
 
@@ -668,12 +670,12 @@ def _check_numbers(population: int, generations: int, second: str) -> None:
     def is_whole(value: Any, low: int) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
-    need(
+    require(
         is_whole(population, 2),
         f"population = {population!r}: two different parents are needed, "
         "give a whole number of at least 2",
     )
-    need(
+    require(
         is_whole(generations, 1),
         f"generations = {generations!r}: give a whole number of at least 1",
     )
@@ -684,20 +686,20 @@ def _check_numbers(population: int, generations: int, second: str) -> None:
 def _check_parts(
     rates: Any, key: str, cache: ScoreCache | None, checkpoint: str | Path | None
 ) -> None:
-    need(
+    require(
         isinstance(rates, Rates),
         f"rates = {rates!r}: give create_rates(…) of search.evolution, "
         "e.g. create_rates(mutation=0.5)",
     )
-    need(
+    require(
         cache is None or isinstance(cache, ScoreCache),
         f"cache = {cache!r}: give ScoreCache(scorer.key, folder) of search.evolution",
     )
-    need(
+    require(
         cache is None or bool(cache.key == key and key),
         "cache: it is of another scorer than this one; make it with ScoreCache(scorer.key, folder)",
     )
-    need(
+    require(
         checkpoint is None or bool(key),
         "checkpoint: this fitness has no key, so a file of another could be taken for its own; "
         "give it one, e.g. fitness.key = 'depth, version 1'",
@@ -715,10 +717,10 @@ def _objective_values(score: Score, second: str | None) -> list[float]:
     if second is None:
         return [score.fitness]
     size = getattr(score, second)
-    need(
+    require(
         size is not None and math.isfinite(size),
-        f"second = {second!r}: this fitness does not say the {second} of a candidate; "
-        "let it give a Score",
+        f"second = {second!r}: this fitness does not give the {second} of a candidate; "
+        "let it return a Score",
     )
     return [score.fitness, float(size)]
 
@@ -783,7 +785,7 @@ def evolve(
                     event["replayed"] = True
                 on_event(event)
     all_dead = _describe_all_dead(ledger.scores)
-    need(not all_dead, all_dead)
+    require(not all_dead, all_dead)
     return SearchResult(
         space,
         tuple(done),
@@ -867,19 +869,19 @@ def _create_scorer(
     fitness: str | Callable[[Any], Any],
     options: dict[str, Any],
 ) -> Callable[[Any], Any]:
-    need(
+    require(
         isinstance(space, Space),
         f"space = {space!r:.60}: give a Space, e.g. create_space('cifar10') "
         "or create_space_for_teacher(teacher)",
     )
-    need(
+    require(
         "metric" not in options,
         "metric: give it as fitness=…, which also takes a function of yours",
     )
     is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2
-    need(callable(fitness) or is_pair, "batch: give a pair, (images, labels)")
+    require(callable(fitness) or is_pair, "batch: give a pair, (images, labels)")
     if callable(fitness):
-        need(
+        require(
             not options,
             f"{', '.join(options)}: options of the Scorer, and this fitness is a function of yours",
         )

@@ -35,7 +35,7 @@ from snnkd_nb.search.evolution import (
 )
 from .score import MEASURES, Scorer, Scoring, check_batch, score_to_json
 from .space import Space, check_images, create_space
-from ..spec import DataSpec, ModelSpec, OptimSpec, RunSpec, SearchSpec, need, to_dict
+from ..spec import DataSpec, ModelSpec, OptimSpec, RunSpec, SearchSpec, require, to_dict
 from ..store import SearchRecord, Store, environment, with_weights
 from snnkd_nb.training.job import (
     Listener,
@@ -93,7 +93,7 @@ def load_batches(
     They are the first batches of the training images in the order of the seed. Raises
     `UserError` for too few images."""
     num_images = len(data.train)
-    need(
+    require(
         spec.batch * spec.batches <= num_images,
         f"batch = {spec.batch}, batches = {spec.batches}: {data.name} has {num_images} "
         "training images, give less",
@@ -109,7 +109,7 @@ def create_scoring(
     "Create the `Scoring` of a search; raises `UserError` for wrong options."
     args = to_dict(spec).get("metric_args", {})
     for name in args:
-        need(
+        require(
             name not in ("T", "neuron", "metric"),
             f"metric_args: {name!r} is a field of the search itself: give it as {name}=…, "
             "not among the options of the metric",
@@ -130,7 +130,7 @@ def _check_teacher(spec: SearchSpec, scoring: Scoring, data: Any, space: Space) 
     last_layer: Any = find_last_layer(net)
     width = last_layer.weight[0].numel()
     odd = [c for c in space.channels if max(c, width) % min(c, width)]
-    need(
+    require(
         scoring.mode != "ickd" or not odd,
         f"mode='ickd' compares channels: {', '.join(map(str, odd))} of the space and {width} of "
         "the teacher's last layer are no multiples of each other; "
@@ -140,7 +140,7 @@ def _check_teacher(spec: SearchSpec, scoring: Scoring, data: Any, space: Space) 
         num_parts, kind = len(net.stage_names), "stages"
     else:
         num_parts, kind = sum(isinstance(m, COUNTED) for m in net.modules()), "layers"
-    need(
+    require(
         scoring.alpha != "guided" or num_parts >= scoring.K,
         f"K = {scoring.K}: the {num_parts} {kind} of the teacher cannot be divided into as many "
         f"parts, give at most {num_parts}",
@@ -149,17 +149,17 @@ def _check_teacher(spec: SearchSpec, scoring: Scoring, data: Any, space: Space) 
 
 def _check_same_data(teacher_data: Any, data: Any) -> None:
     "Check that the teacher has learned the classes and the image size of the search."
-    need(
+    require(
         teacher_data.classes == data.classes,
         f"the teacher learns {teacher_data.num_classes} classes of {teacher_data.name}, "
         f"{data.name} has {data.num_classes}: give a teacher of the same data",
     )
     teacher_size = "×".join(map(str, teacher_data.shape))
     size = "×".join(map(str, data.shape))
-    need(
+    require(
         teacher_data.shape == data.shape,
-        f"the teacher learns images {teacher_size} of {teacher_data.name}, those of the search "
-        f"are {size}: give both the same data and size",
+        f"the teacher learns images {teacher_size} of {teacher_data.name}, the images of the "
+        f"search are {size}: give both the same data and size",
     )
 
 
@@ -171,7 +171,7 @@ def check_search(
     check_spec(spec.teacher)
     scoring = create_scoring(spec)
     second = create_engine_options(spec)["second"]
-    need(
+    require(
         spec.algorithm != "nsga2" or second != "sops" or scoring.needs(*MEASURES),
         f"second = 'sops': metric = {spec.metric!r} runs no candidate, so nobody counts its "
         "operations; take second='parameters', or add a metric that runs it",
@@ -479,7 +479,7 @@ def create_distillation_run(
     neuron option would replace."""
     spec = record.run
     is_positive = isinstance(slopes, (int, float)) and 0 < slopes < math.inf
-    need(
+    require(
         slopes in ("guided", None) or (is_positive and not isinstance(slopes, bool)),
         f"slopes = {slopes!r}: give 'guided', a number above 0, or None",
     )
@@ -490,7 +490,7 @@ def create_distillation_run(
         slope_values = [float(slopes)]
     if neuron_args is None:
         neuron_args = to_dict(spec).get("metric_args", {}).get("neuron_args")
-    need(
+    require(
         not (slope_values and neuron_args and "alpha" in neuron_args),
         f"neuron_args = {neuron_args!r}: the slopes {slope_values} would replace its alpha; "
         "leave it out, or give slopes=None",

@@ -41,7 +41,7 @@ from snnkd_nb.models.genome import (
     genome_text,
     parse_genome,
 )
-from ..models.stages import paths_in_words
+from ..models.taps import describe_paths
 from ..neurons.lif import create_neuron, list_neurons
 from snnkd_nb.search.candidate import (
     GRADIENTS,
@@ -76,7 +76,7 @@ from snnkd_nb.search.similarity import (
     sum_over_time,
     tgs,
 )
-from ..spec import need
+from ..spec import require
 
 # %% ../../nbs/lib/66_search.score.ipynb #366a6c27
 def student_gradient(
@@ -86,7 +86,7 @@ def student_gradient(
 ) -> Tensor:
     """Compute the gradient of the cross-entropy by equation (1).
 
-    It is that of the last layer's weights (N, C), or of its input (B, C)."""
+    Returns the gradient of the last layer's weights (N, C), or of its input (B, C)."""
     num_classes = run.logits.shape[-1]
     probabilities = run.logits.float().softmax(-1)
     error = (probabilities - F.one_hot(y, num_classes)) / len(y)
@@ -194,7 +194,7 @@ class Scoring:
     silence: float = 0.5  # largest share of images without spikes in a compared block; 1: no limit
 
     def __post_init__(self) -> None:
-        need(
+        require(
             isinstance(self.metric, str),
             f"metric = {self.metric!r:.60}: give names joined by +, e.g. 'mas+tgs'; "
             "a function of your own is a fitness, of `search` and `evolve`",
@@ -202,7 +202,7 @@ class Scoring:
         object.__setattr__(self, "metric", self.metric.replace(" ", ""))
         for field in ("layers", "seeds"):
             value = getattr(self, field)
-            need(
+            require(
                 isinstance(value, (list, tuple)),
                 f"{field} = {value!r}: give a list, e.g. {[value]!r} "
                 f'(in a shell "{field}={[value]!r}")',
@@ -212,7 +212,7 @@ class Scoring:
         for field, valid in CHOICES.items():
             _check_word(field, getattr(self, field), valid)
         pick_layers("abc", self.layers)
-        need(
+        require(
             bool(self.seeds and self.layers), "seeds and layers of a score: give at least one each"
         )
         _check_numbers(self)
@@ -242,7 +242,7 @@ def _is_number(value: Any) -> bool:
 def _check_metrics(scoring: Scoring) -> None:
     for metric in scoring.metrics:
         _check_word("metric", metric, METRICS)
-    need(
+    require(
         len(set(scoring.metrics)) == len(scoring.metrics),
         f"metric = {scoring.metric!r}: name each metric once, "
         "weights={name: factor} gives each its factor",
@@ -256,20 +256,20 @@ def _check_numbers(scoring: Scoring) -> None:
     def is_count(value: Any) -> bool:
         return type(value) is int and value > 0
 
-    need(
+    require(
         is_count(scoring.T),
         f"T = {scoring.T!r}: give the time steps of the students, at least 1",
     )
-    need(
+    require(
         is_count(scoring.K),
         f"K = {scoring.K!r}: give the parts of the depth as a whole number, at least 1",
     )
-    need(
+    require(
         scoring.alpha == "guided" or is_above_zero(scoring.alpha),
         f"alpha = {scoring.alpha!r}: give a number above 0, or 'guided'",
     )
-    need(is_above_zero(scoring.alpha0), f"alpha0 = {scoring.alpha0!r}: give a number above 0")
-    need(
+    require(is_above_zero(scoring.alpha0), f"alpha0 = {scoring.alpha0!r}: give a number above 0")
+    require(
         _is_number(scoring.silence) and 0 <= scoring.silence <= 1,
         f"silence = {scoring.silence!r}: give a share of the images, from 0 to 1",
     )
@@ -278,8 +278,8 @@ def _check_numbers(scoring: Scoring) -> None:
 def _check_lists(scoring: Scoring) -> None:
     for field in ("seeds", "layers"):
         values = getattr(scoring, field)
-        need(len(set(values)) == len(values), f"{field} = {values!r}: name each once")
-    need(
+        require(len(set(values)) == len(values), f"{field} = {values!r}: name each once")
+    require(
         all(type(seed) is int for seed in scoring.seeds),
         f"seeds = {scoring.seeds!r}: give whole numbers, e.g. (0, 1)",
     )
@@ -287,18 +287,18 @@ def _check_lists(scoring: Scoring) -> None:
 
 def _check_weights(scoring: Scoring) -> None:
     weights = {} if scoring.weights is None else scoring.weights
-    need(
+    require(
         isinstance(weights, dict),
         f"weights = {weights!r}: give a dict, e.g. {{{scoring.metrics[0]!r}: 2.0}}",
     )
     for metric, factor in weights.items():
         _check_word("metric", metric, METRICS)
-        need(
+        require(
             metric in scoring.metrics,
             f"weights: {metric!r} is no part of metric = {scoring.metric!r}; "
             f"leave it out, or add +{metric} to the metric",
         )
-        need(
+        require(
             _is_number(factor) and math.isfinite(factor),
             f"weights: {metric!r}: {factor!r} is not a finite number",
         )
@@ -306,7 +306,7 @@ def _check_weights(scoring: Scoring) -> None:
 
 def _check_neuron(scoring: Scoring) -> None:
     options = scoring.neuron_args
-    need(
+    require(
         options is None or isinstance(options, dict),
         f"neuron_args = {options!r}: give a dict of options, e.g. {{'v_threshold': 0.5}}",
     )
@@ -327,12 +327,12 @@ def check_batch(
         compares_images = metric in ("as", "mas", "snasnet")
         if compares_images or (metric == "tgs" and scoring.mode == "sample"):
             compared.append(metric)
-    need(
+    require(
         num_images > 1 or not compared,
         f"a batch of 1 image: {', '.join(compared)} compares images with each other, "
         "give at least 2",
     )
-    need(
+    require(
         num_images >= num_classes or not scoring.needs("tgs") or scoring.mode == "sample",
         f"a batch of {num_images} images for {num_classes} classes: TGS with "
         f"mode={scoring.mode!r} compares classes, so give at least {num_classes} images, "
@@ -351,7 +351,7 @@ def check_classes(
     if not scoring.needs("tgs") or scoring.mode == "sample":
         return
     num_seen = len(y.unique())
-    need(
+    require(
         num_seen > 1 or num_classes == 1,
         f"a batch of one class: TGS with mode={scoring.mode!r} compares classes, and every "
         f"network would be nearly perfect; give images of all {num_classes}, "
@@ -394,10 +394,10 @@ def compute_targets(
         check_labels(y, num_classes)
     check_batch(scoring, len(y), num_classes)
     check_classes(scoring, y, num_classes)
-    need(
+    require(
         len(features) > 0 or not scoring.needs("as", "mas"),
         f"{class_name(teacher)} has no stages to compare: wrap it, Foreign(net, stages=[…]) "
-        f"with module paths of it ({paths_in_words(getattr(teacher, 'net', teacher))}), "
+        f"with module paths of it ({describe_paths(getattr(teacher, 'net', teacher))}), "
         "or take metric='tgs'",
     )
     layers = _target_layers(features, scoring)
@@ -412,7 +412,7 @@ def _target_layers(features: Mapping[str, Tensor], scoring: Scoring) -> list[tup
         return []
     layers = []
     for name, feature in pick_layers(list(features.items()), scoring.layers):
-        need(
+        require(
             _is_usable(feature),
             f"the teacher's {name} is silent or not finite on this batch: "
             "no student can be compared with it",
@@ -441,7 +441,7 @@ def _target_gradient(gradients: TeacherGradients | None, scoring: Scoring) -> Te
 
 
 def _check_target(name: str, target: Tensor) -> None:
-    need(
+    require(
         _is_usable(target),
         f"the teacher's {name} is zero everywhere or not finite on this batch: "
         "no student can be compared with it",
@@ -772,7 +772,7 @@ class ScoringPool:
         workers: int = 1,  # number of processes; 1: this one
     ) -> None:
         is_whole = isinstance(workers, int) and not isinstance(workers, bool)
-        need(
+        require(
             is_whole and workers >= 1,
             f"workers = {workers!r}: give a whole number of processes, at least 1",
         )

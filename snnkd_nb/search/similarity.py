@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core import renamed, unknown
 from ..kernels.gram import gram, gram_distance, normalised, rows
-from ..spec import need
+from ..spec import require
 
 # %% ../../nbs/lib/64_search.similarity.ipynb #7de758c3
 def sum_over_time(
@@ -202,7 +202,7 @@ def group_by_depth(
     """Divide layers by depth into K groups of nearly equal size, each one vector.
 
     Source: DSAS eq. 6. Raises `UserError` for fewer than K layers."""
-    need(
+    require(
         len(layers) >= K,
         f"{len(layers)} layers with gradients cannot be divided into {K} groups: lower K",
     )
@@ -234,13 +234,13 @@ def compute_slopes(
 
     Raises `UserError` for gradients that are not finite, all zero, or all equal in a group."""
     are_finite = all(v.isfinite().all() for v in vectors)
-    need(
+    require(
         are_finite and any(v.any() for v in vectors),
         "the teacher has no gradients to guide the slopes: they are all zero or not finite; "
         "train it first, or give alpha a number",
     )
     for number, vector in enumerate(vectors, 1):
-        need(
+        require(
             bool(vector.min() < vector.max()),
             f"the teacher's gradients in part {number} of {len(vectors)} of its depth are all "
             "equal, so no slope follows from them: give fewer parts (K), or alpha a number",
@@ -257,7 +257,7 @@ def average_channels(
     channels: int,  # C'; C must be a multiple of it
 ) -> Tensor:
     "Average neighboring channels until C' are left, (N, C')."
-    need(
+    require(
         gradient.shape[1] % channels == 0,
         f"mode='ickd' compares channels, and {gradient.shape[1]} is no multiple of {channels}: "
         "take channels that are multiples of the teacher's "

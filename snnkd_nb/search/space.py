@@ -20,13 +20,13 @@ from torch import nn
 from ..core import UserError, renamed, unknown
 from ..models.blocks import scaled
 from ..models.genome import KINDS, Gene, halvings, parse_genome
-from ..spec import need
+from ..spec import require
 
 # %% ../../nbs/lib/63_search.space.ipynb #8fb56b17
 def _whole_numbers(space: "Space", field: str) -> tuple[int, ...]:
     "Return a field as a tuple; raise `UserError` unless it is a list of whole numbers."
     value = getattr(space, field)
-    need(
+    require(
         isinstance(value, (tuple, list)) and all(type(x) is int for x in value),
         f"{field} = {value!r} of space {space.name!r}: give a list of whole numbers",
     )
@@ -36,12 +36,12 @@ def _whole_numbers(space: "Space", field: str) -> tuple[int, ...]:
 def _check_range(space: "Space", field: str) -> None:
     "Raise `UserError` for a range (fewest, most) that is empty or that the image does not allow."
     limits = getattr(space, field)
-    need(
+    require(
         len(limits) == 2 and 0 <= limits[0] <= limits[1],
         f"{field} = {limits} of space {space.name!r}: give (fewest, most) blocks",
     )
     most_allowed = halvings(space.image_size)
-    need(
+    require(
         field == "normal" or limits[0] <= most_allowed,
         f"space {space.name!r} asks for {limits[0]} downsample blocks or more, "
         f"{space.image_size}×{space.image_size} pixels allow {most_allowed}: "
@@ -76,19 +76,19 @@ class Space:
             object.__setattr__(self, field, _whole_numbers(self, field))
         for field in ("image_size", "in_channels"):
             value = getattr(self, field)
-            need(
+            require(
                 type(value) is int and value > 0,
                 f"{field} = {value!r} of space {self.name!r}: give a whole number of at least 1",
             )
         are_valid = bool(self.channels) and min(self.channels) > 0
-        need(
+        require(
             are_valid and len(set(self.channels)) == len(self.channels),
             f"channels = {self.channels} of space {self.name!r}: "
             "give different whole numbers above 0",
         )
         for field in ("normal", "downsample"):
             _check_range(self, field)
-        need(bool(self.splits), f"space {self.name!r} allows no block at all: raise the ranges")
+        require(bool(self.splits), f"space {self.name!r} allows no block at all: raise the ranges")
 
     @property
     def limits(self) -> dict[str, tuple[int, int]]:
@@ -165,7 +165,7 @@ class Space:
     ) -> tuple[Gene, ...]:
         "Return the blocks of a genome of this space; raises `UserError` for any other."
         violation = self.find_violation(genome)
-        need(not violation, f"the genome is not in space {self.name!r}: {violation}")
+        require(not violation, f"the genome is not in space {self.name!r}: {violation}")
         return parse_genome(genome)
 
 # %% ../../nbs/lib/63_search.space.ipynb #4d51dd70
@@ -206,7 +206,7 @@ def create_space(
         if key not in fields:
             raise unknown("field of a search space", key, [*fields, "width"])
     is_number = isinstance(width, (int, float)) and not isinstance(width, bool)
-    need(is_number and 0 < width < math.inf, f"width = {width!r}: give a number above 0")
+    require(is_number and 0 < width < math.inf, f"width = {width!r}: give a number above 0")
     space = dataclasses.replace(SPACES[name], **changes)
     if width == 1:
         return space
@@ -220,7 +220,7 @@ def check_images(
     image_size: int,  # their pixels per edge
 ) -> None:
     "Check that a space was made for images of this kind; raises `UserError`."
-    need(
+    require(
         space.in_channels == in_channels,
         f"space {space.name!r} is of images with {space.in_channels} channels, "
         f"these have {in_channels}: make it with in_channels={in_channels} "
@@ -228,7 +228,7 @@ def check_images(
     )
     most_downsample = space.limits["d"][1]
     allowed = halvings(image_size)
-    need(
+    require(
         most_downsample <= allowed,
         f"space {space.name!r} has up to {most_downsample} downsample blocks, "
         f"{image_size}×{image_size} pixels allow {allowed}: make it with image_size={image_size} "
@@ -241,7 +241,7 @@ def find_last_width(
 ) -> int:
     "Find the channels of the last stage before the expansion of a bottleneck."
     feature_channels: dict[str, int] = getattr(teacher, "feature_channels", dict)()
-    need(
+    require(
         bool(feature_channels),
         f"{type(teacher).__name__} shows no stages, so no channels can be derived from it: "
         "wrap it, Foreign(net, stages=[…]), or give a Space its channels",
@@ -270,7 +270,7 @@ def create_space_for_teacher(
     bad = [f for f in factors if f not in good]
     remedy = f"take factors={tuple(good)}" if good else "give a Space its channels"
     products = ", ".join(f"{f:g} of it is {base * f:g}" for f in bad)
-    need(
+    require(
         not bad,
         f"a channel set cannot be built: the teacher's last width is {base}, "
         f"and {products}; {remedy}",

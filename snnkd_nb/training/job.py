@@ -20,11 +20,16 @@ from ..core import UserError, cache_dir, lock, renamed, root, seed_for
 from ..data.corrupt import load_spec
 from ..kernels.precision import bf16_route, cpu_class
 from ..losses.zoo import create_distiller, parse_methods, wants_batch_size
-from ..metrics.activity import firing_rates, mean_rate, sops
-from ..metrics.probes import check_probes, create_probes
+from snnkd_nb.metrics.activity import (
+    check_probes,
+    create_probes,
+    firing_rates,
+    mean_rate,
+    sops,
+)
 from ..models.zoo import check_model, create_model
 from ..neurons.lif import LIF
-from ..spec import ModelSpec, RunSpec, need, to_dict
+from ..spec import ModelSpec, RunSpec, require, to_dict
 from snnkd_nb.store import (
     Record,
     Store,
@@ -49,7 +54,7 @@ def check_frames(
 
     An ANN sees the mean of the frames, so it fits every number. Raises `UserError`."""
     frames = getattr(data, "frames", None)
-    need(
+    require(
         frames is None or spec.T in (None, frames),
         f"{data.name} has {frames} frames a recording, the model runs T={spec.T} steps: "
         f"DataSpec(args={{'frames': {spec.T}}}) cuts it into {spec.T}, "
@@ -150,7 +155,7 @@ def check_spec(
     spec: RunSpec,  # the run, with its teacher and reference
 ) -> None:
     "Check methods, networks, probes and precision of a run; raises `UserError`."
-    need(
+    require(
         spec.optim.precision != "auto",
         "precision must be fp32, bf16 or fp16 in a stored run, got 'auto': give one of them; "
         "only fit and the command line can choose",
@@ -207,7 +212,7 @@ def run_train(
     after its last epoch. Raises `UserError` for a wrong spec and `NonFiniteLoss`."""
     store = store or Store()
     check_spec(spec)
-    need(
+    require(
         int(os.environ.get("WORLD_SIZE", 1)) == 1,
         "a stored run trains in one process: start it without torchrun, "
         "or call fit() in a script of yours under torchrun",

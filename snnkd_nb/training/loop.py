@@ -24,8 +24,8 @@ from ..core import UserError, renamed, renamed_arguments, seed_for, sha256_of, u
 from ..kernels.precision import autocast, protected
 from ..losses.base import Distiller, label_range, mean_logits
 from ..models.blocks import eval_mode
+from ..neurons.lif import streaming
 from ..neurons.rate import Rate
-from ..neurons.stream import streaming
 from ..spec import OptimSpec, check_steps
 from .checkpoint import load_checkpoint, save_checkpoint
 from .progress import ProgressPrinter
@@ -278,7 +278,8 @@ class History(list):
         return max(measured, default=None)
 
     def _best_index(self, key: str) -> int:
-        return max(range(len(self)), key=lambda index: self[index].get(key) or 0)
+        values = [row.get(key) or 0 for row in self]
+        return values.index(max(values))
 
     def _kept_indices(self, max_rows: int | None) -> list[int]:
         num_epochs = len(self)
@@ -624,7 +625,7 @@ def fit(
     `compile` takes about a minute and uses CUDA graphs on a GPU. `probes` maps names to
     functions without arguments, or is a function that creates such a dict once all networks are
     on their device; a probe returns a number or a dict of numbers for the history. A layer whose
-    time steps take more than `stream` MiB is computed in parts (`neurons.stream.streaming`).
+    time steps take more than `stream` MiB is computed in parts (`neurons.lif.streaming`).
 
     Raises `NonFiniteLoss`, after which nothing is saved, and `UserError`."""
     optim = _override_optim(optim, overrides)
