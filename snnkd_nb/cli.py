@@ -318,7 +318,7 @@ def _teacher_model(name: str, teacher_width: float | None, student_width: float)
         teacher_width = 1.0 if ":" in name else student_width
     return ModelSpec(name, None, teacher_width)
 
-# %% ../nbs/lib/99_cli.ipynb #1199d9dc
+# %% ../nbs/lib/99_cli.ipynb #54d804f9
 def train(
     # digits, cifar10, cifar100, folder:PATH, tiny-imagenet:NAME, digits-events, events:SET,
     # cifar10-dvs:NAME, dvs-gesture:NAME
@@ -399,10 +399,10 @@ def _train(spec: "RunSpec") -> None:
     """Train a run, print its progress, its accuracy and the path of its record."""
     from snnkd_nb.store import Store
     from snnkd_nb.training.job import run_train
-    from snnkd_nb.training.progress import Printer
+    from snnkd_nb.training.progress import ProgressPrinter
 
     store = Store()
-    print_progress = Printer()
+    print_progress = ProgressPrinter()
 
     def on_event(event: dict[str, Any]) -> None:
         if event["event"] == "start":
@@ -474,7 +474,7 @@ def search(
     _check_names(teacher_run)
     _search(spec, jobs, distil)
 
-# %% ../nbs/lib/99_cli.ipynb #ed2b7726
+# %% ../nbs/lib/99_cli.ipynb #982d979b
 def _describe_best(best: dict[str, Any]) -> str:
     """Describe the best candidate of a search, with the parts of its fitness if it has several."""
     parts = [f"fitness {best['fitness']:.5g}"]
@@ -495,15 +495,19 @@ def _search(spec: "SearchSpec", jobs: int | None, distil: bool) -> None:
     """Run a search with progress on the screen, print what it found, and train it if `distil`."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from snnkd_nb.runner.jobs import check_jobs
-    from snnkd_nb.search.job import candidates_of, distilled, run_search
-    from snnkd_nb.search.live import Live
+    from snnkd_nb.search.job import (
+        SearchPrinter,
+        create_distillation_run,
+        read_candidates,
+        run_search,
+    )
     from snnkd_nb.store import Store
-    from snnkd_nb.training.progress import Printer
+    from snnkd_nb.training.progress import ProgressPrinter
 
     num_processes = check_jobs(jobs)
     store = Store()
-    print_training = Printer()
-    show_search = Live()
+    print_training = ProgressPrinter()
+    show_search = SearchPrinter()
 
     def on_event(event: dict[str, Any]) -> None:
         if event["event"] == "start":
@@ -518,13 +522,13 @@ def _search(spec: "SearchSpec", jobs: int | None, distil: bool) -> None:
     print(_describe_cost(record.cost))
     if record.front:
         print("front, from small to fit:")
-        scored = {candidate["genome"]: candidate for candidate in candidates_of(record)}
+        scored = {candidate["genome"]: candidate for candidate in read_candidates(record)}
         for genome in record.front:
             fitness, parameters = scored[genome]["fitness"], scored[genome]["parameters"]
             print(f"fitness {fitness:.5g}, {parameters:,} parameters  {genome}")
     print(os.path.relpath(store.path(spec.id), root()))
     if distil:
-        _train(distilled(record))
+        _train(create_distillation_run(record))
 
 # %% ../nbs/lib/99_cli.ipynb #1256da7f
 def status() -> None:

@@ -561,7 +561,7 @@ def epoch_rows(tiny: bool = False) -> list[Row]:
         compare("epoch", epoch, times, "their epoch", "epoch"),
     ]
 
-# %% ../../nbs/lib/95_runner.bench.ipynb #f09ac190
+# %% ../../nbs/lib/95_runner.bench.ipynb #c88a04e0
 def score_from_scratch(
     genome: Any, weights: Mapping[str, "Tensor"], build_teacher: Callable[[], Any]
 ) -> float:
@@ -570,15 +570,19 @@ def score_from_scratch(
 
     from snnkd_nb.data.images import load
     from snnkd_nb.models.genome import searched, set_slopes
+    from snnkd_nb.search.candidate import (
+        prepare_teacher,
+        slopes_from_gradients,
+        teacher_gradients,
+    )
     from snnkd_nb.search.similarity import mas, tgs
-    from snnkd_nb.search.teacher import ask, prepared, slopes_of
 
     x, y = next(iter(load("digits").loader(batch_size=64)))
     teacher = build_teacher()
     teacher.load_state_dict(weights)
-    targets = ask(prepared(teacher), x, y)
+    targets = teacher_gradients(prepare_teacher(teacher), x, y)
     student = searched(genome, T=4, neuron="dsas", in_channels=1, image_size=8)
-    student = set_slopes(student, slopes_of([targets], 2.0, 3, "weight"))
+    student = set_slopes(student, slopes_from_gradients([targets], 2.0, 3, "weight"))
     logits, features = student(x, features=True)
     torch.nn.functional.cross_entropy(logits.mean(0), y).backward()
     student_features = [maps.detach() for maps in features.values()]
@@ -592,8 +596,8 @@ def search_rows(tiny: bool = False) -> list[Row]:
 
     from snnkd_nb.data.images import load
     from snnkd_nb.models.zoo import create_model
+    from snnkd_nb.search.candidate import one_thread
     from snnkd_nb.search.evolution import evolve
-    from snnkd_nb.search.pool import one_thread
     from snnkd_nb.search.score import Scorer
     from snnkd_nb.search.space import create_space
 
@@ -649,13 +653,13 @@ def search_rows(tiny: bool = False) -> list[Row]:
         full_search_row(4, 2) if tiny else full_search_row(),
     ]
 
-# %% ../../nbs/lib/95_runner.bench.ipynb #a33dc08f
+# %% ../../nbs/lib/95_runner.bench.ipynb #472636bb
 def full_search_row(population: int = 200, generations: int = 20) -> Row:
     """Time a search of the paper's size at smoke scale with two processes, over 15 minutes."""
     from snnkd_nb.data.corrupt import load_spec
     from snnkd_nb.papers.dsas_search import search
     from snnkd_nb.search.evolution import evolve
-    from snnkd_nb.search.job import batches_of, space_of_search
+    from snnkd_nb.search.job import create_search_space, load_batches
     from snnkd_nb.search.score import Scorer
     from snnkd_nb.training.job import build_model
 
@@ -664,8 +668,8 @@ def full_search_row(population: int = 200, generations: int = 20) -> Row:
     start = time.perf_counter()
     teacher = build_model(spec.teacher.model, data)
     options = {"metric": spec.metric, "T": spec.T, "neuron": spec.neuron}
-    scorer = Scorer(teacher, *batches_of(spec, data), **options)
-    space = space_of_search(spec, data)
+    scorer = Scorer(teacher, *load_batches(spec, data), **options)
+    space = create_search_space(spec, data)
     cost = evolve(space, scorer, population, generations, workers=2).cost()
     seconds = time.perf_counter() - start
     counts = f"{cost['candidates']} candidates, {cost['evaluated']} scored"

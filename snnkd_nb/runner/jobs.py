@@ -409,7 +409,7 @@ def execute(
         on_line(reporter.outcome.summary())
     return reporter.outcome
 
-# %% ../../nbs/lib/82_runner.jobs.ipynb #8fbc589d
+# %% ../../nbs/lib/82_runner.jobs.ipynb #41c5fa97
 def execute_all(
     wanted: Callable[[], Iterable[RunSpec | SearchSpec]],  # lists the runs known to be wanted
     jobs: int | None = None,
@@ -525,13 +525,13 @@ def ensure(
         )
     return runs
 
-# %% ../../nbs/lib/82_runner.jobs.ipynb #f372a06a
+# %% ../../nbs/lib/82_runner.jobs.ipynb #f0ddd1cc
 def load_network(record: Record) -> "nn.Module":
     """Return the trained network of a run in evaluation mode.
 
     Raises `UserError` if the recorded weights are not on this machine.
     """
-    from snnkd_nb.training.job import rebuilt
+    from snnkd_nb.training.job import rebuild_model
 
     state = load_weights(record)
     if state is None:
@@ -539,7 +539,7 @@ def load_network(record: Record) -> "nn.Module":
             f"the weights of {record.id} are not on this machine: "
             "snnkd render ARTEFACT --missing run makes them again"
         )
-    return rebuilt(record.run, state)
+    return rebuild_model(record.run, state)
 
 
 def load_networks(
@@ -551,7 +551,7 @@ def load_networks(
 
     Raises `UserError` if weights are missing and `missing` is not `"run"` (the default).
     """
-    from snnkd_nb.training.job import rebuilt, run_train
+    from snnkd_nb.training.job import rebuild_model, run_train
 
     store = store or Store()
     missing = missing or os.environ.get("SNNKD_MISSING") or "run"
@@ -563,7 +563,7 @@ def load_networks(
         if state is None and missing == "run":
             found = run_train(spec, store, weights=True)
             state = with_weights(spec, store)[1]
-        networks[spec] = load_network(record) if state is None else rebuilt(found.run, state)
+        networks[spec] = load_network(record) if state is None else rebuild_model(found.run, state)
     return networks
 
 # %% ../../nbs/lib/82_runner.jobs.ipynb #58ecc49c
