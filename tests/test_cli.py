@@ -32,9 +32,9 @@ def fails(capsys, *words):
     code = main(words)
     out = capsys.readouterr()
     assert code == 2, (words, code, out)
-    assert (
-        out.err.startswith("snnkd: ") and out.err.count("\n") == 1 and "Traceback" not in out.err
-    ), out.err
+    assert out.err.startswith("snnkd: "), out.err
+    assert out.err.count("\n") == 1, out.err
+    assert "Traceback" not in out.err
     return out.err
 
 
@@ -98,7 +98,7 @@ BAD = [
 @pytest.mark.parametrize("words, said", BAD, ids=[" ".join(w) for w, _ in BAD])
 def test_a_mistake_is_one_line_with_the_nearest_names(home, capsys, words, said):
     assert said in fails(capsys, *words)
-    assert not list((home / "results").rglob("*.json")) if (home / "results").exists() else True
+    assert not list(home.glob("results/**/*.json"))
 
 
 def picture(path, broken=False):
@@ -149,13 +149,12 @@ def snnkd(*words, **kw):
 
 
 def test_the_process_has_the_exit_code_and_no_traceback(home):
-    r = snnkd("train", "--T", "0")
-    assert (r.returncode, r.stdout) == (2, "") and re.fullmatch(r"snnkd: T = 0: .+\n", r.stderr)
-    assert (
-        snnkd().returncode == 2
-        and snnkd("--help").returncode == 0
-        and snnkd("--version").stdout.startswith("snnkd_nb ")
-    )
+    done = snnkd("train", "--T", "0")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"snnkd: T = 0: .+\n", done.stderr)
+    assert snnkd().returncode == 2
+    assert snnkd("--help").returncode == 0
+    assert snnkd("--version").stdout.startswith("snnkd_nb ")
 
 
 def test_a_closed_pipe_is_no_error(home):
@@ -203,18 +202,25 @@ def test_list_loads_nothing_heavy(home):
 def test_every_parameter_is_explained_and_parses_to_its_default(verb, capsys):
     import inspect
 
-    fn, said = VERBS[verb], comments_of(VERBS[verb])
-    params = inspect.signature(fn).parameters
-    assert set(params) <= set(said) and fn.__doc__
-    with pytest.raises(SystemExit) as e:
-        parse(verb, fn, ["--help"])
+    function = VERBS[verb]
+    comments = comments_of(function)
+    parameters = inspect.signature(function).parameters
+    assert set(parameters) <= set(comments)
+    assert function.__doc__
+    with pytest.raises(SystemExit) as exit_:
+        parse(verb, function, ["--help"])
+    assert exit_.value.code == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert e.value.code == 0 and all(" ".join(said[p].split()[:3]) in shown for p in params), shown
-    asked = [n for n, p in params.items() if p.default is p.empty and p.annotation is str]
-    assert parse(verb, fn, ["x"] * len(asked)) == {
-        n: p.default if p.default is not p.empty else "x" if n in asked else []
-        for n, p in params.items()
-    }
+    for name in parameters:
+        assert " ".join(comments[name].split()[:3]) in shown, shown
+    words, expected = [], {}
+    for name, parameter in parameters.items():
+        expected[name] = parameter.default
+        if parameter.default is parameter.empty:
+            is_word = parameter.annotation is str
+            expected[name] = "x" if is_word else []
+            words += ["x"] * is_word
+    assert parse(verb, function, words) == expected
 
 
 @pytest.mark.parametrize(
@@ -263,14 +269,12 @@ def test_train_prints_accuracy_and_record_and_the_second_time_trains_nothing(hom
     first = capsys.readouterr().out
     path = home / first.splitlines()[-1]
     spec = json.loads(path.read_text())["spec"]
-    assert (
-        spec["method"] == "kd"
-        and spec["teacher"]["optim"]["epochs"] == 2
-        and "test accuracy" in first
-    )
-    assert main(words) == 0 and "epoch" not in capsys.readouterr().out.replace(
-        "last epoch", ""
-    ).replace("validation epoch", "")
+    assert spec["method"] == "kd"
+    assert spec["teacher"]["optim"]["epochs"] == 2
+    assert "test accuracy" in first
+    assert main(words) == 0
+    second = capsys.readouterr().out
+    assert "epoch" not in second.replace("last epoch", "").replace("validation epoch", "")
     assert main(["watch", json.loads(path.read_text())["id"]]) == 0
 
 
@@ -363,19 +367,14 @@ def test_help_names_every_augmentation():
 
 
 def test_status_readme_and_doctor(home, capsys):
-    assert main(["status"]) == 0 and (home / "results/README.md").read_text().startswith(
-        "# Results"
-    )
-    assert (
-        main(["readme", "--check"]) == 1
-        and main(["readme"]) == 0
-        and main(["readme", "--check"]) == 0
-    )
+    assert main(["status"]) == 0
+    assert (home / "results/README.md").read_text().startswith("# Results")
+    assert main(["readme", "--check"]) == 1
+    assert main(["readme"]) == 0
+    assert main(["readme", "--check"]) == 0
     capsys.readouterr()
-    assert (
-        main(["doctor"]) == 0
-        and "everything that is required is in place" in capsys.readouterr().out
-    )
+    assert main(["doctor"]) == 0
+    assert "everything that is required is in place" in capsys.readouterr().out
 
 
 def test_options_of_one_method_and_words_that_are_flags():

@@ -8,7 +8,7 @@ __all__ = ['RUN', 'SMALL_SEARCH', 'SEARCH', 'EXECUTORS', 'STOPPED', 'MISSING', '
            'Outcome', 'ProgressReporter', 'execute', 'execute_all', 'Runs', 'NotebookDisplay', 'ensure', 'load_network',
            'load_networks', 'watch']
 
-# %% ../../nbs/lib/82_runner.jobs.ipynb #303c3e28
+# %% ../../nbs/lib/82_runner.jobs.ipynb #3c726f8c
 import contextlib
 import os
 import sys
@@ -23,7 +23,7 @@ from .planning import Clock, Job, estimate_seconds, format_duration, plan
 from .workers import Message, Task, run_request, run_tasks
 from ..spec import RunSpec, SearchSpec, to_dict
 from ..store import Record, Store, load_weights, with_weights
-from ..training.progress import epoch_line, in_notebook, read_events
+from ..training.progress import format_epoch, in_notebook, read_events
 
 if TYPE_CHECKING:
     from torch import nn
@@ -566,7 +566,7 @@ def load_networks(
         networks[spec] = load_network(record) if state is None else rebuild_model(found.run, state)
     return networks
 
-# %% ../../nbs/lib/82_runner.jobs.ipynb #58ecc49c
+# %% ../../nbs/lib/82_runner.jobs.ipynb #d744e3ff
 def _is_locked(run_id: str) -> bool:
     from filelock import Timeout
 
@@ -579,7 +579,7 @@ def _is_locked(run_id: str) -> bool:
 
 def _describe_event(event: Message) -> str | None:
     if event["event"] == "epoch":
-        return epoch_line(event)
+        return format_epoch(event)
     if event["event"] == "generation":
         count = f"{event['generation']:>3}/{event['generations']}"
         return f"generation {count}  best {event['best']:.5g}  {event['genome']}"

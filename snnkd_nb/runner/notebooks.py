@@ -371,10 +371,10 @@ def render_all(
                 on_line(f"FAILED   {task.id}: {message['reason']}")
     return rendered
 
-# %% ../../nbs/lib/85_runner.notebooks.ipynb #f5b0d805
+# %% ../../nbs/lib/85_runner.notebooks.ipynb #e392c372
 @dataclass
 class Reproduced:
-    """What became of a reproduction."""
+    """The outcome of a reproduction: runs and pages."""
 
     runs: Outcome
     pages: Rendered

@@ -101,7 +101,7 @@ def is_strided_pointwise(case: Case) -> bool:
     """Tell whether a case is a strided 1×1 convolution, the shape of oneDNN issue 6035."""
     return case.operation in CONVOLUTIONS and case.kernel == 1 and case.stride > 1
 
-# %% ../../nbs/lib/86_runner.numerics.ipynb #8dc69877
+# %% ../../nbs/lib/86_runner.numerics.ipynb #085fccc7
 def random_case(rng: random.Random, operation: str | None = None, threads: int = 2) -> Case:
     """Draw a cheap case, of `operation` if it is given, with 1 to `threads` threads."""
     while True:

@@ -31,7 +31,7 @@ def has_weights(spec: RunSpec | SearchSpec, store: Store) -> bool:
     """
     return any(_weights_are_intact(place.get(spec)) for place in (store, twins()))
 
-# %% ../../nbs/lib/80_runner.planning.ipynb #de698328
+# %% ../../nbs/lib/80_runner.planning.ipynb #650c9579
 @dataclass(frozen=True)
 class Job:
     """One run or search, and the runs that must be finished before it."""

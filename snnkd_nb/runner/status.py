@@ -109,7 +109,7 @@ def list_rows(
     stored_ids = set((store or Store()).ids())
     return [make_row(found, scale, stored_ids) for found in match(patterns)]
 
-# %% ../../nbs/lib/84_runner.status.ipynb #ea6d077a
+# %% ../../nbs/lib/84_runner.status.ipynb #5245566c
 def format_rows(rows: Sequence[Row]) -> str:
     """Return rows as text: one line each, and one with the counts."""
     width = max(len(row.artefact.id) for row in rows)
