@@ -326,7 +326,10 @@ def channel_effects(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Return `(predicted, true)`, (B, C) each: the loss of the class logit without a channel, by gradient and by trial."
     feature = extract_features(model, x)[1][stage]
-    gradient = class_gradients(model, stage, feature, y, tuple(x.shape[-3:]))
+    channels, height, width = x.shape[-3:]
+    gradient = class_gradients(model, stage, feature, y, (channels, height, width))
+    require(gradient is not None, f"the logits do not depend on {stage}: give another stage")
+    assert gradient is not None
     batch_axis = feature.dim() - 4
     channel_axis = feature.dim() - 3
     summed = [d for d in range(feature.dim()) if d not in (batch_axis, channel_axis)]
