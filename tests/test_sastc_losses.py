@@ -976,7 +976,7 @@ def test_a_batch_that_the_embeddings_were_not_made_for_is_told_once():
         with pytest.warns(UserWarning, match=said):
             distiller(x, y)
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
+            warnings.simplefilter("error", UserWarning)
             distiller(x, y)
             whole = create_distiller("sastc", student, teacher, batch_size=4)
             whole(x, y)
