@@ -608,3 +608,17 @@ def test_real_folder_listing():
     some = [f[0] for by in found.values() for files in by.values() for f in files[::1000]]
     assert {a.shape for a in decode.decode(some, None)} == {(32, 32, 3)}
     assert batches.count_batches(50000, 128, False) == 391
+
+
+@pytest.mark.parametrize(
+    "change, value, message",
+    [
+        (label_noise, -0.1, "label_noise = -0.1"),
+        (subset, 5, "at least one image"),
+        (split_validation, 1438, "nothing would be left"),
+        (split_validation, 0.0001, "no image"),
+    ],
+)
+def test_changes_that_leave_nothing_are_refused(change, value, message):
+    with pytest.raises(UserError, match=message):
+        change(load("digits"), value)

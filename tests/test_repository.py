@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import snnkd_nb
+
 ROOT = Path(__file__).resolve().parents[1]
 LIB = sorted((ROOT / "nbs/lib").glob("*.ipynb"))
 ALL = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
@@ -72,16 +74,46 @@ def test_nothing_outside_lib_exports():
     ] == []
 
 
+def imported_modules(source: str, known: set[str]) -> set[str]:
+    "The modules of the package that a cell imports, anywhere in it and in any form."
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:
+            path = name.removeprefix("snnkd_nb.")
+            found.add(f"snnkd_nb.{snnkd_nb.MOVED_MODULES.get(path, path)}")
+    return found & known
+
+
 def test_imports_point_down():
-    layer = {f"snnkd_nb.{module(p)}": p.name[:2] for p in LIB}
+    numbers = {f"snnkd_nb.{module(p)}": p.name[:2] for p in LIB}
+    upwards = []
     for p in LIB:
+        own = (p.name[:2], f"snnkd_nb.{module(p)}")
         for s in code(p):
-            if not re.search(r"^#\|\s*export", s, re.M):
-                continue
-            for name in re.findall(r"^\s*from (snnkd_nb[\w.]*) import", s, re.M):
-                assert layer.get(name, "00") < p.name[:2] or (
-                    layer.get(name) == p.name[:2] and name < f"snnkd_nb.{module(p)}"
-                ), (p.name, name)
+            if re.search(r"^#\|\s*export", s, re.M):
+                for name in imported_modules(s, set(numbers)):
+                    if (numbers[name], name) >= own:
+                        upwards.append(f"{p.name} imports {name} of number {numbers[name]}")
+    assert not upwards, "\n".join(upwards)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from snnkd_nb.data.images import load",
+        "from snnkd_nb.data import images",
+        "import snnkd_nb.data.images as pictures",
+        "def f():\n    from snnkd_nb.data import images",
+    ],
+)
+def test_every_form_of_import_is_seen(line):
+    assert imported_modules(line, {"snnkd_nb.data.images"}) == {"snnkd_nb.data.images"}
 
 
 def test_no_star_imports_and_no_development_tools_at_run_time():
