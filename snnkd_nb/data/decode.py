@@ -15,6 +15,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -135,8 +136,8 @@ class Source:
     "Where images come from, before any of them is read."
 
     name: str  # of the data set
-    key: object  # JSON data that changes with the content
-    read: object  # () -> (class names, {split: (items, labels)}); an item is what `pixels` takes
+    key: Any  # JSON data that changes with the content
+    read: Any  # () -> (class names, {split: (items, labels)}); an item is what `pixels` takes
     normal: tuple | None = (
         None  # (mean, std) where a convention exists; None: computed from the training images
     )

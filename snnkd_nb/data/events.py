@@ -97,7 +97,7 @@ def sense(
     theta = np.broadcast_to(np.float64(threshold), level.shape[1:])
     # no pixel has more events than its total change over the threshold
     total_change = np.abs(np.diff(level, axis=0)).sum(0)
-    most = int((total_change / theta).sum() + level[0].size)
+    most = int((total_change / theta).sum() + total_change.size)
     events = {"t": np.empty(most), **{k: np.empty(most, np.int64) for k in "xyp"}}
     n = _sense(level, np.asarray(times, np.float64), theta, refractory, *events.values())
     order = np.argsort(events["t"][:n], kind="stable")
@@ -198,8 +198,9 @@ def noise(
     u = uniform(4 * most, "noise", *purpose).reshape(4, most)
     waits = -np.round(np.log1p(-u[0]) * 2**20) / 2**20 / rate
     t = np.cumsum(waits)
-    places = {k: np.int64(v * m) for k, v, m in zip("xyp", u[1:], (size, size, 2))}
-    return {k: v[t < duration] for k, v in {"t": t, **places}.items()}
+    places = {k: (v * m).astype(np.int64) for k, v, m in zip("xyp", u[1:], (size, size, 2))}
+    events: dict[str, np.ndarray] = {"t": t, **places}
+    return {k: v[t < duration] for k, v in events.items()}
 
 # %% ../../nbs/lib/16_data.events.ipynb #f2cf90c9
 LUMA = np.array([0.299, 0.587, 0.114])  # weights of red, green and blue in the light
