@@ -315,7 +315,7 @@ def test_projections_in_half_precision_round_like_their_modules_and_tiles_up_to_
         assert off(a, e) < 3 * off(m, e) + 2e-3, (off(a, e), off(m, e))
     monkeypatch.undo()
     monkeypatch.setenv("SNNKD_BF16", "native")
-    monkeypatch.setattr(projection, "worth", lambda *a: False)
+    monkeypatch.setattr(projection, "tiles_pay", lambda *a: False)
     for a, m, e in zip(learnt(*calibrated(norm, training)), modules, exact):
         assert off(a, e) < 1.5 * off(m, e) + 2e-3, (off(a, e), off(m, e))
 
