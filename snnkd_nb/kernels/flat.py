@@ -256,10 +256,8 @@ def step_backward(state_grad, m, spike_grad, slopes, surrogate_grad, hard, detac
     fire, factor_of_spike, jump, v_th, p, q = slopes
     slope = surrogate_grad(m - v_th, p, q)
     through_state = select(m >= fire, factor_of_spike, ONE)
-    if not detach and hard:
-        through_state = (jump - m) * slope + through_state
-    elif not detach:
-        through_state = jump * slope + through_state
+    if not detach:
+        through_state = (jump - m) * slope + through_state if hard else jump * slope + through_state
     return spike_grad * slope + state_grad * through_state
 
 
