@@ -10,10 +10,10 @@ __all__ = ['WIDTH', 'PANEL', 'WIDE_ROWS', 'NARROW_ROWS', 'INT64', 'FLOAT', 'VECT
            'emit_rows', 'make_tile_kernel', 'multiply_panel', 'transform_input', 'transform_product',
            'transform_gradient', 'transform_weight', 'transform_sums', 'make_turn_kernel', 'copy_as_float32',
            'pad_to_vectors', 'tile_pitch', 'fill_strip', 'turn_images', 'turn_gradients', 'put_patch', 'turn_back',
-           'worker_share', 'worker_blocks', 'convolve', 'correlate', 'pack', 'unpack', 'compiled_task',
-           'rows_per_block', 'convolution_record', 'estimate_work', 'is_half', 'pad_channels', 'pack_weight',
-           'unpack_gradient', 'convolution_pass', 'weight_pass', 'Convolution', 'single_value', 'can_compute',
-           'expected_gain', 'is_worthwhile', 'fast_conv2d']
+           'worker_share', 'worker_blocks', 'convolve', 'correlate', 'pack', 'unpack', 'source_size', 'target_size',
+           'compiled_task', 'rows_per_block', 'convolution_record', 'estimate_work', 'is_half', 'pad_channels',
+           'pack_weight', 'unpack_gradient', 'convolution_pass', 'weight_pass', 'Convolution', 'single_value',
+           'can_compute', 'expected_gain', 'is_worthwhile', 'fast_conv2d']
 
 # %% ../../nbs/lib/26_kernels.convolution.ipynb #7e4be628
 import functools
@@ -120,7 +120,8 @@ def emit_rows(
     c: ir.Value,
     c_row: ir.Value,
 ) -> tuple[list[ir.Value], list[ir.Value]]:
-    """Emit the addresses of the rows of A, and of the vectors of C row by row; rows after `last` repeat it."""
+    """Emit the addresses of the rows of A, and of the vectors of C row by row; rows after `last`
+    repeat it."""
     sources, cells = [], []
     for i in range(rows):
         is_inside = builder.icmp_signed("<", int64(i), last)
@@ -378,18 +379,8 @@ def turn_gradients(g, strip, tiles, plane, record, first, last):
     for line in range(first, last):
         image = line // record.tile_rows
         row = line % record.tile_rows
-        fill_strip(
-            strip,
-            g,
-            image,
-            2 * row,
-            2,
-            record.target_height,
-            record.target_width,
-            record.targets,
-            0,
-            columns,
-        )
+        height, width = record.target_height, record.target_width
+        fill_strip(strip, g, image, 2 * row, 2, height, width, record.targets, 0, columns)
         for column in range(record.tile_columns):
             source = strip.ctypes.data + 8 * column * lanes
             for i in range(0, 4 * lanes, 4 * WIDTH):
@@ -424,13 +415,14 @@ def turn_back(products, plane, y, patch, record, first, last, channel, vectors):
         for column in range(0, 2 * record.tile_columns, 2):
             inside = whole & (row + 1 < record.target_height) & (column + 1 < record.target_width)
             pixel = (image * record.target_height + row) * record.target_width + column
-            target = (
-                y.ctypes.data + 4 * (pixel * record.targets + channel)
-                if inside
-                else patch.ctypes.data
-            )
-            row_step = 4 * record.target_width * record.targets if inside else 8 * PANEL
-            column_step = 4 * record.targets if inside else 4 * PANEL
+            if inside:
+                target = y.ctypes.data + 4 * (pixel * record.targets + channel)
+                row_step = 4 * record.target_width * record.targets
+                column_step = 4 * record.targets
+            else:
+                target = patch.ctypes.data
+                row_step = 8 * PANEL
+                column_step = 4 * PANEL
             for i in range(0, 4 * WIDTH * vectors, 4 * WIDTH):
                 turn_product(source + i, 16 * plane, 4 * plane, target + i, row_step, column_step)
             if not inside:
@@ -448,10 +440,8 @@ def worker_share(record, items):
 @njit(**STRICT_MATH)
 def worker_blocks(record):
     """Return the number of this worker, its first block and the one after its last."""
-    return worker_share(
-        record,
-        (record.images * record.tile_rows + record.rows_per_block - 1) // record.rows_per_block,
-    )
+    rows = record.images * record.tile_rows
+    return worker_share(record, (rows + record.rows_per_block - 1) // record.rows_per_block)
 
 
 @njit(**STRICT_MATH)
@@ -545,9 +535,8 @@ def pack(record, weight, packed, square):
         lanes = PANEL if record.targets - column > WIDTH else WIDTH
         square[:] = ZERO
         for lane in range(min(lanes, record.targets - column)):
-            start = (
-                (column + lane) * record.target_step + channel * record.channel_step + record.tap
-            )
+            start = (column + lane) * record.target_step + record.tap
+            start += channel * record.channel_step
             for tap in range(9):
                 square[tap * lanes + lane] = weight[start + tap * record.tap_step]
         source = square.ctypes.data
@@ -581,6 +570,18 @@ def unpack(record, sums, gradient, square):
                     gradient[start + tap] = taps[tap * WIDTH + lane]
 
 # %% ../../nbs/lib/26_kernels.convolution.ipynb #4baa705a
+@njit(**STRICT_MATH)
+def source_size(record):
+    """Return how many numbers the source has."""
+    return record.images * record.height * record.width * record.channels
+
+
+@njit(**STRICT_MATH)
+def target_size(record):
+    """Return how many numbers the result has."""
+    return record.images * record.target_height * record.target_width * record.targets
+
+
 @functools.cache
 def compiled_task(name: str, half: bool, width: int = WIDTH):
     """Return the C function of one of the four, for bfloat16 (`half`) or float32 activations."""
@@ -589,16 +590,8 @@ def compiled_task(name: str, half: bool, width: int = WIDTH):
 
     def convolve_task(data):
         record = carray(data, (1,), CONVOLUTION_RECORD)[0]
-        x = carray(
-            as_pointer(record.x),
-            (record.images * record.height * record.width * record.channels,),
-            dtype,
-        )
-        y = carray(
-            as_pointer(record.y),
-            (record.images * record.target_height * record.target_width * record.targets,),
-            dtype,
-        )
+        x = carray(as_pointer(record.x), (source_size(record),), dtype)
+        y = carray(as_pointer(record.y), (target_size(record),), dtype)
         convolve(record, x, y, np.empty(8 * width, np.float32))
 
     def correlate_task(data):
@@ -606,19 +599,10 @@ def compiled_task(name: str, half: bool, width: int = WIDTH):
         worker, _, _ = worker_blocks(record)
         columns = (record.targets + width - 1) // width * width
         size = 16 * record.channels * columns
-        x = carray(
-            as_pointer(record.x),
-            (record.images * record.height * record.width * record.channels,),
-            dtype,
-        )
-        g = carray(
-            as_pointer(record.g),
-            (record.images * record.target_height * record.target_width * record.targets,),
-            dtype,
-        )
-        correlate(
-            record, x, g, carray(as_pointer(record.y + 4 * size * worker), (size,), np.float32)
-        )
+        x = carray(as_pointer(record.x), (source_size(record),), dtype)
+        g = carray(as_pointer(record.g), (target_size(record),), dtype)
+        sums = carray(as_pointer(record.y + 4 * size * worker), (size,), np.float32)
+        correlate(record, x, g, sums)
 
     def pack_task(data):
         record = carray(data, (1,), CONVOLUTION_RECORD)[0]
@@ -631,11 +615,8 @@ def compiled_task(name: str, half: bool, width: int = WIDTH):
     def unpack_task(data):
         record = carray(data, (1,), CONVOLUTION_RECORD)[0]
         columns = (record.targets + width - 1) // width * width
-        sums = carray(
-            as_pointer(record.x),
-            (16 * record.workers_before * record.channels * columns,),
-            np.float32,
-        )
+        size = 16 * record.workers_before * record.channels * columns
+        sums = carray(as_pointer(record.x), (size,), np.float32)
         gradient = carray(as_pointer(record.y), (9 * record.channels * record.targets,), np.float32)
         unpack(record, sums, gradient, np.empty(16 * width, np.float32))
 
@@ -651,9 +632,7 @@ def compiled_task(name: str, half: bool, width: int = WIDTH):
 BLOCK_TILES = 48  # approximate tiles of a block
 GRADIENT_BLOCK_TILES = 96  # for the gradient of the weight
 MAX_SUM_BYTES = 2**28  # bytes that the threads' sums of the weight's gradient may take
-MULTIPLICATIONS_PER_NUMBER = (
-    32  # multiplications that take as long as one number of an elementwise kernel
-)
+MULTIPLICATIONS_PER_NUMBER = 32  # that take as long as one number of an elementwise kernel
 
 
 def rows_per_block(
@@ -693,7 +672,8 @@ def convolution_record(
 
 
 def estimate_work(source: tuple[int, ...], target: tuple[int, ...]) -> int:
-    """Return the cost of a convolution in numbers of an elementwise kernel, as `run_kernel` expects it."""
+    """Return the cost of a convolution in numbers of an elementwise kernel, as `run_kernel` expects
+    it."""
     outputs = target[0] * target[2] * target[3]
     multiplications = 4 * outputs * source[1] * target[1]
     return multiplications // MULTIPLICATIONS_PER_NUMBER
@@ -783,7 +763,8 @@ def weight_pass(
 
 # %% ../../nbs/lib/26_kernels.convolution.ipynb #e1e480d1
 class Convolution(torch.autograd.Function):
-    """Convolve x (N, C, H, W) with the weight (K, C, 3, 3); the result is (N, K, H', W'), channels_last."""
+    """Convolve x (N, C, H, W) with the weight (K, C, 3, 3); the result is (N, K, H', W'),
+    channels_last."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, padding: int) -> torch.Tensor:
@@ -839,11 +820,9 @@ def can_compute(
         return False
     if weight.dtype != torch.float32 or x.device.type != "cpu" or weight.device.type != "cpu":
         return False
-    if (
-        isinstance(padding, str)
-        or single_value(padding) not in (0, 1, 2)
-        or single_value(stride) != 1
-    ):
+    if isinstance(padding, str) or single_value(padding) not in (0, 1, 2):
+        return False
+    if single_value(stride) != 1:
         return False
     if single_value(dilation) != 1 or groups != 1 or tuple(weight.shape[2:]) != (3, 3):
         return False

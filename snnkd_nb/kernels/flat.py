@@ -302,7 +302,8 @@ def fire_block(x, s, v, at_x, at, size, dx, n, T, record):
 
 @njit(**STRICT_MATH)
 def forward(x, s, record, first, last):
-    """Write the spikes `s` (T, n) of the neurons `first` to `last`; x is (T, n), or (1, n) if static."""
+    """Write the spikes `s` (T, n) of the neurons `first` to `last`; x is (T, n), or (1, n) if
+    static."""
     T, n = s.shape
     dx = 0 if x.shape[0] < T else n
     block = block_size(T)
@@ -339,7 +340,8 @@ def charge_block(x, v, m, at_x, at_m, size, dx, dm, T, record):
 
 # %% ../../nbs/lib/22_kernels.flat.ipynb #d7553d1c
 def make_backward_block(surrogate_grad: Callable) -> Callable:
-    """Return the loop back through time for one surrogate, with derivative `surrogate_grad(u, p, q)`."""
+    """Return the loop back through time for one surrogate, with derivative `surrogate_grad(u, p,
+    q)`."""
 
     @njit(**FUSED_MATH)
     def backward_steps(g, m, v, out, geometry, neuron, is_last, j, like):
@@ -500,8 +502,8 @@ def worker_range(record):
 def find_openmp() -> tuple[Any, int, int] | None:
     """Find the OpenMP library that PyTorch uses.
 
-    Returns its function that runs a C function on all threads, and the addresses of its functions for the
-    number of the thread and the size of the team; None if there is no such library.
+    Returns its function that runs a C function on all threads, and the addresses of its functions
+    for the number of the thread and the size of the team; None if there is no such library.
     """
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib", "torch_cpu.dll"):
         try:
@@ -531,13 +533,14 @@ def hash_kernel_sources() -> str:
 def compile_c_function(
     function: Callable[[Any], None],  # takes the address of a record
 ) -> Any:
-    """Compile a Python function to a C function, or load it from Numba's cache on disk if that works."""
+    """Compile a Python function to a C function, or load it from Numba's cache on disk if that
+    works."""
     function.__qualname__ = f"{function.__qualname__}_{hash_kernel_sources()}"
     signature = types.void(types.voidptr)
     for cache in (True, False):
         try:
             with warnings.catch_warnings():
-                # Numba warns where a record with more fields is used as one with fewer, which we intend.
+                # Numba warns about a record with more fields in the place of one with fewer.
                 warnings.simplefilter("ignore", NumbaExperimentalFeatureWarning)
                 options: dict[str, Any] = {"nopython": True, "error_model": "numpy"}
                 return cfunc(signature, cache=cache, **options)(function)
@@ -592,7 +595,8 @@ NUMBERS_PER_THREAD = 32768  # fewer are not worth waking a thread, as in PyTorch
 
 @functools.cache
 def thread_pool(process_id: int) -> ThreadPoolExecutor:
-    """Return the threads of this process for machines without OpenMP; a forked process gets new ones."""
+    """Return the threads of this process for machines without OpenMP; a forked process gets new
+    ones."""
     return ThreadPoolExecutor(os.cpu_count(), "snnkd-neuron")
 
 

@@ -62,7 +62,8 @@ def select_numbers(neuron: dict[str, Any], names: Iterable[str]) -> dict[str, An
 # %% ../../nbs/lib/23_kernels.gpu.ipynb #ee4ae405
 @triton.jit
 def step_forward(current, v, decay, gain, shift, fire, jump, HARD: tl.constexpr):
-    """Return the membrane before the reset, whether it fires (1 or 0), and the membrane after the reset."""
+    """Return the membrane before the reset, whether it fires (1 or 0), and the membrane after the
+    reset."""
     m = decay * v + (gain * current + shift)
     spike = tl.where(m >= fire, 1.0, 0.0)
     return m, spike, (m * (1.0 - spike) if HARD else m) + spike * jump
@@ -86,8 +87,8 @@ def surrogate_grad(u, p, q, KIND: tl.constexpr):
 def step_backward(g, m, v, d, decay, fire, jump, HARD: tl.constexpr, RESET: tl.constexpr):
     """Return the gradients of the membrane and of the state before it.
 
-    `g` and `v` are the gradients of the spike and of the state after the reset, `d` the derivative of the
-    spike. RESET tells whether the reset passes a gradient.
+    `g` and `v` are the gradients of the spike and of the state after the reset, `d` the derivative
+    of the spike. RESET tells whether the reset passes a gradient.
     """
     if RESET:
         g += v * (jump - m if HARD else jump)
@@ -339,7 +340,8 @@ def norm_input(x, gy, gx, scale, times, plus, pixels, C, P: tl.constexpr, W: tl.
 
 # %% ../../nbs/lib/23_kernels.gpu.ipynb #7c1d5eb2
 def tile_grid(rows: int, C: int, most: int = 1024) -> tuple[tuple[int, int], int, int]:
-    """Return grid, pixels per tile and channels per tile for a matrix of rows × C; `most` numbers per tile."""
+    """Return grid, pixels per tile and channels per tile for a matrix of rows × C; `most` numbers
+    per tile."""
     W = min(64, triton.next_power_of_2(C))
     P = max(1, most // W)
     return (triton.cdiv(rows, P), triton.cdiv(C, W)), P, W

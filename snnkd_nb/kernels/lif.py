@@ -51,7 +51,8 @@ class Spike(torch.autograd.Function):
 
 # %% ../../nbs/lib/24_kernels.lif.ipynb #d1a87795
 def reset_membrane(m: Tensor, s: Tensor, v_threshold: float, v_reset: float | None) -> Tensor:
-    """Return the state after the reset of a membrane `m` with spikes `s`; `v_reset` None is a soft reset."""
+    """Return the state after the reset of a membrane `m` with spikes `s`; `v_reset` None is a soft
+    reset."""
     if v_reset is None:
         return m - s * v_threshold
     return (1 - s) * m + s * v_reset
@@ -69,7 +70,8 @@ def lif_reference(
     strict: bool = False,  # fire at `>` instead of `>=`
     smooth: bool = False,  # spikes are the surrogate's primitive, to check gradients
 ) -> Tensor:
-    """Compute the spikes (T, B, …) of neurons that start at rest, with PyTorch's operations (equation 1).
+    """Compute the spikes (T, B, …) of neurons that start at rest, with PyTorch's operations
+    (equation 1).
 
     Raises `UserError` if there is no time step.
     """
@@ -108,7 +110,8 @@ def is_dense(x: Tensor) -> bool:
 
 
 def copy_dense(y: Tensor, like: Tensor) -> Tensor:
-    """Return `y` without gaps, channels last if the channels of `like` (…, C, H, W) are last in memory."""
+    """Return `y` without gaps, channels last if the channels of `like` (…, C, H, W) are last in
+    memory."""
     if like.dim() < 4 or like.stride(-3) != 1 or like.shape[-3] == 1:
         return y.contiguous()
     images = y.flatten(0, -4).contiguous(memory_format=torch.channels_last)
@@ -124,7 +127,8 @@ def make_dense(x: Tensor) -> Tensor:
 def load_kernels(
     name: str,  # "flat" for a CPU, "gpu" for a GPU
 ) -> ModuleType | None:
-    """Import a module of kernels when it is first needed; warn and return None if a package is missing."""
+    """Import a module of kernels when it is first needed; warn and return None if a package is
+    missing."""
     try:
         return importlib.import_module(f"snnkd_nb.kernels.{name}")
     except ImportError as error:
@@ -145,7 +149,8 @@ def neuron_parameters(
     kernels: ModuleType,  # `kernels.flat` or `kernels.gpu`
     *dynamics: Any,  # the values of `DYNAMICS`
 ) -> Any:
-    """Return the neuron's numbers as `kernels` takes them; read a slope that is a tensor anew each time."""
+    """Return the neuron's numbers as `kernels` takes them; read a slope that is a tensor anew each
+    time."""
     surrogate = dynamics[5]
     if torch.is_tensor(surrogate.param):
         return kernels.encode_neuron(*dynamics)
@@ -274,8 +279,8 @@ def select_kernel(
 ) -> ModuleType | None:
     """Return the module whose kernels run a neuron, or None for the reference.
 
-    The arguments are those of `unsupported_reason`. Raises `UserError` if a backend is asked for by name and
-    does not cover the neuron; with "auto" the reference runs, with a warning.
+    The arguments are those of `unsupported_reason`. Raises `UserError` if a backend is asked for by
+    name and does not cover the neuron; with "auto" the reference runs, with a warning.
     """
     if backend == "reference":
         return None
@@ -475,7 +480,8 @@ def lif(
 ) -> Tensor:
     """Compute the spikes of leaky integrate-and-fire neurons that start at rest (equation 1).
 
-    The result has the shape of the input; if static it is (T, B, …). Raises `UserError` for invalid arguments.
+    The result has the shape of the input; if static it is (T, B, …). Raises `UserError` for invalid
+    arguments.
     """
     steps = check_arguments(x_seq, T, static, decay, v_threshold, v_reset, backend)
     surrogate = create_surrogate(surrogate)

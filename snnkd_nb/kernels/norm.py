@@ -221,14 +221,15 @@ def charge_block(x, r, ab, v, m, at, at_m, size, n, dm, T, record):
 
 # %% ../../nbs/lib/25_kernels.norm.ipynb #378592a5
 def make_backward_block(surrogate_grad: Callable) -> Callable:
-    """Return the loop back through time for one surrogate, with derivative `surrogate_grad(u, p, q)`."""
+    """Return the loop back through time for one surrogate, with derivative `surrogate_grad(u, p,
+    q)`."""
 
     @njit(**FUSED_MATH)
     def backward_steps(x, g, gy, m, w, geometry, neuron, is_last, j, like):
         """Take gradients of the neurons `j` of a block back through `T` steps.
 
-        `w` holds the gradient of the state and, `LANE_STRIDE` numbers apart, the sums of the gradient of
-        the current and of its product with x. `is_last` tells that no step comes after.
+        `w` holds the gradient of the state and, `LANE_STRIDE` numbers apart, the sums of the
+        gradient of the current and of its product with x. `is_last` tells that no step comes after.
         """
         at, at_m, n, dm, T = geometry
         slopes, decay, gain, hard, detach = neuron
@@ -363,7 +364,8 @@ def worker_sums(record, worker):
 
 @njit(**STRICT_MATH)
 def lane_vectors(record, first, second, third):
-    """Return two or three vectors over channels (addresses, or 0) as vectors over lanes in one array."""
+    """Return two or three vectors over channels (addresses, or 0) as vectors over lanes in one
+    array."""
     out = np.empty(3 * LANE_STRIDE, np.float32)
     fill_lanes(first, record.channels, record.lanes, out)
     fill_lanes(second, record.channels, record.lanes, out[LANE_STRIDE:])
@@ -545,8 +547,8 @@ CPU_PASSES = SimpleNamespace(
 class NormFire(torch.autograd.Function):
     """Compute spikes from x (T·B, C, H, W) and a residual like it.
 
-    `is_batch` tells whether mean and variance are those of x itself, so that gradients flow through them.
-    `passes` holds the four functions of passes: `CPU_PASSES` or the module `kernels.gpu`.
+    `is_batch` tells whether mean and variance are those of x itself, so that gradients flow through
+    them. `passes` holds the four functions of passes: `CPU_PASSES` or the module `kernels.gpu`.
     """
 
     @staticmethod
@@ -602,7 +604,8 @@ def batch_statistics(
     x: Tensor,  # (T·B, C, H, W), channels_last
     passes: Any = CPU_PASSES,  # has `moments_of`
 ) -> tuple[Tensor, Tensor, bool]:
-    """Return mean, variance, and whether they are the batch's; in training, update the running ones."""
+    """Return mean, variance, and whether they are the batch's; in training, update the running
+    ones."""
     if not bn.training and bn.running_mean is not None and bn.running_var is not None:
         return bn.running_mean.clone(), bn.running_var, False
     mean, var = passes.moments_of(x)
@@ -661,7 +664,8 @@ def norm_fire(
     residual: Tensor | None = None,  # added before the neuron, like x
     passes: Any = CPU_PASSES,  # these passes, or the module `kernels.gpu`
 ) -> Tensor:
-    """Compute the spikes of `neuron(bn(x) + residual)`; `bn`'s running statistics move as after its call."""
+    """Compute the spikes of `neuron(bn(x) + residual)`; `bn`'s running statistics move as after its
+    call."""
     with torch.profiler.record_function("norm_fire statistics"):
         mean, var, is_batch = batch_statistics(bn, x, passes)
     return NormFire.apply(

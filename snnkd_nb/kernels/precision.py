@@ -33,7 +33,8 @@ ISA_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_
 def cpu_flags() -> frozenset[str]:
     """Return the instruction sets that the processor reports, such as `"avx2"`, in lower case.
 
-    On Linux they come from /proc/cpuinfo, elsewhere from `torch.cpu.get_capabilities` if torch has it.
+    On Linux they come from /proc/cpuinfo, elsewhere from `torch.cpu.get_capabilities` if torch has
+    it.
     """
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -109,8 +110,8 @@ BF16_ROUTES = ("auto", "native", "emulated")
 def bf16_route() -> str:
     """Return how bfloat16 products are computed on the CPU: `"native"` or `"emulated"`.
 
-    The environment variable `SNNKD_BF16` overrides the choice (`auto`, `native`, `emulated`). Raises
-    `UserError` for another value.
+    The environment variable `SNNKD_BF16` overrides the choice (`auto`, `native`, `emulated`).
+    Raises `UserError` for another value.
     """
     asked = os.environ.get("SNNKD_BF16", "auto")
     if asked not in BF16_ROUTES:
@@ -125,7 +126,7 @@ bf16_route._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve_precision(precision: str, device: torch.device | str = "cpu") -> str:
-    """Return the precision to use for `"auto"`: `"bf16"` where the device computes it natively, else `"fp32"`.
+    """Return the precision to use for "auto": "bf16" if the device computes it natively, else "fp32".
 
     Other precisions are returned as they are.
     """
@@ -156,10 +157,11 @@ def emulate(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tenso
 
 
 def emulates_bf16(*operands: Any) -> bool:
-    """Tell whether a product of these operands must be emulated: on a CPU, in bfloat16, without the hardware.
+    """Tell whether a product of these operands must be emulated: on a CPU, in bfloat16, without the
+    hardware.
 
-    A product is in bfloat16 if autocast is on with that type, or if its operands are bfloat16. Operands in
-    double precision stay as they are, as under `torch.autocast`.
+    A product is in bfloat16 if autocast is on with that type, or if its operands are bfloat16.
+    Operands in double precision stay as they are, as under `torch.autocast`.
     """
     tensors = [x for x in operands if isinstance(x, Tensor)]
     if not tensors or any(x.device.type != "cpu" or x.dtype == torch.float64 for x in tensors):
@@ -185,8 +187,8 @@ def convolve(
 ) -> Tensor:
     """Convolve without the operation that oneDNN computes wrongly, and emulate bfloat16 if needed.
 
-    On a CPU a strided 1×1 convolution is computed as a selection of pixels and a convolution of stride 1. For
-    other devices and shapes, this is `function` itself.
+    On a CPU a strided 1×1 convolution is computed as a selection of pixels and a convolution of
+    stride 1. For other devices and shapes, this is `function` itself.
     """
     if x.device.type != "cpu":
         return function(x, weight, bias, stride, padding, dilation, groups)
@@ -210,8 +212,9 @@ def convolve(
 def fast_operands(x: Tensor, weight: Tensor, emulated: bool) -> tuple[Tensor, Tensor] | None:
     """Return input and weight as `kernels.convolution` takes them, or None if it must not be used.
 
-    It computes in float32 or emulated bfloat16. Compilers, the transforms of `torch.func`, and dispatch modes
-    such as counters of operations cannot see into it, so with them PyTorch computes the convolution.
+    It computes in float32 or emulated bfloat16. Compilers, the transforms of `torch.func`, and
+    dispatch modes such as counters of operations cannot see into it, so with them PyTorch computes
+    the convolution.
     """
     if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
         return None
@@ -278,7 +281,8 @@ def convolution_gradients(
 def spread_pixels(
     grad: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...]
 ) -> Tensor:
-    """Return the gradient of `subsample`'s input `(N, C, H, W)`: `grad` at the pixels it read, else zero."""
+    """Return the gradient of `subsample`'s input `(N, C, H, W)`: `grad` at the pixels it read, else
+    zero."""
     height, width = (size + 2 * border for size, border in zip(shape[2:], padding, strict=True))
     full = torch.empty(
         (*shape[:2], height, width),
@@ -331,9 +335,11 @@ PRODUCTS = {
 
 
 class SafeProducts(TorchFunctionMode):
-    """Send convolutions and matrix products through `convolve` and `emulate` while the context lasts.
+    """Send convolutions and matrix products through `convolve` and `emulate` while the context
+    lasts.
 
-    With `only_safe=True` it changes nothing but the strided 1×1 convolution: for measurements of other libraries.
+    With `only_safe=True` it changes nothing but the strided 1×1 convolution: for measurements of
+    other libraries.
     """
 
     def __init__(self, only_safe: bool = False):
@@ -354,7 +360,7 @@ class SafeProducts(TorchFunctionMode):
             return result if out is None else out.copy_(result)
         wrappers = [kind for kind in types if not issubclass(kind, Tensor)]
         if wrappers:
-            # Wrappers such as `Rate` call torch functions themselves, so the mode stays on for them.
+            # Wrappers such as `Rate` call torch functions themselves: the mode stays on.
             with self:
                 return wrappers[0].__torch_function__(func, types, args, kwargs)
         return func(*args, **kwargs)
@@ -387,7 +393,8 @@ PRECISIONS = (*AUTOCAST_DTYPES, "auto")
 def autocast(device: torch.device | str, precision: str) -> Iterator[None]:
     """Enter the autocast context of a precision, with emulated bfloat16 on a CPU that lacks it.
 
-    `precision` is one of fp32, bf16, fp16 and auto (`resolve_precision`). Raises `UserError` for other values.
+    `precision` is one of fp32, bf16, fp16 and auto (`resolve_precision`). Raises `UserError` for
+    other values.
     """
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)

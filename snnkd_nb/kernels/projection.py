@@ -327,7 +327,8 @@ def run_for_all(name: str, maps: Sequence[Tensor], images: slice, tiles: Tensor)
 
 
 def can_tile(x: Tensor) -> bool:
-    """Tell whether the tiles can compute a convolution of x: images in float32 or bfloat16 on a CPU."""
+    """Tell whether the tiles can compute a convolution of x: images in float32 or bfloat16 on a
+    CPU."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         return False
     return x.dim() == 4 and x.numel() > 0
@@ -343,7 +344,8 @@ def turn_filters(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 class Winograd(torch.autograd.Function):
-    """Convolve x (N, C, h, w) with each of the weights (C', C, 3, 3), in the precision of x, with padding 1.
+    """Convolve x (N, C, h, w) with each of the weights (C', C, 3, 3), in the precision of x, with
+    padding 1.
 
     Raises `UserError` for features that tiles cannot compute.
     """
@@ -352,8 +354,8 @@ class Winograd(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         if not can_tile(x):
             raise UserError(
-                f"x must be images (N, C, h, w) in float32 or bfloat16 on a CPU, got {tuple(x.shape)} "
-                f"in {x.dtype} on {x.device}; take torch.nn.functional.conv2d"
+                "x must be images (N, C, h, w) in float32 or bfloat16 on a CPU, got "
+                f"{tuple(x.shape)} in {x.dtype} on {x.device}; take torch.nn.functional.conv2d"
             )
         x = channels_last(x).contiguous()
         ctx.num_filters = [len(w) for w in weights]
@@ -401,9 +403,7 @@ class Winograd(torch.autograd.Function):
         return gx, *weights_grad.split(ctx.num_filters)
 
 # %% ../../nbs/lib/28_kernels.projection.ipynb #244020b8
-MAX_TURNING_COST = (
-    1 / 45
-)  # 1/C + 1/filters, times the share of pixels that empty halves of tiles add
+MAX_TURNING_COST = 1 / 45  # 1/C + 1/filters, times pixels in whole tiles over pixels
 MIN_TILES = 192  # of all images
 
 
@@ -414,9 +414,8 @@ def tiles_pay(
     """Tell whether there are enough channels and tiles to make up for turning."""
     n, c, h, w = x.shape
     tiles = tiles_per_image(h, w)
-    return (
-        n * tiles >= MIN_TILES and (1 / c + 1 / filters) * 4 * tiles / (h * w) <= MAX_TURNING_COST
-    )
+    turning_cost = (1 / c + 1 / filters) * 4 * tiles / (h * w)
+    return n * tiles >= MIN_TILES and turning_cost <= MAX_TURNING_COST
 
 # %% ../../nbs/lib/28_kernels.projection.ipynb #e2265f67
 @njit(**FUSED_MATH)
@@ -543,7 +542,8 @@ def split_rows(
 
 
 def to_rows(x: Tensor) -> Tensor:
-    """Return the pixels of maps (N, C, h, w) as rows (N·h·w, C); a view if the maps are channels_last."""
+    """Return the pixels of maps (N, C, h, w) as rows (N·h·w, C); a view if the maps are
+    channels_last."""
     return channels_last(x).flatten(0, 2)
 
 
@@ -567,7 +567,8 @@ def statistics_gradients(
     n: int,  # numbers per channel and part
     is_batch: bool,  # whether mean and variance are the batch's
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of γ and β by part, and `times` and `plus` for the gradient of the input.
+    """Return the gradients of γ and β by part, and `times` and `plus` for the gradient of the
+    input.
 
     The input's gradient is g · scale + x · times + plus (equation 2 of `kernels.norm`).
     """
@@ -653,7 +654,8 @@ def norm_relu_mix(
     mix: nn.Conv2d,  # 1×1, without bias
     parts: int = 1,  # of the batch, each with its own statistics
 ) -> Tensor:
-    """Compute `mix(relu(bn(x)))`; `bn`'s running statistics move as if it had been called for every part."""
+    """Compute `mix(relu(bn(x)))`; `bn`'s running statistics move as if it had been called for every
+    part."""
     found = [batch_statistics(bn, part) for part in x.chunk(parts)]
     mean = torch.stack([part_mean for part_mean, _, _ in found])
     var = torch.stack([part_var for _, part_var, _ in found])
@@ -691,7 +693,8 @@ def is_unhooked(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def keeps_map_size(conv: nn.Module, size: int) -> bool:
-    """Tell whether a module is a plain convolution of this kernel size, with stride 1, without bias.
+    """Tell whether a module is a plain convolution of this kernel size, with stride 1, without
+    bias.
 
     Its padding keeps the size of the maps, and its weight is on a CPU.
     """
@@ -720,7 +723,8 @@ def computes_in_bf16(x: Tensor) -> bool:
 
 
 def is_covered(conv: nn.Module, x: Tensor) -> bool:
-    """Tell whether a module is a 3×3 convolution that takes x in its own precision or under autocast."""
+    """Tell whether a module is a 3×3 convolution that takes x in its own precision or under
+    autocast."""
     if not keeps_map_size(conv, 3):
         return False
     return torch.is_autocast_enabled("cpu") or conv.weight.dtype == x.dtype
@@ -767,8 +771,8 @@ def project(
 ) -> list[Tensor]:
     """Return the result (N, C', h, w) of each projection.
 
-    A projection is a `nn.Sequential` of a 3×3 convolution, BatchNorm, ReLU and a 1×1 convolution. If there are
-    other modules, each module is called as it is.
+    A projection is a `nn.Sequential` of a 3×3 convolution, BatchNorm, ReLU and a 1×1 convolution.
+    If there are other modules, each module is called as it is.
     """
     are_projections = all(is_unhooked(m, nn.Sequential) and len(m) == 4 for m in modules)
     if parts == 1 and not are_projections:

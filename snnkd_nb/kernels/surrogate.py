@@ -17,14 +17,13 @@ from ..core import UserError, renamed, unknown
 
 # %% ../../nbs/lib/20_kernels.surrogate.ipynb #c0038649
 class Surrogate:
-    """Replace the derivative of the spike; the one field of a subclass is a positive slope or width.
+    """Replace the derivative of the spike; the one field of a subclass is a positive slope or
+    width.
 
     Raises `UserError` if the value is not positive and finite.
     """
 
-    kind: ClassVar[
-        int
-    ]  # formula that the compiled kernels use: 0 sigmoid, 1 triangle, 2 arc tangent
+    kind: ClassVar[int]  # formula of the compiled kernels: 0 sigmoid, 1 triangle, 2 arc tangent
 
     def __post_init__(self) -> None:
         value = float(self.param)

@@ -167,10 +167,7 @@ def select(typing, condition, a, b):
     def emit(context, builder, signature, args):
         values = args[1:]
         if is_vector(condition):
-            values = [
-                emit_vector(builder, value, kind)
-                for value, kind in zip(values, (a, b), strict=True)
-            ]
+            values = [emit_vector(builder, args[1], a), emit_vector(builder, args[2], b)]
         return builder.select(args[0], *values)
 
     result = vector if is_vector(condition) else types.float32
@@ -194,7 +191,8 @@ def power_of_two(typing, x):
 def address_of(typing, array):
     """Return the address of an array's first element.
 
-    Loops pass on addresses rather than arrays, because Numba counts references at every call with an array.
+    Loops pass on addresses rather than arrays, because Numba counts references at every call with
+    an array.
     """
 
     def emit(context, builder, signature, args):
@@ -214,8 +212,8 @@ def element_pointer(
 def load_at(typing, first, index, like):
     """Return the numbers from an index on as float32: a vector if `like` is one, else one number.
 
-    `first` is the address of float32 numbers, or of bfloat16 numbers as uint16, without gaps. The index
-    counts numbers.
+    `first` is the address of float32 numbers, or of bfloat16 numbers as uint16, without gaps. The
+    index counts numbers.
     """
     is_half = first.dtype == types.uint16
 
