@@ -126,7 +126,8 @@ bf16_route._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve_precision(precision: str, device: torch.device | str = "cpu") -> str:
-    """Return the precision to use for "auto": "bf16" if the device computes it natively, else "fp32".
+    """Return the precision to use for "auto": "bf16" if the device computes it natively, else
+    "fp32".
 
     Other precisions are returned as they are.
     """
