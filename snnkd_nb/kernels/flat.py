@@ -352,15 +352,14 @@ def make_backward_block(surrogate_grad: Callable) -> Callable:
         at, at_m, at_out, n, dm, dout, T = geometry
         slopes, decay, gain, hard, detach = neuron
         state = load_at(v, j, like)
-        first = 0
         if is_last:
             membrane = load_at(m, at_m + j, like)
             spike_grad = load_at(g, at + j, like)
             e = last_step_backward(membrane, spike_grad, slopes, surrogate_grad)
             state = decay * e
             store_at(out, at_out + j, gain * e)
-            first = 1
-        for t in range(first, T):
+        # Not a variable set in the branch above: LLVM would round the last few neurons differently.
+        for t in range(1 if is_last else 0, T):
             membrane = load_at(m, at_m + j - t * dm, like)
             spike_grad = load_at(g, at + j - t * n, like)
             e = step_backward(state, membrane, spike_grad, slopes, surrogate_grad, hard, detach)

@@ -236,7 +236,6 @@ def make_backward_block(surrogate_grad: Callable) -> Callable:
         state = load_at(w, j, like)
         sum_g = load_at(w, LANE_STRIDE + j, like)
         sum_gx = load_at(w, 2 * LANE_STRIDE + j, like)
-        first = 0
         if is_last:
             membrane = load_at(m, at_m + j, like)
             spike_grad = load_at(g, at + j, like)
@@ -246,8 +245,8 @@ def make_backward_block(surrogate_grad: Callable) -> Callable:
             sum_g = sum_g + e
             sum_gx = sum_gx + e * load_at(x, at + j, like)
             store_at(gy, at + j, e)
-            first = 1
-        for t in range(first, T):
+        # Not a variable set in the branch above: LLVM would round the last few neurons differently.
+        for t in range(1 if is_last else 0, T):
             i = at + j - t * n
             membrane = load_at(m, at_m + j - t * dm, like)
             spike_grad = load_at(g, i, like)
