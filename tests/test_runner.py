@@ -329,7 +329,7 @@ def test_there_is_no_notebook_without_an_artefact():
 
 def test_patterns_keep_the_papers_order_and_repeat_nothing():
     keys = [a.id for a in match(["sastc/table02", "dsas", "sastc/*", "all"])]
-    assert keys == [a.id for a in artefacts()] and len(keys) == 74
+    assert keys == [a.id for a in artefacts()]
 
 
 # --- pages ------------------------------------------------------------------------------------------------------------
