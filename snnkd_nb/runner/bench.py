@@ -327,7 +327,7 @@ def make_rate_step(
     """Return a function that does one training step with a way to compute gradients."""
     from snnkd_nb.losses.zoo import create_distiller
     from snnkd_nb.models.zoo import create_model
-    from snnkd_nb.neurons.stream import streaming
+    from snnkd_nb.neurons.lif import streaming
 
     size, width = setting["size"], setting["width"]
     create = functools.partial(create_model, setting["model"], width=width, image_size=size)
