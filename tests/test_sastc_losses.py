@@ -971,7 +971,7 @@ def test_a_batch_that_the_embeddings_were_not_made_for_is_told_once():
         create_model("resnet20", width=0.1, image_size=8),
     )
     x, y = torch.randn(4, 3, 8, 8), torch.randint(0, 10, (4,))
-    for size, said in ((8, "50% of every row are zeros"), (3, "mates beyond are left out")):
+    for size, said in ((8, "50% of every row are zeros"), (3, "images beyond are left out")):
         distiller = create_distiller("sastc", student, teacher, batch_size=size)
         with pytest.warns(UserWarning, match=said):
             distiller(x, y)
