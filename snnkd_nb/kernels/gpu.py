@@ -152,7 +152,7 @@ def lif_backward(
     for t in tl.static_range(T):
         current = tl.load(x + (0 if STATIC else t * n) + i, i < n, 0.0).to(tl.float32)
         m, _spike, v = step_forward(current, v, decay, gain, shift, fire, jump, HARD)
-        membranes = (*membranes, m)  # type: ignore[assignment]
+        membranes = membranes + (m,)  # type: ignore[assignment]  # noqa: RUF005  Triton has no stars
     w = tl.zeros((BLOCK,), tl.float32)  # gradient of the state
     total = tl.zeros((BLOCK,), tl.float32)
     for s in tl.static_range(T):
@@ -307,8 +307,8 @@ def norm_neuron(
         if ADD:
             current += tl.load(r + i + t * stride, ok, 0.0).to(tl.float32)
         m, _spike, v = step_forward(current, v, decay, gain, shift, fire, jump, HARD)
-        membranes = (*membranes, m)  # type: ignore[assignment]
-        inputs = (*inputs, z)  # type: ignore[assignment]
+        membranes = membranes + (m,)  # type: ignore[assignment]  # noqa: RUF005  Triton has no stars
+        inputs = inputs + (z,)  # type: ignore[assignment]  # noqa: RUF005  Triton has no stars
     w = tl.zeros((P, W), tl.float32)  # gradient of the state
     s1 = tl.zeros((W,), tl.float32)
     s2 = tl.zeros((W,), tl.float32)
