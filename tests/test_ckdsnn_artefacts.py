@@ -14,8 +14,8 @@ from snnkd_nb.papers import studies
 from snnkd_nb.papers.experiments import SCALES, build_grid, build_run, load_settings
 from snnkd_nb.papers.published import claims, published
 from snnkd_nb.papers.registry import artefact, specs_for
-from snnkd_nb.reports.compare import Report
-from snnkd_nb.reports.dots import by_seed, judged
+from snnkd_nb.reports.claims import judge_cells
+from snnkd_nb.reports.tables import Report, tabulate_by_seed
 from snnkd_nb.spec import RunSpec
 from snnkd_nb.store import Store
 from snnkd_nb.training.job import run_train
@@ -173,9 +173,9 @@ def test_figures_have_arms_with_three_seeds_and_claims_about_them(key):
     assert all(
         len(c.groups) == 3 and [g[0].seed for g in c.groups] == [0, 1, 2] for c in grid.cells
     )
-    assert by_seed(grid, {}).empty and set(judged(claims(f"ckdsnn/{key}"), grid, {}).ours) == {
-        "not run"
-    }
+    assert tabulate_by_seed(grid, {}).empty and set(
+        judge_cells(claims(f"ckdsnn/{key}"), grid, {}).ours
+    ) == {"not run"}
 
 
 def test_the_registry_asks_for_these_runs():

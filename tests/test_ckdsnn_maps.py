@@ -23,8 +23,8 @@ from snnkd_nb.models.spikformer import Products
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.papers.experiments import SCALES, build_grid
 from snnkd_nb.papers.published import published
-from snnkd_nb.reports import efficiency, embedding, maps, overview
-from snnkd_nb.reports.maps import class_map, saliency, spike_map
+from snnkd_nb.reports import efficiency, maps, overview
+from snnkd_nb.reports.maps import compute_class_map, compute_maps, compute_spike_map
 from snnkd_nb.runner import overhead
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -253,16 +253,16 @@ X, Y = torch.randn(6, 1, 16, 16, generator=torch.Generator().manual_seed(1)), to
 
 
 def test_maps_of_an_image_do_not_depend_on_its_batch(nets):
-    whole = maps.saliency(nets, X, Y)
-    for n, m in maps.saliency(nets, X[2:4], Y[2:4]).items():
+    whole = maps.compute_maps(nets, X, Y)
+    for n, m in maps.compute_maps(nets, X[2:4], Y[2:4]).items():
         assert torch.allclose(m, whole[n][2:4], atol=1e-5)
     with pytest.raises(UserError, match="teacher has not been run"):
-        maps.saliency({"CKDSNN": nets["CKDSNN"]}, X, Y)
+        maps.compute_maps({"CKDSNN": nets["CKDSNN"]}, X, Y)
 
 
 def test_saved_maps_are_the_maps(nets):
-    found = maps.saliency(nets, X, Y)
-    frame = maps.map_frame(found, "teacher CAM", range(6), list("abcdef"))
+    found = maps.compute_maps(nets, X, Y)
+    frame = maps.tabulate_maps(found, "teacher CAM", range(6), list("abcdef"))
     assert len(frame) == 18 and set(frame["size"]) == {"4×4"}
     for _, r in frame.iterrows():
         values = torch.tensor([float(v) for v in r["values"].split()]).view(4, 4)
@@ -273,8 +273,8 @@ def test_saved_maps_are_the_maps(nets):
 
 def test_the_gradient_is_exact_where_nothing_spikes_behind(nets):
     for net in nets.values():
-        assert torch.allclose(*maps.silenced(net, "stage3", X, Y), atol=1e-5)
-    assert (maps.gradient_truth(nets["CKDSNN"], "stage1", X, Y) < 0.999).all()
+        assert torch.allclose(*maps.channel_effects(net, "stage3", X, Y), atol=1e-5)
+    assert (maps.gradient_accuracy(nets["CKDSNN"], "stage1", X, Y) < 0.999).all()
 
 
 def test_chance_is_the_likeness_to_another_image(nets):
@@ -295,8 +295,8 @@ def test_chance_is_the_likeness_to_another_image(nets):
 def test_features_keep_no_trace_of_order_or_batch(nets):
     for net in nets.values():
         assert torch.allclose(
-            embedding.pooled_features(net, X.flip(0), size=2).flip(0),
-            embedding.pooled_features(net, X),
+            maps.pooled_features(net, X.flip(0), size=2).flip(0),
+            maps.pooled_features(net, X),
             atol=1e-5,
         )
 
@@ -314,7 +314,7 @@ def test_overview_adds_up(nets):
 
 
 def test_overhead_of_the_smallest_nets():
-    rows = overhead.overhead(["kd"], overhead.TINY, 2, memory=True)
+    rows = overhead.measure_methods(["kd"], overhead.TINY, 2, memory=True)
     assert (
         [r["method"] for r in rows] == ["none", "kd"]
         and rows[0]["time"] == 1
@@ -333,7 +333,7 @@ def test_overhead_of_the_smallest_nets():
 def test_a_missing_measurement_says_how_to_make_it(tmp_path, monkeypatch):
     monkeypatch.setenv("SNNKD_ROOT", str(tmp_path))
     with pytest.raises(UserError, match="measure"):
-        overhead.measured("cpu")
+        overhead.load_measurement("cpu")
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -365,13 +365,13 @@ def test_table_5_meets_its_published_rows():
     )
     assert {c.index["method"] for c in grid.cells} == own
     net = create_model("resnet20", T=2, width=0.5, in_channels=1, image_size=16, depth=0.34)
-    frame = efficiency.efficiency(grid, runs, dict.fromkeys(grid.specs, net))
+    frame = efficiency.measure_efficiency(grid, runs, dict.fromkeys(grid.specs, net))
     assert len(frame) == 4 and frame["fire rate"].eq(20).all() and frame.sops.nunique() == 1
-    verdicts = efficiency.efficiency_claims(grid, frame)
+    verdicts = efficiency.judge_efficiency(grid, frame)
     assert verdicts.iloc[0, 2].startswith("holds") and verdicts.iloc[1, 2].startswith(
         "fails"
     )  # equal costs are not lower ones
-    assert set(efficiency.efficiency_claims(grid, frame[:0]).iloc[:, 2]) == {"not run"}
+    assert set(efficiency.judge_efficiency(grid, frame[:0]).iloc[:, 2]) == {"not run"}
 
 
 @pytest.mark.parametrize("name", VIEWS)
@@ -465,17 +465,17 @@ def test_maps_of_networks_of_your_own_and_of_frames():
     )
     x, y = torch.randn(2, 1, 8, 8), torch.tensor([0, 2])
     assert torch.allclose(
-        class_map(own, x, y, "1"), cam(own[:2](x), own[4].weight, y) / 64, atol=1e-6
+        compute_class_map(own, x, y, "1"), cam(own[:2](x), own[4].weight, y) / 64, atol=1e-6
     )
     model = sj_net("m")
-    assert spike_map(model, x, "n2").shape == (2, 8, 8)
+    assert compute_spike_map(model, x, "n2").shape == (2, 8, 8)
     with pytest.raises(UserError, match="no named stages"):
-        spike_map(model, x)
+        compute_spike_map(model, x)
     events = create_model("resnet20", T=4, width=0.125, in_channels=1, image_size=8, depth=0.34)
-    assert class_map(events, torch.randn(4, 2, 1, 8, 8), y, "stage2").shape == (2, 4, 4)
+    assert compute_class_map(events, torch.randn(4, 2, 1, 8, 8), y, "stage2").shape == (2, 4, 4)
     assert {
         n: m.shape
-        for n, m in saliency(
+        for n, m in compute_maps(
             {"Teacher": events, "SNN": events},
             torch.randn(4, 6, 1, 8, 8),
             torch.zeros(6).long(),

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from snnkd_nb.core import UserError
 from snnkd_nb.kernels import convolution
-from snnkd_nb.kernels.convolution import is_worthwhile, fast_conv2d
+from snnkd_nb.kernels.convolution import fast_conv2d, is_worthwhile
 
 CL = torch.channels_last
 

@@ -12,7 +12,7 @@ from torch import nn
 
 matplotlib.use("Agg")
 
-from snnkd_nb.core import UserError
+from snnkd_nb.core import UserError, torchvision
 from snnkd_nb.models.blocks import MODELS, BasicBlock, Bottleneck, activation
 from snnkd_nb.models.genome import dsas
 from snnkd_nb.models.zoo import create_model, list_models
@@ -27,7 +27,6 @@ from snnkd_nb.reports.graph import (
     to_dot,
     trace,
 )
-from snnkd_nb.vision import torchvision
 
 
 def texts_of(fig):

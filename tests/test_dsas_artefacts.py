@@ -17,11 +17,11 @@ from snnkd_nb.papers.dsas import DATASETS, EVENTS, GESTURE
 from snnkd_nb.papers.experiments import SCALES
 from snnkd_nb.papers.published import claims, published
 from snnkd_nb.papers.registry import specs_for
-from snnkd_nb.reports.compare import Report
-from snnkd_nb.reports.dots import by_seed, judged
-from snnkd_nb.runner.graph import plan
+from snnkd_nb.reports.claims import judge_cells
+from snnkd_nb.reports.tables import Report, tabulate_by_seed
 from snnkd_nb.runner.jobs import execute_all
-from snnkd_nb.search.job import engine_args, run_search
+from snnkd_nb.runner.planning import plan
+from snnkd_nb.search.job import create_engine_options, run_search
 from snnkd_nb.search.score import Scoring
 from snnkd_nb.search.space import create_space
 from snnkd_nb.spec import RunSpec, SearchSpec, to_dict
@@ -175,7 +175,7 @@ def test_every_search_can_be_what_it_says(scale):
         )[0]
         assert (
             space.size() > 1000
-            and engine_args(s)["selection"] == "tournament"
+            and create_engine_options(s)["selection"] == "tournament"
             and s.data.args.get("frames", 4) == how.T
         )
         assert how.mode == "sample" or "tgs" not in how.metrics or s.batch >= classes
@@ -326,8 +326,8 @@ def test_parameters_stand_beside_the_papers(pretended):
 @pytest.mark.parametrize("key", ["figure02", "figure03"])
 def test_figures_have_claims_about_their_arms(key, pretended):
     grid = dsas_students.ARTEFACTS[key]("smoke")
-    assert by_seed(grid, {}).empty and set(
-        judged(dsas_students.view_claims(f"dsas/{key}"), grid, {}).ours
+    assert tabulate_by_seed(grid, {}).empty and set(
+        judge_cells(dsas_students.view_claims(f"dsas/{key}"), grid, {}).ours
     ) == {"not run"}
 
 
@@ -337,7 +337,7 @@ def test_gains_by_time_steps_are_judged(pretended):
     def acc(c):
         return 80 + c.index["T"] + (8 / c.index["T"] if c.index["method"] == "with KD" else 0)
 
-    got = judged(
+    got = judge_cells(
         dsas_students.view_claims("dsas/figure03"),
         grid,
         {s: Fake(acc(c) + s.seed / 100) for c in grid.cells for s in c.specs},
@@ -537,6 +537,6 @@ def test_depths_of_a_search_that_prefers_shallow_networks():
         ]
     )
     rows = dsas_views.depth_rows(dsas_views.depth_facts(frame))
-    from snnkd_nb.reports.dots import judge
+    from snnkd_nb.reports.claims import judge_records
 
-    assert judge(dsas_views.DEPTH_CLAIMS, rows).ours.tolist() == ["holds"] * 5
+    assert judge_records(dsas_views.DEPTH_CLAIMS, rows).ours.tolist() == ["holds"] * 5

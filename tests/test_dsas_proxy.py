@@ -20,7 +20,7 @@ from snnkd_nb.papers import studies_proxy as proxy
 from snnkd_nb.papers.dsas_search import space
 from snnkd_nb.papers.experiments import SCALES
 from snnkd_nb.papers.registry import artefact, match, specs_for
-from snnkd_nb.search.candidate import candidate
+from snnkd_nb.search.candidate import create_candidate
 from snnkd_nb.search.score import Scorer
 from snnkd_nb.search.space import create_space
 from snnkd_nb.spec import RunSpec
@@ -170,7 +170,7 @@ def test_snasnet_against_a_slow_loop(genome):
         **kw,
     )(genome)
     total, mean, m = slowly(
-        candidate(genome, 0, num_classes=10, in_channels=1, image_size=8, **kw), x
+        create_candidate(genome, 0, num_classes=10, in_channels=1, image_size=8, **kw), x
     )
     how = proxy.scoring("smoke").replace(batch=12)
     got = proxy.values(genome, score, how)

@@ -31,7 +31,15 @@ from snnkd_nb.metrics.activity import check_probes, list_probes
 from snnkd_nb.metrics.likeness import cosine, hybrid_accuracies, hybrid_cosines, hybrids
 from snnkd_nb.models.blocks import eval_mode
 from snnkd_nb.models.foreign import vit_small
-from snnkd_nb.models.hybrid import ADAPTERS, Adapter, Branch, Hybrids, by_depth, frozen, stage_pairs
+from snnkd_nb.models.hybrid import (
+    ADAPTERS,
+    Adapter,
+    Branch,
+    Hybrids,
+    frozen,
+    pair_by_depth,
+    stage_pairs,
+)
 from snnkd_nb.models.taps import Foreign
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.neurons.lif import FromSpikingJelly
@@ -39,8 +47,7 @@ from snnkd_nb.neurons.rate import Rate
 from snnkd_nb.spec import DataSpec, ModelSpec, OptimSpec, RunSpec
 from snnkd_nb.store import Store
 from snnkd_nb.training.job import run_train
-from snnkd_nb.training.loop import evaluate, fit
-from snnkd_nb.training.optim import sgd
+from snnkd_nb.training.loop import create_optimizer, evaluate, fit
 
 SMALL = {"width": 0.25, "depth": 0.34, "image_size": 8}
 
@@ -230,7 +237,7 @@ def test_pairs_have_one_resolution_and_keep_the_order(s, t, stem_s, stem_t):
 
 @given(st.integers(1, 12), st.integers(1, 12))
 def test_depths_agree(a, b):
-    pairs = by_depth(range(a), range(b))
+    pairs = pair_by_depth(range(a), range(b))
     assert (
         len(pairs) == min(a, b)
         and pairs[-1] == (a - 1, b - 1)
@@ -684,7 +691,7 @@ def test_neither_teacher_nor_adapter_sees_a_rate():
 def test_nothing_of_it_stays_with_the_student():
     student, teacher, d = pair()
     keys = list(student.state_dict())
-    trained = {id(p) for g in sgd(d, OptimSpec()).param_groups for p in g["params"]}
+    trained = {id(p) for g in create_optimizer(d, OptimSpec()).param_groups for p in g["params"]}
     assert all(
         id(p) in trained for p in (*student.parameters(), *d.methods.parameters())
     ) and not any(id(p) in trained for p in teacher.parameters())

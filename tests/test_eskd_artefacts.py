@@ -16,10 +16,10 @@ from snnkd_nb.papers.eskd import EVENTS, IMAGENET
 from snnkd_nb.papers.experiments import SCALES, build_run
 from snnkd_nb.papers.published import claims, published
 from snnkd_nb.papers.registry import artefact, artefacts, specs_for
-from snnkd_nb.reports.attention import by_epoch
-from snnkd_nb.reports.compare import Report, summary
-from snnkd_nb.reports.dots import judge, judged
-from snnkd_nb.reports.hybrids import cams, framework, refit, step_calls
+from snnkd_nb.reports.claims import judge_cells, judge_records
+from snnkd_nb.reports.diagrams import draw_eskd_overview
+from snnkd_nb.reports.snapshots import compute_hybrid_maps, fit_adapters, record_step
+from snnkd_nb.reports.tables import Report, summarize_grid, tabulate_by_epoch
 from snnkd_nb.spec import RunSpec
 from snnkd_nb.store import Store
 from snnkd_nb.training.job import run_train
@@ -363,8 +363,8 @@ def test_the_study():
             "rate",
             "rate",
         ] and all(ways[f"T = {T}", w].model.T == T for w in studies.WAYS)
-    frame = summary(grid, dict.fromkeys(grid.specs))
-    assert len(frame) == 19 and set(judged(studies.ESKD_CLAIMS, grid, {}).ours) == {"not run"}
+    frame = summarize_grid(grid, dict.fromkeys(grid.specs))
+    assert len(frame) == 19 and set(judge_cells(studies.ESKD_CLAIMS, grid, {}).ours) == {"not run"}
 
 
 # figures
@@ -384,16 +384,16 @@ def test_curves_are_read_from_records():
             for m, v in (("S", 50), ("M0", 40), ("M1", 51), ("M2", 49))
         }
 
-    frame = by_epoch(grid, {s: Fake(70, history(s)) for s in grid.specs}, "hybrids")
+    frame = tabulate_by_epoch(grid, {s: Fake(70, history(s)) for s in grid.specs}, "hybrids")
     rows = eskd_views.curve_rows(frame)
     assert {(r["method"], r["column"]): (r["value"], r["n"]) for r in rows if r["T"] == 4}[
         "M0", "distance to S"
     ] == (10, 3) and eskd_views.curve_table(rows).loc[(2, "S"), "end"] == 71
-    assert judge(eskd_views.curve_claims(3), rows).ours.tolist() == ["holds"] * 3
+    assert judge_records(eskd_views.curve_claims(3), rows).ours.tolist() == ["holds"] * 3
     fig, numbers = eskd_views.curve_panels(frame, "accuracy")
     assert len(fig.axes) == 3 and len(numbers) == 3 * 4 * 3
     worse = [r | {"value": -r["value"]} for r in rows]
-    assert judge(eskd_views.curve_claims(3), worse).ours.tolist() == ["fails"] * 3
+    assert judge_records(eskd_views.curve_claims(3), worse).ours.tolist() == ["fails"] * 3
 
 
 def test_claims_select_what_the_figures_give():
@@ -448,7 +448,7 @@ def test_the_overview_has_a_box_for_everything_that_runs_and_nothing_else(pair, 
     d = create_distiller("eskd", student, teacher, positions=positions)
     before = {k: v.clone() for k, v in student.state_dict().items()}
     x, y = torch.randn(4, 1, 16, 16), torch.arange(4)
-    calls, terms = step_calls(d, x, y)
+    calls, terms = record_step(d, x, y)
     stages = [*teacher.stage_names, "head"]
     for b in d.methods[0].hybrids.branches:
         own = [c.name for c in calls if c.row == b.name]
@@ -461,7 +461,7 @@ def test_the_overview_has_a_box_for_everything_that_runs_and_nothing_else(pair, 
     assert sum(terms.values()) == pytest.approx(
         sum(terms[k] for k in ("ce", "kd", *d.methods[0].hybrids.names))
     ) and all(c.graph != (c.row == "teacher") for c in calls)
-    fig, numbers = framework(d, x, y, x[0, 0].numpy())
+    fig, numbers = draw_eskd_overview(d, x, y, x[0, 0].numpy())
     words = [t.get_text() for t in fig.axes[0].texts]
     assert sum(w == "head" for w in words) == 2 + len(d.methods[0].hybrids.names) and len(
         numbers
@@ -476,7 +476,7 @@ def test_maps_of_hybrid_models_do_not_depend_on_the_company(pair):
     student, teacher = pair
     d = create_distiller("eskd", student, teacher)
     x, y = torch.randn(6, 1, 16, 16), torch.arange(6)
-    whole, one = cams(d, x, y), cams(d, x[2:3], y[2:3])
+    whole, one = compute_hybrid_maps(d, x, y), compute_hybrid_maps(d, x[2:3], y[2:3])
     assert (
         set(whole) == {"ANN", "SNN", "M0", "M1", "M2"}
         and all(torch.allclose(whole[n][2:3], one[n], atol=1e-5) for n in whole)
@@ -491,12 +491,14 @@ def test_adapters_are_fitted_and_nothing_else_moves(pair):
 
     student, teacher = pair
     before = [v.clone() for net in pair for v in net.state_dict().values()]
-    _d, losses = refit(student, teacher, load_spec(DataSpec("digits", size=16)), steps=8, size=32)
+    _d, losses = fit_adapters(
+        student, teacher, load_spec(DataSpec("digits", size=16)), steps=8, size=32
+    )
     assert losses[-1] < losses[0] and all(
         v.equal(b) for v, b in zip((v for net in pair for v in net.state_dict().values()), before)
     )
     assert (
-        refit(student, teacher, load_spec(DataSpec("digits", size=16)), steps=0)[1] == []
+        fit_adapters(student, teacher, load_spec(DataSpec("digits", size=16)), steps=0)[1] == []
         and student.training
     )
 

@@ -326,7 +326,7 @@ def test_feature_kd_in_half_precision_rounds_like_its_module(monkeypatch):
     x, target, project = (
         torch.rand(2, 12, 128, 8, 8).lt(0.3).float().requires_grad_(),
         torch.randn(12, 64, 8, 8),
-        feature.projection(128, 64),
+        feature.create_projection(128, 64),
     )
 
     def learnt(half):
@@ -351,7 +351,7 @@ def test_feature_kd_in_half_precision_rounds_like_its_module(monkeypatch):
 
 
 def test_other_modules_and_whole_projections_that_are_listened_to_are_called():
-    x, heard, module = torch.randn(2, 3, 4, 4), [], feature.projection(3, 2)
+    x, heard, module = torch.randn(2, 3, 4, 4), [], feature.create_projection(3, 2)
     module.register_forward_hook(lambda *a: heard.append(1))
     own, flat = nn.Conv2d(3, 2, 1), projection.project([module, nn.Identity()], x)
     assert heard == [1] and flat[1] is x and projection.project([own], x)[0].equal(own(x))
@@ -872,7 +872,7 @@ def test_similarities_and_attention_are_in_single_precision_under_autocast(preci
 def test_embeddings_and_projections_learn_are_kept_and_leave_with_the_teacher(digits, tmp_path):
     from snnkd_nb.spec import OptimSpec
     from snnkd_nb.training.checkpoint import load_checkpoint
-    from snnkd_nb.training.optim import sgd
+    from snnkd_nb.training.loop import create_optimizer
 
     torch.manual_seed(0)
     student, teacher = (net(T=T, depth=0.34) for T in (2, None))
@@ -908,7 +908,10 @@ def test_embeddings_and_projections_learn_are_kept_and_leave_with_the_teacher(di
     )
     assert set(student.state_dict()) == set(net(T=2, depth=0.34).state_dict())
     again = create_distiller("kd+sastc", student, teacher, batch_size=64, beta=10.0)
-    assert load_checkpoint(tmp_path / "x.ckpt", again, sgd(again, OptimSpec())) is not None
+    assert (
+        load_checkpoint(tmp_path / "x.ckpt", again, create_optimizer(again, OptimSpec()))
+        is not None
+    )
     assert all(torch.equal(v, d.state_dict()[k]) for k, v in again.state_dict().items())
 
 

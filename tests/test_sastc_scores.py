@@ -41,7 +41,7 @@ from snnkd_nb.reports.layers import (
 )
 from snnkd_nb.reports.maps import attention_history, load_picture, load_test_images
 from snnkd_nb.reports.tables import Measure, Report, tabulate_by_epoch
-from snnkd_nb.runner.networks import trained
+from snnkd_nb.runner.jobs import load_network
 from snnkd_nb.store import Store
 from snnkd_nb.training.job import run_train
 
@@ -318,7 +318,7 @@ def test_scores_of_a_run_are_those_of_its_network(watched_runs, alone):
         of = alone.get(spec.teacher or spec.reference)
         x = fixed_batch(load_spec(spec.data))[0]
         assert record.history["stm"][-1] == pytest.approx(
-            stm_score(trained(record), trained(of), x)[0], rel=1e-5
+            stm_score(load_network(record), load_network(of), x)[0], rel=1e-5
         )
     assert watched_runs["Baseline"][1].teacher is None
 
@@ -329,8 +329,8 @@ def test_tables_of_one_row_are_made_from_records(watched_runs, alone):
         spec = next(
             c.specs[0] for c in grid.cells if c.column == k and c.index["student"] == "VGG-11"
         )
-        runs[spec], nets[spec] = watched_runs[k][1], trained(watched_runs[k][1])
-    nets[teacher_of(grid.cells[0])] = trained(alone.get(watched_runs["SASTC"][0].teacher))
+        runs[spec], nets[spec] = watched_runs[k][1], load_network(watched_runs[k][1])
+    nets[teacher_of(grid.cells[0])] = load_network(alone.get(watched_runs["SASTC"][0].teacher))
     report = Report(grid, runs, score("smoke"))
     ours = {r["column"]: r["ours"] for r in report.rows if r["n"]}
     assert ours == {

@@ -8,8 +8,8 @@ import pytest
 from snnkd_nb.cli import main
 from snnkd_nb.core import UserError
 from snnkd_nb.papers import dsas_students
-from snnkd_nb.runner.graph import plan
 from snnkd_nb.runner.jobs import execute
+from snnkd_nb.runner.planning import plan
 from snnkd_nb.search import job as module
 from snnkd_nb.search.job import (
     check_search,

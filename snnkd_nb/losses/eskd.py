@@ -34,14 +34,14 @@ from snnkd_nb.losses.base import (
 from .kd import kd_loss
 from snnkd_nb.models.hybrid import (
     Hybrids,
-    asked_for,
     check_tail,
-    in_order,
-    listed,
-    plain,
+    choose_branches,
+    sort_branches,
     stage_pairs,
+    to_list,
+    to_python,
 )
-from ..spec import need
+from ..spec import require
 
 # %% ../../nbs/lib/52_losses.eskd.ipynb #d9c5c0e1
 def hybrid_loss(
@@ -75,12 +75,12 @@ def check_alpha(
     alpha: Any,  # a number from 0 to 1, "increase" or "decrease"
 ) -> float | str:
     "Return alpha as a plain number or name. Raises `UserError` for anything else."
-    alpha = plain(alpha)
+    alpha = to_python(alpha)
     if isinstance(alpha, str):
         if alpha not in ALPHA_SCHEDULES:
             raise unknown("course of alpha", alpha, ALPHA_SCHEDULES)
         return alpha
-    need(
+    require(
         is_weight(alpha, 1),
         f"alpha = {alpha!r}: give a number from 0 to 1 (the paper uses 0.5),"
         " 'increase' or 'decrease'",
@@ -96,7 +96,7 @@ def alpha_at(
     "Return alpha in an epoch. Source: ESKD Table 4."
     if alpha not in ALPHA_SCHEDULES:
         return alpha
-    need(
+    require(
         epochs is not None,
         f"alpha = {alpha!r} depends on the epoch: call distiller.begin_epoch(epoch, epochs)"
         " before each, or give a number",
@@ -119,13 +119,13 @@ def compute_betas(
     places: Sequence[int] | None = None,
 ) -> list[float]:
     "Return the weights beta_k, in the order of the hybrid models. Source: ESKD Table 4."
-    beta = plain(beta)
+    beta = to_python(beta)
     if isinstance(beta, str):
         if beta not in BETA_RULES:
             raise unknown("rule for beta", beta, BETA_RULES)
         return [BETA_RULES[beta](k, n) for k in range(n)]
-    weights = listed(beta) if isinstance(beta, (list, tuple)) else [beta] * n
-    need(
+    weights = to_list(beta) if isinstance(beta, (list, tuple)) else [beta] * n
+    require(
         len(weights) == n and all(map(is_weight, weights)),
         f"beta = {beta!r}: give 'uniform', 'decay', a finite number that is not negative,"
         f" or a list of {n} such",
@@ -200,19 +200,19 @@ def find_branches(
     Raises `UserError` where the stages do not pair.
     """
     check_tail(teacher)
-    if listed(positions) == []:
+    if to_list(positions) == []:
         return [], {}, {}
     student_shapes, teacher_shapes = find_shapes(student, teacher, pairs, input_shape)
     found = check_pairs(pairs) if pairs else stage_pairs(student_shapes, teacher_shapes)
-    need(
+    require(
         found,
         f"no stages pair by resolution: the student has {describe_shapes(student_shapes)},"
         f" the teacher {describe_shapes(teacher_shapes)}; give {ADVICE}",
     )
     if pairs and positions is None:
         positions = "all"
-    branches = asked_for(found, stages_of(student), list(teacher.stage_names), positions)
-    need(
+    branches = choose_branches(found, stages_of(student), list(teacher.stage_names), positions)
+    require(
         branches,
         f"the stages that pair, {found}, leave no hybrid model between stem and classifier:"
         f" give positions='all', or {ADVICE}",
@@ -234,7 +234,7 @@ def create_hybrids(
     asked, student_shapes, teacher_shapes = find_branches(
         student, teacher, positions, pairs, input_shape
     )
-    branches = in_order(asked, stages_of(student))
+    branches = sort_branches(asked, stages_of(student))
     return Hybrids(branches, student_shapes, teacher, teacher_shapes, adapter, relu, prefix)
 
 # %% ../../nbs/lib/52_losses.eskd.ipynb #d03f4843
@@ -298,8 +298,8 @@ class ESKD(Method):
     ):
         super().__init__(student, teacher, variant)
         self.alpha = check_alpha(alpha)
-        self.temp = plain(temp)
-        need(
+        self.temp = to_python(temp)
+        require(
             is_weight(self.temp) and self.temp > 0,
             f"temp = {temp!r}: the temperature must be a finite number above 0"
             " (the paper has none: 1)",
@@ -309,7 +309,7 @@ class ESKD(Method):
         asked, student_shapes, teacher_shapes = find_branches(
             student, teacher, positions, named_pairs, input_shape
         )
-        branches = in_order(asked, stages_of(student))
+        branches = sort_branches(asked, stages_of(student))
         self.hybrids = Hybrids(
             branches, student_shapes, teacher, teacher_shapes, adapter, relu, prefix
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core import renamed
 from .base import Batch, Method, check_positive, mean_logits
-from ..spec import need
+from ..spec import require
 
 # %% ../../nbs/lib/46_losses.kd.ipynb #d6e61dc7
 def kd_loss(
@@ -26,7 +26,7 @@ def kd_loss(
     Source: SASTC eq. 8, second term.
     """
     check_positive("temp", temp, 4)
-    need(
+    require(
         logits_s.shape == logits_t.shape,
         f"logits of shapes {tuple(logits_s.shape)} and {tuple(logits_t.shape)}:"
         " give (B, K) of both, averaged over time",

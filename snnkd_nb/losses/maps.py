@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ..core import UserError, renamed, unknown
 from .base import check_positive, image_shape, mean_logits, observe, stages_of
 from ..models.blocks import eval_mode
-from ..models.taps import Tap, classifier, prefix_count, run_from, to_map
-from ..spec import need
+from ..models.taps import Tap, count_prefix_tokens, find_classifier, run_from, to_map
+from ..spec import require
 
 # %% ../../nbs/lib/48_losses.maps.ipynb #2b513cd0
 def grad_cam(
@@ -153,7 +153,7 @@ def _head_linears(model: Any, num_classes: int, shape: tuple[int, int, int]) -> 
     if stages_of(model) and isinstance(head, nn.Sequential):
         return [module for module in head if isinstance(module, nn.Linear)]
     network = getattr(model, "net", model)
-    path = classifier(network, num_classes, shape)
+    path = find_classifier(network, num_classes, shape)
     return [network.get_submodule(path)] if path else []
 
 
@@ -198,7 +198,7 @@ def find_tap(
     if tap:
         return tap._replace(raw=False) if tap.raw else None
     if feature.dim() == 3:
-        return Tap(stage, 3, prefix_count(model, feature.shape[1]))
+        return Tap(stage, 3, count_prefix_tokens(model, feature.shape[1]))
     if feature.dim() == 2:
         return Tap(stage, 2)
     return None
@@ -218,7 +218,7 @@ def probe_feature(
     shape: tuple[int, int, int] | None,  # (C, H, W) of one image
 ) -> Tensor:
     "Return the feature of two random images, leaving no trace in the model."
-    need(shape is not None, "the size of the images is not known: give input_shape=(C, H, W)")
+    require(shape is not None, "the size of the images is not known: give input_shape=(C, H, W)")
     assert shape is not None
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, *shape, generator=generator).to(next(model.parameters()))
@@ -232,7 +232,7 @@ def check_spatial(
     shape: Sequence[int],  # of its output, (…, H, W)
 ) -> None:
     "Raise `UserError` for a map of one pixel."
-    need(
+    require(
         shape[-1] * shape[-2] > 1,
         f"{who}'s {stage} is a map of 1×1: it has no spatial extent to compare;"
         " take an earlier stage, as in layers='stage1', or larger images",
@@ -250,7 +250,7 @@ class ClassMap:
         input_shape: Any = None,  # (C, H, W) of one image; None: as the model states
         who: str = "the teacher",  # its name in messages
     ):
-        need(
+        require(
             stage or stages_of(model),
             f"{who} has no named stages:"
             " give layers={'student': stage of the student, 'teacher': module path of the teacher}",
@@ -319,7 +319,7 @@ def isi_sam(
     gamma: float = 0.5,  # decay per step, > 0 (Kim & Panda state none)
 ) -> Tensor:
     "Compute the inter-spike-interval map of every step, (T, B, H, W). Source: Kim & Panda 2021."
-    need(
+    require(
         features.dim() == 5,
         f"feature of shape {tuple(features.shape)}:"
         " intervals between spikes need time steps (T, B, C, H, W)",

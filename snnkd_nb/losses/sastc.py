@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..core import renamed
 from ..kernels.flat import FREE, LOOP, TASK, ZERO, ask, load, pointer, run, store, to_c
-from ..kernels.gram import Gram, gram, rows
+from ..kernels.gram import Gram, flatten_features, gram
 from ..kernels.precision import emulates_bf16
 from ..kernels.projection import projected
 from snnkd_nb.losses.base import (
@@ -42,8 +42,8 @@ from snnkd_nb.losses.base import (
 )
 from .feature import create_projection
 from ..models.blocks import eval_mode
-from ..models.stages import paths_in_words
-from ..spec import need
+from ..models.taps import describe_paths
+from ..spec import require
 
 # %% ../../nbs/lib/50_losses.sastc.ipynb #8e79ede7
 class SplitGram(Gram):
@@ -53,7 +53,7 @@ class SplitGram(Gram):
     def forward(ctx, x, lead):
         ctx.save_for_backward(x)
         ctx.lead = lead
-        a = rows(x, lead)
+        a = flatten_features(x, lead)
         with torch.autocast("cpu", enabled=False):
             if emulates_bf16(a):
                 return torch.bmm(a.float(), a.float().mT)
@@ -158,7 +158,7 @@ def common_size(
 ) -> tuple[int, int]:
     "Return the smaller of two sizes. Raises `UserError` where neither map fits into the other."
     smaller = (min(a[0], b[0]), min(a[1], b[1]))
-    need(
+    require(
         smaller in (tuple(a), tuple(b)),
         f"maps of {a[0]}×{a[1]} and {b[0]}×{b[1]} have no common spatial extent:"
         " neither fits into the other; choose other layers",
@@ -450,7 +450,7 @@ class Calibration(nn.Module):
             for f_t in teachers:
                 positions.append(math.prod(common_size(f_s.shape[-2:], f_t.shape[-2:])))
         steps_at_once = num_steps if self.norm == "all" else 1
-        need(
+        require(
             steps_at_once * batch_size * min(positions) > 1,
             f"a batch of {batch_size} image on maps of one pixel: batch norm of SASTC's projections"
             " has a single value and no variance; take two images or more per batch",
@@ -490,7 +490,7 @@ def check_betas(
     Raises `UserError` for a value that is no weight.
     """
     parts = tuple(beta) if isinstance(beta, (list, tuple)) else (beta,)
-    need(parts, "beta = []: give a number, or a list with one for each part of the epochs")
+    require(parts, "beta = []: give a number, or a list with one for each part of the epochs")
     return tuple(check_weight("beta", part, 1300) for part in parts)
 
 
@@ -505,10 +505,10 @@ def select_layers(
     Raises `UserError` where a network has no named stages.
     """
     names = layers or tuple(name for name in stages_of(model) if stem or name != "stem")
-    need(
+    require(
         names,
         f"the {side} has no named stages: give layers={{{side!r}: [module path, …]}};"
-        f" its module paths: {paths_in_words(getattr(model, 'net', model))}",
+        f" its module paths: {describe_paths(getattr(model, 'net', model))}",
     )
     return tuple(dict.fromkeys(names))
 
@@ -530,7 +530,7 @@ def find_map_shapes(
         _, features = observe(model, blank, names)
     for name, feature in features.items():
         lead = feature.shape[:-3]
-        need(
+        require(
             lead == (num_steps, 2) or (num_steps == 1 and lead == (2,)),
             f"the {side}'s {name} puts out {tuple(feature.shape)}: SASTC compares maps,"
             " (T, B, C, h, w) of a student and (B, C, h, w) of a teacher;"
@@ -578,9 +578,11 @@ class SASTC(Method):
         reading = READINGS[check_choice("variant", variant, tuple(READINGS))]
         self._check_networks(teacher, batch_size)
         shape: Any = input_shape or image_shape(student) or image_shape(teacher)
-        need(shape is not None, "the size of the images is not known: give input_shape=(C, H, W)")
+        require(
+            shape is not None, "the size of the images is not known: give input_shape=(C, H, W)"
+        )
         for name, flag in (("normalise", normalise), ("shared", shared)):
-            need(type(flag) is bool, f"{name} = {flag!r}: give True or False")
+            require(type(flag) is bool, f"{name} = {flag!r}: give True or False")
         norm = check_choice("norm", reading["norm"] if norm is None else norm, NORMS)
         check_choice("reduction", reduction, REDUCTIONS)
         check_choice("pool", pool, tuple(POOLS))
@@ -612,12 +614,12 @@ class SASTC(Method):
 
     @staticmethod
     def _check_networks(teacher: Any, batch_size: Any) -> None:
-        need(teacher is not None, "SASTC calibrates towards a teacher: give one")
-        need(
+        require(teacher is not None, "SASTC calibrates towards a teacher: give one")
+        require(
             getattr(teacher, "T", None) is None,
             "the teacher is a spiking network: SASTC calibrates towards an ordinary one",
         )
-        need(
+        require(
             type(batch_size) is int and batch_size > 0,
             f"batch_size = {batch_size!r}: give the whole number of images in a batch"
             " (the paper has 128)",
@@ -668,9 +670,9 @@ def mean_attention(
     """
     method = next((m for m in distiller.methods if isinstance(m, SASTC)), None)
     names = [type(m).__name__ for m in distiller.methods]
-    need(method is not None, f"no SASTC among {names}: attention needs method 'sastc'")
+    require(method is not None, f"no SASTC among {names}: attention needs method 'sastc'")
     assert method is not None
-    need(isinstance(x, Tensor), f"images of {type(x).__name__}: give a tensor")
+    require(isinstance(x, Tensor), f"images of {type(x).__name__}: give a tensor")
     if y is None:
         num_images = x.shape[1] if x.dim() == 5 else len(x)
         y = torch.zeros(num_images, dtype=torch.long, device=x.device)

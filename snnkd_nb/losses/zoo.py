@@ -18,7 +18,7 @@ from .eskd import ESKD
 from .feature import Feature
 from .kd import KD, LogitsMSE
 from .sastc import SASTC
-from ..spec import VARIANTS, need
+from ..spec import VARIANTS, require
 
 # %% ../../nbs/lib/53_losses.zoo.ipynb #40b40367
 _methods: dict[str, Any] = {
@@ -43,7 +43,7 @@ def register_method(
     cls: type[Method],
 ) -> None:
     "Register your own method under a name. Raises `UserError` for an existing name."
-    need(name not in _methods, f"method {name!r} exists already: choose another name")
+    require(name not in _methods, f"method {name!r} exists already: choose another name")
     _methods[name] = cls
 
 
@@ -57,7 +57,7 @@ def _parse_weight(weight: str, name: str, text: str) -> float:
         value = float(weight)
     except ValueError:
         value = -1.0
-    need(
+    require(
         0 <= value < float("inf"),
         f"weight {weight!r} in {text!r}: write a number that is not negative, as in '0.5*{name}'",
     )
@@ -77,7 +77,7 @@ def parse_methods(
         if name not in _methods:
             raise unknown("method", name, list_distillers())
         parsed.append((_parse_weight(weight, name, text) if star else 1.0, name))
-    need(
+    require(
         len({name for _, name in parsed}) == len(parsed),
         f"{text!r} names a method twice: give each once, with its weight",
     )
@@ -151,7 +151,7 @@ def create_distiller(
     methods = [method for _, method in weighted]
     _check_variant(methods, variant)
     needs_teacher = any(_methods[method].needs_teacher for method in methods)
-    need(teacher is not None or not needs_teacher, f"method {name!r} needs a teacher")
+    require(teacher is not None or not needs_teacher, f"method {name!r} needs a teacher")
     _check_options(methods, kw)
     created = []
     for weight, method in weighted:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..core import UserError, renamed, unknown
 from ..models.blocks import eval_mode
-from ..spec import need
+from ..spec import require
 
 # %% ../../nbs/lib/57_metrics.activity.ipynb #f418338d
 def reset_states(
@@ -347,7 +347,7 @@ def check_probes(
             raise unknown("probe", name, _PROBES)
         factory, _, needs_reference = _PROBES[name]
         _check_probe_options(name, factory, options)
-        need(
+        require(
             has_reference or not needs_reference,
             f"probe {name!r} compares with another network: give reference=RunSpec(…) or a teacher",
         )

@@ -23,9 +23,9 @@ from ..core import renamed, unknown
 from .activity import register_probe
 from .likeness import fixed_batch
 from ..models.blocks import eval_mode
-from ..models.weights import first_line
-from ..neurons.lif import LIF, is_plain
-from ..spec import need
+from ..models.taps import first_line
+from ..neurons.lif import LIF, is_plain_lif
+from ..spec import require
 
 # %% ../../nbs/lib/60_metrics.fisher.ipynb #a7111fe6
 LABELS = ("true", "predicted", "sampled")
@@ -63,7 +63,7 @@ def one_hot_targets(
     num_steps, num_images, num_classes = decisions.shape
     if labels == "true":
         low, high = int(y.min()), int(y.max())
-        need(
+        require(
             len(y) == num_images and low >= 0 and high < num_classes,
             f"{len(y)} labels from {low} to {high} for {num_images} images"
             f" of {num_classes} classes: give one per image, from 0",
@@ -81,7 +81,7 @@ def trained_parameters(
 ) -> dict[str, nn.Parameter]:
     "Return the parameters that are trained. Raises `UserError` if there are none."
     found = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    need(
+    require(
         found,
         "the network has no parameter that is trained: Fisher information is about weights,"
         " so leave requires_grad on",
@@ -152,7 +152,7 @@ def make_composable(
     "Copy a network in evaluation mode and replace our neurons by ones that `torch.func` can map."
     copied = copy.deepcopy(model).eval()
     for module in copied.modules():
-        if is_plain(module):
+        if is_plain_lif(module):
             module.__class__ = Composable
     return copied
 
@@ -222,7 +222,7 @@ def temporal_fisher(
     """
     if how not in WAYS:
         raise unknown("way of taking gradients", how, WAYS)
-    need(
+    require(
         isinstance(x, Tensor) and isinstance(y, Tensor) and len(y),
         "images and labels: give tensors with at least one image",
     )

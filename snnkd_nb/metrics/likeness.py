@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import renamed, unknown
-from ..kernels.gram import NORMALISATIONS, gram, gram_distance, normalised
+from ..kernels.gram import NORMALIZATIONS, gram, gram_distance, normalize_gram
 from ..losses.base import mean_logits, observe, stages_of
 from ..losses.eskd import ESKD, mean_rates
 from ..losses.sastc import SASTC, mean_attention
 from .activity import register_probe
 from ..models.blocks import eval_mode
 from ..models.hybrid import frozen
-from ..spec import need
+from ..spec import require
 
 # %% ../../nbs/lib/59_metrics.likeness.ipynb #78b9cac5
 def check_map_pair(
@@ -37,12 +37,12 @@ def check_map_pair(
 
     Raises `UserError` if their shapes differ or a value is not finite.
     """
-    need(
+    require(
         a.dim() == 3 and a.shape == b.shape,
         f"maps of shapes {tuple(a.shape)} and {tuple(b.shape)}: give two stacks (B, H, W) of one"
         " size, see losses.maps.same_size",
     )
-    need(
+    require(
         bool(a.isfinite().all() and b.isfinite().all()),
         "a map is not finite (NaN or infinite), so it cannot be compared",
     )
@@ -77,7 +77,7 @@ def brightest(
 
     Positions that tie with the last one are included.
     """
-    need(0 < share <= 1, f"share = {share!r}: give a fraction above 0, at most 1")
+    require(0 < share <= 1, f"share = {share!r}: give a fraction above 0, at most 1")
     flat = maps.detach().flatten(1).double()
     num_bright = math.ceil(round(share * flat.shape[1], 9))
     threshold = flat.topk(num_bright, 1).values[:, -1:]
@@ -120,7 +120,7 @@ def fixed_batch(
     return next(iter(loader))
 
 # %% ../../nbs/lib/59_metrics.likeness.ipynb #caaac7aa
-NORMALISE = {"raw": "none", **{name: name for name in NORMALISATIONS if name != "none"}}
+NORMALISE = {"raw": "none", **{name: name for name in NORMALIZATIONS if name != "none"}}
 
 
 def compared_layers(
@@ -133,7 +133,7 @@ def compared_layers(
     Raises `UserError` if none are given and the network names none.
     """
     found = tuple(names or stages_of(model))
-    need(
+    require(
         found,
         f"{whose} ({type(model).__name__}) has no named stages:"
         " give the module paths of its layers",
@@ -156,18 +156,18 @@ def similarity_matrices(
     num_images = logits.shape[-2]
     matrices = {}
     for name, feature in features.items():
-        need(
+        require(
             feature.shape[1 if has_time else 0] == num_images,
             f"{name} puts out {tuple(feature.shape)} for {num_images} images: features with time"
             " are (T, B, …), and so are the logits of their network, (T, B, K)",
         )
         by_step = feature if has_time else feature[None]
-        matrices[name] = normalised(gram(by_step, exact=True), NORMALISE[normalise])
+        matrices[name] = normalize_gram(gram(by_step, exact=True), NORMALISE[normalise])
     return matrices
 
 # %% ../../nbs/lib/59_metrics.likeness.ipynb #37c8a8bc
 def _check_pair(pair: Any, student: Sequence[str], teacher: Sequence[str]) -> tuple[str, str]:
-    need(
+    require(
         not isinstance(pair, str) and len(pair) == 2,
         f"pair {pair!r}: give two layers, (student layer, teacher layer)",
     )
@@ -183,7 +183,7 @@ def layer_pairs(
     pairs: Any = "all",  # "all", "equal" or a list of (student layer, teacher layer)
 ) -> list[tuple[str, str]]:
     "Return the pairs that are compared, `[(student layer, teacher layer), …]`."
-    need(
+    require(
         isinstance(pairs, str) or pairs,
         "pairs = []: give at least one (student layer, teacher layer), or 'all' or 'equal'",
     )
@@ -210,7 +210,7 @@ def mismatch_table(
     The rows are {t, student, teacher, mse}, with t from 1.
     """
     num_steps = {len(m) for m in (*student_matrices.values(), *teacher_matrices.values())} - {1}
-    need(
+    require(
         len(num_steps) < 2,
         f"networks of {' and '.join(map(str, sorted(num_steps)))} time steps: a spiking teacher is"
         " compared step by step and needs as many as the student",
@@ -251,7 +251,7 @@ def stm_score(
 
     The score of a network with itself is the minimum over equal pairs only, not over all pairs.
     """
-    need(isinstance(x, Tensor) and x.numel(), "images: give a tensor with at least one image")
+    require(isinstance(x, Tensor) and x.numel(), "images: give a tensor with at least one image")
     student_names = compared_layers(student, student_layers, "the student")
     teacher_names = compared_layers(teacher, teacher_layers, "the teacher")
     chosen = layer_pairs(student_names, teacher_names, pairs)
@@ -307,7 +307,7 @@ def mean_of_last_epochs(
     """
     if column not in history:
         raise unknown("column of the history", column, history)
-    need(n > 0, f"n = {n}: average at least one epoch")
+    require(n > 0, f"n = {n}: average at least one epoch")
     epochs = history.get("epoch", range(1, len(history[column]) + 1))
     first_epoch = max(epochs) - n + 1
     values = []
@@ -331,7 +331,7 @@ def attention(
 ) -> Callable[[], dict[str, float]]:
     "Create the probe of SASTC's attention: columns `{student layer}_{step}_{teacher layer}`."
     method = next((m for m in getattr(distiller, "methods", ()) if isinstance(m, SASTC)), None)
-    need(
+    require(
         method is not None,
         "probe 'attention' looks at SASTC's calibration: take a method with sastc in it",
     )
@@ -355,9 +355,11 @@ def find_eskd(
 ) -> ESKD:
     "Return the `ESKD` among a distiller's methods. Raises `UserError` if there is none."
     found = next((m for m in getattr(distiller, "methods", ()) if isinstance(m, ESKD)), None)
-    need(found is not None, f"{who} looks at ESKD's hybrid models: take a method with eskd in it")
+    require(
+        found is not None, f"{who} looks at ESKD's hybrid models: take a method with eskd in it"
+    )
     assert found is not None
-    need(
+    require(
         found.hybrids.names,
         f"{who} looks at ESKD's hybrid models: there are none with positions=[]",
     )

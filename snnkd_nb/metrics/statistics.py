@@ -16,7 +16,7 @@ import numpy as np
 from scipy import optimize, stats
 
 from ..core import renamed
-from ..spec import need
+from ..spec import require
 
 # %% ../../nbs/lib/61_metrics.statistics.ipynb #e1695dde
 Arm = Mapping[Any, float] | Sequence[float]  # seed -> value, or values without seeds
@@ -44,8 +44,10 @@ def _read_arm(arm: Arm, name: str) -> tuple[list[Any] | None, np.ndarray]:
     else:
         seeds = None
         values = np.asarray(list(arm), float)
-    need(len(values) > 0, f"{name} has no values: give at least one run")
-    need(bool(np.isfinite(values).all()), f"{name} = {arm!r}: every value must be a finite number")
+    require(len(values) > 0, f"{name} has no values: give at least one run")
+    require(
+        bool(np.isfinite(values).all()), f"{name} = {arm!r}: every value must be a finite number"
+    )
     return seeds, values
 
 
@@ -198,8 +200,8 @@ def judge_claims(
     compared by a paired t-test, others by Welch's. Raises `UserError` for an empty arm or a value
     that is not finite.
     """
-    need(0 < level < 1, f"level = {level!r}: give a number above 0 and below 1, such as 0.95")
-    need(margin >= 0, f"margin = {margin!r}: give a number that is not negative")
+    require(0 < level < 1, f"level = {level!r}: give a number above 0 and below 1, such as 0.95")
+    require(margin >= 0, f"margin = {margin!r}: give a number that is not negative")
     verdicts: dict[str, Verdict] = {}
     for name, (first, second) in claims.items():
         seeds_a, a = _read_arm(first, f"the first arm of {name!r}")

@@ -114,10 +114,10 @@ class LIF(nn.Module):
         hook waits for them.
         """
         engine = self._engine_for_norm(norm, x)
-        if engine is None or not fused_norm_module().covers(norm, x, residual):
+        if engine is None or not fused_norm_module().can_fuse_norm(norm, x, residual):
             y = norm(x)
             return self(y if residual is None else y + residual)
-        passes = engine if x.is_cuda or self.backend == "triton" else fused_norm_module().CPU
+        passes = engine if x.is_cuda or self.backend == "triton" else fused_norm_module().CPU_PASSES
         dynamics = [getattr(self, name) for name in LIF_OPTIONS if name != "backend"]
         numbers = task(engine, *dynamics)
         return fused_norm_module().norm_fire(x, norm, self.T, numbers, residual, passes)

@@ -423,7 +423,7 @@ def kernel_covers(norm: nn.Module, x: Rate, residual: Rate | None) -> bool:
         same_form = residual.dtype == x.dtype and residual.shape == x.shape
         if not same_form or tensor_of_one_step(residual).stride() != step.stride():
             return False
-    return fused_norm_module().covers(norm, step)
+    return fused_norm_module().can_fuse_norm(norm, step)
 
 
 def residual_part(
@@ -519,7 +519,7 @@ def fire_after(
     if engine is None:
         return fire_one_by_one(norm, act, x, residual)
     with torch.no_grad():
-        passes = fused_norm_module().CPU if engine.__name__.endswith("flat") else engine
+        passes = fused_norm_module().CPU_PASSES if engine.__name__.endswith("flat") else engine
         mean, var, batch = _statistics(norm, x, passes)
         scale = norm.weight * (var + norm.eps).rsqrt()
         offset = torch.addcmul(norm.bias, mean, scale, value=-1)

@@ -14,7 +14,7 @@ from . import dsas
 from .dsas import DATASETS, EVENTS, GESTURE, LOW, SEEDS
 from .experiments import Cell, Grid, check_scale, seeded
 from .published import published
-from ..reports.compare import Measure, Report
+from ..reports.tables import Measure, Report
 from ..spec import SearchSpec
 from ..store import Store
 
@@ -301,7 +301,7 @@ def settings(
 
 
 def _common():
-    from snnkd_nb.search.operators import Rates
+    from snnkd_nb.search.evolution import Rates
 
     rates, (n, g) = Rates(), effort("paper")
     values = {
@@ -322,8 +322,8 @@ def _spaces():
     def line(s):
         return {
             "channel set": "{" + ", ".join(map(str, s.channels)) + "}",
-            "downsample range": "{%d, %d}" % s.downsample,
-            "normal range": "{%d, %d}" % s.normal,
+            "downsample range": f"{{{s.downsample[0]}, {s.downsample[1]}}}",
+            "normal range": f"{{{s.normal[0]}, {s.normal[1]}}}",
         }
 
     of = {

@@ -18,7 +18,7 @@ from .dsas import EVENTS, GESTURE, LOW, ONCE, SEEDS, UNSTATED
 from .dsas_search import METRICS, found, guided, in_words, search
 from .experiments import Cell, Grid, check_scale
 from .published import Claim
-from ..reports.compare import Measure, Report
+from ..reports.tables import Measure, Report
 from ..spec import ModelSpec, RunSpec
 
 # %% ../../nbs/lib/89_papers.dsas_students.ipynb #e8b5564e

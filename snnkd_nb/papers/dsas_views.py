@@ -62,7 +62,7 @@ def depth_counts(
     "A row a search, time and depth as a `DataFrame`: method, seed, when, blocks, networks; depths that do not occur have 0."
     import pandas as pd
 
-    from snnkd_nb.search.job import population_of
+    from snnkd_nb.search.job import read_population
 
     rows = []
     for c in grid.cells:
@@ -75,7 +75,7 @@ def depth_counts(
                         "when": when,
                         "blocks": len(p["genome"].split()),
                     }
-                    for p in population_of(runs[s], generation)
+                    for p in read_population(runs[s], generation)
                 ]
     frame = pd.DataFrame(rows, columns=["method", "seed", "when", "blocks"])
     if frame.empty:
@@ -161,9 +161,9 @@ DEPTH_CLAIMS = (
 
 def depth_rows(facts):
     "Rows for `reports.dots.judge`."
-    from snnkd_nb.reports.dots import readings
+    from snnkd_nb.reports.claims import records_by_arm
 
-    return readings(
+    return records_by_arm(
         facts.assign(arm=facts.method + ", " + facts.when), "arm", ("blocks", "evenness")
     )
 
@@ -422,9 +422,9 @@ PATH_CLAIMS = (
 
 def path_rows(facts):
     "Rows for `reports.dots.judge`."
-    from snnkd_nb.reports.dots import readings
+    from snnkd_nb.reports.claims import records_by_arm
 
-    return readings(
+    return records_by_arm(
         facts, "method", ("generation of the best", "last generation", "half of them", "up")
     )
 

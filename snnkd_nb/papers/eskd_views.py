@@ -14,7 +14,7 @@ from statistics import mean
 from . import eskd
 from .experiments import Cell, Grid, budget_in_words, check_scale, seeded
 from .published import Claim
-from ..reports.figure import COLOURS
+from ..reports.figure import METHOD_COLORS
 
 IMAGENET = "ImageNet"
 
@@ -265,8 +265,8 @@ def cost_panels(
                 f["T"],
                 f[column],
                 "o-",
-                color={"ESKD": COLOURS["ESKD"], "rates": COLOURS["KD"]}.get(
-                    way, COLOURS["Baseline"]
+                color={"ESKD": METHOD_COLORS["ESKD"], "rates": METHOD_COLORS["KD"]}.get(
+                    way, METHOD_COLORS["Baseline"]
                 ),
                 label=way,
             )
@@ -444,16 +444,16 @@ def map_readings(
     "`(distiller of the first seed, frame)`: likeness of every network's map to the ANN's and to the SNN's, a row a map and seed."
     import pandas as pd
 
-    from snnkd_nb.reports.hybrids import cams, refit
-    from snnkd_nb.reports.maps import class_map, mean_likeness
+    from snnkd_nb.reports.maps import compute_class_map, mean_likeness
+    from snnkd_nb.reports.snapshots import compute_hybrid_maps, fit_adapters
 
     parts, first = [], None
     for seed in seeds:
         nets = pick(seed)
-        distiller = refit(nets["ESKD"], nets["Teacher"], data, steps, seed=seed)[0]
-        maps, first = cams(distiller, x, y), first or distiller
+        distiller = fit_adapters(nets["ESKD"], nets["Teacher"], data, steps, seed=seed)[0]
+        maps, first = compute_hybrid_maps(distiller, x, y), first or distiller
         if "rates alone" in nets:
-            maps["rates alone"] = class_map(nets["rates alone"], x, y)
+            maps["rates alone"] = compute_class_map(nets["rates alone"], x, y)
         other = mean_likeness({n: m for n, m in maps.items() if n != "ANN"}, "SNN").set_index("map")
         parts.append(
             _over_chance(
@@ -486,7 +486,7 @@ def map_rows(
 ):
     "Rows for `judge`: method, column, value, std, n."
 
-    return readings(
+    return records_by_arm(
         frame,
         "map",
         (

@@ -30,7 +30,7 @@ from snnkd_nb.papers.published import (
     published,
     read_toml,
 )
-from ..spec import ALONE, DataSpec, ModelSpec, OptimSpec, RunSpec, SearchSpec, need
+from ..spec import ALONE, DataSpec, ModelSpec, OptimSpec, RunSpec, SearchSpec, require
 
 # %% ../../nbs/lib/71_papers.experiments.ipynb #d1500d2b
 SCALES = ("smoke", "small", "medium", "paper")
@@ -742,7 +742,7 @@ def networks_by_method(
     required = [method for method in wanted if every or method == "Teacher"]
     missing = [method for method in required if wanted[method] not in networks]
     command = f"snnkd run {grid.key} --scale {grid.scale}"
-    need(
+    require(
         not missing,
         f"{' and '.join(missing)} of {grid.key} at scale {grid.scale} not run yet: {command}",
     )

@@ -24,7 +24,7 @@ from snnkd_nb.papers.experiments import (
     seeded,
 )
 from .published import Claim, estimate, told_apart
-from ..reports.compare import gain
+from ..reports.claims import describe_gain
 from ..spec import ALONE, DataSpec, ModelSpec, OptimSpec, RunSpec, method_names
 
 # %% ../../nbs/lib/88_papers.studies.ipynb #4cbae950
@@ -368,7 +368,7 @@ def gains(
     against, lines = ("Baseline", "KD", "Feature KD", *CONTROLS, "Teacher"), []
     for p in SETTINGS:
         own = table[table.setting == p]
-        lines += [f"{p}: {gain(own, 'SASTC', m)}" for m in against if m in set(own.method)]
+        lines += [f"{p}: {describe_gain(own, 'SASTC', m)}" for m in against if m in set(own.method)]
         lines += _mismatch(p, own.set_index("method").dropna(subset="STM"))
     return lines
 
@@ -404,7 +404,7 @@ def with_mismatch(
 ):
     "The table with columns STM and STM std: logarithm of SASTC eq. 1 against the setting's teacher, over the seeds; nan where there is none."
     from snnkd_nb.data.corrupt import load_spec
-    from snnkd_nb.metrics.mismatch import fixed_batch, stm_score
+    from snnkd_nb.metrics.likeness import fixed_batch, stm_score
 
     x, scores = fixed_batch(load_spec(grid.specs[0].data), images)[0], []
     for c in grid.cells:

@@ -12,16 +12,23 @@ import numpy as np
 
 from ..core import cache_dir
 from ..data.corrupt import load_spec
-from ..metrics.ranks import again, interval, kendall, pairs, partial, resamples
+from snnkd_nb.metrics.statistics import (
+    draw_resamples,
+    kendall_tau,
+    pair_signs,
+    partial_tau,
+    percentile_interval,
+    resample_signs,
+)
 from ..models.genome import genome_text
 from . import dsas, studies
 from .dsas_search import CHANGED, space
 from .experiments import Cell, Grid, budget_in_words, check_scale, optim_at
-from ..search.job import batches_of
-from ..search.pool import Memo, Pool
-from ..search.score import Scorer
+from ..search.evolution import ScoreCache
+from ..search.job import load_batches
+from ..search.score import Scorer, ScoringPool
 from ..search.space import create_space
-from ..spec import ModelSpec, RunSpec, SearchSpec, need, to_dict
+from ..spec import ModelSpec, RunSpec, SearchSpec, require, to_dict
 
 # %% ../../nbs/lib/89_papers.studies_proxy.ipynb #4efc8036
 COUNT = {"smoke": 8, "small": 24}  # genomes; elsewhere 48
@@ -41,7 +48,7 @@ def genomes(
         {},
         n or COUNT.get(scale, 48),
     )
-    need(n <= where.size(), f"n = {n}: space {name!r} has {where.size()} genomes")
+    require(n <= where.size(), f"n = {n}: space {name!r} has {where.size()} genomes")
     while len(found) < n:
         found.setdefault(genome_text(where.sample(rng)))
     return list(found)
@@ -139,14 +146,14 @@ def scores(
     how, texts = scoring(scale), texts or genomes(scale)
     scorer = Scorer(
         net,
-        *batches_of(how, load_spec(how.data)),
+        *load_batches(how, load_spec(how.data)),
         metric=how.metric,
         T=how.T,
         neuron=how.neuron,
         **to_dict(how)["metric_args"],
     )
-    memo = Memo(scorer.key, cache_dir() / "scores")
-    with Pool(scorer) as pool:
+    memo = ScoreCache(scorer.key, cache_dir() / "scores")
+    with ScoringPool(scorer) as pool:
         memo.put(dict(pool.scores([t for t in texts if memo.get(t) is None])))
     return {t: memo.get(t) for t in texts}
 
@@ -208,9 +215,9 @@ def assessed(
     "A row a proxy as a `DataFrame`: τ, partial τ and the lead in τ over the parameters, with intervals; what it would choose."
     import pandas as pd
 
-    picks, best = resamples(len(frame), times, seed), frame.accuracy.to_numpy()
-    y, z = pairs(best), pairs(frame.parameters)
-    y_, z_ = again(y, picks), again(z, picks)
+    picks, best = draw_resamples(len(frame), times, seed), frame.accuracy.to_numpy()
+    y, z = pair_signs(best), pair_signs(frame.parameters)
+    y_, z_ = resample_signs(y, picks), resample_signs(z, picks)
     rows = (
         [
             _row(name, sign * frame[name].to_numpy(float), best, y, z, y_, z_, picks)
@@ -234,13 +241,15 @@ def assessed(
 def _row(name, x, best, y, z, y_, z_, picks):
     def of(x, y, z):
         return (
-            t := kendall(x, y),
-            partial(t, kendall(x, z), (s := kendall(y, z))),
+            t := kendall_tau(x, y),
+            partial_tau(t, kendall_tau(x, z), (s := kendall_tau(y, z))),
             t - s,
         )
 
-    here, there = of(pairs(x), y, z), of(again(pairs(x), picks), y_, z_)
-    parts = {k: (v, *interval(r)) for k, v, r in zip(("tau", "partial", "lead"), here, there)}
+    here, there = of(pair_signs(x), y, z), of(resample_signs(pair_signs(x), picks), y_, z_)
+    parts = {
+        k: (v, *percentile_interval(r)) for k, v, r in zip(("tau", "partial", "lead"), here, there)
+    }
     if name == "parameters":
         parts["partial"] = parts["lead"] = (np.nan,) * 3
     order = np.argsort(-x, kind="stable")

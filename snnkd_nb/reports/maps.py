@@ -25,7 +25,7 @@ from torch import nn
 from ..core import renamed, renamed_arguments, unknown
 from ..losses.base import mean_logits, observe, stages_of
 from ..losses.maps import ClassMap, class_gradients, rescale_maps, sam, same_size
-from ..metrics.likeness import brightest, likeness, pearson
+from ..metrics.likeness import brightest, compare_maps, pearson
 from ..models.blocks import eval_mode
 from .figure import PAGE_WIDTH
 from ..spec import require
@@ -174,7 +174,7 @@ def measure_likeness(
 ) -> dict[str, list[dict[str, float]]]:
     "Return `{name: [{pearson, iou}, …]}`, one entry per image, for every map that has a reference."
     return {
-        name: likeness(*same_size(maps[name], maps[other]))
+        name: compare_maps(*same_size(maps[name], maps[other]))
         for name, other in _reference_of(maps, reference).items()
     }
 
@@ -221,8 +221,8 @@ def mean_likeness(
     rows = []
     for name, other in _reference_of(maps, reference).items():
         own, target = same_size(maps[name], maps[other])
-        true = likeness(own, target)
-        chance = likeness(own, target.roll(len(target) // 2, 0))
+        true = compare_maps(own, target)
+        chance = compare_maps(own, target.roll(len(target) // 2, 0))
         rows.append(
             {
                 "map": name,

@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import renamed, renamed_arguments, seed_for, unknown
-from ..metrics.activity import COUNTED, binary
+from ..metrics.activity import COUNTED, is_binary
 from ..models.blocks import BasicBlock, activation, fold
 from ..models.genome import FirstBlock, Gene, genome_text, parse_genome, searched
-from ..models.taps import Foreign, classifier
+from ..models.taps import Foreign, find_classifier
 from .similarity import compute_slopes, group_by_depth
-from ..spec import need
+from ..spec import require
 
 # %% ../../nbs/lib/65_search.candidate.ipynb #db0582e7
 def prepare_for_scoring(
@@ -179,7 +179,7 @@ class _BatchPass:
         "Return the rate of the spikes that enter a block; an image has no spikes."
         if index > 0:
             return self.rates[-1]
-        if is_static or not binary(self.hidden):
+        if is_static or not is_binary(self.hidden):
             return 0.0
         return _mean(self.hidden)
 
@@ -273,7 +273,7 @@ def ensure_stages(
     """Return a teacher with named stages, wrapped by `Foreign` if it has none.
 
     Raises `UserError` for an SNN."""
-    need(
+    require(
         getattr(teacher, "T", None) is None,
         "the teacher is a spiking network: DSAS searches under an ANN, create_model(..., T=None)",
     )
@@ -288,10 +288,10 @@ def find_last_layer(
     "Find the linear layer that computes the logits; raises `UserError` if there is none."
     path = ""
     if isinstance(net, Foreign):
-        path = classifier(net.net, net.num_classes, net.shape(net.image_size))
+        path = find_classifier(net.net, net.num_classes, net.shape(net.image_size))
     elif hasattr(getattr(net, "head", None), "out"):
         path = "head.out"
-    need(
+    require(
         bool(path),
         f"{class_name(net)} has no linear layer with as many outputs as classes, "
         "whose gradient TGS needs: take metric='mas'",
@@ -327,7 +327,7 @@ def check_labels(
     num_classes: int,  # K
 ) -> None:
     "Check that labels are classes of the teacher; raises `UserError`."
-    need(
+    require(
         bool(y.min() >= 0 and y.max() < num_classes),
         f"labels from {y.min()} to {y.max()}: the teacher tells {num_classes} classes apart, "
         f"give labels from 0 to {num_classes - 1}",
@@ -366,12 +366,12 @@ def teacher_gradients(
     head: Any = find_last_layer(teacher)
     logits, features, head_input = _forward_with_input_of(teacher, head, x)
     check_labels(y, logits.shape[1])
-    need(
+    require(
         logits.requires_grad,
         f"the teacher ({class_name(teacher)}) has no gradients: nothing between its weights "
         "and its logits is differentiable; take metric='mas'",
     )
-    need(
+    require(
         head_input.requires_grad,
         f"the teacher ({class_name(teacher)}) has no weights before its last layer: "
         "TGS needs a deeper one",
@@ -382,7 +382,7 @@ def teacher_gradients(
     loss = F.cross_entropy(logits, y)
     sources = [head.weight, head_input, *targets]
     of_weight, of_input, *of_targets = torch.autograd.grad(loss, sources, allow_unused=True)
-    need(
+    require(
         of_weight is not None,
         "the teacher's last layer has no gradient: TGS needs it, take metric='mas'",
     )
@@ -400,24 +400,24 @@ Batches = Tensor | Sequence[Tensor]
 def _check_batch_pair(x: Any, y: Any, image_shape: torch.Size) -> None:
     "Raise `UserError` unless x and y are images and labels of one batch."
     for value in (x, y):
-        need(
+        require(
             isinstance(value, Tensor),
             f"images and labels of {type(value).__name__}: give tensors, e.g. torch.from_numpy(…)",
         )
-    need(
+    require(
         x.is_floating_point() and not y.is_floating_point(),
         f"images of {x.dtype}, labels of {y.dtype}: give images as the teacher sees them, "
         "in floating point, and labels as whole numbers",
     )
-    need(
+    require(
         bool(x.isfinite().all()),
         "images that are not finite (NaN or infinite): mend them, or leave them out",
     )
-    need(
+    require(
         x.shape[-3:] == image_shape,
         f"batches of images {tuple(image_shape)} and {tuple(x.shape[-3:])}: give all of one size",
     )
-    need(
+    require(
         x.dim() in (4, 5) and y.shape == x.shape[-4:-3] and len(y) > 0,
         f"images {tuple(x.shape)} and labels {tuple(y.shape)}: "
         "give (B, C, H, W) or frames (T, B, C, H, W), and (B,)",
@@ -431,7 +431,7 @@ def pair_batches(
     "Check batches and return them as pairs, float32 and int64; raises `UserError`."
     images = [x] if isinstance(x, Tensor) else list(x)
     labels = [y] if isinstance(y, Tensor) else list(y)
-    need(
+    require(
         len(images) == len(labels) and len(images) > 0,
         f"{len(images)} batches of images and {len(labels)} of labels: give one for one",
     )

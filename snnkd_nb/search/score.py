@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import UserError, canonical_json, renamed, seed_for, sha256_of, unknown
-from ..kernels.gram import rows
+from ..kernels.gram import flatten_features
 from ..kernels.precision import autocast
 from snnkd_nb.models.genome import (
     Gene,
@@ -371,7 +371,7 @@ def _is_usable(tensor: Tensor) -> bool:
 
 def _flatten_images(features: Tensor) -> Tensor:
     "Reshape features to (B, N), in the order of their memory."
-    return rows(features, 1)
+    return flatten_features(features, 1)
 
 # %% ../../nbs/lib/66_search.score.ipynb #e71b3c9a
 @one_thread()

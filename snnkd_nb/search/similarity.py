@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core import renamed, unknown
-from ..kernels.gram import gram, gram_distance, normalised, rows
+from ..kernels.gram import flatten_features, gram, gram_distance, normalize_gram
 from ..spec import require
 
 # %% ../../nbs/lib/64_search.similarity.ipynb #7de758c3
@@ -79,7 +79,7 @@ def similarity_matrix(
         raise unknown("norm", norm, NORMS)
     products = gram(activation, steps=False)
     if norm != "spectral":
-        return normalised(products, norm)
+        return normalize_gram(products, norm)
     length = torch.linalg.matrix_norm(products, 2)
     return products / torch.where(length > 0, length, 1)
 
@@ -270,7 +270,7 @@ def channel_matrices(
     gradient: Tensor,  # (N, C)
 ) -> Tensor:
     "Multiply all pairs of channels for every class; rows have length one, (N, C, C)."
-    return normalised(gradient[:, :, None] * gradient[:, None, :], "row")
+    return normalize_gram(gradient[:, :, None] * gradient[:, None, :], "row")
 
 
 def _scale_gradient(gradient: Tensor) -> Tensor:
@@ -310,7 +310,7 @@ def spike_kernel(
     """Compute the sparsity-aware agreement of the spike patterns of all pairs of images, (B, B).
 
     The time steps are summed. Source: Kim et al. 2022."""
-    patterns = rows(spikes)
+    patterns = flatten_features(spikes)
     num_neurons = patterns.shape[-1]
     both = gram(spikes)
     num_spikes = patterns.sum(-1)

@@ -18,7 +18,7 @@ import numpy as np
 from torch import nn
 
 from ..core import UserError, renamed, unknown
-from ..models.blocks import scaled
+from ..models.blocks import scale_channels
 from ..models.genome import KINDS, Gene, halvings, parse_genome
 from ..spec import require
 
@@ -210,7 +210,7 @@ def create_space(
     space = dataclasses.replace(SPACES[name], **changes)
     if width == 1:
         return space
-    channels = tuple(scaled(c, width) for c in space.channels)
+    channels = tuple(scale_channels(c, width) for c in space.channels)
     return dataclasses.replace(space, channels=channels)
 
 # %% ../../nbs/lib/63_search.space.ipynb #20d451a8

@@ -530,7 +530,7 @@ def _check_arguments(student: nn.Module, data: Any, distiller: Distiller, gradie
     if not hasattr(data, "loader"):
         raise UserError(
             f"data = {data!r:.60}…: give an ImageData, e.g. load('digits') "
-            "or one made of your tensors as nbs/lib/11_data.batches.ipynb shows"
+            "or one made of your tensors as nbs/lib/10_data.batches.ipynb shows"
         )
     if distiller.student is not student:
         raise UserError(
