@@ -426,7 +426,7 @@ def with_mismatch(
 
 # %% ../../nbs/lib/88_papers.studies.ipynb #55dce71c
 NARROWER = {"smoke": 0.125, "small": 0.125}  # of student and teacher; elsewhere 1
-LETTER = {"positions": []}  # no hybrid model: the teacher's logits alone
+LETTER: dict[str, list] = {"positions": []}  # no hybrid model: the teacher's logits alone
 WAYS = {
     "BPTT": ("bptt", None),
     "BPTT + KD": ("bptt", LETTER),
@@ -442,7 +442,7 @@ BRANCHES = {
     "yA + 0, 1, 2": {},
     **{f"yA + {a}, {b}": {"positions": [a, b]} for a, b in ((1, 2), (0, 2), (0, 1))},
 }  # as Table 3 of the paper names them
-HYBRID_PROBES = {
+HYBRID_PROBES: dict[str, dict] = {
     "cosine": {},
     "hybrids": {},
 }  # after every epoch, wherever the hybrid models are the paper's

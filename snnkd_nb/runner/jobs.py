@@ -563,7 +563,10 @@ def load_networks(
         if state is None and missing == "run":
             found = run_train(spec, store, weights=True)
             state = with_weights(spec, store)[1]
-        networks[spec] = load_network(record) if state is None else rebuild_model(found.run, state)
+        if found is None or state is None:
+            networks[spec] = load_network(record)
+        else:
+            networks[spec] = rebuild_model(found.run, state)
     return networks
 
 # %% ../../nbs/lib/82_runner.jobs.ipynb #d744e3ff

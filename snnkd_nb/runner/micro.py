@@ -374,7 +374,7 @@ def neuron_parts(channels: int, edge: int, num_images: int, T: int, norm: bool) 
     from snnkd_nb.neurons.lif import create_neuron
 
     x = _random_leaf(num_images, channels, edge, edge)
-    neuron = create_neuron("tet", T)
+    neuron: Any = create_neuron("tet", T)
     batch_norm = torch.nn.BatchNorm2d(channels).to(get_device())
 
     def forward() -> "Tensor":

@@ -100,7 +100,7 @@ def load_model(
 
     Raises `UserError` if the weights are not on this machine."""
     record, state = with_weights(spec, store or Store())
-    if record is None:
+    if record is None or state is None:
         raise UserError(
             f"no weights of {spec.id} on this machine: train it with run_train(spec, weights=True)"
         )
