@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..core import UserError, renamed
-from .lif import arranged, engine_for, run, task
+from .lif import copy_dense, make_dense, neuron_parameters, select_kernel_for
 from .surrogate import Sigmoid, Surrogate, create_surrogate
 
 # %% ../../nbs/lib/28_kernels.rate.ipynb #14955d03
@@ -144,15 +144,15 @@ def lif_rates(
         )
     surrogate = create_surrogate(surrogate)
     dynamics = (decay, v_threshold, v_reset, decay_input, detach_reset, surrogate, strict)
-    engine = engine_for(x, surrogate, backend, T)
+    engine = select_kernel_for(x, surrogate, backend, T)
     if engine is None:
         x_seq = x.expand(T, *x.shape) if static else x.unflatten(0, (T, x.shape[0] // T))
         options: dict[str, Any] = dict(zip(DYNAMICS, dynamics))
         spikes, rate, eligibility = rates_reference(x_seq, **options)
-        return arranged(spikes.flatten(0, 1), x), arranged(rate, x), arranged(eligibility, x)
+        return copy_dense(spikes.flatten(0, 1), x), copy_dense(rate, x), copy_dense(eligibility, x)
     rate_pass = rate_pass_for(engine)
-    numbers = task(engine, *dynamics)
-    spikes, rate, eligibility = rate_pass(run(x), None, None, None, T, numbers, static)
+    numbers = neuron_parameters(engine, *dynamics)
+    spikes, rate, eligibility = rate_pass(make_dense(x), None, None, None, T, numbers, static)
     if spikes.dtype == torch.uint8:
         if not packed:
             spikes = unpack_spikes(spikes, T, x.dtype)

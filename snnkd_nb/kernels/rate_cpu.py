@@ -18,31 +18,39 @@ from torch import Tensor
 
 from ..core import renamed
 from snnkd_nb.kernels.flat import (
-    LOOP,
+    NEURON_RECORD,
     ONE,
-    TASK,
+    STRICT_MATH,
     ZERO,
-    bell,
+    as_pointer,
+    atan_grad,
+    compile_c_function,
     load,
-    pointer,
-    run,
-    share,
+    run_kernel,
+    sigmoid_grad,
     store,
-    tent,
-    to_c,
-    witch,
+    triangle_grad,
+    worker_range,
 )
-from .norm import NORM, WIDE, lanes_of, portion, side_by_side
+from snnkd_nb.kernels.norm import (
+    LANE_STRIDE,
+    NORM_RECORD,
+    lane_vectors,
+    lanes_per_block,
+    worker_blocks,
+)
 
 # %% ../../nbs/lib/26_kernels.rate_cpu.ipynb #6e39329b
 # A task of `kernels.norm`, with the addresses of the additional arrays.
-RATE = np.dtype(NORM.descr + [(name, "i8") for name in ("rbits", "rate", "eligibility", "mean")])
+RATE = np.dtype(
+    NORM_RECORD.descr + [(name, "i8") for name in ("rbits", "rate", "eligibility", "mean")]
+)
 
 
 def recorder(rise: Callable[..., Any]) -> Callable[..., Any]:
     "Return the compiled loop of one time step; `rise` is the surrogate's derivative."
 
-    @njit(**LOOP)
+    @njit(**STRICT_MATH)
     def record(x, r, ab, w, bit, a):
         """Take a block of neurons through one step.
 
@@ -62,8 +70,8 @@ def recorder(rise: Callable[..., Any]) -> Callable[..., Any]:
         h = ONE if hard else ZERO
         for i in range(x.size):
             u = load(x[i])
-            rho = w[WIDE + i]
-            current = (u * ab[i] + ab[WIDE + i]) + r[i]
+            rho = w[LANE_STRIDE + i]
+            current = (u * ab[i] + ab[LANE_STRIDE + i]) + r[i]
             m = decay * w[i] + (gain * current + shift)
             k = ONE if m >= fire else ZERO
             slope = rise(m - v_th, p, q)
@@ -71,21 +79,21 @@ def recorder(rise: Callable[..., Any]) -> Callable[..., Any]:
             if not detach:
                 keep += (jump - m if hard else jump) * slope
             w[i] = m * (ONE - h * k) + k * jump
-            w[WIDE + i] = gain + decay * (rho * keep)
-            w[2 * WIDE + i] += slope * rho
-            w[3 * WIDE + i] += k
-            w[4 * WIDE + i] += u
-            w[5 * WIDE + i] += k * bit
+            w[LANE_STRIDE + i] = gain + decay * (rho * keep)
+            w[2 * LANE_STRIDE + i] += slope * rho
+            w[3 * LANE_STRIDE + i] += k
+            w[4 * LANE_STRIDE + i] += u
+            w[5 * LANE_STRIDE + i] += k * bit
 
     return record
 
 
-record_bell = recorder(bell)
-record_tent = recorder(tent)
-record_witch = recorder(witch)
+record_bell = recorder(sigmoid_grad)
+record_tent = recorder(triangle_grad)
+record_witch = recorder(atan_grad)
 
 
-@njit(**LOOP)
+@njit(**STRICT_MATH)
 def record_step(x, r, ab, w, bit, a):
     "Take a block through one step, with the surrogate of the neuron."
     if a.kind == 0:
@@ -96,16 +104,16 @@ def record_step(x, r, ab, w, bit, a):
         record_witch(x, r, ab, w, bit, a)
 
 # %% ../../nbs/lib/26_kernels.rate_cpu.ipynb #8760fe9f
-@njit(**LOOP)
+@njit(**STRICT_MATH)
 def start_block(w, gain, rest, n):
     "Set the state of a block of `n` neurons at rest."
     w[:n] = rest
-    w[WIDE : WIDE + n] = gain
+    w[LANE_STRIDE : LANE_STRIDE + n] = gain
     for row in range(2, 6):
-        w[row * WIDE : row * WIDE + n] = ZERO
+        w[row * LANE_STRIDE : row * LANE_STRIDE + n] = ZERO
 
 
-@njit(**LOOP)
+@njit(**STRICT_MATH)
 def read_residual(r, bits, t, i, j, out):
     "Write the residual of one step, from numbers or from bits, as float32."
     if r.size:
@@ -119,7 +127,7 @@ def read_residual(r, bits, t, i, j, out):
             out[k] = ONE if plane[k] & mask else ZERO
 
 
-@njit(**LOOP)
+@njit(**STRICT_MATH)
 def write_bits(code, out):
     "Write up to eight steps of a block as bytes, and clear them."
     for k in range(out.size):
@@ -127,14 +135,14 @@ def write_bits(code, out):
         code[k] = ZERO
 
 
-@njit(**LOOP)
+@njit(**STRICT_MATH)
 def write_means(sums, T, out):
     "Write sums over time as means."
     for k in range(out.size):
         store(out, k, sums[k] / T)
 
 
-@njit(**LOOP)
+@njit(**STRICT_MATH)
 def record_neurons(x, r, rbits, s, rate, eligibility, mean, ab, a, lo, hi):
     """Write spikes, rates and eligibilities of the neurons `lo` to `hi`.
 
@@ -143,7 +151,7 @@ def record_neurons(x, r, rbits, s, rate, eligibility, mean, ab, a, lo, hi):
     """
     T = a.T
     steps = np.float32(T)
-    w = np.zeros(6 * WIDE, np.float32)
+    w = np.zeros(6 * LANE_STRIDE, np.float32)
     residual = np.zeros(a.lanes, np.float32)
     for i in range(lo, hi, a.lanes):
         j = min(i + a.lanes, hi)
@@ -153,11 +161,11 @@ def record_neurons(x, r, rbits, s, rate, eligibility, mean, ab, a, lo, hi):
             read_residual(r, rbits, t, i, j, residual)
             record_step(row, residual, ab, w, np.float32(1 << (t & 7)), a)
             if t & 7 == 7 or t == T - 1:
-                write_bits(w[5 * WIDE :], s[t >> 3, i:j])
-        write_means(w[3 * WIDE :], steps, rate[i:j])
-        write_means(w[2 * WIDE :], steps, eligibility[i:j])
+                write_bits(w[5 * LANE_STRIDE :], s[t >> 3, i:j])
+        write_means(w[3 * LANE_STRIDE :], steps, rate[i:j])
+        write_means(w[2 * LANE_STRIDE :], steps, eligibility[i:j])
         if mean.size:
-            write_means(w[4 * WIDE :], steps, mean[i:j])
+            write_means(w[4 * LANE_STRIDE :], steps, mean[i:j])
 
 # %% ../../nbs/lib/26_kernels.rate_cpu.ipynb #0b9dd0a8
 @functools.cache
@@ -169,19 +177,19 @@ def compiled(
 
     def rate_task(data):
         a = carray(data, (1,), RATE)[0]
-        _i, lo, hi = portion(a)
+        _i, lo, hi = worker_blocks(a)
         planes = (a.T + 7) >> 3
-        x = carray(pointer(a.x), (1 if a.static else a.T, a.n), dtype)
-        r = carray(pointer(a.r), (a.T if a.r else 0, a.n), dtype)
-        rbits = carray(pointer(a.rbits), (planes if a.rbits else 0, a.n), np.uint8)
-        s = carray(pointer(a.y), (planes, a.n), np.uint8)
-        rate = carray(pointer(a.rate), (a.n,), dtype)
-        eligibility = carray(pointer(a.eligibility), (a.n,), dtype)
-        mean = carray(pointer(a.mean), (a.n if a.mean else 0,), dtype)
-        ab = side_by_side(a, a.scale, a.offset, 0)
+        x = carray(as_pointer(a.x), (1 if a.static else a.T, a.n), dtype)
+        r = carray(as_pointer(a.r), (a.T if a.r else 0, a.n), dtype)
+        rbits = carray(as_pointer(a.rbits), (planes if a.rbits else 0, a.n), np.uint8)
+        s = carray(as_pointer(a.y), (planes, a.n), np.uint8)
+        rate = carray(as_pointer(a.rate), (a.n,), dtype)
+        eligibility = carray(as_pointer(a.eligibility), (a.n,), dtype)
+        mean = carray(as_pointer(a.mean), (a.n if a.mean else 0,), dtype)
+        ab = lane_vectors(a, a.scale, a.offset, 0)
         record_neurons(x, r, rbits, s, rate, eligibility, mean, ab, a, lo, hi)
 
-    return to_c(rate_task)
+    return compile_c_function(rate_task)
 
 
 def rate_pass(
@@ -215,18 +223,18 @@ def rate_pass(
         "mean": mean,
     }
     a = np.zeros(1, RATE)
-    a.view(np.uint8)[: TASK.itemsize] = task.view(np.uint8)
+    a.view(np.uint8)[: NEURON_RECORD.itemsize] = task.view(np.uint8)
     for name, array in arrays.items():
         a[name] = 0 if array is None else array.data_ptr()
     a["channels"] = len(scale)
-    a["lanes"] = lanes_of(len(scale))
+    a["lanes"] = lanes_per_block(len(scale))
     if n:
         function = compiled(x.dtype == torch.bfloat16)
-        run(function, a, T, n, x.data_ptr(), 0, bits.data_ptr(), static)
+        run_kernel(function, a, T, n, x.data_ptr(), 0, bits.data_ptr(), static)
     return bits, rate, eligibility
 
 # %% ../../nbs/lib/26_kernels.rate_cpu.ipynb #7c9db651
-@njit(**LOOP)
+@njit(**STRICT_MATH)
 def write_bit(plane, mask, one, zero, out):
     "Write one bit of every byte as a number."
     for k in range(plane.size):
@@ -244,15 +252,15 @@ def writer(
 
     def write_task(data):
         a = carray(data, (1,), RATE)[0]
-        lo, hi = share(a)
+        lo, hi = worker_range(a)
         first = a.channels
-        bits = carray(pointer(a.x), ((first + a.T + 7) >> 3, a.n), np.uint8)
-        y = carray(pointer(a.y), (a.T, a.n), dtype)
+        bits = carray(as_pointer(a.x), ((first + a.T + 7) >> 3, a.n), np.uint8)
+        y = carray(as_pointer(a.y), (a.T, a.n), dtype)
         for t in range(first, first + a.T):
             mask = np.uint8(1 << (t & 7))
             write_bit(bits[t >> 3, lo:hi], mask, one, zero, y[t - first, lo:hi])
 
-    return to_c(write_task)
+    return compile_c_function(write_task)
 
 
 def write_pass(
@@ -267,7 +275,7 @@ def write_pass(
     a = np.zeros(1, RATE)
     a["channels"] = first
     function = writer(out.dtype == torch.bfloat16)
-    run(function, a, out.numel() // n, n, bits.data_ptr(), 0, out.data_ptr())
+    run_kernel(function, a, out.numel() // n, n, bits.data_ptr(), 0, out.data_ptr())
 
 # %% ../../nbs/lib/26_kernels.rate_cpu.ipynb #e87be61b
 __getattr__ = renamed(

@@ -14,8 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..core import UserError
-from .gpu import CHARGE, EXACT, SLOPE, block_of, rise, some, step
-from .lif import spikes_for
+from snnkd_nb.kernels.gpu import (
+    CHARGE,
+    EXACT,
+    SLOPE,
+    block_size,
+    select_numbers,
+    step_forward,
+    surrogate_grad,
+)
+from .lif import empty_spikes
 
 # %% ../../nbs/lib/27_kernels.rate_gpu.ipynb #badd8c8c
 @triton.jit
@@ -68,8 +76,8 @@ def rate_kernel(
             u = u * a + b
         if ADD:
             u += tl.load(r + t * n + i, ok, 0.0).to(tl.float32)
-        m, k, v = step(u, v, decay, gain, shift, fire, jump, HARD)
-        slope = rise(m - v_th, p, q, KIND)
+        m, k, v = step_forward(u, v, decay, gain, shift, fire, jump, HARD)
+        slope = surrogate_grad(m - v_th, p, q, KIND)
         keep = 1.0 - k if HARD else zero + 1.0
         total = total + slope * rho
         count = count + k
@@ -101,7 +109,7 @@ def rate_pass(
         raise UserError(
             f"the shortcut is {r.dtype}, the current {x.dtype}: give both in one precision"
         )
-    spikes = spikes_for(x, T, static)
+    spikes = empty_spikes(x, T, static)
     steps = 1 if static else T
     n = x.numel() // steps
     shape = (x.shape[0] // steps, *x.shape[1:])
@@ -126,8 +134,8 @@ def rate_pass(
         "NORM": scale is not None,
         "ADD": r is not None,
         "MEAN": mean is not None,
-        "BLOCK": block_of(T),
-        **some(task, (*CHARGE, *SLOPE)),
+        "BLOCK": block_size(T),
+        **select_numbers(task, (*CHARGE, *SLOPE)),
         **EXACT,
     }
     channels = 1 if scale is None else len(scale)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import renamed
-from ..kernels.projection import projected
+from ..kernels.projection import project as projected
 from snnkd_nb.losses.base import (
     Batch,
     Layers,

@@ -23,10 +23,21 @@ from numba import carray, njit
 from torch import Tensor, nn
 
 from ..core import renamed
-from ..kernels.flat import FREE, LOOP, TASK, ZERO, ask, load, pointer, run, store, to_c
+from snnkd_nb.kernels.flat import (
+    FUSED_MATH,
+    NEURON_RECORD,
+    STRICT_MATH,
+    ZERO,
+    as_pointer,
+    call_c_int,
+    compile_c_function,
+    load,
+    run_kernel,
+    store,
+)
 from ..kernels.gram import Gram, flatten_features, gram
 from ..kernels.precision import emulates_bf16
-from ..kernels.projection import projected
+from ..kernels.projection import project
 from snnkd_nb.losses.base import (
     Batch,
     Distiller,
@@ -194,8 +205,8 @@ class ResizedMaps:
         return stored[min(nested, default=(height, width))]
 
 # %% ../../nbs/lib/50_losses.sastc.ipynb #5825336f
-DISTANCE_TASK = np.dtype([*TASK.descr, ("images", "i8"), ("size", "i8"), ("w", "i8")])
-SUM = dict(LOOP, fastmath={"contract", "reassoc"})
+DISTANCE_TASK = np.dtype([*NEURON_RECORD.descr, ("images", "i8"), ("size", "i8"), ("w", "i8")])
+SUM = dict(STRICT_MATH, fastmath={"contract", "reassoc"})
 
 
 @njit(**SUM)  # type: ignore[call-overload]
@@ -207,18 +218,18 @@ def sum_squared_differences(x, f):
     return total
 
 
-@njit(**FREE)  # type: ignore[call-overload]
+@njit(**FUSED_MATH)  # type: ignore[call-overload]
 def write_scaled_differences(x, f, factor, y):
     "Write `factor · (x - f)` to y."
     for i in range(x.size):
         store(y, i, factor * (load(x[i]) - load(f[i])))
 
 
-@njit(**LOOP)  # type: ignore[call-overload]
+@njit(**STRICT_MATH)  # type: ignore[call-overload]
 def images_of_worker(task):
     "Return the first image of this worker and the one behind its last."
     if task.thread:
-        worker, workers = ask(task.thread), ask(task.threads)
+        worker, workers = call_c_int(task.thread), call_c_int(task.threads)
     else:
         worker, workers = task.worker, task.workers
     return task.images * worker // workers, task.images * (worker + 1) // workers
@@ -240,9 +251,9 @@ def compile_distance(
 
     def forward_task(data):
         task = carray(data, (1,), DISTANCE_TASK)[0]
-        x = carray(pointer(task.x), (task.T, task.images, task.size), dtype)
-        f = carray(pointer(task.g), (task.images, task.size), dtype_f)
-        w = carray(pointer(task.w), (task.T, task.images), np.float32)
+        x = carray(as_pointer(task.x), (task.T, task.images, task.size), dtype)
+        f = carray(as_pointer(task.g), (task.images, task.size), dtype_f)
+        w = carray(as_pointer(task.w), (task.T, task.images), np.float32)
         first, end = images_of_worker(task)
         for b in range(first, end):
             for t in range(task.T):
@@ -253,16 +264,16 @@ def compile_distance(
 
     def backward_task(data):
         task = carray(data, (1,), DISTANCE_TASK)[0]
-        x = carray(pointer(task.x), (task.T, task.images, task.size), dtype)
-        f = carray(pointer(task.g), (task.images, task.size), dtype_f)
-        w = carray(pointer(task.w), (task.T, task.images), np.float32)
-        y = carray(pointer(task.y), (task.T, task.images, task.size), dtype)
+        x = carray(as_pointer(task.x), (task.T, task.images, task.size), dtype)
+        f = carray(as_pointer(task.g), (task.images, task.size), dtype_f)
+        w = carray(as_pointer(task.w), (task.T, task.images), np.float32)
+        y = carray(as_pointer(task.y), (task.T, task.images, task.size), dtype)
         first, end = images_of_worker(task)
         for b in range(first, end):
             for t in range(task.T):
                 write_scaled_differences(x[t, b], f[b], w[t, b], y[t, b])
 
-    return to_c({"forward": forward_task, "backward": backward_task}[name])
+    return compile_c_function({"forward": forward_task, "backward": backward_task}[name])
 
 
 def run_distance(name: str, x: Tensor, f: Tensor, w: Tensor, y: Tensor | None) -> None:
@@ -275,7 +286,7 @@ def run_distance(name: str, x: Tensor, f: Tensor, w: Tensor, y: Tensor | None) -
     function = compile_distance(name, x.dtype == torch.bfloat16, f.dtype == torch.bfloat16)
     y_pointer = 0 if y is None else y.data_ptr()
     elements = x.numel() // num_steps
-    run(function, task, num_steps, elements, x.data_ptr(), f.data_ptr(), y_pointer)
+    run_kernel(function, task, num_steps, elements, x.data_ptr(), f.data_ptr(), y_pointer)
 
 # %% ../../nbs/lib/50_losses.sastc.ipynb #6ddc5d42
 class Distance(torch.autograd.Function):
@@ -435,7 +446,7 @@ class Calibration(nn.Module):
         for size in dict.fromkeys(sizes):
             same_size = [j for j, own_size in enumerate(sizes) if own_size == size]
             chosen = [projections[j] for j in same_size]
-            guesses = projected(chosen, student_maps(i, size), num_groups)
+            guesses = project(chosen, student_maps(i, size), num_groups)
             for j, guess in zip(same_size, guesses, strict=True):
                 found[j] = distance(guess, teacher_maps(j, size))
         return torch.stack([found[j] for j in range(len(sizes))], -1)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import UserError, renamed, unknown
-from ..kernels.lif import BACKENDS, engine_for, lif, task
+from ..kernels.lif import BACKENDS, lif, neuron_parameters, select_kernel_for
 from ..kernels.surrogate import ATan, Sigmoid, Surrogate, Triangle, create_surrogate
 
 # %% ../../nbs/lib/31_neurons.lif.ipynb #9b4e1f19
@@ -119,7 +119,7 @@ class LIF(nn.Module):
             return self(y if residual is None else y + residual)
         passes = engine if x.is_cuda or self.backend == "triton" else fused_norm_module().CPU_PASSES
         dynamics = [getattr(self, name) for name in LIF_OPTIONS if name != "backend"]
-        numbers = task(engine, *dynamics)
+        numbers = neuron_parameters(engine, *dynamics)
         return fused_norm_module().norm_fire(x, norm, self.T, numbers, residual, passes)
 
     def _engine_for_norm(self, norm: nn.Module, x: Tensor) -> ModuleType | None:
@@ -127,7 +127,7 @@ class LIF(nn.Module):
             return None
         if has_hooks(self, norm) or x.shape[0] % self.T:
             return None
-        return engine_for(x, self.surrogate, self.backend, self.T)
+        return select_kernel_for(x, self.surrogate, self.backend, self.T)
 
     def extra_repr(self) -> str:
         shown = {name: value for name, value in self.options().items() if name != "backend"}

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core import UserError, renamed, unknown
-from ..kernels.lif import engine_for, task
-from ..kernels.precision import convolution_gradients, routed
+from ..kernels.lif import neuron_parameters, select_kernel_for
+from ..kernels.precision import convolution_gradients, route_convolution
 from ..kernels.rate import DYNAMICS, lif_rates, rate_pass_for, unpack_spikes
 from snnkd_nb.neurons.lif import (
     DeferredSteps,
@@ -130,7 +130,7 @@ def convolve_rate(
     groups: int = 1,
 ) -> Any:
     "Convolve the steps; the convolution of the rate is left out."
-    convolution = routed(function)
+    convolution = route_convolution(function)
     if x.is_static or isinstance(padding, str):
         return commutes(convolution, x, weight, bias, stride, padding, dilation, groups)
     if x.is_deferred and not x.is_cheap:
@@ -463,7 +463,7 @@ def _engine_for_rates(norm: nn.Module, act: Any, x: Rate, residual: Any) -> Modu
         return None
     if residual is not None and (not isinstance(residual, Rate) or residual.is_static):
         return None
-    engine = engine_for(x.tensor, act.surrogate, act.backend, x.T)
+    engine = select_kernel_for(x.tensor, act.surrogate, act.backend, x.T)
     if engine is None or not kernel_covers(norm, x, residual):
         return None
     return engine
@@ -495,7 +495,7 @@ def _norm_fire_pass(
 ) -> Sequence[Tensor]:
     "Return spikes, rate and eligibility of `scale · x + offset + residual`."
     as_bits = engine.__name__.endswith("flat")
-    numbers = task(engine, *(getattr(act, name) for name in DYNAMICS))
+    numbers = neuron_parameters(engine, *(getattr(act, name) for name in DYNAMICS))
     rate_pass = rate_pass_for(engine)
 
     def run(i: int, j: int, steps: Tensor) -> Sequence[Tensor]:
