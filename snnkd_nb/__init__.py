@@ -22,8 +22,6 @@ MOVED_MODULES = {
     "vision": "core",
     "data.camera": "data.events",
     "kernels.winograd": "kernels.projection",
-    "kernels.rate_cpu": "kernels.rate",
-    "kernels.rate_gpu": "kernels.rate",
     "neurons.stream": "neurons.lif",
     "models.resnet19": "models.resnet",
     "models.wide": "models.resnet",

@@ -398,7 +398,7 @@ def _mismatch(setting, at):
 
 def with_mismatch(
     grid,  # of `sastc`
-    table,  # `reports.compare.summary` of it
+    table,  # `reports.tables.summarize_grid` of it
     nets,  # `RunSpec` -> trained network
     images=128,  # test images that are compared, the paper's batch
 ):

@@ -386,7 +386,7 @@ def shown(
 def verdicts(
     table,  # of `assessed`
 ):
-    "A row a statement for `reports.compare.save_claims`: claim, ours."
+    "A row a statement for `reports.claims.save_claims`: claim, ours."
     import pandas as pd
 
     texts = {
