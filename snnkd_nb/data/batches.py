@@ -4,93 +4,109 @@
 
 # %% auto #0
 __all__ = ['raw_bits', 'permutation', 'stratified', 'Split', 'rows', 'describe', 'ImageData', 'count_batches', 'check_batches',
-           'epoch_order', 'time_first', 'normaliser', 'on_device', 'resolve_augment', 'Loader']
+           'epoch_order', 'time_first', 'make_normalizer', 'on_device', 'resolve_augment', 'Loader']
 
 # %% ../../nbs/lib/10_data.batches.ipynb #5eaf549a
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ..core import UserError, canonical_json, seed_for, sha256_of, unknown
+from ..core import UserError, canonical_json, renamed, seed_for, sha256_of, unknown
 from .augment import augmenter
 
 # %% ../../nbs/lib/10_data.batches.ipynb #78a46181
 def raw_bits(
-    n,  # how many
-    *parts,  # what they are for, see `seed_for`
-):
-    "`n` random 64-bit numbers (uint64) that are the same with every version of NumPy."
-    return np.random.PCG64(seed_for(*parts)).random_raw(n)
+    n: int,  # how many
+    *purpose: Any,  # what they are for, see `seed_for`
+) -> np.ndarray:
+    "Return `n` random 64-bit numbers (uint64) that are the same with every version of NumPy."
+    return np.random.PCG64(seed_for(*purpose)).random_raw(n)
 
 # %% ../../nbs/lib/10_data.batches.ipynb #a190c02f
 def permutation(
-    n,  # length
-    *parts,  # what it is for, see `seed_for`
-):
-    "A random order of `range(n)` (int64) that is the same on every machine."
-    return np.argsort(raw_bits(n, *parts), kind="stable")
+    n: int,  # length
+    *purpose: Any,  # what it is for, see `seed_for`
+) -> np.ndarray:
+    "Return a random order of `range(n)` (int64) that is the same on every machine."
+    return np.argsort(raw_bits(n, *purpose), kind="stable")
 
 # %% ../../nbs/lib/10_data.batches.ipynb #66fb3184
 def stratified(
-    labels,  # int (N,)
-    *parts,  # what the order is for, see `seed_for`
-):
-    "Rank of every image among those of its class in a random order, and the sizes of the classes."
+    labels: Tensor | np.ndarray | Sequence[int],  # (N,)
+    *purpose: Any,  # what the order is for, see `seed_for`
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rank the images of each class in a random order.
+
+    Returns the rank of every image within its class (N,), and the sizes of the classes (K,)."""
     labels = np.asarray(labels)
-    order = permutation(len(labels), *parts)
+    order = permutation(len(labels), *purpose)
     by_class = order[np.argsort(labels[order], kind="stable")]
-    sizes = np.bincount(labels)
+    class_sizes = np.bincount(labels)
+    class_starts = np.cumsum(class_sizes) - class_sizes
     rank = np.empty(len(labels), np.int64)
-    rank[by_class] = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return rank, sizes
+    rank[by_class] = np.arange(len(labels)) - np.repeat(class_starts, class_sizes)
+    return rank, class_sizes
 
 # %% ../../nbs/lib/10_data.batches.ipynb #340e09c6
 @dataclass(frozen=True, eq=False)
 class Split:
-    "Images and labels of one part of a data set."
+    "Hold images and labels of one part of a data set; another type or shape raises `UserError`."
 
-    images: torch.Tensor  # uint8 (N, C, H, W), channels_last
-    labels: torch.Tensor  # int64 (N,)
-    known: str = ""  # SHA-256 of the images where it is known already
+    images: Tensor  # uint8 (N, C, H, W), channels_last
+    labels: Tensor  # int64 (N,)
+    known: str = ""  # SHA-256 of the images if it is known already
 
-    def __post_init__(self):
-        x = self.images
-        if x.dtype != torch.uint8 or x.dim() != 4:
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.dim() != 4:
             raise UserError(
-                f"images of {x.dtype}, shape {tuple(x.shape)}: give uint8 (N, C, H, W) from 0 to 255; real numbers from 0 to 1 become (255 * x).round().byte()"
+                f"images of {self.images.dtype}, shape {tuple(self.images.shape)}: "
+                "give uint8 (N, C, H, W) from 0 to 255; "
+                "real numbers from 0 to 1 become (255 * x).round().byte()"
             )
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, index):
+    def take(
+        self,
+        index: Any,  # int64 (n,), or a list
+    ) -> "Split":
+        "Return the images of these indices, in their order, as a split."
         return Split(rows(self)[index].permute(0, 3, 1, 2), self.labels[index])
 
-    def relabel(self, labels):
+    def relabel(
+        self,
+        labels: Tensor,  # int64 (N,)
+    ) -> "Split":
+        "Return a split with the same images and other labels."
         return Split(self.images, labels, self.images_sha)
 
     @cached_property
-    def images_sha(self):
+    def images_sha(self) -> str:
+        "Return the SHA-256 of the image bytes."
         return self.known or sha256_of(rows(self).contiguous().numpy().data)
 
     @cached_property
-    def digest(self):
-        return sha256_of(self.images_sha + sha256_of(self.labels.contiguous().numpy().data))
+    def digest(self) -> str:
+        "Return the SHA-256 of images and labels."
+        labels_sha = sha256_of(self.labels.contiguous().numpy().data)
+        return sha256_of(self.images_sha + labels_sha)
 
 
-def rows(
-    split,  # a `Split`
-):
-    "The images as they lie in memory: `(N, H, W, C)`."
+def rows(split: Split) -> Tensor:
+    "Return the images in the order of the memory: `(N, H, W, C)`."
     return split.images.permute(0, 2, 3, 1)
 
-# %% ../../nbs/lib/10_data.batches.ipynb #d58aebc7
+# %% ../../nbs/lib/10_data.batches.ipynb #f2052994
 def describe(
-    data,  # an `ImageData`, or anything with its fields
-):
-    "What a run record keeps of a data set: JSON data."
+    data: Any,  # an `ImageData`, or anything with its fields
+) -> dict[str, Any]:
+    "Return what a run record keeps of a data set, as JSON data."
     frames = {"frames": data.frames} if data.frames else {}
     return {
         "name": data.name,
@@ -98,49 +114,60 @@ def describe(
         "classes": data.num_classes,
         "shape": list(data.shape),
         **frames,
-        "sizes": {k: len(s) for k, s in data.splits.items()},
+        "sizes": {name: len(split) for name, split in data.splits.items()},
         "split": list(data.splits),
-        "mean": [round(float(m), 4) for m in data.mean],
-        "std": [round(float(s), 4) for s in data.std],
-        "changes": [dict(c) for c in data.changes],
+        "mean": [round(float(value), 4) for value in data.mean],
+        "std": [round(float(value), 4) for value in data.std],
+        "changes": [dict(change) for change in data.changes],
     }
 
-# %% ../../nbs/lib/10_data.batches.ipynb #32396a75
+# %% ../../nbs/lib/10_data.batches.ipynb #ce8adcca
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    "A data set in memory; immutable, every change returns another one."
+    "Hold a data set in memory; it is immutable, and every change returns another one."
 
     name: str
     classes: list  # class names; a label is an index into them
-    mean: torch.Tensor  # (C,), in units of full brightness
-    std: torch.Tensor  # (C,)
-    train: Split
-    test: Split
-    val: Split | None = None
+    mean: Tensor  # (C,), in units of full brightness
+    std: Tensor  # (C,)
+    train: Any  # a `Split`, or anything with its methods
+    test: Any
+    val: Any = None  # None: there is no validation split
     changes: tuple = ()  # what was done to it since it was loaded, dicts
     frames: int | None = None  # T of recordings; None: images
 
     @property
-    def num_classes(self):
+    def num_classes(self) -> int:
+        "Return the number of classes K."
         return len(self.classes)
 
     @property
-    def shape(self):
-        return ((s := self.train.images.shape)[1] // (self.frames or 1), *s[2:])
+    def shape(self) -> tuple[int, ...]:
+        "Return `(C, H, W)` of an image, or of one frame of a recording."
+        _, num_channels, height, width = self.train.images.shape
+        return num_channels // (self.frames or 1), height, width
 
     @property
-    def splits(self):
-        return {k: s for k in ("train", "val", "test") if (s := getattr(self, k)) is not None}
+    def splits(self) -> dict[str, Any]:
+        "Return the splits that exist, by name, in the order train, val, test."
+        by_name = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: split for name, split in by_name.items() if split is not None}
 
     @cached_property
-    def fingerprint(self):
-        return sha256_of(canonical_json({k: s.digest for k, s in self.splits.items()}))[:16]
+    def fingerprint(self) -> str:
+        "Return 16 hex digits that depend on the content of all splits, and on nothing else."
+        digests = {name: split.digest for name, split in self.splits.items()}
+        return sha256_of(canonical_json(digests))[:16]
 
-    def split(self, name):
-        "The split of that name."
+    def split(
+        self,
+        name: str,  # "train", "val" or "test"
+    ) -> Any:
+        "Return the split of that name; a name without a split raises `UserError`."
         if name == "val" and self.val is None:
             raise UserError(
-                f"{self.name} has no validation split: make one with split_validation(data, 0.1) or DataSpec(val=0.1)"
+                f"{self.name} has no validation split: "
+                "make one with split_validation(data, 0.1) or DataSpec(val=0.1)"
             )
         if name not in self.splits:
             raise unknown("split", name, self.splits)
@@ -148,129 +175,159 @@ class ImageData:
 
     def loader(
         self,
-        split="train",
-        batch_size=64,
-        seed=0,
-        epoch=0,
-        augment="none",
-        shuffle=None,
-        drop_last=False,
-        device="cpu",
-    ):
-        "Batches of one epoch, see `Loader`."
+        split: str = "train",
+        batch_size: int = 64,
+        seed: int = 0,
+        epoch: int = 0,
+        augment: str | Callable = "none",
+        shuffle: bool | None = None,
+        drop_last: bool = False,
+        device: str | torch.device = "cpu",
+    ) -> Any:
+        "Return the batches of one epoch, see `Loader`."
         return Loader(self, split, batch_size, seed, epoch, augment, shuffle, drop_last, device)
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
+        "Return what a run record keeps, see `describe`."
         return describe(self)
 
-    def __repr__(self):
-        sizes = " / ".join(f"{len(s.labels):,} {k}" for k, s in self.splits.items())
+    def __repr__(self) -> str:
+        sizes = " / ".join(f"{len(split.labels):,} {name}" for name, split in self.splits.items())
         frames = f"{self.frames} frames of " if self.frames else ""
-        return f"ImageData({self.name!r}, {sizes}, {self.num_classes} classes, {frames}{'×'.join(map(str, self.shape))})"
+        shape = "×".join(map(str, self.shape))
+        return f"ImageData({self.name!r}, {sizes}, {self.num_classes} classes, {frames}{shape})"
 
 # %% ../../nbs/lib/10_data.batches.ipynb #430e641d
-def count_batches(n, batch_size, drop_last):
-    return n // batch_size if drop_last else -(-n // batch_size)
+def count_batches(
+    n: int,  # number of images
+    batch_size: int,
+    drop_last: bool,  # whether a last batch that is not full is left out
+) -> int:
+    "Count the batches of one epoch."
+    if drop_last:
+        return n // batch_size
+    return -(-n // batch_size)
 
 
-def check_batches(n, batch_size, drop_last):
-    "Refuse a batch size that cannot be meant."
+def check_batches(n: int, batch_size: int, drop_last: bool) -> None:
+    "Raise `UserError` for a batch size that is no whole number from 1, or that leaves no batch."
     if not isinstance(batch_size, int) or batch_size < 1:
         raise UserError(f"batch_size = {batch_size!r}: give a whole number from 1")
     if drop_last and n < batch_size:
         raise UserError(
-            f"batch_size = {batch_size} with drop_last leaves no batch of {n} images: make it {n} or smaller"
+            f"batch_size = {batch_size} with drop_last leaves no batch of {n} images: "
+            f"make it {n} or smaller"
         )
 
 
-def epoch_order(n, seed, epoch, shuffle):
-    "The order of one epoch, int64 (n,)."
-    return torch.from_numpy(permutation(n, seed, "order", epoch)) if shuffle else torch.arange(n)
+def epoch_order(n: int, seed: int, epoch: int, shuffle: bool) -> Tensor:
+    "Return the order of the images in one epoch, int64 (n,)."
+    if not shuffle:
+        return torch.arange(n)
+    return torch.from_numpy(permutation(n, seed, "order", epoch))
 
-# %% ../../nbs/lib/10_data.batches.ipynb #8ee229be
+# %% ../../nbs/lib/10_data.batches.ipynb #ac0b91d5
 def time_first(
-    x,  # (B, T·C, H, W), channels_last
-    T,  # frames of a recording
-):
-    "Frames that lie behind each other as channels, as `(T·B, C, H, W)`, channels_last."
-    (B, C, H, W), r = x.shape, x.permute(0, 2, 3, 1)
-    return (
-        r.reshape(B, H, W, T, C // T)
-        .permute(3, 0, 1, 2, 4)
-        .reshape(T * B, H, W, C // T)
-        .permute(0, 3, 1, 2)
-    )
+    x: Tensor,  # (B, T·C, H, W), channels_last
+    T: int,  # frames of a recording
+) -> Tensor:
+    "Turn frames that follow each other as channels into `(T·B, C, H, W)`, channels_last."
+    B, C, H, W = x.shape
+    pixel_rows = x.permute(0, 2, 3, 1).reshape(B, H, W, T, C // T)
+    frames = pixel_rows.permute(3, 0, 1, 2, 4).reshape(T * B, H, W, C // T)
+    return frames.permute(0, 3, 1, 2)
 
 
-def normaliser(data, device="cpu"):
-    "The function from uint8 (B, C, H, W) to normalised float32, both channels_last; of recordings to (T, B, C, H, W)."
+def make_normalizer(
+    data: Any,  # an `ImageData`, or anything with its fields
+    device: str | torch.device = "cpu",
+) -> Callable[[Tensor], Tensor]:
+    """Return the function from uint8 `(B, C, H, W)` to normalized float32; both are channels_last. Source: eq. 1.
 
-    def fn(x):
-        r, n = x.permute(0, 2, 3, 1), x.shape[2] * x.shape[3]
-        flat = r.reshape(len(r), -1).float()
-        return flat.mul_(scale.repeat(n)).add_(shift.repeat(n)).view(r.shape).permute(0, 3, 1, 2)
+    The function turns recordings `(B, T·C, H, W)` into `(T, B, C, H, W)`."""
+    scale = (1 / (255 * data.std)).float().to(device)
+    shift = (-data.mean / data.std).float().to(device)
+    T = data.frames
 
-    scale, shift = (v.float().to(device) for v in (1 / (255 * data.std), -data.mean / data.std))
-    return (
-        fn
-        if data.frames is None
-        else lambda x: fn(time_first(x, data.frames)).unflatten(0, (data.frames, -1))
-    )
+    def normalize(x: Tensor) -> Tensor:
+        pixel_rows = x.permute(0, 2, 3, 1)
+        num_pixels = x.shape[2] * x.shape[3]
+        flat = pixel_rows.reshape(len(pixel_rows), -1).float()
+        flat = flat.mul_(scale.repeat(num_pixels)).add_(shift.repeat(num_pixels))
+        return flat.view(pixel_rows.shape).permute(0, 3, 1, 2)
+
+    def normalize_frames(x: Tensor) -> Tensor:
+        return normalize(time_first(x, T)).unflatten(0, (T, -1))
+
+    return normalize if T is None else normalize_frames
 
 # %% ../../nbs/lib/10_data.batches.ipynb #45f6bb0c
-def on_device(split, device):
-    "Image rows (N, H·W·C) and labels on a device; copied there once and kept with the split."
-    kept = split.__dict__.setdefault("_on", {})
-    if device not in kept:
-        kept[device] = rows(split).reshape(len(split), -1).to(device), split.labels.to(device)
-    return kept[device]
+def on_device(
+    split: Split,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    "Return image rows (N, H·W·C) and labels on a device; they are copied once and kept with the split."
+    copies = split.__dict__.setdefault("_on", {})
+    if device not in copies:
+        images = rows(split).reshape(len(split), -1).to(device)
+        copies[device] = images, split.labels.to(device)
+    return copies[device]
 
 
-def resolve_augment(augment, data):
-    "The augmentation as a function of `(x, generator)`."
+def resolve_augment(
+    augment: str | Callable,  # "+"-joined names, or the function itself
+    data: Any,  # an `ImageData`, or anything with its fields
+) -> Callable:
+    "Return the augmentation as a function of `(x, generator)`; an unknown name raises `UserError`."
     if callable(augment):
         return augment
     return augmenter(augment, mean=0.0 if data.frames else data.mean)
 
 # %% ../../nbs/lib/10_data.batches.ipynb #487e7ffd
 class Loader:
-    """Batches `(x, y)` of one split in one epoch: float32 `(B, C, H, W)` channels_last and int64 `(B,)`; may be iterated again.
+    """Iterate over the batches `(x, y)` of one split in one epoch; may be iterated again.
 
-    Recordings come time first, `(T, B, C, H, W)`, and channels_last where time is folded into the batch."""
+    `x` is float32 `(B, C, H, W)`, channels_last, and `y` is int64 `(B,)`. Recordings come time first,
+    `(T, B, C, H, W)`, and are channels_last if time is folded into the batch."""
 
     def __init__(
         self,
-        data,  # an `ImageData`
-        split="train",  # "train", "val" or "test"
-        batch_size=64,  # images a batch
-        seed=0,  # of order and augmentation
-        epoch=0,  # each epoch has its own order and augmentation
-        augment="none",  # "+"-joined names, see `snnkd_nb.data.augment`, or a function `(x uint8, generator) -> x`
-        shuffle=None,  # None: only the training split
-        drop_last=False,  # leave out a last batch that is not full
-        device="cpu",  # where the batches are wanted; the images are kept there
-    ):
-        self.data, self.split, self.batch_size, self.drop_last = (
-            data,
-            data.split(split),
-            batch_size,
-            drop_last,
-        )
-        self.seed, self.epoch, self.device = seed, epoch, torch.device(device)
+        data: ImageData,
+        split: str = "train",  # "train", "val" or "test"
+        batch_size: int = 64,  # images per batch
+        seed: int = 0,  # of order and augmentation
+        epoch: int = 0,  # each epoch has its own order and augmentation
+        # "+"-joined names, see `snnkd_nb.data.augment`, or a function `(x uint8, generator) -> x`
+        augment: str | Callable = "none",
+        shuffle: bool | None = None,  # None: only the training split
+        drop_last: bool = False,  # leave out a last batch that is not full
+        device: str | torch.device = "cpu",  # of the batches; the images are kept there
+    ) -> None:
+        self.data = data
+        self.split = data.split(split)
+        self.batch_size = batch_size
+        self.drop_last = drop_last
+        self.seed = seed
+        self.epoch = epoch
+        self.device = torch.device(device)
         self.shuffle = split == "train" if shuffle is None else shuffle
         check_batches(len(self.split), batch_size, drop_last)
         self.augment = resolve_augment(augment, data)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return count_batches(len(self.split), self.batch_size, self.drop_last)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         images, labels = on_device(self.split, self.device)
-        normalise, generator = (
-            normaliser(self.data, self.device),
-            torch.Generator().manual_seed(seed_for(self.seed, "augment", self.epoch)),
-        )
+        normalize = make_normalizer(self.data, self.device)
+        generator = torch.Generator()
+        generator.manual_seed(seed_for(self.seed, "augment", self.epoch))
         order = epoch_order(len(self.split), self.seed, self.epoch, self.shuffle).to(self.device)
+        image_shape = rows(self.split).shape[1:]
         for index in order.split(self.batch_size)[: len(self)]:
-            x = images.index_select(0, index).view(-1, *rows(self.split).shape[1:])
-            yield normalise(self.augment(x.permute(0, 3, 1, 2), generator)), labels[index]
+            batch_rows = images.index_select(0, index).view(-1, *image_shape)
+            augmented = self.augment(batch_rows.permute(0, 3, 1, 2), generator)
+            yield normalize(augmented), labels[index]
+
+# %% ../../nbs/lib/10_data.batches.ipynb #a882ebb0
+__getattr__ = renamed(__name__, {"normaliser": "make_normalizer"})
