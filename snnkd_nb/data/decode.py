@@ -13,8 +13,10 @@ import re
 import shutil
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,23 +28,25 @@ from .batches import ImageData, Split
 
 # %% ../../nbs/lib/11_data.decode.ipynb #7677c2f8
 def fit_image(
-    image,  # a PIL image
-    size=None,  # pixels an edge; None: as it is
-):
-    "The image scaled so that its shorter edge is `size`, and its central square."
+    image: Image.Image,
+    size: int | None = None,  # pixels per edge; None: as it is
+) -> Image.Image:
+    "Scale the image so that its shorter edge is `size`, and cut out the central square."
     if size is None or image.size == (size, size):
         return image
-    w, h = image.size
-    e = min(w, h)
-    left, top = (w - e) / 2, (h - e) / 2
-    return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + e, top + e))
+    width, height = image.size
+    edge = min(width, height)
+    left = (width - edge) / 2
+    top = (height - edge) / 2
+    box = (left, top, left + edge, top + edge)
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
 
-# %% ../../nbs/lib/11_data.decode.ipynb #a9b6b8eb
+# %% ../../nbs/lib/11_data.decode.ipynb #f7f0fdf2
 def pixels(
-    item,  # a path, an array uint8 (H, W) or (H, W, 3), or a function without arguments
-    size=None,  # as in `fit_image`; a function knows its own size
-):
-    "One decoded image, uint8 (H, W, C); a file that cannot be read is a `UserError` naming it."
+    item: Any,  # a path, an array uint8 (H, W) or (H, W, 3), or a function without arguments
+    size: int | None = None,  # as in `fit_image`; a function knows its own size
+) -> np.ndarray:
+    "Decode one image, uint8 (H, W, C); a file that cannot be read raises `UserError` with its name."
     if callable(item):
         return item()
     try:
@@ -50,82 +54,104 @@ def pixels(
             image = Image.fromarray(item)
         else:
             image = Image.open(item).convert("RGB")
-    except Exception as e:
-        why = " ".join(str(e).replace(repr(str(item)), "").split()).strip(" :") or type(e).__name__
-        raise UserError(f"cannot read image {item}: {why}; replace or remove it") from None
-    a = np.asarray(fit_image(image, size))
-    return a[:, :, None] if a.ndim == 2 else a
+    except Exception as error:
+        text = str(error).replace(repr(str(item)), "")
+        reason = " ".join(text.split()).strip(" :") or type(error).__name__
+        raise UserError(f"cannot read image {item}: {reason}; replace or remove it") from None
+    decoded = np.asarray(fit_image(image, size))
+    if decoded.ndim == 2:
+        return decoded[:, :, None]
+    return decoded
 
-# %% ../../nbs/lib/11_data.decode.ipynb #825ddfce
+# %% ../../nbs/lib/11_data.decode.ipynb #17a17bcd
 def progress(
-    items,  # an iterable
-    total,  # its length
-    what,  # shown before the count
-    after=2.0,  # seconds before the first word
-):
-    "Pass the items through; say on stderr how many are done once it takes longer."
-    start = said = time.monotonic()
+    items: Iterable,
+    total: int,  # number of items
+    what: str,  # shown before the count
+    after: float = 2.0,  # seconds before the first line
+) -> Iterator:
+    "Pass the items through; after a while, write to stderr how many are done."
+    start = time.monotonic()
+    last_line = start
     pause = 0.5 if sys.stderr.isatty() else 10.0
-    for i, item in enumerate(items, 1):
+    for num_done, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
-        if now - start > after and now - said > pause:
-            said = now
+        if now - start > after and now - last_line > pause:
+            last_line = now
+            seconds_left = (now - start) * (total - num_done) / num_done
             sys.stderr.write(
-                f"{what}: {i:,} of {total:,} images, {(now - start) * (total - i) / i:.0f} s left\n"
+                f"{what}: {num_done:,} of {total:,} images, {seconds_left:.0f} s left\n"
             )
 
 # %% ../../nbs/lib/11_data.decode.ipynb #f5ad13a3
-def _ahead(pool, fn, blocks, depth=16):
-    waiting = []
+def _map_ahead(pool: Executor, function: Callable, blocks: Iterable, depth: int = 16) -> Iterator:
+    "Map in order, with at most `depth` results that wait to be used."
+    waiting: list = []
     try:
         for block in blocks:
-            waiting.append(pool.submit(fn, block))
+            waiting.append(pool.submit(function, block))
             if len(waiting) > depth:
                 yield waiting.pop(0).result()
         while waiting:
             yield waiting.pop(0).result()
     finally:
-        for w in waiting:
-            w.cancel()
+        for future in waiting:
+            future.cancel()
 
 
-def _differ(one, two):
-    (p, (h, w, _)), (q, (i, j, _)) = one, two
-    return f"the images differ in size ({p} is {w}x{h}, {q} is {j}x{i}): give a size in pixels, e.g. size=32"
+def _size_error(first: tuple[Any, tuple], other: tuple[Any, tuple]) -> UserError:
+    first_item, (first_height, first_width, _) = first
+    other_item, (other_height, other_width, _) = other
+    return UserError(
+        f"the images differ in size ({first_item} is {first_width}x{first_height}, "
+        f"{other_item} is {other_width}x{other_height}): give a size in pixels, e.g. size=32"
+    )
 
 
 def decode(
-    items,  # what `pixels` takes, see `Source`
-    size,  # as in `fit_image`
-    what="decoding",  # for the progress
-):
-    "The images one after the other, uint8 (H, W, C), all of one shape."
-    first = None
+    items: Sequence,  # what `pixels` takes, see `Source`
+    size: int | None,  # as in `fit_image`
+    what: str = "decoding",  # for the progress
+) -> Iterator[np.ndarray]:
+    "Yield the images in order, uint8 (H, W, C); images of several shapes raise `UserError`."
+
+    def decode_block(block: Sequence) -> list[np.ndarray]:
+        return [pixels(item, size) for item in block]
+
+    first: tuple[Any, tuple] | None = None
     with ThreadPoolExecutor(min(8, cores())) as pool:
-        blocks = [items[i : i + 256] for i in range(0, len(items), 256)]
-        done = itertools.chain.from_iterable(
-            _ahead(pool, lambda block: [pixels(i, size) for i in block], blocks)
-        )
-        for item, a in progress(zip(items, done), len(items), what):
-            first = first or (item, a.shape)
-            if a.shape != first[1]:
-                raise UserError(_differ(first, (item, a.shape)))
-            yield a
+        blocks = [items[start : start + 256] for start in range(0, len(items), 256)]
+        decoded = itertools.chain.from_iterable(_map_ahead(pool, decode_block, blocks))
+        for item, image in progress(zip(items, decoded), len(items), what):
+            if first is None:
+                first = (item, image.shape)
+            if image.shape != first[1]:
+                raise _size_error(first, (item, image.shape))
+            yield image
 
 # %% ../../nbs/lib/11_data.decode.ipynb #d8ad985e
 def moments(
-    images,  # uint8 (N, H, W, C)
-):
-    "Mean and standard deviation of every channel in units of full brightness, from exact counts."
-    v, out = np.arange(256) / 255, []
-    for c in range(images.shape[-1]):
-        p = sum(
-            np.bincount(part[..., c].ravel(), minlength=256)
-            for part in np.array_split(images, 1 + len(images) // 4096)
-        ) / (images.size / images.shape[-1])
-        out.append((p @ v, max((p @ v**2 - (p @ v) ** 2), 0.0) ** 0.5))
-    return [round(float(m), 6) for m, _ in out], [round(float(s), 6) or 1.0 for _, s in out]
+    images: np.ndarray,  # uint8 (N, H, W, C)
+) -> tuple[list[float], list[float]]:
+    """Compute mean and standard deviation of every channel, in units of full brightness.
+
+    They come from exact counts of the 256 values. The deviation of a constant channel is given as 1."""
+    values = np.arange(256) / 255
+    num_channels = images.shape[-1]
+    means = []
+    deviations = []
+    for channel in range(num_channels):
+        counts = np.zeros(256, np.int64)
+        for part in np.array_split(images, 1 + len(images) // 4096):
+            counts += np.bincount(part[..., channel].ravel(), minlength=256)
+        share = counts / (images.size / num_channels)
+        mean = share @ values
+        variance = max(share @ values**2 - mean**2, 0.0)
+        means.append(round(float(mean), 6))
+        # a constant channel must not be divided by zero
+        deviations.append(round(float(variance**0.5), 6) or 1.0)
+    return means, deviations
 
 # %% ../../nbs/lib/11_data.decode.ipynb #84c52bf7
 LAYOUT = 1  # raised when the form of the cache changes
@@ -133,127 +159,155 @@ LAYOUT = 1  # raised when the form of the cache changes
 
 @dataclass(frozen=True)
 class Source:
-    "Where images come from, before any of them is read."
+    "Describe where images come from, before any of them is read."
 
     name: str  # of the data set
     key: Any  # JSON data that changes with the content
     read: Any  # () -> (class names, {split: (items, labels)}); an item is what `pixels` takes
-    normal: tuple | None = (
-        None  # (mean, std) where a convention exists; None: computed from the training images
-    )
-    frames: int | None = None  # T where the items are recordings (H, W, T·C); None: images
+    # (mean, std) if a convention exists; None: computed from the training images
+    normal: Any = None
+    frames: int | None = None  # T if the items are recordings (H, W, T·C); None: images
 
 
-def cache_folder(source, size):
-    "Where the decoded images of a source stand."
+def cache_folder(
+    source: Source,
+    size: int | None,  # as in `fit_image`
+) -> Path:
+    "Return the folder of the decoded images of a source."
     key = sha256_of(canonical_json([LAYOUT, source.name, source.key, size]))[:16]
-    return (
-        cache_dir()
-        / "decoded"
-        / f"{re.sub(r'[^A-Za-z0-9]+', '-', source.name).strip('-')[-60:]}-{key}"
-    )
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", source.name).strip("-")[-60:]
+    return cache_dir() / "decoded" / f"{readable}-{key}"
 
 # %% ../../nbs/lib/11_data.decode.ipynb #b66156ee
 def checksum(
-    a,  # a contiguous array of any type
-):
-    "A hash of 64-bit sums over blocks of 8 KiB: not against forgery, but any one damaged byte changes it."
-    b = a.reshape(-1).view(np.uint8)
-    whole = len(b) // 8192 * 8192
-    sums = b[:whole].view(np.uint64).reshape(-1, 1024).sum(1)
-    return sha256_of(sums.tobytes() + b[whole:].tobytes())[:16]
+    values: np.ndarray,  # contiguous, of any type
+) -> str:
+    """Return a hash of 64-bit sums over blocks of 8 KiB.
+
+    Any one damaged byte changes it; it is no protection against forgery."""
+    data = values.reshape(-1).view(np.uint8)
+    num_whole = len(data) // 8192 * 8192
+    sums = data[:num_whole].view(np.uint64).reshape(-1, 1024).sum(1)
+    return sha256_of(sums.tobytes() + data[num_whole:].tobytes())[:16]
 
 # %% ../../nbs/lib/11_data.decode.ipynb #ed872e76
-def _written(stream, path, n):
-    first = next(stream)
-    with open(path, "wb") as f:
-        np.lib.format.write_array_header_1_0(
-            f, {"descr": "|u1", "fortran_order": False, "shape": (n, *first.shape)}
-        )
-        for a in itertools.chain([first], stream):
-            f.write(a.tobytes())
+def _write_images(images: Iterator[np.ndarray], path: Path, n: int) -> np.ndarray:
+    "Write `n` images one after the other, and return the file as an array."
+    first = next(images)
+    header = {"descr": "|u1", "fortran_order": False, "shape": (n, *first.shape)}
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for image in itertools.chain([first], images):
+            file.write(image.tobytes())
     return np.load(path, mmap_mode="r")
 
 
 def write_cache(
-    source,  # a `Source`
-    size,  # as in `fit_image`
-    folder,  # an existing empty folder
-):
+    source: Source,
+    size: int | None,  # as in `fit_image`
+    folder: Path,  # an existing empty folder
+) -> None:
     "Decode a source into `folder`."
     classes, parts = source.read()
-    items, labels = zip(*(parts[s] for s in parts))
-    labels, ends = np.concatenate(labels).astype(np.int64), np.cumsum([0, *map(len, labels)])
-    images = _written(
-        decode([i for s in items for i in s], size, f"preparing {source.name}"),
-        folder / "images.npy",
-        len(labels),
-    )
+    items = [item for split_items, _ in parts.values() for item in split_items]
+    split_labels = [labels for _, labels in parts.values()]
+    labels = np.concatenate(split_labels).astype(np.int64)
+    decoded = decode(items, size, f"preparing {source.name}")
+    images = _write_images(decoded, folder / "images.npy", len(labels))
     np.save(folder / "labels.npy", labels)
-    of = {s: images[a:b] for s, (a, b) in zip(parts, itertools.pairwise(ends))}
+    ends = np.cumsum([0, *map(len, split_labels)])
+    by_split = {}
+    for name, (start, end) in zip(parts, itertools.pairwise(ends)):
+        by_split[name] = images[start:end]
+    split_records = []
+    for name, part in by_split.items():
+        split_records.append([name, len(part), sha256_of(np.ascontiguousarray(part).data)])
     meta = {
         "classes": list(classes),
-        "splits": [[s, len(x), sha256_of(np.ascontiguousarray(x).data)] for s, x in of.items()],
-        "normal": [list(v) for v in source.normal or moments(of["train"])],
+        "splits": split_records,
+        "normal": [list(values) for values in source.normal or moments(by_split["train"])],
         "sums": [checksum(images), checksum(labels)],
-        **({"frames": source.frames} if source.frames else {}),
     }
-    (folder / "meta.json").write_text(
-        canonical_json({**meta, "sha256": sha256_of(canonical_json(meta))})
-    )
+    if source.frames:
+        meta["frames"] = source.frames
+    signed = {**meta, "sha256": sha256_of(canonical_json(meta))}
+    (folder / "meta.json").write_text(canonical_json(signed))
 
 # %% ../../nbs/lib/11_data.decode.ipynb #5d5a1775
+def _read_checked(folder: Path) -> tuple[dict, np.ndarray, np.ndarray] | None:
+    "Return the description, images and labels of a cache folder; None if a checksum is wrong."
+    meta = json.loads((folder / "meta.json").read_text())
+    # changes of the images stay in memory (mode "c") and never reach the file
+    images = np.load(folder / "images.npy", mmap_mode="c")
+    labels = np.load(folder / "labels.npy")
+    if meta.pop("sha256") != sha256_of(canonical_json(meta)):
+        return None
+    if meta["sums"] != [checksum(images), checksum(labels)]:
+        return None
+    return meta, images, labels
+
+
 def read_cache(
-    name,  # the data set's name
-    folder,  # where its cache should stand
-):
-    "The data set in a cache folder, or None where the folder is absent, cut or damaged."
+    name: str,  # of the data set
+    folder: Path,  # of its cache
+) -> ImageData | None:
+    "Return the data set in a cache folder, or None if the folder is absent, cut or damaged."
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        images, labels = (
-            np.load(folder / "images.npy", mmap_mode="c"),
-            np.load(folder / "labels.npy"),
-        )
-        if meta.pop("sha256") != sha256_of(canonical_json(meta)) or meta["sums"] != [
-            checksum(images),
-            checksum(labels),
-        ]:
-            return None
+        content = _read_checked(folder)
     except (OSError, ValueError, KeyError, AttributeError, EOFError):
         return None
-    ends = np.cumsum([0, *(n for _, n, _ in meta["splits"])])
-    x, y = torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
-    splits = {
-        s: Split(x[a:b], y[a:b], h)
-        for (s, _, h), (a, b) in zip(meta["splits"], itertools.pairwise(ends))
-    }
-    mean, std = (torch.tensor(v) for v in meta["normal"])
+    if content is None:
+        return None
+    meta, image_rows, labels = content
+    x = torch.from_numpy(image_rows).permute(0, 3, 1, 2)
+    y = torch.from_numpy(labels)
+    ends = np.cumsum([0, *(length for _, length, _ in meta["splits"])])
+    splits = {}
+    for (split, _, images_sha), (start, end) in zip(meta["splits"], itertools.pairwise(ends)):
+        splits[split] = Split(x[start:end], y[start:end], images_sha)
+    mean, std = (torch.tensor(values) for values in meta["normal"])
     return ImageData(name, meta["classes"], mean, std, **splits, frames=meta.get("frames"))
 
 # %% ../../nbs/lib/11_data.decode.ipynb #2dbdeeb2
+def _make_cache(source: Source, size: int | None, folder: Path) -> None:
+    "Decode a source under another name, then rename; nothing is left of a failure."
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write_cache(source, size, temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def prepare(
-    source,  # a `Source`
-    size=None,  # as in `fit_image`
-):
-    "The data set of a source: from its cache, which is made (again) where it is absent or damaged."
+    source: Source,
+    size: int | None = None,  # as in `fit_image`
+) -> ImageData:
+    """Return the data set of a source from its cache; make the cache if it is absent or damaged.
+
+    Raises `UserError` if an image cannot be read or the cache cannot be written."""
     folder = cache_folder(source, size)
-    if (data := read_cache(source.name, folder)) is not None:
+    data = read_cache(source.name, folder)
+    if data is not None:
         return data
-    tmp = folder.with_name(f".{folder.name}.tmp")
     try:
         with lock(folder):
-            if (data := read_cache(source.name, folder)) is not None:
+            # another process may have made it meanwhile
+            data = read_cache(source.name, folder)
+            if data is not None:
                 return data
-            shutil.rmtree(tmp, ignore_errors=True)
-            tmp.mkdir(parents=True)
-            try:
-                write_cache(source, size, tmp)
-                shutil.rmtree(folder, ignore_errors=True)
-                tmp.rename(folder)
-            finally:
-                shutil.rmtree(tmp, ignore_errors=True)
-    except OSError as e:
+            _make_cache(source, size, folder)
+    except OSError as error:
         raise UserError(
-            f"cannot write {folder.parent}: {e.strerror or e}; free some space, or set SNNKD_CACHE to another folder"
+            f"cannot write {folder.parent}: {error.strerror or error}; "
+            "free some space, or set SNNKD_CACHE to another folder"
         ) from None
-    return read_cache(source.name, folder)
+    data = read_cache(source.name, folder)
+    if data is None:
+        raise UserError(
+            f"{folder} cannot be read back: load again, or set SNNKD_CACHE to another folder"
+        )
+    return data
