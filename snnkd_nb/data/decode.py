@@ -222,7 +222,7 @@ def write_cache(
     split_records = []
     for name, part in by_split.items():
         split_records.append([name, len(part), sha256_of(np.ascontiguousarray(part).data)])
-    meta = {
+    meta: dict[str, Any] = {
         "classes": list(classes),
         "splits": split_records,
         "normal": [list(values) for values in source.normal or moments(by_split["train"])],
@@ -262,7 +262,7 @@ def read_cache(
     x = torch.from_numpy(image_rows).permute(0, 3, 1, 2)
     y = torch.from_numpy(labels)
     ends = np.cumsum([0, *(length for _, length, _ in meta["splits"])])
-    splits = {}
+    splits: dict[str, Any] = {}
     for (split, _, images_sha), (start, end) in zip(meta["splits"], itertools.pairwise(ends)):
         splits[split] = Split(x[start:end], y[start:end], images_sha)
     mean, std = (torch.tensor(values) for values in meta["normal"])
