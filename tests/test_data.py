@@ -208,11 +208,38 @@ def test_loader_errors():
         ({"split": "tset"}, "did you mean"),
         ({"batch_size": 0}, "batch_size = 0"),
         ({"batch_size": 5, "drop_last": True}, "leaves no batch"),
+        ({"batch_size": 1.5}, "batch_size = 1.5"),
         ({"augment": "crpo"}, "did you mean 'crop'"),
     ):
         with pytest.raises(UserError) as e:
             d.loader(**kw)
         one_line(e, part)
+
+
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (torch.rand(2, 3, 4, 4), "give uint8"),
+        (torch.zeros(2, 3, dtype=torch.uint8), "shape (2, 3)"),
+    ],
+    ids=["real numbers", "no pixels"],
+)
+def test_images_of_another_form_are_refused(images, message):
+    with pytest.raises(UserError) as e:
+        Split(images, torch.tensor([0, 1]))
+    one_line(e, message)
+
+
+def test_old_names_still_work():
+    with pytest.warns(DeprecationWarning, match="make_normalizer"):
+        assert batches.normaliser is batches.make_normalizer
+
+
+def test_streamed_data_are_shown_in_one_line(pets):
+    data = load("imagefolder-stream:pets", pets.parent, size=8)
+    assert repr(data) == (
+        "ImageData('imagefolder-stream:pets', 12 train / 12 test, 3 classes, 3×8×8)"
+    )
 
 
 # corruption
@@ -481,6 +508,23 @@ def test_names():
     with pytest.raises(UserError) as e:
         load("digits", frames=2)
     one_line(e, "unknown option of digits 'frames'")
+    with pytest.raises(UserError) as e:
+        load("cifar10", kind="cifar100")
+    one_line(e, "unknown option of cifar10 'kind'")
+
+
+def test_a_plugin_that_fails_is_one_line(tmp_path):
+    (tmp_path / "bad_plugin.py").write_text("import nothing_of_this_name")
+    with pytest.raises(UserError) as e:
+        images.import_plugins([str(tmp_path / "bad_plugin.py")])
+    one_line(e, "bad_plugin.py cannot be imported", "nothing_of_this_name")
+    assert "bad_plugin" not in sys.modules
+
+
+def test_tiny_imagenet_needs_its_layout(pets):
+    with pytest.raises(UserError) as e:
+        images.tiny_imagenet("pets", pets.parent)
+    one_line(e, "is not laid out as Tiny-ImageNet")
 
 
 def test_cifar_by_torchvision(tmp_path, monkeypatch):

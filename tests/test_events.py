@@ -537,7 +537,7 @@ def test_bad_gesture(gesture, cache):
     lists.write_text("\n")
     assert "the train split" in (said := error(cache, *at, **kw)) and "0 recordings" in said
     lists.write_text(names + "user24_led.aedat\n")
-    assert "user24_led.aedat stands in trials_to_train.txt and in trials_to_test.txt" in error(
+    assert "user24_led.aedat is listed in trials_to_train.txt and in trials_to_test.txt" in error(
         cache, *at, **kw
     )
     lists.write_text(names)

@@ -242,9 +242,9 @@ def make_normalizer(
     data: Any,  # an `ImageData`, or anything with its fields
     device: str | torch.device = "cpu",
 ) -> Callable[[Tensor], Tensor]:
-    """Return the function from uint8 `(B, C, H, W)` to normalized float32; both are channels_last. Source: eq. 1.
+    """Return the function from uint8 `(B, C, H, W)` to normalized float32, both channels_last.
 
-    The function turns recordings `(B, T·C, H, W)` into `(T, B, C, H, W)`."""
+    The function turns recordings `(B, T·C, H, W)` into `(T, B, C, H, W)`. Source: eq. 1."""
     scale = (1 / (255 * data.std)).float().to(device)
     shift = (-data.mean / data.std).float().to(device)
     T = data.frames
@@ -266,7 +266,9 @@ def on_device(
     split: Split,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    "Return image rows (N, H·W·C) and labels on a device; they are copied once and kept with the split."
+    """Return image rows (N, H·W·C) and labels on a device.
+
+    They are copied once and kept with the split."""
     copies = split.__dict__.setdefault("_on", {})
     if device not in copies:
         images = rows(split).reshape(len(split), -1).to(device)
@@ -287,8 +289,8 @@ def resolve_augment(
 class Loader:
     """Iterate over the batches `(x, y)` of one split in one epoch; may be iterated again.
 
-    `x` is float32 `(B, C, H, W)`, channels_last, and `y` is int64 `(B,)`. Recordings come time first,
-    `(T, B, C, H, W)`, and are channels_last if time is folded into the batch."""
+    `x` is float32 `(B, C, H, W)`, channels_last, and `y` is int64 `(B,)`. Recordings come time
+    first, `(T, B, C, H, W)`, and are channels_last if time is folded into the batch."""
 
     def __init__(
         self,

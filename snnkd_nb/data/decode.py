@@ -46,7 +46,7 @@ def pixels(
     item: Any,  # a path, an array uint8 (H, W) or (H, W, 3), or a function without arguments
     size: int | None = None,  # as in `fit_image`; a function knows its own size
 ) -> np.ndarray:
-    "Decode one image, uint8 (H, W, C); a file that cannot be read raises `UserError` with its name."
+    "Decode one image, uint8 (H, W, C); an unreadable file raises `UserError` with its name."
     if callable(item):
         return item()
     try:
@@ -136,7 +136,8 @@ def moments(
 ) -> tuple[list[float], list[float]]:
     """Compute mean and standard deviation of every channel, in units of full brightness.
 
-    They come from exact counts of the 256 values. The deviation of a constant channel is given as 1."""
+    They come from exact counts of the 256 values. The deviation of a constant channel is given
+    as 1."""
     values = np.arange(256) / 255
     num_channels = images.shape[-1]
     means = []

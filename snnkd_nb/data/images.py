@@ -56,7 +56,8 @@ def list_images(
 ) -> dict[str, list[ListedFile]]:
     """Return `{class: [(path, bytes, mtime in ns), …]}` in alphabetical order.
 
-    The classes are the names of the sub-folders. Raises `UserError` if there is none, or if one is empty."""
+    The classes are the names of the sub-folders. Raises `UserError` if there is none, or if one
+    is empty."""
     with os.scandir(folder) as entries:
         subfolders = sorted(
             entry.path for entry in entries if entry.is_dir() and not entry.name.startswith(".")
@@ -99,7 +100,8 @@ def folder_splits(
 ) -> dict[str, dict[str, list[ListedFile]]]:
     """Return `{split: {class: files}}` of an image folder.
 
-    Raises `UserError` unless the folder has train and test images, with the same classes in every split."""
+    Raises `UserError` unless the folder has train and test images, with the same classes in
+    every split."""
     present = [split for split in ("train", "val", "test") if (Path(path) / split).is_dir()]
     if "train" not in present or len(present) < 2:
         raise UserError(
@@ -444,8 +446,8 @@ def load(
 ) -> ImageData:
     """Load a data set by name: decoded on first use, from a memory-mapped cache afterwards.
 
-    Raises `UserError` for an unknown name, missing data, a folder with another layout, or an image that
-    cannot be read (the message names it)."""
+    Raises `UserError` for an unknown name, missing data, a folder with another layout, or an image
+    that cannot be read (the message names it)."""
     if size is not None and (not isinstance(size, int) or size < 1):
         raise UserError(f"size = {size!r}: give a whole number of pixels from 1, or None")
     open_source, arg = opener(name, root)

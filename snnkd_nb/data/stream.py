@@ -46,7 +46,8 @@ def random_part(
     If ten boxes do not fit, it is the central square."""
     for _ in range(10):
         box_area = bits.uniform(*area) * width * height
-        box_ratio = math.exp(bits.uniform(*map(math.log, ratio)))
+        log_ratio = bits.uniform(math.log(ratio[0]), math.log(ratio[1]))
+        box_ratio = math.exp(log_ratio)
         box_width = round(math.sqrt(box_area * box_ratio))
         box_height = round(math.sqrt(box_area / box_ratio))
         if 0 < box_width <= width and 0 < box_height <= height:
