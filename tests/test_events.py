@@ -479,6 +479,13 @@ def test_a_file_written_again_is_read_again(dvs):
         neuromorphic.read_events(file, neuromorphic.read_aedat3)
 
 
+def test_a_damaged_npz_is_named(tmp_path):
+    (tmp_path / "a.npz").write_bytes(b"PK")
+    recording = neuromorphic.Recorded(tmp_path / "a.npz", None, 2, "time", 48)
+    with pytest.raises(UserError, match="cannot read .*a.npz: .*; fetch it again"):
+        recording()
+
+
 def test_a_bug_of_ours_is_no_damaged_file(dvs):
     def broken(path):
         raise ZeroDivisionError("a bug")
@@ -506,6 +513,7 @@ def test_bad_gesture(gesture, cache):
     whole, text = file.read_bytes(), csv.read_text()
     assert "24 recordings where 1176 belong" in error(cache, *at, frames=4)
     assert "valid: official" in error(cache, *at, **kw | {"split": "random-0.9"})
+    assert "fewer than frames=1024" in error(cache, *at, **kw | {"frames": 1024})
     csv.unlink()
     assert "user24_led_labels.csv is missing" in error(cache, *at, **kw)
     for bad in (
