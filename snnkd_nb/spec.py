@@ -331,7 +331,11 @@ def _revisions(spec: "RunSpec | SearchSpec | None") -> dict[str, int]:
     if isinstance(spec, RunSpec):
         found |= _revisions(spec.reference)
         names = method_names(spec.method) if spec.variant == "paper" else []
-        found |= {name: METHOD_REVISIONS[name] for name in names if name in METHOD_REVISIONS}
+        for name in names:
+            # With `rescale` in the options, the numbers are those of the first revision.
+            is_explicit = {"rescale", f"{name}.rescale"} & set(spec.method_args)
+            if name in METHOD_REVISIONS and not is_explicit:
+                found[name] = METHOD_REVISIONS[name]
     return found
 
 

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from snnkd_nb.core import UserError
+from snnkd_nb.core import UserError, sha256_of
 from snnkd_nb.spec import (
     METHOD_REVISIONS,
     DataSpec,
@@ -88,3 +88,13 @@ def test_require_has_its_old_name():
     with pytest.warns(DeprecationWarning, match="is now snnkd_nb.spec.require"):
         from snnkd_nb.spec import require
     assert require is require
+
+
+def test_a_spec_that_names_its_rescaling_keeps_its_id():
+    "With `rescale` given, the numbers did not change when equation 4 became the default."
+    teacher = RunSpec(model=ModelSpec("resnet20"))
+    given = RunSpec(method="samd", teacher=teacher, method_args={"rescale": "sample"})
+    dotted = RunSpec(method="samd", teacher=teacher, method_args={"samd.rescale": "sample"})
+    assert all(s.id.endswith(sha256_of(s.canonical())[:10]) for s in (given, dotted))
+    default = RunSpec(method="samd", teacher=teacher)
+    assert not default.id.endswith(sha256_of(default.canonical())[:10])

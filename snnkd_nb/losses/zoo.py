@@ -94,6 +94,11 @@ def wants_batch_size(
     return any(getattr(_methods[name], "wants_batch_size", False) for name in names)
 
 # %% ../../nbs/lib/53_losses.zoo.ipynb #17aa26a8
+def _variants_of(method_class: type) -> tuple[str, ...]:
+    "Return the readings that a method has; a class that names none has the two of the papers."
+    return getattr(method_class, "variants", ("paper", "code"))
+
+
 _COMMON = ("ce", "ce_weight")
 
 
@@ -127,9 +132,9 @@ def _check_options(methods: Sequence[str], options: Mapping[str, Any]) -> None:
 def _check_variant(methods: Sequence[str], variant: str) -> None:
     if variant not in VARIANTS:
         raise unknown("variant", variant, VARIANTS)
-    if not methods or any(variant in _methods[name].variants for name in methods):
+    if not methods or any(variant in _variants_of(_methods[name]) for name in methods):
         return
-    having = [name for name, cls in sorted(_methods.items()) if variant in cls.variants]
+    having = [name for name, cls in sorted(_methods.items()) if variant in _variants_of(cls)]
     raise UserError(
         f"variant = {variant!r}: {'+'.join(methods)} has no such reading;"
         f" it exists for {', '.join(having)}"
@@ -156,7 +161,7 @@ def create_distiller(
     created = []
     for weight, method in weighted:
         cls = _methods[method]
-        own_variant = variant if variant in cls.variants else "paper"
+        own_variant = variant if variant in _variants_of(cls) else "paper"
         created.append((weight, cls(student, teacher, own_variant, **_options_of(method, kw))))
     common = {option: kw[option] for option in _COMMON if option in kw}
     return Distiller(student, teacher if needs_teacher else None, created, **common)

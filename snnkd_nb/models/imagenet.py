@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core import UserError, data_dir, renamed, unknown
+from ..core import UserError, data_dir, unknown
+from ..core import renamed as forward_names
 from snnkd_nb.models.blocks import (
     BasicBlock,
     Bottleneck,
@@ -327,9 +328,10 @@ def load_torchvision(
     return load_state(model, state, file.name, None if head else "head")
 
 # %% ../../nbs/lib/39_models.imagenet.ipynb #06c5bfce
-__getattr__ = renamed(
+__getattr__ = forward_names(
     __name__,
     {
+        "renamed": "with_our_names",
         "architecture": "torchvision_architecture",
         "biased": "add_biases",
         "spiking_shortcut": "end_shortcut_with",
