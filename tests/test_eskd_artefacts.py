@@ -460,7 +460,7 @@ def test_the_overview_has_a_box_for_everything_that_runs_and_nothing_else(pair, 
     )
     assert sum(terms.values()) == pytest.approx(
         sum(terms[k] for k in ("ce", "kd", *d.methods[0].hybrids.names))
-    ) and all(c.graph != (c.row == "teacher") for c in calls)
+    ) and all(c.has_gradient != (c.row == "teacher") for c in calls)
     fig, numbers = draw_eskd_overview(d, x, y, x[0, 0].numpy())
     words = [t.get_text() for t in fig.axes[0].texts]
     assert sum(w == "head" for w in words) == 2 + len(d.methods[0].hybrids.names) and len(

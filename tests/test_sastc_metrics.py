@@ -556,7 +556,7 @@ def test_the_overview_is_drawn_from_what_the_modules_put_out(data):
     )
     x, y = fixed_batch(data, 8)
     seen = calibration.seen_by(module, student, teacher, x, y, beta=10.0)
-    assert torch.allclose(seen.eta.sum(-1), torch.ones(2, 5)) and math.isclose(
+    assert torch.allclose(seen.mean_attention.sum(-1), torch.ones(2, 5)) and math.isclose(
         seen.total, seen.terms["ce"] + seen.terms["kd"] + 10 * seen.terms["sastc"]
     )
 
@@ -568,7 +568,7 @@ def test_the_overview_is_drawn_from_what_the_modules_put_out(data):
     weights = (
         numbers[numbers.row == "attention"]["puts out"].astype(float).to_numpy().reshape(2, 5, 6)
     )
-    assert np.allclose(weights, seen.eta, atol=1e-5) and float(
+    assert np.allclose(weights, seen.mean_attention, atol=1e-5) and float(
         numbers["puts out"].iloc[-1]
     ) == pytest.approx(seen.total, rel=1e-5)
     words = [t for ax in fig.axes for t in ax.texts if t.get_text()]

@@ -24,7 +24,7 @@ from snnkd_nb.papers import studies
 from snnkd_nb.papers.experiments import SCALES, build_grid, build_run, resolve
 from snnkd_nb.papers.published import claims, published
 from snnkd_nb.papers.registry import artefact, specs_for
-from snnkd_nb.reports.claims import judge_claims
+from snnkd_nb.reports.claims import judge_records
 from snnkd_nb.reports.layers import (
     brightest_share,
     fisher_records,
@@ -380,7 +380,7 @@ def test_fisher_information_of_a_run_is_there_for_every_step(watched_runs):
     )
     assert (
         tabulate_fisher(frame).shape == (1, 9)
-        and judge_claims(claims("sastc/figure04"), fisher_records(frame)).ours.tolist()
+        and judge_records(claims("sastc/figure04"), fisher_records(frame)).ours.tolist()
         == ["not run"] * 5
     )
 
@@ -544,7 +544,7 @@ def test_a_network_that_fires_once_has_an_empty_map_and_claims_about_maps_are_ju
             for m, p in (("Baseline", 0.1), ("KD", 0.5), ("Feature KD", 0.3), ("SASTC", 0.4))
         ]
     )
-    assert judge_claims(claims("sastc/figure03"), likeness_records(frame)).ours.tolist() == [
+    assert judge_records(claims("sastc/figure03"), likeness_records(frame)).ours.tolist() == [
         f"{w}, one seed"
         for w in ("holds", "fails", "holds", "holds", "fails", "holds", "fails", "holds", "fails")
     ]

@@ -11,8 +11,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..core import atomic_write, renamed, renamed_arguments, root
 
 if TYPE_CHECKING:
@@ -138,6 +136,8 @@ def save_table(
 # %% ../../nbs/lib/73_reports.figure.ipynb #23075447
 def _draw_film_strip(axes, frames, image, max_events: int):
     "Draw one recording (T, 2, H, W) into a row of axes; return the last drawn frame."
+    import numpy as np
+
     if image is not None:
         axes[0].imshow(np.moveaxis(np.asarray(image), 0, -1), cmap="gray")
         axes = axes[1:]

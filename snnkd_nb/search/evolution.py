@@ -489,8 +489,8 @@ class SearchResult:
         It has the neuron, the time steps and the slopes of the search."""
         require(
             bool(self.network_options),
-            "this fitness is a function of yours, which does not define how its networks are built: "
-            "create_model('dsas', genome=result.best, T=…, neuron='dsas')",
+            "the fitness is your own function, which does not define how its networks are built: "
+            "use create_model('dsas', genome=result.best, T=…, neuron='dsas')",
         )
         options = {**self.network_options, "genome": genome or self.best, **changes}
         return create_model("dsas", **options)
@@ -883,7 +883,7 @@ def _create_scorer(
     if callable(fitness):
         require(
             not options,
-            f"{', '.join(options)}: options of the Scorer, and this fitness is a function of yours",
+            f"{', '.join(options)}: options of the Scorer, but the fitness is your own function",
         )
         scorer = fitness
     else:
