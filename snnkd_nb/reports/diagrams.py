@@ -249,6 +249,7 @@ def draw_ckdsnn_overview(
     x: Tensor,  # images (B, C, H, W)
     y: Tensor,  # labels (B,)
     image: np.ndarray,  # the first of them as matplotlib shows it
+    variant: str = "paper",  # reading of the method: "paper", "scaled" or "code"
 ) -> "tuple[Figure, pd.DataFrame]":
     """
     Draw both networks, the maps and probabilities of the first image, and the loss terms of the batch.
@@ -258,7 +259,7 @@ def draw_ckdsnn_overview(
     import pandas as pd
 
     outputs = record_outputs({"teacher": teacher, "student": student}, x, y)
-    terms = ckdsnn_loss_terms(student, teacher, x, y)
+    terms = ckdsnn_loss_terms(student, teacher, x, y, variant=variant)
     teacher_stages = list_stages(teacher, x)
     student_stages = list_stages(student, x)
     num_boxes = len(student_stages)

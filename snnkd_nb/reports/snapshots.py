@@ -174,9 +174,10 @@ def ckdsnn_loss_terms(
     x: Tensor,  # images
     y: Tensor,  # labels
     seed: int = 0,  # of the noise
+    variant: str = "paper",  # reading of the method: "paper", "scaled" or "code"
 ) -> dict[str, float]:
     "Return ce, samd and nld: the terms that training adds up, for this batch."
-    distiller = create_distiller("ckdsnn", student, teacher)
+    distiller = create_distiller("ckdsnn", student, teacher, variant)
     torch.manual_seed(seed)
     with eval_mode(distiller):
         terms, *_ = distiller(x, y)
