@@ -24,13 +24,13 @@ from snnkd_nb.losses.base import (
     default_pairs,
     feature_shapes,
     image_shape,
-    is_number,
     layers_from_pairs,
     mean_logits,
     observe,
     read_layer_pairs,
     stages_of,
 )
+from .base import is_number as _is_number
 from .kd import kd_loss
 from snnkd_nb.models.hybrid import (
     Hybrids,
@@ -68,7 +68,7 @@ ALPHA_SCHEDULES: dict[str, Callable[[float], float]] = {
 
 def is_weight(value: Any, high: float = float("inf")) -> bool:
     "Return whether a value is a finite number from 0 to `high`."
-    return is_number(value) and 0 <= value < float("inf") and value <= high
+    return _is_number(value) and 0 <= value < float("inf") and value <= high
 
 
 def check_alpha(
@@ -347,6 +347,7 @@ class ESKD(Method):
 __getattr__ = renamed(
     __name__,
     {
+        "is_number": "is_weight",
         "COURSES": "ALPHA_SCHEDULES",
         "RULES": "BETA_RULES",
         "betas": "compute_betas",

@@ -522,8 +522,13 @@ def failing(
     stated: Iterable[Stated],
     find: Callable[..., float] | None = None,  # as in `computed`
 ) -> set[str]:
-    "Names of the statements that do not hold, as `Contradiction.stated` writes them."
-    return {f"{s.key.partition('/')[2]}:{s.id}" for s in stated if not holds(s, find)}
+    "Return the statements that do not hold, named as in `Contradiction.stated`."
+    names = set()
+    for statement in stated:
+        if not holds(statement, find):
+            table = statement.key.partition("/")[2]
+            names.add(f"{table}:{statement.id}")
+    return names
 
 # %% ../../nbs/lib/70_papers.published.ipynb #2e7a281a
 def _selection(paper: str, name: str, at: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -687,7 +687,9 @@ class _Part:
     @property
     def left(self) -> float:
         "Return the inches left of the trunk."
-        return self.place.width / 2 + 0.15 + NAME_WIDTH * max(len(n.name) for n in self.nodes)
+        longest_name = max(len(node.name) for node in self.nodes)
+        half_box = self.place.width / 2
+        return half_box + 0.15 + NAME_WIDTH * longest_name
 
     @property
     def width(self) -> float:
@@ -695,7 +697,8 @@ class _Part:
 
     @property
     def bottom(self) -> float:
-        return min(self.place.bottom(n) for n in self.nodes if n.id in self.place.at)
+        placed_nodes = [node for node in self.nodes if node.id in self.place.at]
+        return min(self.place.bottom(node) for node in placed_nodes)
 
 
 def draw_graph(
