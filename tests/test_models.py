@@ -469,6 +469,27 @@ def test_spikingjelly_neurons_work_inside():
         assert theirs(x).equal(theirs(x)) and len(firing_rates(theirs, x)) == 19
 
 
+def test_initializations_have_their_variance():
+    torch.manual_seed(0)
+    he = create_model("resnet18", width=0.5)
+    pytorch = create_model("resnet18", width=0.5, init="pytorch")
+    for name, module in he.named_modules():
+        if not isinstance(module, nn.Conv2d) or module.weight.numel() < 5000:
+            continue
+        area = module.weight[0, 0].numel()
+        torch.testing.assert_close(
+            module.weight.var().item(), 2 / (module.out_channels * area), rtol=0.1, atol=0
+        )
+        drawn = pytorch.get_submodule(name).weight
+        bound = 1 / (module.in_channels * area) ** 0.5
+        assert drawn.abs().max() <= bound
+        torch.testing.assert_close(drawn.var().item(), bound**2 / 3, rtol=0.1, atol=0)
+    with pytest.raises(UserError, match="init.*pytorch"):
+        create_model("resnet18", init="pytroch")
+    with pytest.raises(UserError, match="draws its weights itself"):
+        create_model("torchvision:resnet18", init="pytorch")
+
+
 @pytest.mark.parametrize("last, binary", [("lif", True), ("relu", False)])
 def test_ckd_last_activation(last, binary):
     net = small("resnet20_ckd", 2, last=last)

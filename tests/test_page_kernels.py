@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from jupyter_client.blocking import BlockingKernelClient
 from jupyter_client.connect import write_connection_file
 
 from snnkd_nb.core import atomic_write
@@ -157,6 +158,17 @@ def start_relay(home: Path) -> tuple[subprocess.Popen, int]:
     return relay, children()[0]
 
 
+def wait_until_ready(home: Path) -> None:
+    """Wait until the kernel of `start_relay` answers."""
+    client = BlockingKernelClient(connection_file=str(home / "kernel.json"))
+    client.load_connection_file()
+    client.start_channels()
+    try:
+        client.wait_for_ready(timeout=60)
+    finally:
+        client.stop_channels()
+
+
 def test_the_relay_ends_as_its_kernel_ends(home):
     relay, kernel = start_relay(home)
     os.kill(kernel, signal.SIGKILL)
@@ -172,6 +184,7 @@ def test_a_kernel_does_not_outlive_its_relay(home):
 
 def test_a_kernel_receives_the_signals_of_its_relay(home):
     relay, kernel = start_relay(home)
+    wait_until_ready(home)  # before that, an interrupt ends a kernel
     relay.send_signal(signal.SIGINT)  # an idle kernel survives an interrupt
     time.sleep(0.5)
     assert relay.poll() is None and not gone(kernel)

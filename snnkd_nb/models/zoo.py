@@ -27,7 +27,7 @@ from snnkd_nb.models import (  # noqa: F401 (each registers its networks)
     spikformer,
     vgg,
 )
-from .blocks import MODELS, Neuron, eval_mode
+from .blocks import MODELS, Neuron, eval_mode, initialize
 from .foreign import check_foreign, create_foreign
 from ..spec import require
 
@@ -129,6 +129,7 @@ COMMON_OPTIONS = (
     "in_channels",
     "image_size",
     "neuron_args",
+    "init",
 )
 
 
@@ -163,6 +164,7 @@ def create_model(
     in_channels: int = 3,  # channels of the images
     image_size: int = 32,  # pixels per edge; only some VGGs depend on it
     neuron_args: Mapping[str, Any] | None = None,  # options of the neuron
+    init: str = "he",  # how convolutions are drawn: "he" or "pytorch", see `models.blocks`
     **options: Any,  # the model's own options, see `model_info(name)["options"]`
 ) -> Any:
     """Create a network with new weights in channels_last memory.
@@ -197,6 +199,9 @@ def create_model(
         f"model {name!r}: its function returned a {type(net).__name__}; let it return a Net of "
         "models.blocks, or Foreign(net, image_size=image_size) of models.taps",
     )
+    if init != "he":
+        require(not is_foreign(name), f"init = {init!r}: {name!r} draws its weights itself")
+        initialize(net, init)
     return net.to(memory_format=torch.channels_last)
 
 # %% ../../nbs/lib/44_models.zoo.ipynb #76bd6965
