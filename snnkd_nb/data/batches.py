@@ -136,6 +136,29 @@ class ImageData:
     changes: tuple = ()  # what was done to it since it was loaded, dicts
     frames: int | None = None  # T of recordings; None: images
 
+    def __post_init__(self) -> None:
+        self._check_normalization()
+        for name, split in self.splits.items():
+            labels = split.labels
+            if len(labels) and not (labels.min() >= 0 and labels.max() < len(self.classes)):
+                raise UserError(
+                    f"{self.name}: {name} has labels from {labels.min()} to {labels.max()} for "
+                    f"{len(self.classes)} classes: give whole numbers from 0, and every class a name"
+                )
+
+    def _check_normalization(self) -> None:
+        num_channels = self.shape[0]
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if not torch.is_tensor(values) or values.shape != (num_channels,):
+                raise UserError(f"{name} = {values}: give a tensor of {num_channels} channels")
+        if not (torch.isfinite(self.mean).all() and (self.mean.abs() <= 1).all()):
+            raise UserError(
+                f"mean = {self.mean.tolist()}: give it in units of full brightness, "
+                "from 0 to 1; values from 0 to 255 have to be divided by 255"
+            )
+        if not (torch.isfinite(self.std).all() and (self.std > 0).all()):
+            raise UserError(f"std = {self.std.tolist()}: give numbers above 0")
+
     @property
     def num_classes(self) -> int:
         "Return the number of classes K."

@@ -312,6 +312,28 @@ def _write_images(images: Iterator[np.ndarray], path: Path, n: int) -> np.ndarra
     return np.load(path, mmap_mode="r")
 
 
+def _joined_labels(source: Source, parts: dict[str, Any], num_classes: int) -> np.ndarray:
+    """Return the labels of all splits, int64 (N,).
+
+    Raises `UserError` for labels that are not whole numbers below the number of classes, and
+    for a split with another number of labels than images."""
+    all_labels = []
+    for split, (items, labels) in parts.items():
+        values = np.asarray(labels)
+        place = f"{source.name}: the {split} split"
+        if values.shape != (len(items),):
+            raise UserError(f"{place} has labels {values.shape} for {len(items)} images")
+        if values.dtype.kind not in "bui" and not (values == np.rint(values)).all():
+            raise UserError(f"{place} has labels that are not whole numbers")
+        if len(values) and not (values.min() >= 0 and values.max() < num_classes):
+            raise UserError(
+                f"{place} has labels from {values.min()} to {values.max()} for {num_classes} "
+                f"classes: give whole numbers from 0 to {num_classes - 1}"
+            )
+        all_labels.append(values.astype(np.int64))
+    return np.concatenate(all_labels)
+
+
 def write_cache(
     source: Source,
     size: int | None,  # as in `fit_image`
@@ -320,12 +342,11 @@ def write_cache(
     "Decode a source into `folder`."
     classes, parts = source.read()
     items = [item for split_items, _ in parts.values() for item in split_items]
-    split_labels = [labels for _, labels in parts.values()]
-    labels = np.concatenate(split_labels).astype(np.int64)
+    labels = _joined_labels(source, parts, len(classes))
     decoded = decode(items, size, f"preparing {source.name}")
     images = _write_images(decoded, folder / "images.npy", len(labels))
     np.save(folder / "labels.npy", labels)
-    ends = np.cumsum([0, *map(len, split_labels)])
+    ends = np.cumsum([0, *(len(split_items) for split_items, _ in parts.values())])
     by_split = {}
     for name, (start, end) in zip(parts, itertools.pairwise(ends)):
         by_split[name] = images[start:end]

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'LUMA', 'Slicing', 'SLICING', 'SLACK', 'PALETTE', 'CURE', 'LARGEST', 'SIMULATOR', 'Camera', 'sense',
-           'Protocol', 'views', 'uniform', 'thresholds', 'noise', 'record', 'by_number', 'by_time', 'check_events',
-           'frames_of', 'spikingjelly_datasets', 'as_row', 'normal', 'gif', 'check_sensor', 'check_frames', 'Recording',
-           'events_of', 'digits_events', 'image_set']
+           'Protocol', 'views', 'uniform', 'thresholds', 'noise', 'record', 'by_number', 'by_time', 'standard_events',
+           'check_events', 'frames_of', 'spikingjelly_datasets', 'as_row', 'normal', 'gif', 'check_sensor',
+           'check_frames', 'Recording', 'events_of', 'digits_events', 'image_set']
 
 # %% ../../nbs/lib/15_data.events.ipynb #41082757
 import dataclasses
@@ -252,6 +252,60 @@ SLICING: dict[str, Slicing] = {"number": by_number, "time": by_time}
 SLACK = 1000  # µs that an event may be written too late; such events are sorted
 
 
+def _whole_numbers(values: Any, name: str, what: str) -> np.ndarray:
+    "Return values as int64 (N,); fractions, texts and other shapes raise `UserError`."
+    found = np.asarray(values)
+    require(
+        found.ndim == 1 and found.dtype.kind in "buif",
+        f"{what}: {name} is {found.dtype} {found.shape}, not one number per event",
+    )
+    advice = "give whole microseconds" if name == "t" else "give whole numbers"
+    limit = 2.0**63
+    is_whole = found.dtype.kind in "bui" or (found == np.rint(found)).all()
+    require(is_whole, f"{what}: {name} has values that are not whole numbers: {advice}")
+    in_range = not len(found) or max(abs(float(found.min())), abs(float(found.max()))) < limit
+    require(in_range, f"{what}: {name} has values beyond 64 bits: {advice}")
+    return found.astype(np.int64)
+
+
+def _polarity(p: np.ndarray, what: str) -> np.ndarray:
+    "Return polarities as 0 (darker) and 1 (brighter), from 0 and 1 or from -1 and 1."
+    found = set(np.unique(p).tolist())
+    if found <= {0, 1}:
+        return p
+    require(
+        found <= {-1, 1},
+        f"{what}: p has the values {sorted(found)[:5]}: give 0 and 1, or -1 and 1 "
+        "(darker, brighter)",
+    )
+    return (p > 0).astype(np.int64)
+
+
+def standard_events(
+    events: Any,  # `t, x, y, p` by name: a dict, an .npz, or an array with named fields
+    what: str = "the recording",  # its name in the error
+) -> dict[str, np.ndarray]:
+    """Return events as int64 arrays `t, x, y, p` of one length, with polarities 0 and 1.
+
+    Polarities -1 and 1 are converted. Raises `UserError` for a missing name, fractions (seconds
+    instead of microseconds), other polarities, or arrays of different lengths."""
+    names = list(getattr(getattr(events, "dtype", None), "names", None) or events)
+    missing = [name for name in "txyp" if name not in names]
+    require(
+        not missing,
+        f"{what} has no {', '.join(missing)} but {', '.join(map(str, names))}: "
+        "name its arrays t, x, y, p",
+    )
+    arrays = {name: _whole_numbers(events[name], name, what) for name in "txyp"}
+    lengths = {name: len(values) for name, values in arrays.items()}
+    require(
+        len(set(lengths.values())) == 1,
+        f"{what} has arrays of different lengths {lengths}: give t, x, y, p of every event",
+    )
+    arrays["p"] = _polarity(arrays["p"], what)
+    return arrays
+
+
 def check_events(
     events: dict[str, np.ndarray],  # `t, x, y, p`
     T: int,  # frames wanted
@@ -280,7 +334,7 @@ def check_events(
 
 
 def frames_of(
-    events: dict[str, np.ndarray],  # `t, x, y, p`
+    events: Any,  # `t, x, y, p`, see `standard_events`
     T: int,  # number of frames
     size: int,  # edge of the sensor in pixels
     slicing: str = "number",  # "number" or "time", see above
@@ -290,10 +344,17 @@ def frames_of(
     "Count events, int64 (T, 2, size, size); channel 0 counts the darker ones, 1 the brighter ones."
     if slicing not in SLICING:
         raise unknown("slicing", slicing, SLICING)
+    events = standard_events(events, what)
     check_events(events, T, size, what, cure)
-    order = np.argsort(np.asarray(events["t"]), kind="stable")
-    t, x, y, p = (np.asarray(events[k]).astype(np.int64)[order] for k in "txyp")
-    place = ((p != 0) * size + y) * size + x
+    order = np.argsort(events["t"], kind="stable")
+    t, x, y, p = (events[k][order] for k in "txyp")
+    duration = int(t[-1] - t[0])
+    require(
+        slicing != "time" or T == 1 or duration >= T,
+        f"{what} lasts {duration} µs, too short for frames={T} of equal time: "
+        "give times in whole microseconds, or slicing='number'",
+    )
+    place = (p * size + y) * size + x
     num_places = 2 * size * size
     frames = []
     for first, end in zip(*SLICING[slicing](t, T)):
@@ -410,7 +471,12 @@ class Recording:
         image = pixels(self.item)
         size = self.size or min(image.shape[:2])
         check_sensor(size, self.protocol)
-        if image.shape[2] != 3:
+        num_channels = image.shape[2]
+        require(
+            num_channels in (1, 3),
+            f"{self.name} has {num_channels} channels: give grey or RGB images",
+        )
+        if num_channels == 1:
             image = image[:, :, 0]
         seen = pixels(image, max(1, round(size * self.protocol.part)))
         events = record(seen, size, self.protocol, self.camera, *self.seed)

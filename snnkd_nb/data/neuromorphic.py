@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SENSOR', 'Events', 'READER', 'BROKEN', 'CLASSES', 'CIFAR10_DVS', 'GESTURES', 'GESTURE', 'resized', 'read_aedat2',
-           'read_aedat3', 'read_events', 'cut_out', 'Recorded', 'check_options', 'check_count', 'stat', 'number_of',
-           'numbered', 'dvs_files', 'dvs_split', 'cifar10_dvs', 'gestures', 'trials', 'dvs_gesture']
+           'read_aedat3', 'read_events', 'cut_out', 'check_camera', 'Recorded', 'check_options', 'check_count', 'stat',
+           'number_of', 'numbered', 'dvs_files', 'dvs_split', 'cifar10_dvs', 'gestures', 'trials', 'dvs_gesture']
 
 # %% ../../nbs/lib/16_data.neuromorphic.ipynb #dfe6bf05
 import itertools
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from ..core import UserError, unknown
 from .batches import stratified
 from .decode import Source
-from .events import as_row, check_frames, frames_of, normal
+from .events import as_row, check_frames, frames_of, normal, standard_events
 from .images import data_path
 from ..spec import require
 
@@ -139,7 +139,7 @@ def read_aedat3(
     return {"t": np.concatenate(time_parts), "x": x, "y": y, "p": p}
 
 # %% ../../nbs/lib/16_data.neuromorphic.ipynb #9a7e13b5
-READER = 2  # raised when the same files give other events or frames
+READER = 3  # raised when the same files give other events or frames
 BROKEN = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 # the last file that a thread has read: a file of Gesture has a dozen recordings
 _last_read = threading.local()
@@ -147,7 +147,7 @@ _last_read = threading.local()
 
 def _read_npz(path: Path) -> Events:
     with np.load(path) as archive:
-        return {name: archive[name].astype(np.int64) for name in "txyp"}
+        return standard_events(archive, str(path))
 
 
 def read_events(
@@ -195,6 +195,22 @@ def cut_out(
     return {name: values[is_inside] for name, values in events.items()}
 
 
+def check_camera(
+    events: Events,
+    what: object,  # name of the recording, for the error
+) -> None:
+    "Raise `UserError` if all events are in one quarter of the sensor, as from a smaller camera."
+    num_events = len(events["x"])
+    if num_events < 32:
+        return
+    edge = 1 + int(max(events["x"].max(), events["y"].max()))
+    require(
+        edge > SENSOR // 2,
+        f"{what}: all {num_events} events are within {edge}x{edge} of {SENSOR}x{SENSOR} pixels: "
+        "it is of another camera",
+    )
+
+
 @dataclass(frozen=True)
 class Recorded:
     "Read a recording of a file when it is called: uint8 (H, W, T·2)."
@@ -215,6 +231,7 @@ class Recorded:
     def __call__(self) -> np.ndarray:
         "Return the recording, uint8 (H, W, T·2)."
         events = read_events(self.path, self.read)
+        check_camera(events, self)
         if self.span:
             events = cut_out(events, self.span, self)
         frames = frames_of(events, self.frames, SENSOR, self.slicing, str(self))
