@@ -8,6 +8,7 @@ __all__ = ['MEASURES', 'VERBS', 'HIDDEN', 'comments_of', 'shorten_error', 'parse
 
 # %% ../nbs/lib/99_cli.ipynb #19e8036e
 import ast
+import codecs
 import contextlib
 import importlib
 import inspect
@@ -20,7 +21,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-from .core import UserError, renamed, root, unknown
+from .core import UserError, renamed, replace_characters, root, unknown
 
 if TYPE_CHECKING:
     from snnkd_nb.spec import ModelSpec, RunSpec, SearchSpec
@@ -686,8 +687,47 @@ def _describe_os_error(error: OSError) -> str:
     return f"cannot use{place}: {error.strerror or error}"
 
 
+def _prepare_streams() -> None:
+    """Open standard streams that were closed, and let them replace characters they cannot write.
+
+    A closed number (0, 1, 2) would be given to the next file that is opened, and what a library
+    prints would end in that file.
+    """
+    codecs.register_error("similar", replace_characters)
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+        if getattr(sys, name) is None:
+            stream = os.fdopen(number, mode, encoding="utf-8", closefd=False)
+            setattr(sys, name, stream)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="similar")
+
+
+def _restart_with_utf8() -> None:
+    """Start this process again with file names in UTF-8, if the locale has another encoding.
+
+    The id of a run contains names of folders, so it would depend on the locale. What is printed
+    keeps the encoding of the locale.
+    """
+    if sys.getfilesystemencoding().lower() == "utf-8" or "PYTHONUTF8" in os.environ:
+        return
+    os.environ["PYTHONUTF8"] = "1"
+    os.environ.setdefault("PYTHONIOENCODING", sys.stdout.encoding)
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command line, the words after `snnkd` (None: of this process); return the exit code."""
+    _prepare_streams()
+    if words is None:
+        _restart_with_utf8()
     try:
         code = _dispatch(sys.argv[1:] if words is None else list(words))
         sys.stdout.flush()

@@ -152,11 +152,11 @@ class Store:
 
     def _read(self, path: Path, rid: str) -> Any:
         try:
-            record = parse(path.read_text())
+            record = parse(path.read_text(encoding="utf-8"))
             if record.id != rid:
                 raise BadRecord("the file is named after another run")
             return record
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (BadRecord, TypeError, UnicodeDecodeError) as error:
             warnings.warn(

@@ -8,6 +8,7 @@ __all__ = ['WIDE_RANGES', 'TRANSPARENT_MODES', 'BITS_PER_SAMPLE', 'PHOTOMETRIC',
            'cache_folder', 'checksum', 'write_cache', 'read_cache', 'prepare']
 
 # %% ../../nbs/lib/11_data.decode.ipynb #86c18c22
+import contextlib
 import itertools
 import json
 import re
@@ -24,7 +25,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from ..core import UserError, cache_dir, canonical_json, cores, lock, sha256_of
+from snnkd_nb.core import (
+    UserError,
+    cache_dir,
+    canonical_json,
+    cores,
+    is_terminal,
+    lock,
+    readable_name,
+    sha256_of,
+)
 from .batches import ImageData, Split
 
 # %% ../../nbs/lib/11_data.decode.ipynb #7677c2f8
@@ -132,7 +142,7 @@ def _describe_item(item: Any) -> str:
     "Name an image for an error; an array is named by its type and shape."
     if isinstance(item, np.ndarray):
         return f"{item.dtype} {item.shape} in memory"
-    return str(item)
+    return readable_name(str(item))
 
 
 def _resize_array(values: np.ndarray, size: int | None) -> np.ndarray:
@@ -182,16 +192,17 @@ def progress(
     "Pass the items through; after a while, write to stderr how many are done."
     start = time.monotonic()
     last_line = start
-    pause = 0.5 if sys.stderr.isatty() else 10.0
+    pause = 0.5 if is_terminal(sys.stderr) else 10.0
     for num_done, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
         if now - start > after and now - last_line > pause:
             last_line = now
             seconds_left = (now - start) * (total - num_done) / num_done
-            sys.stderr.write(
-                f"{what}: {num_done:,} of {total:,} images, {seconds_left:.0f} s left\n"
-            )
+            line = f"{what}: {num_done:,} of {total:,} images, {seconds_left:.0f} s left\n"
+            # standard error may be closed, full, or another object
+            with contextlib.suppress(AttributeError, OSError, ValueError):
+                sys.stderr.write(line)
 
 # %% ../../nbs/lib/11_data.decode.ipynb #f5ad13a3
 def _map_ahead(pool: Executor, function: Callable, blocks: Iterable, depth: int = 16) -> Iterator:
@@ -362,12 +373,12 @@ def write_cache(
     if source.frames:
         meta["frames"] = source.frames
     signed = {**meta, "sha256": sha256_of(canonical_json(meta))}
-    (folder / "meta.json").write_text(canonical_json(signed))
+    (folder / "meta.json").write_text(canonical_json(signed), encoding="utf-8")
 
 # %% ../../nbs/lib/11_data.decode.ipynb #5d5a1775
 def _read_checked(folder: Path) -> tuple[dict, np.ndarray, np.ndarray] | None:
     "Return the description, images and labels of a cache folder; None if a checksum is wrong."
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     # changes of the images stay in memory (mode "c") and never reach the file
     images = np.load(folder / "images.npy", mmap_mode="c")
     labels = np.load(folder / "labels.npy")

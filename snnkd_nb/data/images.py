@@ -8,13 +8,15 @@ __all__ = ['EXTENSIONS', 'ListedFile', 'CIFAR', 'SOURCES', 'list_images', 'check
            'plugin', 'import_plugins', 'list_datasets', 'opener', 'load']
 
 # %% ../../nbs/lib/12_data.images.ipynb #40534497
+import contextlib
 import importlib
 import importlib.util
 import inspect
 import os
 import sys
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core import UserError, data_dir, torchvision, unknown
+from ..core import UserError, data_dir, expand_path, readable_name, torchvision, unknown
 from .batches import ImageData, stratified
 from .decode import Source, prepare
 
@@ -36,35 +38,82 @@ def _file(entry: os.DirEntry) -> ListedFile:
     return entry.path, status.st_size, status.st_mtime_ns
 
 
-def _walk(folder: str) -> list[ListedFile]:
-    "List the images in a folder and all folders below it."
+def _is_folder(entry: os.DirEntry) -> bool:
+    "Tell whether an entry is a folder or a link to one; a link to nothing raises `UserError`."
+    if entry.is_symlink() and not os.path.exists(entry.path):
+        raise UserError(
+            f"{readable_name(entry.path)} is a link to {readable_name(os.readlink(entry.path))}, "
+            "which does not exist: mount or restore it, or remove the link"
+        )
+    return entry.is_dir()
+
+
+def _walk(folder: str, around: tuple[str, ...] = ()) -> list[ListedFile]:
+    "List the images in a folder and all folders below it; `around` are the folders that hold it."
     files = []
+    place = os.path.realpath(folder)
+    if place in around:
+        raise UserError(
+            f"{readable_name(folder)} is a link to a folder that contains it: remove the link"
+        )
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name[0] == ".":
                 continue
+            is_folder = _is_folder(entry)
             extension = entry.name[entry.name.rfind(".") :].lower()
-            if extension in EXTENSIONS:
+            if is_folder:
+                files.extend(_walk(entry.path, (*around, place)))
+            elif extension in EXTENSIONS:
                 files.append(_file(entry))
-            elif entry.is_dir():
-                files.extend(_walk(entry.path))
     return sorted(files)
+
+
+@contextlib.contextmanager
+def _readable_folders() -> Iterator[None]:
+    "Turn an error of the file system into a `UserError` that names the place."
+    try:
+        yield
+    except OSError as error:
+        place = readable_name(os.fsdecode(error.filename or ""))
+        raise UserError(
+            f"cannot read {place}: {error.strerror or error}; make it readable or remove it"
+        ) from None
+
+
+def _class_name(folder_name: str) -> str:
+    """Return the class of a folder, in one spelling.
+
+    Some systems write "ä" as one character, others as two (NFC and NFD)."""
+    return unicodedata.normalize("NFC", readable_name(folder_name))
 
 
 def list_images(
     folder: str | Path,  # the folder that holds one folder per class
 ) -> dict[str, list[ListedFile]]:
-    """Return `{class: [(path, bytes, mtime in ns), …]}` in alphabetical order.
+    r"""Return `{class: [(path, bytes, mtime in ns), …]}` in alphabetical order.
 
-    The classes are the names of the sub-folders. Raises `UserError` if there is none, or if one
-    is empty."""
-    with os.scandir(folder) as entries:
-        subfolders = sorted(
-            entry.path for entry in entries if entry.is_dir() and not entry.name.startswith(".")
-        )
-    if not subfolders:
+    The classes are the names of the sub-folders: in Unicode's composed form (NFC), and with `\xe4`
+    for a byte that is not UTF-8. Raises `UserError` if there is none, if one is empty, if two have
+    the same name, and for a link to nothing or to a folder around it."""
+    found: dict[str, list[ListedFile]] = {}
+    with _readable_folders():
+        with os.scandir(folder) as entries:
+            subfolders = [
+                entry.path
+                for entry in entries
+                if not entry.name.startswith(".") and _is_folder(entry)
+            ]
+        by_name = sorted((_class_name(os.path.basename(path)), path) for path in subfolders)
+        for name, path in by_name:
+            if name in found:
+                raise UserError(
+                    f"{folder} has two folders of the class {name!r}, spelled with different "
+                    "characters (Unicode NFC and NFD): move the images into one of them"
+                )
+            found[name] = _walk(path)
+    if not found:
         raise UserError(f"{folder} has no class folders: put the images into {folder}/<class>/")
-    found = {os.path.basename(subfolder): _walk(subfolder) for subfolder in subfolders}
     for name, files in found.items():
         if not files:
             raise UserError(
@@ -122,14 +171,15 @@ def data_path(
     kind: str = "folder",  # for the error
 ) -> Path:
     "Return the folder that a data set's name points to; `UserError` if there is no such folder."
-    root = Path(root or data_dir()).expanduser()
+    root = expand_path(root or data_dir())
     if not arg:
         raise UserError(
             f"{kind} needs a folder: {kind}:NAME for {root}/NAME, or {kind}:/an/absolute/path"
         )
-    path = root / Path(arg).expanduser()
-    if path.is_dir():
-        return path
+    path = root / expand_path(arg)
+    with _readable_folders():
+        if path.is_dir():
+            return path
     raise UserError(
         f"{kind}:{arg}: there is no folder {path}; put the images there, "
         "set SNNKD_DATA to the folder that holds them, or give an absolute path"
@@ -153,7 +203,8 @@ def listing_key(
     key = []
     for split, by_class in found.items():
         for name, files in by_class.items():
-            key.append([split, name, [[file[start:], size, time] for file, size, time in files]])
+            rows = [[readable_name(file[start:]), size, time] for file, size, time in files]
+            key.append([split, name, rows])
     return key
 
 
@@ -189,7 +240,9 @@ def _table(path: Path) -> list[list[str]]:
     "Return the cells of a file with tabs; no rows if there is no such file."
     if not path.is_file():
         return []
-    return [line.split("\t") for line in path.read_text().splitlines() if line.strip()]
+    # names of files may have any bytes: they are read as the system gives them
+    text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    return [line.split("\t") for line in text.splitlines() if line.strip()]
 
 
 def tiny_titles(
@@ -197,7 +250,7 @@ def tiny_titles(
     classes: Iterable[str],  # wnids
 ) -> dict[str, str]:
     "Return readable class names; a name that two classes share also has its wnid."
-    words = {row[0]: row[-1].split(",")[0] for row in _table(path / "words.txt")}
+    words = {row[0]: readable_name(row[-1].split(",")[0]) for row in _table(path / "words.txt")}
     names = {wnid: words.get(wnid, wnid) for wnid in classes}
     uses = Counter(names.values())
     return {wnid: f"{name} ({wnid})" if uses[name] > 1 else name for wnid, name in names.items()}
@@ -323,7 +376,7 @@ def cifar(
 ) -> Source:
     "Open CIFAR-10 or CIFAR-100 by torchvision."
     class_name, folder, archive, *normal = CIFAR[kind]
-    root = Path(root or data_dir()).expanduser()
+    root = expand_path(root or data_dir())
     dataset_class = getattr(torchvision("datasets"), class_name)
     if download:
         _fetch(dataset_class, root, kind)
@@ -430,7 +483,7 @@ def opener(
         return plugin(SOURCES[kind]), ""
     if with_path in SOURCES:
         return plugin(SOURCES[with_path]), arg
-    train_folders = Path(root or data_dir()).expanduser().glob("*/train")
+    train_folders = expand_path(root or data_dir()).glob("*/train")
     folders = [f"folder:{path.parent.name}" for path in train_folders]
     raise unknown("data set", name, list_datasets() + folders)
 

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..core import UserError, canonical_json, cores, seed_for, sha256_of
+from ..core import UserError, canonical_json, cores, readable_name, seed_for, sha256_of
 from snnkd_nb.data.batches import (
     ImageData,
     check_batches,
@@ -148,7 +148,7 @@ class FileSplit:
     @cached_property
     def digest(self) -> str:
         "Return the SHA-256 of relative names, sizes and labels."
-        names = [path[self.base :] for path in self.paths.tolist()]
+        names = [readable_name(path[self.base :]) for path in self.paths.tolist()]
         return sha256_of(canonical_json([names, self.sizes.tolist(), self.labels.tolist()]))
 
 # %% ../../nbs/lib/14_data.stream.ipynb #1e8a57f6

@@ -38,7 +38,7 @@ def cpu_flags() -> frozenset[str]:
     """
     info = Path("/proc/cpuinfo")
     if info.exists():
-        for line in info.read_text(errors="replace").splitlines():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
             name, _, value = line.partition(":")
             if name.strip().lower() in ("flags", "features"):
                 return frozenset(value.lower().split())

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core import UserError, data_dir, renamed, sha256_of, torchvision, unknown
+from ..core import UserError, data_dir, expand_path, renamed, sha256_of, torchvision, unknown
 from .blocks import register_model
 from .taps import Foreign, find_classifier, first_line
 from ..spec import require
@@ -27,7 +27,7 @@ def find_file(
     name: str | Path,  # a path, or the name of a file in `data_dir()/"weights"`
 ) -> Path:
     "Return the path of a file of weights; `UserError` with the places where it was looked for."
-    places = (Path(name).expanduser(), data_dir() / "weights" / name)
+    places = (expand_path(name), data_dir() / "weights" / name)
     for path in places:
         if path.is_file():
             return path

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import snnkd_nb
-from ..core import UserError, unknown
+from ..core import UserError, expand_path, unknown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,7 +45,7 @@ def _folders_in(folder: Path) -> list[Path]:
 def _external_folders(variable: str) -> list[Path]:
     found: list[Path] = []
     for text in filter(None, variable.split(os.pathsep)):
-        folder = Path(text).expanduser().resolve()
+        folder = expand_path(text).resolve()
         papers = _folders_in(folder)
         if not papers:
             raise UserError(

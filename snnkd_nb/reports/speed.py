@@ -44,7 +44,7 @@ def load_measurement(
         raise UserError(
             f"nothing was measured on {machine!r}{measured}: run `snnkd bench all --save` on such a machine"
         )
-    return json.loads(_measurement_path(machine).read_text())
+    return json.loads(_measurement_path(machine).read_text(encoding="utf-8"))
 
 
 def goal_reached(

@@ -716,7 +716,7 @@ def measurement_path(machine: str) -> Path:
 def _read_measurement(path: Path) -> dict[str, Any]:
     """Return a kept measurement; empty if there is none, or if the file was cut short."""
     try:
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError:
         return {}
 

@@ -194,7 +194,7 @@ def load_measurement(device: str = "cpu") -> dict[str, Any]:
     path = measurement_path(device)
     if not path.is_file():
         raise UserError(f"durations were not measured on {device!r}: snnkd measure durations")
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 # %% ../../nbs/lib/94_runner.durations.ipynb #92cd0dc8
 NAMES = {

@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core import UserError, atomic_write, cores, lock, renamed, root, unknown
+from ..core import UserError, atomic_write, cores, is_terminal, lock, renamed, root, unknown
 from .planning import Clock, Job, estimate_seconds, format_duration, plan
 from .workers import Message, Task, run_request, run_tasks
 from ..spec import RunSpec, SearchSpec, to_dict
 from ..store import Record, Store, load_weights, with_weights
-from ..training.progress import format_epoch, in_notebook, read_events
+from ..training.progress import format_epoch, guard_listener, in_notebook, read_events
 
 if TYPE_CHECKING:
     from torch import nn
@@ -220,7 +220,7 @@ class BarDisplay(LineDisplay):
             progress.TimeRemainingColumn(),
             transient=True,
         )
-        super().__init__(self.print_above)
+        super().__init__(guard_listener(self.print_above))
 
     def print_above(self, line: str) -> None:
         """Print a line above the bars, as it is."""
@@ -394,7 +394,8 @@ def execute(
     tasks = make_tasks(needed, store, call)
     threads = max(1, cores() // jobs)
     envs = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in list_gpus()] or [{}]
-    in_terminal = on_line is print and sys.stdout.isatty() and not in_notebook()
+    in_terminal = on_line is print and is_terminal(sys.stdout) and not in_notebook()
+    on_line = guard_listener(on_line)
     with BarDisplay() if in_terminal else LineDisplay(on_line) as display:
         workers = min(jobs, len(needed))
         reporter = ProgressReporter(needed, workers, display, slowdown, seconds_after)

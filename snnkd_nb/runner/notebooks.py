@@ -260,7 +260,7 @@ def prepare(
         raise UserError(f"{key} is not built yet: there is no {found.path.relative_to(root())}")
     if "scale" in given:
         raise UserError("the scale is not a parameter to give with -p: use --scale")
-    nb = json.loads(found.path.read_text())
+    nb = json.loads(found.path.read_text(encoding="utf-8"))
     values = dict(found.params)
     if "scale" in read_parameters(nb):
         values["scale"] = scale

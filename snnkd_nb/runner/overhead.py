@@ -172,7 +172,7 @@ def load_measurement(device: str = "cpu") -> dict[str, Any]:
     path = measurement_path(device)
     if not path.is_file():
         raise UserError(f"the overhead was not measured on {device!r}: snnkd measure overhead")
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 # %% ../../nbs/lib/93_runner.overhead.ipynb #19d25ada
 NAMES = {

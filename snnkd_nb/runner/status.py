@@ -203,7 +203,7 @@ def write_status(store: Store | None = None, scale: str | None = None) -> Path:
     pages = {"smoke.md": status_text(store, SCALES[:1]), "README.md": status_text(store)}
     for name, text in pages.items():
         path = root() / "results" / name
-        if not path.exists() or path.read_text() != text:
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
             atomic_write(path, text)
     return root() / "results" / ("smoke.md" if scale == SCALES[0] else "README.md")
 
@@ -263,7 +263,7 @@ def readme_text(notebook: Path | str) -> str:
     """Return the front page, a notebook in `nbs/`, as Markdown."""
     top = Path(notebook).parent.parent
     blocks = ["<!-- made from nbs/index.ipynb by `snnkd readme`; edit that -->"]
-    for cell in json.loads(Path(notebook).read_text())["cells"]:
+    for cell in json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]:
         blocks += [block for block in _blocks_of(cell, top) if block]
     return "\n\n".join(blocks) + "\n"
 
@@ -278,7 +278,7 @@ def write_readme(check: bool = False) -> bool:
     if not front_page.exists():
         raise UserError(f"there is no {front_page}: README.md is made from it")
     text = readme_text(front_page)
-    is_up_to_date = path.exists() and path.read_text() == text
+    is_up_to_date = path.exists() and path.read_text(encoding="utf-8") == text
     if not is_up_to_date and not check:
         atomic_write(path, text)
     return is_up_to_date

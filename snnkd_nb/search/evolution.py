@@ -48,6 +48,7 @@ from ..models.zoo import create_model
 from .score import Score, Scorer, ScoringPool, score_from_json, score_to_json
 from .space import Space, check_images
 from ..spec import require
+from ..training.progress import guard_listener
 
 # %% ../../nbs/lib/67_search.evolution.ipynb #e20a079e
 Genome = tuple[Gene, ...]
@@ -544,7 +545,7 @@ class ScoreCache:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with lock(self.path):
             is_cut = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
-            with open(self.path, "a") as file:
+            with open(self.path, "a", encoding="utf-8") as file:
                 file.write("\n" * is_cut + "".join(lines))
 
 
@@ -554,7 +555,7 @@ def _format_score(key: str, text: str, score: Score) -> str:
 
 
 def _read_scores(path: Path, key: str) -> Iterator[tuple[str, Score]]:
-    for line in path.read_text(errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         checksum, _, body = line.partition(" ")
         if checksum == sha256_of(key + body)[:16]:
             text, values = json.loads(body)
@@ -773,6 +774,7 @@ def evolve(
         [repr(space), key, population, algorithm, repr(rates), selection, second_objective, seed]
     )
     ledger = _Ledger(checkpoint, identity, cache or ScoreCache(key))
+    emit = guard_listener(on_event)
     done: list[Generation] = []
     with ScoringPool(scorer, workers) as pool:
         for number in range(generations + 1):
@@ -783,7 +785,7 @@ def evolve(
                 event |= create_event(generation)
                 if number < ledger.num_replayed:
                     event["replayed"] = True
-                on_event(event)
+                emit(event)
     all_dead = _describe_all_dead(ledger.scores)
     require(not all_dead, all_dead)
     return SearchResult(

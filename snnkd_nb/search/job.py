@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 from torch import Tensor
 
-from ..core import cache_dir, lock, renamed, root, unknown
+from ..core import cache_dir, check_writable, lock, renamed, root, unknown
 from ..data.corrupt import load_spec
 from ..metrics.activity import COUNTED
 from ..models.genome import parse_genome
@@ -45,7 +45,7 @@ from snnkd_nb.training.job import (
     load_model,
     run_train,
 )
-from ..training.progress import EventLog, in_notebook
+from ..training.progress import EventLog, guard_listener, in_notebook
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -383,6 +383,8 @@ def run_search(
         done = store.get(spec)
         if done:
             return done
+        check_writable(store.path(spec.id))
+        check_writable(_checkpoint_path(spec))
         data = check_search(spec)
         if with_weights(spec.teacher, store)[0] is None:
             run_train(spec.teacher, store, on_event, weights=True)
@@ -399,13 +401,13 @@ def _checkpoint_path(spec: SearchSpec) -> Path:
 
 def _create_listener(search_id: str, on_event: Listener | None) -> Callable[[dict[str, Any]], None]:
     "Create a listener that adds the search's id, logs the event and passes it on."
-    log = EventLog(root() / "results" / "progress" / f"{search_id}.jsonl")
+    log = guard_listener(EventLog(root() / "results" / "progress" / f"{search_id}.jsonl"))
+    listener = guard_listener(on_event)
 
     def emit(event: dict[str, Any]) -> None:
         event = {"id": search_id, **event}
         log(event)
-        if on_event is not None:
-            on_event(event)
+        listener(event)
 
     return emit
 

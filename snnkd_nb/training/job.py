@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core import UserError, cache_dir, lock, renamed, root, seed_for
+from ..core import UserError, cache_dir, check_writable, lock, renamed, root, seed_for
 from ..data.corrupt import load_spec
 from ..kernels.precision import bf16_route, cpu_class
 from ..losses.zoo import create_distiller, parse_methods, wants_batch_size
@@ -40,7 +40,7 @@ from snnkd_nb.store import (
     with_weights,
 )
 from .loop import History, fit
-from .progress import EventLog
+from .progress import EventLog, guard_listener
 
 # %% ../../nbs/lib/62_training.job.ipynb #f75acbb2
 Listener = Callable[[dict[str, Any]], Any]
@@ -221,6 +221,8 @@ def run_train(
         done = with_weights(spec, store)[0] if weights else store.get(spec)
         if done:
             return done
+        check_writable(store.path(spec.id))
+        check_writable(_checkpoint_path(spec))
         _try_construction(spec)
         teacher, teacher_record = _obtain_model(spec.teacher, store, on_event)
         reference, reference_record = teacher, None
@@ -253,13 +255,13 @@ def _checkpoint_path(spec: RunSpec) -> Path:
 
 def _create_listener(run_id: str, on_event: Listener | None) -> Listener:
     "Create a listener that adds the run's id, logs the event and passes it on."
-    log = EventLog(root() / "results" / "progress" / f"{run_id}.jsonl")
+    log = guard_listener(EventLog(root() / "results" / "progress" / f"{run_id}.jsonl"))
+    listener = guard_listener(on_event)
 
     def emit(event: dict[str, Any]) -> None:
         event = {"id": run_id, **event}
         log(event)
-        if on_event is not None:
-            on_event(event)
+        listener(event)
 
     return emit
 

@@ -28,7 +28,7 @@ from ..neurons.lif import streaming
 from ..neurons.rate import Rate
 from ..spec import OptimSpec, check_steps
 from .checkpoint import load_checkpoint, save_checkpoint
-from .progress import ProgressPrinter
+from .progress import ProgressPrinter, guard_listener
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -629,7 +629,7 @@ def fit(
 
     Raises `NonFiniteLoss`, after which nothing is saved, and `UserError`."""
     optim = _override_optim(optim, overrides)
-    emit = on_event or ProgressPrinter()
+    emit = guard_listener(on_event or ProgressPrinter())
     distiller = distiller or Distiller(student)
     _check_arguments(student, data, distiller, optim.gradient)
     training = _prepare(distiller, data, optim, device)
