@@ -469,6 +469,13 @@ def test_spikingjelly_neurons_work_inside():
         assert theirs(x).equal(theirs(x)) and len(firing_rates(theirs, x)) == 19
 
 
+@pytest.mark.parametrize("stem, factor", [("imagenet", 4), ("half", 2), ("small", 1)])
+def test_a_stem_reduces_the_image(stem, factor):
+    net = create_model("resnet18_imagenet", stem=stem, width=0.1, depth=0.5)
+    shapes = net.feature_shapes()
+    assert [shape[-1] for shape in shapes.values()][:2] == [32 // factor] * 2
+
+
 def test_initializations_have_their_variance():
     torch.manual_seed(0)
     he = create_model("resnet18", width=0.5)

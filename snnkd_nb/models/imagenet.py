@@ -39,7 +39,7 @@ from ..spec import require
 
 # %% ../../nbs/lib/39_models.imagenet.ipynb #8c4aeb85
 # kind of stem → (edge, stride) of its convolution
-STEMS = {"imagenet": (7, 2), "small": (3, 1)}
+STEMS = {"imagenet": (7, 2), "half": (5, 2), "small": (3, 1)}
 
 
 class ImageStem(nn.Module):
@@ -50,7 +50,7 @@ class ImageStem(nn.Module):
         c_in: int,  # image channels
         c_out: int,  # channels of the convolution
         act: MakeActivation | None = None,  # makes an activation; None: no activation
-        kind: str = "imagenet",  # one of `STEMS`; "small" does not pool
+        kind: str = "imagenet",  # one of `STEMS`; only "imagenet" pools
     ) -> None:
         super().__init__()
         if kind not in STEMS:
