@@ -39,6 +39,7 @@ MOVED_MODULES = {
     "search.pool": "search.evolution",
     "search.live": "search.job",
     "published.format": "papers.published",
+    "papers.eskd_views": "papers.eskd",
     "reports.grid": "papers.experiments",
     "reports.draw": "reports.graph",
     "reports.compare": "reports.tables",

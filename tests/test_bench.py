@@ -5,8 +5,10 @@ import json
 import pytest
 
 from snnkd_nb.core import UserError
+from snnkd_nb.papers.experiments import build_grid
 from snnkd_nb.reports import speed
 from snnkd_nb.runner import bench as module
+from snnkd_nb.runner import durations
 from snnkd_nb.runner.bench import BENCHMARKS, bench
 
 
@@ -66,3 +68,23 @@ def test_a_measurement_is_kept_with_its_machine(monkeypatch, tmp_path):
     module.save_rows([line("gram", 7.0)], {"copy_gb_s": 11.0})
     rows = speed.load_measurement(module.machine_class())["rows"]
     assert [row["ratio"] for row in rows] == [7.0], "the file has rows of one machine only"
+
+
+@pytest.mark.parametrize("scale", ["small", "paper"])
+def test_the_steps_that_are_timed_are_those_of_the_tables_of_accuracy(scale, monkeypatch):
+    timed = []
+
+    def record(alone, arms, *rounds, **shape):
+        timed.append((alone, arms))
+        return []
+
+    monkeypatch.setattr(durations, "measure_group", record)
+    durations.measure_cifar(scale)
+    durations.measure_imagenet(scale)
+    assert len(timed) == 5 * 3 + 2
+    known = set(build_grid("sastc/table02", scale).specs + build_grid("sastc/table03", scale).specs)
+    for alone, arms in timed:
+        assert alone.teacher is None and alone.method == "none"
+        for (_, method), spec in arms.items():
+            assert spec.model == alone.model and spec.teacher is not None
+            assert scale == "small" or method == "Feature KD" or spec in known

@@ -11,11 +11,22 @@ from snnkd_nb.core import UserError
 from snnkd_nb.data.images import list_datasets, opener
 from snnkd_nb.losses.zoo import create_distiller
 from snnkd_nb.models.zoo import create_model, model_info
-from snnkd_nb.papers import eskd, eskd_views, studies
-from snnkd_nb.papers.eskd import EVENTS, IMAGENET
-from snnkd_nb.papers.experiments import SCALES, build_run
+from snnkd_nb.papers.eskd import (
+    compare_rate_gradients,
+    compare_settings,
+    cost_growth,
+    curve_records,
+    draw_curves,
+    judge_costs,
+    measure_map_likeness,
+    step_costs,
+    tabulate_curves,
+    teacher_gaps,
+    training_settings,
+)
+from snnkd_nb.papers.experiments import SCALES, build_grid, build_run
 from snnkd_nb.papers.published import claims, published
-from snnkd_nb.papers.registry import artefact, artefacts, specs_for
+from snnkd_nb.papers.registry import artefact, artefacts, grid_for, specs_for
 from snnkd_nb.reports.claims import judge_cells, judge_records
 from snnkd_nb.reports.diagrams import draw_eskd_overview
 from snnkd_nb.reports.snapshots import compute_hybrid_maps, fit_adapters, record_step
@@ -25,7 +36,10 @@ from snnkd_nb.store import Store
 from snnkd_nb.training.job import run_train
 
 BIG = ("medium", "paper")
-ALL = {**eskd.ARTEFACTS, **eskd_views.ARTEFACTS}
+TABLES = ("table01", "table02", "table03", "table04", "table05", "table06")
+FIGURES = ("figure01", "figure02", "figure03", "figure05")
+EVENTS = "CIFAR10-DVS"
+IMAGENET = "ImageNet"
 CLASSES = {
     "cifar10": (10, 32, 3),
     "cifar100": (100, 32, 3),
@@ -34,9 +48,20 @@ CLASSES = {
 }
 
 
+def student(scale, network, dataset, T=4, method="eskd", **options):
+    "The run of a student on rates, by the paper's name."
+    variables = {"network": network, "dataset": dataset, "T": T, "method": method}
+    return build_run("eskd", "student", scale, **variables, options=options)
+
+
+def teacher(scale, network, dataset):
+    return build_run("eskd", "teacher", scale, network=network, dataset=dataset)
+
+
 @lru_cache
 def grids(scale):
-    return {k: make(scale) for k, make in ALL.items()} | {"study": studies.eskd(scale)}
+    made = {name: build_grid(f"eskd/{name}", scale) for name in TABLES + FIGURES}
+    return made | {"study": grid_for("studies/eskd", scale)}
 
 
 @lru_cache
@@ -117,7 +142,7 @@ def test_the_adapters_of_resnet_18_and_34_have_the_printed_size():
         ("ResNet-34*", IMAGENET),
         ("ResNet-34", IMAGENET),
     ):
-        s = eskd.student("paper", name, dataset, 4)
+        s = student("paper", name, dataset)
         with torch.device("meta"):
             made = (
                 create_distiller(
@@ -145,7 +170,9 @@ def test_every_data_set_has_a_known_name_and_teachers_see_what_their_students_se
 
 
 def test_the_papers_settings():
-    assert eskd.as_printed(eskd.settings("paper")).agree.all() and len(eskd.settings("paper")) == 8
+    settings = training_settings("paper")
+    assert len(settings) == 8
+    assert compare_settings(settings).agree.all()
     students = [
         s
         for k, g in grids("paper").items()
@@ -191,7 +218,7 @@ def test_the_papers_settings():
     }
     assert all(
         len(c.groups) == (1 if c.column == "ImageNet" or c.column == "teacher accuracy" else 5)
-        for k in eskd.ARTEFACTS
+        for k in TABLES
         for c in grids("paper")[k].cells
         if c.specs and c.index.get("T") != "-"
     )
@@ -221,7 +248,7 @@ def test_schedules_and_places_are_those_of_the_tables():
 
 
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("key", eskd.ARTEFACTS)
+@pytest.mark.parametrize("key", TABLES)
 def test_cells_are_published_ones_and_all_are_run(key, scale):
     grid = grids(scale)[key]
     report = Report(grid, {})
@@ -268,7 +295,7 @@ def test_our_cells_of_table_1():
 @pytest.mark.parametrize("scale", SCALES)
 def test_what_is_in_several_artefacts_is_one_run(scale):
     of = {k: {s.canonical() for s in g.specs} for k, g in grids(scale).items()}
-    t = {eskd.teacher(scale, "ResNet-18", d).canonical() for d in ("CIFAR-10", "CIFAR-100")}
+    t = {teacher(scale, "ResNet-18", d).canonical() for d in ("CIFAR-10", "CIFAR-100")}
     assert (
         of["figure01"] <= of["table01"] | t
         and of["figure02"] <= of["table01"]
@@ -289,7 +316,7 @@ def test_what_is_in_several_artefacts_is_one_run(scale):
 def test_the_sew_baseline_and_two_teachers_are_other_papers_runs():
     sew = {"network": "ResNet34", "dataset": IMAGENET}
     for scale in SCALES:
-        steps = eskd.steps(scale, IMAGENET, 4)
+        steps = student(scale, "ResNet-34", IMAGENET).model.T
         assert {
             s
             for c in grids(scale)["table01"].cells
@@ -297,12 +324,10 @@ def test_the_sew_baseline_and_two_teachers_are_other_papers_runs():
             for s in c.specs
         } == {build_run("ckdsnn", "student", scale, method="none", T=steps, **sew)}
     for scale in ("smoke", "medium", "paper"):
-        assert eskd.teacher(scale, "Spikingformer-4-256", "CIFAR-10") == build_run(
+        assert teacher(scale, "Spikingformer-4-256", "CIFAR-10") == build_run(
             "ckdsnn", "teacher", scale, network="Spikformer-4-384", dataset="CIFAR-10"
         )
-    assert eskd.teacher("smoke", "ResNet-34", IMAGENET) == build_run(
-        "ckdsnn", "teacher", "smoke", **sew
-    )
+    assert teacher("smoke", "ResNet-34", IMAGENET) == build_run("ckdsnn", "teacher", "smoke", **sew)
 
 
 def test_only_the_papers_hybrid_models_are_watched():
@@ -348,23 +373,22 @@ def test_smoke_is_small():
 
 
 def test_the_study():
-    grid = studies.eskd("small")
-    assert (
-        len(grid.specs) == 46
-        and all(len(c.groups) == 3 for c in grid.cells if c.index["method"] != "Teacher")
-        and {s.data.name for s in grid.specs} == {"folder:cifar10-jpeg"}
-    )
+    from snnkd_nb.papers import studies
+
+    grid = grids("small")["study"]
+    assert len(grid.specs) == 46
+    assert all(len(c.groups) == 3 for c in grid.cells if c.index["method"] != "Teacher")
+    assert {s.data.name for s in grid.specs} == {"folder:cifar10-jpeg"}
     ways = {(c.index["panel"], c.index["method"]): c.specs[0] for c in grid.cells}
+    gradients = {"BPTT": "bptt", "BPTT + KD": "bptt"}
+    gradients |= {"rates": "rate", "rates + KD": "rate", "ESKD": "rate"}
     for T in (2, 4):
-        assert [ways[f"T = {T}", w].optim.gradient for w in studies.WAYS] == [
-            "bptt",
-            "bptt",
-            "rate",
-            "rate",
-            "rate",
-        ] and all(ways[f"T = {T}", w].model.T == T for w in studies.WAYS)
+        for way, gradient in gradients.items():
+            spec = ways[f"T = {T}", way]
+            assert (spec.optim.gradient, spec.model.T) == (gradient, T)
     frame = summarize_grid(grid, dict.fromkeys(grid.specs))
-    assert len(frame) == 19 and set(judge_cells(studies.ESKD_CLAIMS, grid, {}).ours) == {"not run"}
+    assert len(frame) == 19
+    assert set(judge_cells(studies.ESKD_CLAIMS, grid, {}).ours) == {"not run"}
 
 
 # figures
@@ -385,52 +409,75 @@ def test_curves_are_read_from_records():
         }
 
     frame = tabulate_by_epoch(grid, {s: Fake(70, history(s)) for s in grid.specs}, "hybrids")
-    rows = eskd_views.curve_rows(frame)
-    assert {(r["method"], r["column"]): (r["value"], r["n"]) for r in rows if r["T"] == 4}[
-        "M0", "distance to S"
-    ] == (10, 3) and eskd_views.curve_table(rows).loc[(2, "S"), "end"] == 71
-    assert judge_records(eskd_views.curve_claims(3), rows).ours.tolist() == ["holds"] * 3
-    fig, numbers = eskd_views.curve_panels(frame, "accuracy")
-    assert len(fig.axes) == 3 and len(numbers) == 3 * 4 * 3
-    worse = [r | {"value": -r["value"]} for r in rows]
-    assert judge_records(eskd_views.curve_claims(3), worse).ours.tolist() == ["fails"] * 3
+    records = curve_records(frame)
+    at_four = {(r["method"], r["column"]): r for r in records if r["T"] == 4}
+    assert at_four["M0", "distance to S"]["value"] == 10
+    assert at_four["M0", "distance to S"]["n"] == 3
+    assert tabulate_curves(records).loc[(2, "S"), "end"] == 71
+    assert judge_records(claims("eskd/figure03"), records).ours.tolist() == ["holds"] * 3
+    fig, numbers = draw_curves(frame, "accuracy")
+    assert len(fig.axes) == 3
+    assert len(numbers) == 3 * 4 * 3
+    worse = [r | {"value": -r["value"]} for r in records]
+    assert judge_records(claims("eskd/figure03"), worse).ours.tolist() == ["fails"] * 3
+
+
+def test_a_figure_without_records_is_empty():
+    grid = grids("small")["figure03"]
+    frame = tabulate_by_epoch(grid, {}, "hybrids")
+    _, numbers = draw_curves(frame, "accuracy")
+    assert numbers.empty
+    assert curve_records(frame) == []
 
 
 def test_claims_select_what_the_figures_give():
-    for c in (*eskd_views.CURVE_CLAIMS, *eskd_views.MAP_CLAIMS):
-        assert artefact(c.key) and c.better["column"] and c.worse["column"]
-    assert {c.key for c in eskd_views.CURVE_CLAIMS} == {"eskd/figure02", "eskd/figure03"} and {
-        c.key for c in eskd_views.MAP_CLAIMS
-    } == {"eskd/figure05"}
+    found = [c for c in claims("eskd") if "figure" in c.key]
+    assert [sum(c.key == f"eskd/figure0{n}" for c in found) for n in (2, 3, 5)] == [3, 3, 13]
+    columns = {"first", "end", "rose in (%)", "distance to S"}
+    for claim in found:
+        if claim.key != "eskd/figure05":
+            assert {claim.better["column"], claim.worse["column"]} <= columns
 
 
-def test_nothing_is_said_of_a_cost_that_was_not_measured():
-    nothing = eskd_views.cost_verdicts({"rows": []})
-    assert (
-        set(nothing["ESKD"]) == {"not measured"}
-        and len(nothing) == 8
-        and eskd_views.cost_frame({"rows": []}).empty
-        and eskd_views.growth({"rows": []}).empty
-    )
-    kept = {
-        "rows": [
-            {
-                "what": "rate",
-                "name": f"net, batch 1, peak memory, T=4: through time / {way}",
-                "ratio": 2.0,
-                "low": 2.0,
-                "high": 2.0,
-                "n": 1,
-                "mib": {"bptt, T=4": 200.0, f"{g}, T=4": 100.0},
-            }
-            for g, way in (("eskd", "ESKD"), ("rate", "rates"), ("parts", "parts"))
-        ]
+def test_no_verdict_on_a_cost_that_was_not_measured():
+    nothing = judge_costs({"rows": []})
+    assert set(nothing["ESKD"]) == {"not measured"}
+    assert len(nothing) == 8
+    assert step_costs({"rows": []}).empty
+    assert cost_growth({"rows": []}).empty
+
+
+def memory_row(gradient, way):
+    return {
+        "what": "rate",
+        "name": f"net, batch 1, peak memory, T=4: through time / {way}",
+        **{"ratio": 2.0, "low": 2.0, "high": 2.0, "n": 1},
+        "mib": {"bptt, T=4": 200.0, f"{gradient}, T=4": 100.0},
     }
-    assert (
-        eskd_views.cost_frame(kept).MiB.tolist() == [100.0, 100.0, 200.0]
-        and eskd_views.cost_verdicts(kept).set_index(["of a step", "T"]).loc[("memory", 4), "ESKD"]
-        == "less than BPTT"
-    )
+
+
+def test_costs_are_read_from_a_measurement():
+    rows = [memory_row("eskd", "ESKD"), memory_row("rate", "rates"), memory_row("parts", "parts")]
+    costs = step_costs({"rows": rows})
+    assert costs[["way", "T", "MiB"]].values.tolist() == [
+        ["ESKD", 4, 100.0],
+        ["rates", 4, 100.0],
+        ["through time", 4, 200.0],
+    ]
+    verdicts = judge_costs({"rows": rows}).set_index(["of a step", "T"])["ESKD"]
+    assert verdicts["memory", 4] == "less than BPTT"
+    assert verdicts["memory", 2] == verdicts["time", 4] == "not measured"
+    grown = {**memory_row("eskd", "ESKD"), "name": "net, batch 1, peak memory, eskd: T=8 / T=2"}
+    growth = cost_growth({"rows": [grown]})
+    assert growth.iloc[0].tolist() == ["memory", "ESKD", 2.0, 2.0, 2.0, 1]
+
+
+def test_gradients_on_rates_are_exact_at_one_step_and_for_the_classifier():
+    frame = compare_rate_gradients((1, 3), width=0.125, size=8, batch=4, depth=0.34)
+    assert frame.cosine[0] > 0.9999
+    assert abs(frame.length[0] - 1) < 1e-3
+    assert frame.cosine[1] < 0.99
+    assert (frame["cosine, classifier"] > 0.9999).all()
 
 
 @pytest.fixture(scope="module")
@@ -503,15 +550,32 @@ def test_adapters_are_fitted_and_nothing_else_moves(pair):
     )
 
 
+def test_likeness_of_maps_is_measured_for_every_network(pair):
+    from snnkd_nb.data.corrupt import load_spec
+    from snnkd_nb.spec import DataSpec
+
+    spiking, ordinary = pair
+    networks = {"Teacher": ordinary, "ESKD": spiking, "rates alone": spiking}
+    data = load_spec(DataSpec("digits", size=16))
+    x, y = torch.randn(6, 1, 16, 16), torch.arange(6)
+    distiller, frame = measure_map_likeness(lambda seed: networks, [0, 1], data, x, y, steps=1)
+    assert distiller.student is spiking
+    assert frame.groupby("seed").size().tolist() == [5, 5]
+    first = frame[frame.seed == 0].set_index("map")
+    assert set(first.index) == {"SNN", "M0", "M1", "M2", "rates alone"}
+    assert first.pearson["rates alone"] == pytest.approx(first.pearson["SNN"])
+    assert first["pearson, SNN"].idxmax() == "rates alone"  # the same network as the SNN
+    chance = first["pearson"] - first["pearson, another image"]
+    assert first["pearson over chance"].tolist() == chance.tolist()
+
+
 def test_mistakes_are_named():
-    for bad, named in (
-        (lambda: eskd.table01("papr"), "paper"),
-        (lambda: eskd.network("smoke", "ResNet18", 2), "ResNet-18"),
-        (lambda: eskd.student("smoke", "ResNet-18", "CIFAR-10", 2, "rate"), "rates"),
-        (lambda: studies.eskd("smal"), "small"),
-    ):
-        with pytest.raises(UserError, match=named):
-            bad()
+    with pytest.raises(UserError, match="paper"):
+        build_grid("eskd/table01", "papr")
+    with pytest.raises(UserError, match="did you mean 'ResNet-18'"):
+        student("smoke", "ResNet18", "CIFAR-10")
+    with pytest.raises(UserError, match="CIFAR-100"):
+        student("smoke", "ResNet-18", "CIFAR100")
 
 
 @pytest.fixture(scope="module")
@@ -534,23 +598,26 @@ def brief(spec):
     )
 
 
+def through_time(spec):
+    return spec.replace(optim=spec.optim.replace(gradient="bptt"))
+
+
 KINDS = {
-    "rates": ("ResNet-18", "CIFAR-10", 2, "rates", {}),
-    "eskd": ("ResNet-18", "CIFAR-10", 6, "ESKD", {}),
-    "bptt": ("ResNet-18", "CIFAR-10", 2, "BPTT + KD", {}),
-    "schedule": ("ResNet-18", "CIFAR-10", 4, "ESKD", {"alpha": "increase", "beta": "decay"}),
-    "r19": ("ResNet-19", "CIFAR-10", 2, "ESKD", {}),
-    "sew": ("ResNet-34*", IMAGENET, 4, "ESKD", {}),
-    "preact": ("ResNet-34†", IMAGENET, 4, "ESKD", {}),
-    "former": ("Spikingformer-4-256", "CIFAR-10", 4, "ESKD", {}),
-    "events": ("ResNet-19", EVENTS, 4, "ESKD", {}),
+    "rates": student("smoke", "ResNet-18", "CIFAR-10", 2, "none"),
+    "eskd": student("smoke", "ResNet-18", "CIFAR-10", 6),
+    "bptt": through_time(student("smoke", "ResNet-18", "CIFAR-10", 2, positions=[])),
+    "schedule": student("smoke", "ResNet-18", "CIFAR-10", alpha="increase", beta="decay"),
+    "r19": student("smoke", "ResNet-19", "CIFAR-10", 2),
+    "sew": student("smoke", "ResNet-34*", IMAGENET),
+    "preact": student("smoke", "ResNet-34†", IMAGENET),
+    "former": student("smoke", "Spikingformer-4-256", "CIFAR-10"),
+    "events": student("smoke", "ResNet-19", EVENTS),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_student_of_every_kind_runs_to_its_record(kind, alone):
-    name, dataset, T, way, args = KINDS[kind]
-    spec = brief(eskd.student("smoke", name, dataset, T, way, **args))
+    spec = brief(KINDS[kind])
     record = run_train(spec, alone)
     assert (
         record.id == spec.id
@@ -620,11 +687,9 @@ def test_every_method_steps_on_a_narrow_copy():
 
 def test_gaps_join_teacher_and_student():
     grid = grids("smoke")["table06"]
-    frame = eskd.gaps(
-        Report(grid, {s: Fake(90.0 if s.model.T is None else 80.0) for s in grid.specs})
-    )
-    assert (
-        frame.ours.tolist() == [-10.0] * 4
-        and frame.printed.tolist() == [-14.30, -14.15, -3.67, -2.97]
-        and isinstance(frame, pd.DataFrame)
-    )
+    runs = {s: Fake(90.0 if s.model.T is None else 80.0) for s in grid.specs}
+    frame = teacher_gaps(Report(grid, runs))
+    assert isinstance(frame, pd.DataFrame)
+    assert frame.ours.tolist() == [-10.0] * 4
+    assert frame.printed.tolist() == [-14.30, -14.15, -3.67, -2.97]
+    assert frame.paper.tolist() == frame.printed.tolist()

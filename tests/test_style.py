@@ -27,8 +27,6 @@ LONG_LINES: dict[str, int] = {
     "papers.dsas_search": 11,
     "papers.dsas_students": 14,
     "papers.dsas_views": 9,
-    "papers.eskd": 21,
-    "papers.eskd_views": 14,
     "papers.experiments": 11,
     "papers.published": 12,
     "papers.registry": 4,

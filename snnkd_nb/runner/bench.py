@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core import UserError, atomic_write, canonical_json, renamed, root, unknown
-from ..papers import sastc
-from .durations import make_run_steps
+from .durations import cifar_run, make_run_steps
 from .micro import gram_rows, neuron_rows, profile_rows, roofline_rows, sastc_rows
 from .overhead import SETTING, TINY, make_method_step
 from .peers import build_peer_resnet20, convert_network, has_compiler
@@ -436,10 +435,9 @@ def _cost_share(name: str, times: Times, method: str, baseline: str) -> Row:
 def calibration_rows(tiny: bool = False) -> list[Row]:
     """Compare a step under SASTC with KD's and the baseline's: VGG-11 under ResNet-32x4."""
     scale, batch, size = ("smoke", 4, 8) if tiny else ("paper", 128, 32)
-    teacher = sastc.teacher(scale, "CIFAR-100", "ResNet-32x4")
     steps = {}
     for method in ("Baseline", "KD", "SASTC"):
-        run = sastc.student(scale, "CIFAR-100", "VGG-11", 3, method, teacher)
+        run = cifar_run(scale, "CIFAR-100", "VGG-11", "ResNet-32x4", 3, method)
         steps[method] = make_run_steps(run, batch, size, 100)[0]
     times = time_in_turns(steps, 3 if tiny else 7)
     setting = f"VGG-11 under ResNet-32x4, T=3, batch {batch}"
