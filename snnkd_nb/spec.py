@@ -259,7 +259,7 @@ GRADIENTS = ("bptt", "rate", "rate-code")
 class OptimSpec(Spec):
     "How long and how a network is trained."
 
-    epochs: int = 5  # passes over the training images
+    epochs: int = 5  # passes over the training images; 0: weights from a file stay as they are
     batch_size: int = 64  # images per step
     lr: float = 0.1  # peak learning rate
     momentum: float = 0.9  # of SGD, 0 to 1
@@ -287,7 +287,7 @@ class OptimSpec(Spec):
         _check_name(self, "schedule", SCHEDULES)
         _check_name(self, "precision", PRECISIONS)
         _check_name(self, "gradient", GRADIENTS)
-        _check_number(self, "epochs", 1, kind=int)
+        _check_number(self, "epochs", 0, kind=int)
         _check_number(self, "batch_size", 1, kind=int)
         for name in ("lr", "weight_decay", "warmup", "gamma"):
             _check_number(self, name, 0)
@@ -405,8 +405,22 @@ class RunSpec(Spec):
         _check_name(self, "method")
         _check_name(self, "variant", VARIANTS)
         _check_number(self, "seed", 0, 2**31 - 1, kind=int)
+        self._check_epochs()
         self._check_method()
         self._check_probes()
+
+    def _check_epochs(self) -> None:
+        has_weights = self.model.args.get("weights") or self.model.args.get("pretrained")
+        require(
+            self.optim.epochs > 0 or has_weights,
+            "epochs = 0: the network would stay untrained; give a whole number of at least 1, "
+            "or weights of a file (--teacher-weights, ModelSpec(args={'weights': FILE}))",
+        )
+        require(
+            self.optim.epochs > 0 or (self.method == "none" and not self.probes),
+            "epochs = 0: nothing is trained, so there is nothing to distil or to probe; "
+            "give a whole number of at least 1",
+        )
 
     def _check_method(self) -> None:
         names = method_names(self.method)

@@ -267,7 +267,7 @@ def test_train_prints_accuracy_and_record_and_the_second_time_trains_nothing(hom
     ]
     assert main(words) == 0
     first = capsys.readouterr().out
-    path = home / first.splitlines()[-1]
+    path = home / first.split()[-1]
     spec = json.loads(path.read_text())["spec"]
     assert spec["method"] == "kd"
     assert spec["teacher"]["optim"]["epochs"] == 2
@@ -320,7 +320,7 @@ def test_a_plugin_brings_a_network_and_workers_import_it_too(home, capsys, monke
             (str(home / "my_own_nets.py"), "my_own_nets.py", "my_own_nets")
         ):
             assert main([*words, "--seed", str(seed), "--plugin", plugin]) == 0, capsys.readouterr()
-        spec = json.loads((home / capsys.readouterr().out.splitlines()[-1]).read_text())["spec"]
+        spec = json.loads((home / capsys.readouterr().out.split()[-1]).read_text())["spec"]
         assert spec["teacher"]["model"]["name"] == "my_own_teacher" and os.environ[
             "SNNKD_PLUGIN"
         ] == str(home / "my_own_nets.py")
@@ -350,7 +350,7 @@ def test_a_teacher_of_a_library_has_no_width(home, capsys):
         "32",
     ]
     assert main(words) == 0, capsys.readouterr()
-    spec = json.loads((home / capsys.readouterr().out.splitlines()[-1]).read_text())["spec"]
+    spec = json.loads((home / capsys.readouterr().out.split()[-1]).read_text())["spec"]
     assert (spec["model"]["width"], spec["teacher"]["model"]["width"]) == (0.0625, 1.0)
 
 

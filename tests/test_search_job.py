@@ -148,7 +148,7 @@ def test_workers_do_not_change_the_record(home):
         ),
         ({"metric": "mas", "batch": 1}, "a batch of 1 image"),
         ({"metric_args": {"mode": "sample"}, "batch": 1}, "a batch of 1 image"),
-        ({"data": DataSpec(size=6)}, "images 1×8×8 of digits, the images of the search are 1×6×6"),
+        ({"data": DataSpec(size=6)}, "images 1×8×8 of digits, these images are 1×6×6"),
     ],
 )
 def test_mistakes_are_said_before_a_teacher_is_trained(home, kw, words):
@@ -223,7 +223,7 @@ def test_by_hand(home, capsys):
     assert main(words) == 0
     said = capsys.readouterr().out
     assert "generation   2/2" in said and "12 candidates" in said and "parameters" in said
-    record = parse((home / said.splitlines()[-1]).read_text())
+    record = parse((home / said.split()[-1]).read_text())
     assert record.run.population == 4 and record.best["genome"] in said
     assert main(words) == 0 and "generation" not in capsys.readouterr().out
     assert main(["watch", record.id]) == 0

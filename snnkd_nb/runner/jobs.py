@@ -22,7 +22,7 @@ from ..core import UserError, atomic_write, cores, is_terminal, lock, renamed, r
 from .planning import Clock, Job, estimate_seconds, format_duration, plan
 from .workers import Message, Task, run_request, run_tasks
 from ..spec import RunSpec, SearchSpec, to_dict
-from ..store import Record, Store, load_weights, with_weights
+from ..store import Record, Store, complete_id, load_weights, with_weights
 from ..training.progress import format_epoch, guard_listener, in_notebook, read_events
 
 if TYPE_CHECKING:
@@ -600,13 +600,10 @@ def watch(
 ) -> bool:
     """Show the progress of a run until it is done or nobody trains it; return whether it is done.
 
-    Raises `UserError` if no progress file begins with `run`.
+    Raises `UserError` if no progress file begins with `run`, or more than one.
     """
     files = {path.stem: path for path in sorted(progress_folder().glob("*.jsonl"))}
-    matches = [run_id for run_id in files if run and run_id.startswith(run)]
-    if not matches:
-        raise unknown("run", run, files)
-    run_id = matches[0]
+    run_id = complete_id(run, list(files))
     num_seen = 0
     while True:
         locked = _is_locked(run_id)  # asked first: a run ends by writing, then unlocks

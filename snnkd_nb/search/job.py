@@ -41,6 +41,7 @@ from snnkd_nb.training.job import (
     Listener,
     build_model,
     check_frames,
+    check_same_data,
     check_spec,
     load_model,
     run_train,
@@ -147,22 +148,6 @@ def _check_teacher(spec: SearchSpec, scoring: Scoring, data: Any, space: Space) 
     )
 
 
-def _check_same_data(teacher_data: Any, data: Any) -> None:
-    "Check that the teacher has learned the classes and the image size of the search."
-    require(
-        teacher_data.classes == data.classes,
-        f"the teacher learns {teacher_data.num_classes} classes of {teacher_data.name}, "
-        f"{data.name} has {data.num_classes}: give a teacher of the same data",
-    )
-    teacher_size = "×".join(map(str, teacher_data.shape))
-    size = "×".join(map(str, data.shape))
-    require(
-        teacher_data.shape == data.shape,
-        f"the teacher learns images {teacher_size} of {teacher_data.name}, the images of the "
-        f"search are {size}: give both the same data and size",
-    )
-
-
 def check_search(
     spec: SearchSpec,
 ) -> Any:
@@ -177,7 +162,7 @@ def check_search(
         "operations; take second='parameters', or add a metric that runs it",
     )
     data = load_spec(spec.data)
-    _check_same_data(load_spec(spec.teacher.data), data)
+    check_same_data(spec.teacher.data, spec.data)
     check_frames(ModelSpec("dsas", spec.T), data)
     check_batch(scoring, spec.batch, data.num_classes)
     load_batches(spec, data)

@@ -629,6 +629,8 @@ def fit(
 
     Raises `NonFiniteLoss`, after which nothing is saved, and `UserError`."""
     optim = _override_optim(optim, overrides)
+    if optim.epochs == 0:
+        raise UserError("epochs = 0: nothing would be trained; give a whole number of at least 1")
     emit = guard_listener(on_event or ProgressPrinter())
     distiller = distiller or Distiller(student)
     _check_arguments(student, data, distiller, optim.gradient)
