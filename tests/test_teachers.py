@@ -133,7 +133,9 @@ def test_only_a_run_from_a_file_may_have_no_epochs():
     with pytest.raises(UserError, match="epochs = 0"):
         RunSpec(optim=OptimSpec(epochs=0))
     with pytest.raises(UserError, match="nothing to distil"):
-        RunSpec(model=ModelSpec(T=2, args={"weights": "x"}), optim=OptimSpec(epochs=0), method="tet")
+        RunSpec(
+            model=ModelSpec(T=2, args={"weights": "x"}), optim=OptimSpec(epochs=0), method="tet"
+        )
 
 
 def test_a_network_starts_from_a_file_without_its_classifier(tmp_path):
