@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from ..core import UserError, renamed
-from .lif import copy_dense, make_dense, neuron_parameters, select_kernel_for
+from snnkd_nb.kernels.lif import (
+    copy_dense,
+    make_dense,
+    neuron_parameters,
+    select_kernel_for,
+    state_at_rest,
+)
 from .surrogate import Sigmoid, Surrogate, create_surrogate
 
 # %% ../../nbs/lib/28_kernels.rate.ipynb #14955d03
@@ -36,17 +42,15 @@ def rates_reference(
     small operation at a time.
     """
     hard = v_reset is not None
-    rest = v_reset or 0.0
+    rest, v = state_at_rest(x_seq[0], v_reset)
     gain = 1 - decay if decay_input else 1.0
-    state = torch.promote_types(x_seq.dtype, torch.float32)
-    v = torch.full_like(x_seq[0], rest, dtype=state)
-    rho = torch.full_like(v, gain)
+    rho = torch.zeros_like(v) + gain
     eligibility = torch.zeros_like(v)
     count = torch.zeros_like(v)
     spikes = []
     for x in x_seq:
-        m = decay * v + (gain * x.to(state) + (1 - decay) * rest)
-        s = (m > v_threshold if strict else m >= v_threshold).to(state)
+        m = decay * v + (gain * x.to(v.dtype) + (1 - decay) * rest)
+        s = (m > v_threshold if strict else m >= v_threshold).to(v.dtype)
         slope = surrogate(m - v_threshold)
         eligibility = eligibility + slope * rho
         count = count + s
@@ -144,15 +148,16 @@ def lif_rates(
         )
     surrogate = create_surrogate(surrogate)
     dynamics = (decay, v_threshold, v_reset, decay_input, detach_reset, surrogate, strict)
-    engine = select_kernel_for(x, surrogate, backend, T)
+    numbers = {"decay": decay, "v_threshold": v_threshold, "v_reset": v_reset}
+    engine = select_kernel_for(x, surrogate, backend, T, numbers)
     if engine is None:
         x_seq = x.expand(T, *x.shape) if static else x.unflatten(0, (T, x.shape[0] // T))
         options: dict[str, Any] = dict(zip(DYNAMICS, dynamics))
         spikes, rate, eligibility = rates_reference(x_seq, **options)
         return copy_dense(spikes.flatten(0, 1), x), copy_dense(rate, x), copy_dense(eligibility, x)
     rate_pass = rate_pass_for(engine)
-    numbers = neuron_parameters(engine, *dynamics)
-    spikes, rate, eligibility = rate_pass(make_dense(x), None, None, None, T, numbers, static)
+    encoded = neuron_parameters(engine, *dynamics)
+    spikes, rate, eligibility = rate_pass(make_dense(x), None, None, None, T, encoded, static)
     if spikes.dtype == torch.uint8:
         if not packed:
             spikes = unpack_spikes(spikes, T, x.dtype)

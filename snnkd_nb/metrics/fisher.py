@@ -20,6 +20,7 @@ from torch.func import functional_call, vjp, vmap
 from torch.overrides import TorchFunctionMode
 
 from ..core import renamed, unknown
+from ..kernels.lif import state_at_rest
 from .activity import register_probe
 from .likeness import fixed_batch
 from ..models.blocks import eval_mode
@@ -131,10 +132,9 @@ class Composable(LIF):
 
     def spikes(self, inputs: Tensor) -> Iterator[Tensor]:
         "Yield the spikes of one step after another; the equations are those of `kernels.lif`."
-        rest = self.v_reset or 0.0
+        rest, v = state_at_rest(inputs[0], self.v_reset)
         is_soft = self.v_reset is None
         gain = 1 - self.decay if self.decay_input else 1.0
-        v = torch.full_like(inputs[0], rest)
         for x in inputs:
             m = self.decay * v + gain * x + (1 - self.decay) * rest
             over = m - self.v_threshold

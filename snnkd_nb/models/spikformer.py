@@ -236,6 +236,10 @@ def attention_activation(
     """
     options = dict(neuron_args or {})
     if not callable(neuron):
+        require(
+            not isinstance(options.get("v_threshold"), Tensor),
+            "v_threshold is a tensor: attention fires at half of it, so give a number",
+        )
         options["v_threshold"] = options.get("v_threshold", 1.0) / 2
     return activation(T, neuron, options)
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MIN_STEPWISE_NEURONS', 'Window', 'as_pair', 'ConvRate', 'cast_as_convolution', 'map_steps', 'convolve_rate',
            'count_wins', 'PooledRate', 'max_pool_rate', 'NormRate', 'moments_in_parts', 'plain_moments',
-           'normalize_deferred_rate', 'normalize_rate', 'fire_rate', 'tensor_of_one_step', 'kernel_covers',
-           'residual_part', 'fire_one_by_one', 'fire_after', 'rate_of_input', 'check_rates']
+           'normalize_deferred_rate', 'normalize_rate', 'check_learnable', 'fire_rate', 'tensor_of_one_step',
+           'kernel_covers', 'residual_part', 'fire_one_by_one', 'fire_after', 'rate_of_input', 'check_rates']
 
 # %% ../../nbs/lib/33_neurons.ratelayers.ipynb #b89161e8
 from collections.abc import Callable, Sequence
@@ -22,6 +22,7 @@ from ..kernels.lif import neuron_parameters, select_kernel_for
 from ..kernels.precision import convolution_gradients, route_convolution
 from ..kernels.rate import DYNAMICS, lif_rates, rate_pass_for, unpack_spikes
 from snnkd_nb.neurons.lif import (
+    NUMBERS,
     DeferredSteps,
     FromSpikingJelly,
     defer_in_parts,
@@ -390,6 +391,19 @@ def normalize_rate(
     return Rate(rate, steps, x.T)
 
 # %% ../../nbs/lib/33_neurons.ratelayers.ipynb #751ccef3
+def check_learnable(
+    act: Any,  # a `LIF`
+) -> None:
+    "Raise `UserError` for a leak, threshold or reset that is to be learned: rates give it none."
+    for name in NUMBERS:
+        value = getattr(act, name)
+        if torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad:
+            raise UserError(
+                f"{name} is learnable, and gradient='rate' has no gradient for it: "
+                "take gradient='bptt', or freeze it by requires_grad_(False)"
+            )
+
+
 @rule("fire")
 def fire_rate(
     x: Rate,
@@ -400,6 +414,7 @@ def fire_rate(
         raise UserError(
             f"a neuron of T={act.T} steps was given rates of {x.T}: build all layers with one T"
         )
+    check_learnable(act)
 
     def run(i: int, j: int, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return lif_rates(steps, x.T, x.is_static, **act.options(), packed=True)
@@ -463,7 +478,8 @@ def _engine_for_rates(norm: nn.Module, act: Any, x: Rate, residual: Any) -> Modu
         return None
     if residual is not None and (not isinstance(residual, Rate) or residual.is_static):
         return None
-    engine = select_kernel_for(x.tensor, act.surrogate, act.backend, x.T)
+    check_learnable(act)
+    engine = select_kernel_for(x.tensor, act.surrogate, act.backend, x.T, act.numbers())
     if engine is None or not kernel_covers(norm, x, residual):
         return None
     return engine

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ONECYCLE_RISE', 'ONECYCLE_START', 'ONECYCLE_END', 'TermCheck', 'ADVICE_NONFINITE', 'Probe', 'Probes', 'DEVICES',
            'OPTIONS_OF_FIT', 'learning_rate_at', 'create_optimizer', 'update_weights', 'train_step', 'evaluate',
-           'NonFiniteLoss', 'find_nonfinite_layer', 'History', 'fit']
+           'NonFiniteLoss', 'find_nonfinite_layer', 'History', 'find_kept_in_eval', 'count_devices', 'parse_device',
+           'fit']
 
 # %% ../../nbs/lib/56_training.loop.ipynb #fec2e980
 import contextlib
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from ..core import UserError, renamed, renamed_arguments, seed_for, sha256_of, unknown
@@ -322,11 +324,13 @@ class _Training:
     "What stays the same during a training."
 
     accelerator: "Accelerator"
+    device: torch.device
     distiller: Distiller
     module: nn.Module  # the distiller, wrapped for several processes if there are several
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     optim: OptimSpec
+    kept_in_eval: list[nn.Module]  # see `find_kept_in_eval`
 
 
 def _shard(accelerator: "Accelerator", x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -339,10 +343,36 @@ def _shard(accelerator: "Accelerator", x: Tensor, y: Tensor) -> tuple[Tensor, Te
     return x.chunk(num_processes, batch_axis)[rank], y.chunk(num_processes)[rank]
 
 
+def _is_frozen_norm(module: nn.Module) -> bool:
+    "Tell whether a normalization has parameters, none of which is trained."
+    parameters = [p.requires_grad for p in module.parameters(recurse=False)]
+    return isinstance(module, _NormBase) and bool(parameters) and not any(parameters)
+
+
+def find_kept_in_eval(
+    network: nn.Module,  # the student, or a method
+) -> list[nn.Module]:
+    """List the modules that a training leaves in evaluation mode.
+
+    These are the parts that the user has set so in a network in training mode. Of a network that
+    is in evaluation mode as a whole, such as one that was just loaded, it is only the
+    normalizations whose parameters are all frozen."""
+    resting = [module for module in network.modules() if not module.training]
+    if network.training:
+        return resting
+    return [module for module in resting if _is_frozen_norm(module)]
+
+
+def _set_train_mode(training: _Training) -> None:
+    training.module.train()
+    for module in training.kept_in_eval:
+        module.training = False
+
+
 def _train_epoch(training: _Training, loader: Any, epoch: int) -> dict[str, Any]:
     "Train for one epoch and return its row of the history, without validation and test."
     optim = training.optim
-    training.module.train()
+    _set_train_mode(training)
     start = time.perf_counter()
     sums: dict[str, Any] = {}
     num_images = 0
@@ -385,7 +415,7 @@ def _loop_step(
 
 def _mean_of_processes(training: _Training, total: Any) -> float:
     accelerator = training.accelerator
-    value = torch.as_tensor(total, device=accelerator.device)
+    value = torch.as_tensor(total, device=training.device)
     return float(accelerator.reduce(value, "mean"))
 
 
@@ -510,20 +540,73 @@ def _override_optim(optim: OptimSpec | None, overrides: Mapping[str, Any]) -> Op
     return dataclasses.replace(optim or OptimSpec(), **overrides)
 
 
-def _create_accelerator(device: str | torch.device | None) -> "Accelerator":
+def count_devices(
+    kind: str,  # one of `DEVICES`
+) -> int:
+    "Count the devices of a kind that torch can use on this machine."
+    if kind == "cpu":
+        return 1
+    if kind == "mps":
+        return int(torch.backends.mps.is_available())
+    return getattr(torch, kind).device_count()
+
+
+def parse_device(
+    device: Any,  # "cpu", "cuda", "cuda:1", a `torch.device`, or None
+) -> torch.device | None:
+    """Return the device that an argument names; None stays None.
+
+    Raises `UserError` for an unknown name, or for a device that this machine does not have."""
+    if device is None:
+        return None
+    if isinstance(device, torch.device):
+        device = str(device)
+    kind, colon, number = device.partition(":") if isinstance(device, str) else ("", "", "")
+    if kind not in DEVICES:
+        raise unknown("device", device, list(DEVICES))
+    if colon and not number.isdecimal():
+        raise UserError(
+            f"device = {device!r}: the part behind the colon is a number, e.g. {kind}:0"
+        )
+    available = count_devices(kind)
+    if available == 0:
+        raise UserError(
+            f"device = {device!r}: torch finds no {kind} on this machine; "
+            "leave device=None to take what it finds"
+        )
+    if colon and int(number) >= available:
+        raise UserError(
+            f"device = {device!r}: this machine has {kind}:0 to {kind}:{available - 1}"
+            if available > 1
+            else f"device = {device!r}: this machine has {kind}:0 only"
+        )
+    return torch.device(kind, int(number)) if colon and kind != "cpu" else torch.device(kind)
+
+
+def _create_accelerator(device: torch.device | None) -> tuple["Accelerator", torch.device]:
+    """Return the accelerator and the device of this process.
+
+    Raises `UserError` where one of several processes is to use a certain device."""
     from accelerate import Accelerator
 
-    kind = str(device).split(":")[0] if device else None
-    if kind not in (None, *DEVICES):
-        raise unknown("device", device, list(DEVICES))
-    accelerator = Accelerator(cpu=kind == "cpu" or None)
-    available = accelerator.device.type
-    if kind not in (None, available):
-        raise UserError(
-            f"device = {device!r}: this machine offers {available!r} to torch; "
-            "leave device=None to take it"
-        )
-    return accelerator
+    is_cpu = device is not None and device.type == "cpu"
+    accelerator = Accelerator(cpu=is_cpu or None)
+    found = accelerator.device
+    if device is None:
+        return accelerator, found
+    if accelerator.num_processes > 1:
+        if device.type != found.type or device.index not in (None, found.index):
+            raise UserError(
+                f"device = {str(device)!r}: this is one of {accelerator.num_processes} processes, "
+                f"and its device is {found}; leave device=None"
+            )
+        return accelerator, found
+    return accelerator, device
+
+
+def _using_device(device: torch.device) -> contextlib.AbstractContextManager:
+    "Make a GPU the current one, which kernels need; nothing for other devices."
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _check_arguments(student: nn.Module, data: Any, distiller: Distiller, gradient: str) -> None:
@@ -612,7 +695,7 @@ def fit(
     optim: OptimSpec | None = None,  # its fields can also be given by name
     augment: str = "none",  # "+"-joined augmentations of the training images
     seed: int = 0,  # decides the order of the images and their augmentation
-    device: str | torch.device | None = None,  # "cpu", "cuda"; None: the accelerator found
+    device: str | torch.device | None = None,  # "cpu", "cuda", "cuda:1"; None: what torch finds
     checkpoint: str | Path | None = None,  # written after every epoch, resumed if it exists
     on_event: Callable[[dict[str, Any]], Any] | None = None,  # listener; None: a `ProgressPrinter`
     compile: str | None = None,  # backend of torch.compile, e.g. "inductor"; None: not compiled
@@ -625,7 +708,8 @@ def fit(
     `compile` takes about a minute and uses CUDA graphs on a GPU. `probes` maps names to
     functions without arguments, or is a function that creates such a dict once all networks are
     on their device; a probe returns a number or a dict of numbers for the history. A layer whose
-    time steps take more than `stream` MiB is computed in parts (`neurons.lif.streaming`).
+    time steps take more than `stream` MiB is computed in parts (`neurons.lif.streaming`). Parts
+    of the student that are in evaluation mode stay so, see `find_kept_in_eval`.
 
     Raises `NonFiniteLoss`, after which nothing is saved, and `UserError`."""
     optim = _override_optim(optim, overrides)
@@ -645,7 +729,8 @@ def fit(
         training.module = accelerator.prepare_model(distiller)
     _copy_first_process(accelerator, cast("nn.Module | None", distiller.teacher))
     with (
-        _gradients_protected(accelerator.device),
+        _using_device(training.device),
+        _gradients_protected(training.device),
         _compiled(distiller, compile),
         _using_gradient(student, optim.gradient, compile, stream),
     ):
@@ -665,14 +750,18 @@ def _prepare(
     distiller: Distiller, data: Any, optim: OptimSpec, device: str | torch.device | None
 ) -> _Training:
     "Move the distiller to its device and create the optimizer."
-    accelerator = _create_accelerator(device)
-    distiller.to(accelerator.device)
+    accelerator, device = _create_accelerator(parse_device(device))
+    networks = [distiller.student, *distiller.methods]
+    kept_in_eval = [module for network in networks for module in find_kept_in_eval(network)]
+    distiller.to(device)
     training_images = getattr(data, "train", None)
     distiller.labels = label_range(getattr(training_images, "labels", None))
     optimizer = create_optimizer(distiller, optim)
     distiller.begin_epoch(0, optim.epochs)
-    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=optim.precision == "fp16")
-    return _Training(accelerator, distiller, distiller, optimizer, scaler, optim)
+    scaler = torch.amp.GradScaler(device.type, enabled=optim.precision == "fp16")
+    return _Training(
+        accelerator, device, distiller, distiller, optimizer, scaler, optim, kept_in_eval
+    )
 
 
 def _fit_epoch(
@@ -689,7 +778,7 @@ def _fit_epoch(
         epoch=epoch,
         augment=augment,
         drop_last=len(data.train) > optim.batch_size,
-        device=accelerator.device,
+        device=training.device,
     )
     training.distiller.begin_epoch(epoch, optim.epochs)
     row = _train_epoch(training, loader, epoch)
