@@ -184,14 +184,12 @@ def check_writable(
 
     Raises `UserError` if the folder cannot be written or a name is too long."""
     path = Path(path)
-    probe = path.with_name(f".{path.name[1:]}")  # as long as the name itself
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent) as file:
             file.write(b"0")
-        probe.lstat()
-    except FileNotFoundError:
-        return
+        with contextlib.suppress(FileNotFoundError):
+            path.lstat()  # fails if the name is too long
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; "

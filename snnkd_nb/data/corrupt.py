@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import data_dir
-from .batches import ImageData, permutation, raw_bits, stratified
+from ..core import UserError, data_dir
+from .batches import ImageData, hard_labels, permutation, raw_bits, stratified
 from .images import load
 from ..spec import DataSpec, require
 
@@ -51,6 +51,8 @@ def label_noise(
         num_classes > 1,
         f"label_noise = {fraction}: {data.name} has only one class, so there is no wrong label",
     )
+    if data.train.labels.dim() == 2:
+        raise UserError(f"label_noise = {fraction}: {data.name} has soft labels, give 0")
     labels = data.train.labels.numpy().copy()
     wrong = permutation(len(labels), "label noise", seed)[: round(fraction * len(labels))]
     shift = 1 + raw_bits(len(labels), "wrong label", seed) % np.uint64(num_classes - 1)
@@ -68,7 +70,7 @@ def few_shot(
     _check_fraction(fraction, "shots", allow_zero=False)
     if fraction == 1:
         return data
-    labels = data.train.labels
+    labels = hard_labels(data.train.labels)
     rank, class_sizes = stratified(labels, "few shot", seed)
     num_kept = np.maximum(1, np.round(fraction * class_sizes))
     kept = torch.from_numpy(np.flatnonzero(rank < num_kept[labels]))
@@ -105,7 +107,7 @@ def subset(
         f"subset = {n}: {data.name} has {num_images} training images; "
         "give that or fewer, or leave it out",
     )
-    chosen = balanced(data.train.labels, n, "subset", seed)
+    chosen = balanced(hard_labels(data.train.labels), n, "subset", seed)
     return changed(data, {"subset": n, "seed": seed}, train=data.train.take(chosen))
 
 # %% ../../nbs/lib/13_data.corrupt.ipynb #8d2edaf6
@@ -122,7 +124,7 @@ def split_validation(
         f"{data.name} has a validation split already ({len(data.val or ())} images): "
         "use it, or take val=0",
     )
-    labels = data.train.labels
+    labels = hard_labels(data.train.labels)
     if isinstance(fraction, int) and fraction >= 1:
         require(
             fraction < len(labels),

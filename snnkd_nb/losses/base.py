@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import UserError, unknown
+from ..data.batches import read_labels
 from ..models.blocks import eval_mode
 from ..models.taps import describe_paths, hooked
 from ..neurons.rate import Rate
@@ -37,14 +38,14 @@ def mean_logits(
 # %% ../../nbs/lib/45_losses.base.ipynb #34e52209
 def cross_entropy(
     logits: Tensor,  # (T, B, K) or (B, K)
-    y: Tensor,  # labels (B,), int64
+    y: Tensor,  # labels (B,), int64, or soft labels (B, K)
     over: str = "mean",  # "mean": of the mean logits; "each": average over the steps
 ) -> Tensor:
     "Compute the cross-entropy of a network with or without a time axis."
     if over == "mean" or logits.dim() == 2:
         return F.cross_entropy(mean_logits(logits), y)
     num_steps = logits.shape[0]
-    return F.cross_entropy(logits.flatten(0, 1), y.repeat(num_steps))
+    return F.cross_entropy(logits.flatten(0, 1), y.repeat(num_steps, *[1] * (y.dim() - 1)))
 
 # %% ../../nbs/lib/45_losses.base.ipynb #19b382c2
 def stages_of(model: nn.Module) -> list[str]:
@@ -389,7 +390,7 @@ class Batch:
     "The images of one batch with the outputs of student and teacher."
 
     x: Tensor  # images (B, C, H, W) or frames (T, B, C, H, W)
-    y: Tensor  # labels (B,)
+    y: Tensor  # labels (B,), or soft labels (B, K)
     logits_s: Tensor  # student (T, B, K) or (B, K)
     logits_t: Any = None  # teacher (B, K), a tensor without gradient; None without a teacher
     feats_s: dict[str, Any] = field(default_factory=dict)  # name -> (T, B, C, H, W) or (B, C, H, W)
@@ -428,6 +429,8 @@ def label_range(
     "Return the lowest and highest label, or None where reading them would wait for another device."
     if not isinstance(labels, Tensor) or labels.device.type != "cpu" or not len(labels):
         return None
+    if labels.dim() == 2:
+        return 0, labels.shape[1] - 1
     return int(labels.min()), int(labels.max())
 
 
@@ -443,6 +446,11 @@ def check_classes(
         raise UserError(
             f"the teacher has {logits_t.shape[-1]} classes and the student {num_classes}:"
             " both need those of the data"
+        )
+    if y.dim() == 2 and y.shape[1] != num_classes:
+        raise UserError(
+            f"the labels are shares of {y.shape[1]} classes and the student has {num_classes}:"
+            f" create it with num_classes={y.shape[1]}"
         )
     low, high = label_range(y) or known_range or (0, 0)
     if high >= num_classes:
@@ -508,6 +516,7 @@ class Distiller(nn.Module):
 
     def run_networks(self, x: Tensor, y: Tensor) -> Batch:
         "Run the teacher without graph and the student once; return the `Batch`."
+        y = read_labels(y)
         if not len(y):
             raise UserError("a batch without images: give at least one")
         logits_t: Tensor | None = None
@@ -548,7 +557,7 @@ class Distiller(nn.Module):
         batch = self.run_networks(x, y)
         terms: dict[str, Tensor] = {}
         if not self.replaced:
-            terms["ce"] = self.ce_weight * cross_entropy(batch.logits_s.float(), y, self.ce)
+            terms["ce"] = self.ce_weight * cross_entropy(batch.logits_s.float(), batch.y, self.ce)
         for weight, method in zip(self.weights, self.methods, strict=True):
             for name, value in method.terms(batch).items():  # type: ignore[operator]
                 if name in terms:

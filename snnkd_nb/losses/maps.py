@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import UserError, renamed, unknown
+from ..data.batches import hard_labels
 from .base import check_positive, image_shape, mean_logits, observe, stages_of
 from ..models.blocks import eval_mode
 from ..models.taps import Tap, count_prefix_tokens, find_classifier, run_from, to_map
@@ -78,7 +79,7 @@ def choose_classes(
     "Choose the class whose map is taken, for every image."
     if which not in CLASSES:
         raise unknown("choice of classes", which, CLASSES)
-    return y if which == "true" else logits.argmax(-1)
+    return hard_labels(y) if which == "true" else logits.argmax(-1)
 
 # %% ../../nbs/lib/48_losses.maps.ipynb #64ff602c
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from torch.func import functional_call, vjp, vmap
 from torch.overrides import TorchFunctionMode
 
 from ..core import renamed, unknown
+from ..data.batches import hard_labels
 from ..kernels.lif import state_at_rest
 from .activity import register_probe
 from .likeness import fixed_batch
@@ -63,6 +64,7 @@ def one_hot_targets(
         decisions = decisions_over_time(model(x))
     num_steps, num_images, num_classes = decisions.shape
     if labels == "true":
+        y = hard_labels(y)
         low, high = int(y.min()), int(y.max())
         require(
             len(y) == num_images and low >= 0 and high < num_classes,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..core import cache_dir, check_writable, lock, renamed, root, unknown
+from ..data.batches import hard_labels
 from ..data.corrupt import load_spec
 from ..metrics.activity import COUNTED
 from ..models.genome import parse_genome
@@ -101,7 +102,7 @@ def load_batches(
     )
     loader = data.loader("train", spec.batch, seed=spec.seed, shuffle=True)
     pairs = [pair for pair, _ in zip(loader, range(spec.batches), strict=False)]
-    return [x for x, _ in pairs], [y for _, y in pairs]
+    return [x for x, _ in pairs], [hard_labels(y) for _, y in pairs]
 
 
 def create_scoring(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..core import atomic_write, sha256_of
+from ..store import dump_state, parse_state
 
 # %% ../../nbs/lib/55_training.checkpoint.ipynb #f3bce0cc
 # Prefixes of the tensors' names in the file. The spelling is part of the file format.
@@ -23,13 +24,13 @@ MODULE_PREFIX = "module."
 OPTIMIZER_PREFIX = "optimiser."
 
 
-def _collect_tensors(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    tensors = {MODULE_PREFIX + name: value for name, value in module.state_dict().items()}
+def _collect_state(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    collected = {MODULE_PREFIX + name: value for name, value in module.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
             if isinstance(value, Tensor):
-                tensors[f"{OPTIMIZER_PREFIX}{index}.{name}"] = value
-    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+                collected[f"{OPTIMIZER_PREFIX}{index}.{name}"] = value
+    return collected
 
 
 def save_checkpoint(
@@ -41,10 +42,7 @@ def save_checkpoint(
     """Write a checkpoint.
 
     The file is replaced as a whole, so a kill leaves the old one or the new one."""
-    from safetensors.torch import save
-
-    tensors = _collect_tensors(module, optimizer)
-    blob = save(tensors, metadata={"state": json.dumps(state)})
+    blob = dump_state(_collect_state(module, optimizer), state=json.dumps(state))
     atomic_write(path, sha256_of(blob).encode() + b"\n" + blob)
 
 # %% ../../nbs/lib/55_training.checkpoint.ipynb #2066b2cf
@@ -52,13 +50,6 @@ def _read_blob(path: Path) -> bytes | None:
     first_line, _, blob = path.read_bytes().partition(b"\n")
     is_whole = sha256_of(blob).encode() == first_line
     return blob if is_whole else None
-
-
-def _read_state(blob: bytes) -> dict[str, Any]:
-    # A safetensors file begins with the length of its JSON header in 8 bytes.
-    header_size = int.from_bytes(blob[:8], "little")
-    header = json.loads(blob[8 : 8 + header_size])
-    return json.loads(header["__metadata__"]["state"])
 
 
 def _fill_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -80,8 +71,6 @@ def load_checkpoint(
 
     Returns None, with a warning, for a damaged file and for one of another identity; None
     without a file."""
-    from safetensors.torch import load
-
     path = Path(path)
     if not path.exists():
         return None
@@ -90,12 +79,12 @@ def load_checkpoint(
         message = f"checkpoint {path.name} is damaged; the run starts again"
         warnings.warn(message, stacklevel=2)
         return None
-    state = _read_state(blob)
+    tensors, metadata = parse_state(blob)
+    state = json.loads(metadata["state"])
     if identity and state.get("of") != identity:
         message = f"checkpoint {path.name} belongs to another training; this one starts anew"
         warnings.warn(message, stacklevel=2)
         return None
-    tensors = load(blob)
     prefix_length = len(MODULE_PREFIX)
     weights = {k[prefix_length:]: v for k, v in tensors.items() if k.startswith(MODULE_PREFIX)}
     module.load_state_dict(weights)

@@ -22,13 +22,23 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
-from ..core import UserError, renamed, renamed_arguments, seed_for, sha256_of, unknown
+from snnkd_nb.core import (
+    UserError,
+    check_writable,
+    renamed,
+    renamed_arguments,
+    seed_for,
+    sha256_of,
+    unknown,
+)
+from ..data.batches import hard_labels, read_labels
 from ..kernels.precision import autocast, protected
 from ..losses.base import Distiller, label_range, mean_logits
 from ..models.blocks import eval_mode
 from ..neurons.lif import streaming
 from ..neurons.rate import Rate
 from ..spec import OptimSpec, check_steps
+from ..store import split_state
 from .checkpoint import load_checkpoint, save_checkpoint
 from .progress import ProgressPrinter, guard_listener
 
@@ -158,7 +168,7 @@ def evaluate(
         for x, y in data.loader(split, batch_size, shuffle=False, device=device):
             with autocast(device, precision):
                 logits = mean_logits(model(x))
-            num_right = num_right + (logits.argmax(-1) == y).sum()
+            num_right = num_right + (logits.argmax(-1) == hard_labels(read_labels(y))).sum()
             num_seen += len(y)
     return 100 * float(num_right) / max(num_seen, 1)
 
@@ -409,7 +419,7 @@ def _loop_step(
         training.scaler,
         check_terms,
     )
-    accuracy = (logits.argmax(-1) == y).float().mean()
+    accuracy = (logits.argmax(-1) == hard_labels(read_labels(y))).float().mean()
     return terms, accuracy
 
 
@@ -463,6 +473,13 @@ def _run_probes(probes: Mapping[str, Probe], distiller: Distiller) -> dict[str, 
     return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 # %% ../../nbs/lib/56_training.loop.ipynb #53e3f349
+def _summarize(value: Any) -> Any:
+    "Return the sum of a tensor; anything else in a state dict is taken as it is."
+    if not isinstance(value, Tensor):
+        return value
+    return float((value.abs() if value.is_complex() else value).double().sum())
+
+
 def _identity(
     optim: OptimSpec,
     augment: str,
@@ -476,12 +493,13 @@ def _identity(
     teacher = cast("nn.Module | None", distiller.teacher)
     if teacher is not None:
         teacher_state = teacher.state_dict()
-        teacher_sums = [[name, float(v.double().sum())] for name, v in teacher_state.items()]
+        teacher_sums = [[name, _summarize(v)] for name, v in teacher_state.items()]
     methods = [
         [type(method).__name__, weight, _plain_options(method)]
         for method, weight in zip(distiller.methods, distiller.weights, strict=True)
     ]
-    shapes = [[name, tuple(v.shape)] for name, v in distiller.state_dict().items()]
+    state = distiller.state_dict()
+    shapes = [[name, tuple(v.shape)] for name, v in state.items() if isinstance(v, Tensor)]
     fingerprint = getattr(data, "fingerprint", "")
     probe_names = sorted(probes or {})
     parts = [optim, augment, seed, fingerprint, methods, shapes, teacher_sums, *probe_names]
@@ -511,6 +529,8 @@ def _resume(checkpoint: str | Path | None, training: _Training, identity: str) -
     "Fill weights, optimizer and scaler from a checkpoint, if any, and return its history."
     if not checkpoint:
         return History()
+    split_state(training.distiller.state_dict())  # what cannot be stored is refused now
+    check_writable(checkpoint)
     state = load_checkpoint(checkpoint, training.distiller, training.optimizer, identity)
     if state is None:
         return History()
