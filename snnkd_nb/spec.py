@@ -277,6 +277,10 @@ class OptimSpec(Spec):
     # of a spiking network: bptt (through time), rate (through firing rates), rate-code (the same
     # divided by T, as in the published code)
     gradient: str = "bptt"
+    label_smoothing: float = 0.0  # share of the target that is spread over all classes, 0 to 1
+    mixup: float = 0.0  # parameter of its beta distribution; 0: images are not mixed
+    cutmix: float = 0.0  # parameter of its beta distribution; 0: no rectangles are exchanged
+    accumulate: int = 1  # batches whose gradients are added up for one step
     __hash__ = Spec.__hash__
 
     def __post_init__(self) -> None:
@@ -292,6 +296,10 @@ class OptimSpec(Spec):
         for name in ("lr", "weight_decay", "warmup", "gamma"):
             _check_number(self, name, 0)
         _check_number(self, "momentum", 0, 1)
+        _check_number(self, "label_smoothing", 0, 1)
+        _check_number(self, "mixup", 0)
+        _check_number(self, "cutmix", 0)
+        _check_number(self, "accumulate", 1, kind=int)
         _check_number(self, "clip", 0, none=True)
         require(
             self.clip != 0,

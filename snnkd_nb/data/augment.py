@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Augmentation', 'AUGMENT', 'crop_at', 'random_crop', 'random_flip', 'random_roll', 'blank', 'cutout', 'random_erase',
-           'auto_augment', 'augmenter']
+           'auto_augment', 'augmenter', 'one_hot', 'cut_rectangle', 'mix_images']
 
 # %% ../../nbs/lib/09_data.augment.ipynb #fef23e9b
 from collections.abc import Callable
@@ -216,3 +216,65 @@ def _apply(
     for function in functions:
         x = function(x, generator, colour)
     return x
+
+# %% ../../nbs/lib/09_data.augment.ipynb #08fe04fa
+def _beta(alpha: float, generator: Generator) -> float:
+    "Draw from Beta(alpha, alpha)."
+    gamma = torch._standard_gamma(torch.full((2,), alpha, dtype=torch.float64), generator)
+    return float(gamma[0] / gamma.sum())
+
+
+def one_hot(
+    y: Tensor,  # labels (B,), or probabilities (B, K)
+    num_classes: int,  # K
+) -> Tensor:
+    "Return labels as probabilities, float32 (B, K)."
+    if y.is_floating_point():
+        return y
+    return F.one_hot(y, num_classes).float()
+
+
+def cut_rectangle(
+    height: int,
+    width: int,
+    share: float,  # of the image that is cut, before the rectangle is clipped at the border
+    generator: Generator,  # on the CPU
+) -> tuple[slice, slice]:
+    "Return the rows and columns of a rectangle with a uniform centre."
+    edge = share**0.5
+    ranges = []
+    for length in (height, width):
+        centre = int(torch.randint(length, (), generator=generator))
+        half = round(length * edge) // 2
+        ranges.append(slice(max(0, centre - half), min(length, centre + half)))
+    return ranges[0], ranges[1]
+
+
+def mix_images(
+    x: Tensor,  # images (B, C, H, W) or frames (T, B, C, H, W)
+    y: Tensor,  # labels (B,), or probabilities (B, K)
+    num_classes: int,  # K
+    mixup: float = 0.0,  # alpha of mixup; 0: off
+    cutmix: float = 0.0,  # alpha of CutMix; 0: off
+    generator: Generator | None = None,  # on the CPU
+) -> tuple[Tensor, Tensor]:
+    """Mix every image of a batch with another one; return the images and probabilities (B, K).
+
+    With both, each batch takes one of them at random."""
+    generator = generator or torch.default_generator
+    targets = one_hot(y, num_classes)
+    use_cutmix = cutmix > 0
+    if use_cutmix and mixup > 0:
+        use_cutmix = bool(torch.rand((), generator=generator) < 0.5)
+    weight = _beta(cutmix if use_cutmix else mixup, generator)
+    order = torch.randperm(len(y), generator=generator).to(x.device)
+    others = x.index_select(x.dim() - 4, order)
+    if use_cutmix:
+        rows, columns = cut_rectangle(x.shape[-2], x.shape[-1], 1 - weight, generator)
+        mixed = x.clone()
+        mixed[..., rows, columns] = others[..., rows, columns]
+        cut = (rows.stop - rows.start) * (columns.stop - columns.start)
+        weight = 1 - cut / (x.shape[-2] * x.shape[-1])
+    else:
+        mixed = weight * x + (1 - weight) * others
+    return mixed, weight * targets + (1 - weight) * targets[order]

@@ -40,12 +40,14 @@ def cross_entropy(
     logits: Tensor,  # (T, B, K) or (B, K)
     y: Tensor,  # labels (B,), int64, or soft labels (B, K)
     over: str = "mean",  # "mean": of the mean logits; "each": average over the steps
+    label_smoothing: float = 0.0,  # share of the target that is spread over all classes
 ) -> Tensor:
     "Compute the cross-entropy of a network with or without a time axis."
     if over == "mean" or logits.dim() == 2:
-        return F.cross_entropy(mean_logits(logits), y)
+        return F.cross_entropy(mean_logits(logits), y, label_smoothing=label_smoothing)
     num_steps = logits.shape[0]
-    return F.cross_entropy(logits.flatten(0, 1), y.repeat(num_steps, *[1] * (y.dim() - 1)))
+    targets = y.repeat(num_steps, *[1] * (y.dim() - 1))
+    return F.cross_entropy(logits.flatten(0, 1), targets, label_smoothing=label_smoothing)
 
 # %% ../../nbs/lib/45_losses.base.ipynb #19b382c2
 def stages_of(model: nn.Module) -> list[str]:
@@ -491,6 +493,8 @@ class Distiller(nn.Module):
         self.ce_weight = ce_weight
         # `label_range` of the data, set by the training loop
         self.labels: tuple[int, int] | None = None
+        # share of the target that is spread over all classes, set by the training loop
+        self.label_smoothing = 0.0
         self.weights = [weight for weight, _ in methods]
         self.methods = nn.ModuleList(method for _, method in methods)
         # not registered, so that the teacher is neither trained nor saved
@@ -549,7 +553,7 @@ class Distiller(nn.Module):
         return self.run_networks(x, y)
 
     def forward(self, x: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Return `(terms, decision)`.
+        """Return `(terms, decision)` for labels (B,) or probabilities (B, K).
 
         The sum of the weighted terms is the loss. The decision is the student's mean logits (B, K),
         detached.
@@ -557,7 +561,8 @@ class Distiller(nn.Module):
         batch = self.run_networks(x, y)
         terms: dict[str, Tensor] = {}
         if not self.replaced:
-            terms["ce"] = self.ce_weight * cross_entropy(batch.logits_s.float(), batch.y, self.ce)
+            loss = cross_entropy(batch.logits_s.float(), batch.y, self.ce, self.label_smoothing)
+            terms["ce"] = self.ce_weight * loss
         for weight, method in zip(self.weights, self.methods, strict=True):
             for name, value in method.terms(batch).items():  # type: ignore[operator]
                 if name in terms:

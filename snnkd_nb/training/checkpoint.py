@@ -8,6 +8,7 @@ __all__ = ['MODULE_PREFIX', 'OPTIMIZER_PREFIX', 'save_checkpoint', 'load_checkpo
 # %% ../../nbs/lib/55_training.checkpoint.ipynb #ab35aa72
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ def load_checkpoint(
     path: str | Path,  # the file
     module: nn.Module,  # filled in place
     optimizer: Optimizer,  # filled in place
-    identity: str | None = None,  # what `state["of"]` must be; None: anything
+    # what `state["of"]` must be, or a function that tells whether a state fits; None: anything
+    identity: str | Callable[[dict[str, Any]], bool] | None = None,
 ) -> dict[str, Any] | None:
     """Fill module and optimizer from a checkpoint and return its JSON data.
 
@@ -81,7 +83,10 @@ def load_checkpoint(
         return None
     tensors, metadata = parse_state(blob)
     state = json.loads(metadata["state"])
-    if identity and state.get("of") != identity:
+    is_other = bool(identity) and state.get("of") != identity
+    if callable(identity):
+        is_other = not identity(state)
+    if is_other:
         message = f"checkpoint {path.name} belongs to another training; this one starts anew"
         warnings.warn(message, stacklevel=2)
         return None

@@ -31,7 +31,9 @@ from snnkd_nb.core import (
     sha256_of,
     unknown,
 )
+from ..data.augment import mix_images
 from ..data.batches import hard_labels, read_labels
+from ..data.loaders import as_data
 from ..kernels.precision import autocast, protected
 from ..losses.base import Distiller, label_range, mean_logits
 from ..models.blocks import eval_mode
@@ -117,12 +119,17 @@ def update_weights(
     clip: float | None = None,  # largest norm of the gradient; None: no clipping
     clipped: nn.Module | None = None,  # module whose gradient is clipped; needed with `clip`
     scaler: torch.amp.GradScaler | None = None,  # scales the loss in fp16; None: no scaling
+    is_first: bool = True,  # False: earlier batches have left gradients, which are kept
+    is_last: bool = True,  # False: only add up gradients, for a later batch to use
 ) -> None:
     "Do one step of gradient descent on a loss. Gradients are cleared before and after."
-    optimizer.zero_grad(set_to_none=True)
+    if is_first:
+        optimizer.zero_grad(set_to_none=True)
     if scaler is None:
         scaler = torch.amp.GradScaler(enabled=False)  # passes everything through
     scaler.scale(loss).backward()
+    if not is_last:
+        return
     if clip:
         if clipped is None:
             raise UserError(f"clip = {clip}: give clipped=module, whose gradient is clipped")
@@ -142,25 +149,32 @@ def train_step(
     clip: float | None = None,  # largest norm of the gradient; None: no clipping
     scaler: torch.amp.GradScaler | None = None,  # scales the loss in fp16
     check_terms: TermCheck | None = None,  # called with the terms before the backward pass
+    place: tuple[int, int] = (0, 1),  # number of this batch, from 0, among those of one update
 ) -> tuple[dict[str, Tensor], Tensor]:
     "Do one training step and return the detached terms of the loss and the logits (B, K)."
     with autocast(x.device, precision):
         terms, logits = module(x, y)
     if check_terms is not None:
         check_terms(terms)
-    loss = sum(terms.values())
-    update_weights(loss, optimizer, clip, module, scaler)
+    number, group_size = place
+    loss: Any = sum(terms.values())
+    if group_size > 1:
+        loss = loss / group_size
+    is_last = number == group_size - 1
+    update_weights(loss, optimizer, clip, module, scaler, number == 0, is_last)
     return {name: value.detach() for name, value in terms.items()}, logits
 
 # %% ../../nbs/lib/56_training.loop.ipynb #5469bf39
 def evaluate(
     model: nn.Module,  # a classifier with logits (T, B, K) or (B, K)
-    data: Any,  # an `ImageData`
+    # an `ImageData`, or what `data.loaders.as_data` takes, e.g. (train, test) of `DataLoader`s
+    data: Any,
     split: str = "test",  # "train", "val" or "test"
     batch_size: int = 256,  # images per batch
     precision: str = "fp32",  # autocast precision
 ) -> float:
     "Measure the top-1 accuracy in percent on a split. Every module of the model keeps its mode."
+    data = as_data(data)
     device = next(model.parameters()).device
     num_right: Tensor | int = 0
     num_seen = 0
@@ -264,14 +278,15 @@ class History(list):
     num_late = 10  # last epochs that `columns` always keeps
 
     @property
-    def acc_last(self) -> float:
-        "Test accuracy after the last epoch, in percent."
-        return self[-1]["test_acc"]
+    def acc_last(self) -> Any:
+        "Test accuracy after the last epoch, in percent; None without test images."
+        return self[-1].get("test_acc")
 
     @property
-    def acc_best_test(self) -> float:
-        "Best test accuracy of all epochs, in percent."
-        return max(row["test_acc"] for row in self)
+    def acc_best_test(self) -> Any:
+        "Best test accuracy of all epochs, in percent; None without test images."
+        measured = [row["test_acc"] for row in self if row.get("test_acc") is not None]
+        return max(measured, default=None)
 
     @property
     def acc_best_val(self) -> float | None:
@@ -391,7 +406,8 @@ def _train_epoch(training: _Training, loader: Any, epoch: int) -> dict[str, Any]
         for group in training.optimizer.param_groups:
             group["lr"] = lr
         x, y = _shard(training.accelerator, x, y)
-        terms, accuracy = _loop_step(training, x, y, epoch, step)
+        place = _place_in_group(step, len(loader), optim.accumulate)
+        terms, accuracy = _loop_step(training, x, y, epoch, step, place)
         for name, value in {**terms, "train_acc": 100 * accuracy}.items():
             sums[name] = sums.get(name, 0) + value * len(y)
         num_images += len(y)
@@ -401,8 +417,33 @@ def _train_epoch(training: _Training, loader: Any, epoch: int) -> dict[str, Any]
     return {"epoch": epoch + 1, "loss": loss, **means, "lr": lr, "train_seconds": seconds}
 
 
+def _place_in_group(step: int, num_steps: int, accumulate: int) -> tuple[int, int]:
+    "Return number and count of the batches that share an update; the last group may be smaller."
+    number = step % accumulate
+    return number, min(accumulate, num_steps - (step - number))
+
+
+class _MixedBatches:
+    "Batches whose images and labels are mixed by mixup or CutMix."
+
+    def __init__(self, loader: Any, optim: OptimSpec, num_classes: int, seed: int) -> None:
+        self.loader = loader
+        self.optim = optim
+        self.num_classes = num_classes
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        mixup, cutmix = self.optim.mixup, self.optim.cutmix
+        for x, y in self.loader:
+            yield mix_images(x, y, self.num_classes, mixup, cutmix, generator)
+
+
 def _loop_step(
-    training: _Training, x: Tensor, y: Tensor, epoch: int, step: int
+    training: _Training, x: Tensor, y: Tensor, epoch: int, step: int, place: tuple[int, int]
 ) -> tuple[dict[str, Tensor], Tensor]:
     precision = training.optim.precision
 
@@ -418,6 +459,7 @@ def _loop_step(
         training.optim.clip,
         training.scaler,
         check_terms,
+        place,
     )
     accuracy = (logits.argmax(-1) == hard_labels(read_labels(y))).float().mean()
     return terms, accuracy
@@ -454,7 +496,9 @@ def _add_accuracies(
     val_acc = None
     if data.val is not None:
         val_acc = evaluate(student, data, "val", precision=precision)
-    test_acc = evaluate(student, data, "test", precision=precision)
+    test_acc = None
+    if data.test is not None:
+        test_acc = evaluate(student, data, "test", precision=precision)
     seconds = row["train_seconds"] + time.perf_counter() - start
     return {**row, "val_acc": val_acc, "test_acc": test_acc, "seconds": seconds}
 
@@ -503,9 +547,10 @@ def _identity(
     fingerprint = getattr(data, "fingerprint", "")
     probe_names = sorted(probes or {})
     parts = [optim, augment, seed, fingerprint, methods, shapes, teacher_sums, *probe_names]
-    # The field `gradient` is newer than the first checkpoints, which stay valid in this way.
+    # These fields are newer than the first checkpoints, which stay valid in this way.
     text = repr(parts).replace(", gradient='bptt'", "")
-    return sha256_of(text)
+    newer = ", label_smoothing=0.0, mixup=0.0, cutmix=0.0, accumulate=1"
+    return sha256_of(text.replace(newer, ""))
 
 
 def _is_plain(value: Any) -> bool:
@@ -525,13 +570,29 @@ def _plain_options(module: nn.Module) -> list:
     return [*sorted(own), *children]
 
 
-def _resume(checkpoint: str | Path | None, training: _Training, identity: str) -> History:
+def _is_continued(state: dict[str, Any], optim: OptimSpec, open_identity: str) -> bool:
+    "Tell whether a checkpoint is the end of the same training with fewer epochs."
+    num_done = len(state["history"])
+    is_finished = state.get("epochs") == num_done
+    return is_finished and num_done < optim.epochs and state.get("of_any_length") == open_identity
+
+
+def _resume(
+    checkpoint: str | Path | None,
+    training: _Training,
+    identity: str,
+    open_identity: str,  # the same for trainings of any number of epochs
+) -> History:
     "Fill weights, optimizer and scaler from a checkpoint, if any, and return its history."
     if not checkpoint:
         return History()
     split_state(training.distiller.state_dict())  # what cannot be stored is refused now
     check_writable(checkpoint)
-    state = load_checkpoint(checkpoint, training.distiller, training.optimizer, identity)
+
+    def is_ours(state: dict[str, Any]) -> bool:
+        return state.get("of") == identity or _is_continued(state, training.optim, open_identity)
+
+    state = load_checkpoint(checkpoint, training.distiller, training.optimizer, is_ours)
     if state is None:
         return History()
     if state.get("scaler"):
@@ -544,6 +605,8 @@ OPTIONS_OF_FIT = (
     "augment",
     "seed",
     "device",
+    "trackers",
+    "log_dir",
     "checkpoint",
     "on_event",
     "compile",
@@ -629,12 +692,9 @@ def _using_device(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _check_arguments(student: nn.Module, data: Any, distiller: Distiller, gradient: str) -> None:
-    if not hasattr(data, "loader"):
-        raise UserError(
-            f"data = {data!r:.60}…: give an ImageData, e.g. load('digits') "
-            "or one made of your tensors as nbs/lib/10_data.batches.ipynb shows"
-        )
+def _check_arguments(
+    student: nn.Module, distiller: Distiller, gradient: str, label_smoothing: float
+) -> None:
     if distiller.student is not student:
         raise UserError(
             "the distiller was made for another student: create it from the one that is trained"
@@ -644,6 +704,11 @@ def _check_arguments(student: nn.Module, data: Any, distiller: Distiller, gradie
     for method in distiller.methods:
         if getattr(method, "looks_at_steps", False):
             check_steps(f"method = {type(method).__name__.lower()!r}", gradient)
+    if distiller.replaced and label_smoothing:
+        raise UserError(
+            f"label_smoothing = {label_smoothing}: {distiller.replaced[0]} is used in place of the "
+            "cross-entropy; leave label_smoothing out"
+        )
     if distiller.ce == "each":
         check_steps("ce = 'each'", gradient)
 
@@ -710,9 +775,11 @@ def _gradients_protected(device: torch.device) -> contextlib.AbstractContextMana
 # %% ../../nbs/lib/56_training.loop.ipynb #68bfd6c2
 def fit(
     student: nn.Module,  # the network that is trained, in place
-    data: Any,  # an `ImageData`, or anything with its `loader`
+    # an `ImageData`, a `Dataset` or `DataLoader` of PyTorch, or a tuple (train, test) or
+    # (train, val, test) of them, see `data.loaders`
+    data: Any,
     distiller: Distiller | None = None,  # from `create_distiller`; None: cross-entropy alone
-    optim: OptimSpec | None = None,  # its fields can also be given by name
+    optim: OptimSpec | None = None,  # None: its defaults; arguments below replace its fields
     augment: str = "none",  # "+"-joined augmentations of the training images
     seed: int = 0,  # decides the order of the images and their augmentation
     device: str | torch.device | None = None,  # "cpu", "cuda", "cuda:1"; None: what torch finds
@@ -721,7 +788,25 @@ def fit(
     compile: str | None = None,  # backend of torch.compile, e.g. "inductor"; None: not compiled
     probes: Probes | Callable[[], Probes] | None = None,  # run after every epoch
     stream: float | None = None,  # MiB per layer with gradient="rate"; None: SNNKD_STREAM, or all
-    **overrides: Any,  # fields of `OptimSpec`, e.g. epochs=5, lr=0.1
+    trackers: str = "",  # "csv", "tensorboard" or "csv+tensorboard": also write the numbers there
+    log_dir: str | Path = "logs",  # folder of the trackers
+    *,
+    # fields of `optim`; None: its value. The defaults of `OptimSpec` are in brackets
+    epochs: int | None = None,  # passes over the training images (5)
+    batch_size: int | None = None,  # images per batch (64); a `DataLoader` has its own
+    lr: float | None = None,  # peak learning rate (0.1)
+    momentum: float | None = None,  # of SGD (0.9)
+    weight_decay: float | None = None,  # factor of the L2 penalty (5e-4)
+    schedule: str | None = None,  # "cosine" (the default), "multistep", "onecycle", "constant"
+    warmup: float | None = None,  # epochs of linear warm-up (0)
+    precision: str | None = None,  # "fp32" (the default), "bf16", "fp16", "auto"
+    clip: float | None = None,  # largest norm of the gradient (no clipping)
+    gradient: str | None = None,  # "bptt" (the default), "rate", "rate-code"
+    label_smoothing: float | None = None,  # share of the target spread over all classes (0)
+    mixup: float | None = None,  # parameter of its beta distribution (0: off)
+    cutmix: float | None = None,  # parameter of its beta distribution (0: off)
+    accumulate: int | None = None,  # batches whose gradients are added up for one step (1)
+    **more: Any,  # further fields of `OptimSpec`, e.g. nesterov=True
 ) -> History:
     """Train a student and return the `History`.
 
@@ -732,25 +817,51 @@ def fit(
     of the student that are in evaluation mode stay so, see `find_kept_in_eval`.
 
     Raises `NonFiniteLoss`, after which nothing is saved, and `UserError`."""
-    optim = _override_optim(optim, overrides)
+    from snnkd_nb.training.trackers import Trackers  # loads accelerate
+
+    given = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "momentum": momentum,
+        "weight_decay": weight_decay,
+        "schedule": schedule,
+        "warmup": warmup,
+        "precision": precision,
+        "clip": clip,
+        "gradient": gradient,
+        "label_smoothing": label_smoothing,
+        "mixup": mixup,
+        "cutmix": cutmix,
+        "accumulate": accumulate,
+    }
+    overrides = {name: value for name, value in given.items() if value is not None}
+    optim = _override_optim(optim, {**overrides, **more})
+    data = as_data(data)
     if optim.epochs == 0:
         raise UserError("epochs = 0: nothing would be trained; give a whole number of at least 1")
     emit = guard_listener(on_event or ProgressPrinter())
     distiller = distiller or Distiller(student)
-    _check_arguments(student, data, distiller, optim.gradient)
+    _check_arguments(student, distiller, optim.gradient, optim.label_smoothing)
     training = _prepare(distiller, data, optim, device)
     accelerator = training.accelerator
     named_probes = (probes() if callable(probes) else probes) or {}
-    identity = ""
+    identity = open_identity = ""
     if checkpoint:
         identity = _identity(optim, augment, seed, data, distiller, named_probes)
-    history = _resume(checkpoint, training, identity)
+        of_any_length = dataclasses.replace(optim, epochs=0)
+        open_identity = _identity(of_any_length, augment, seed, data, distiller, named_probes)
+    history = _resume(checkpoint, training, identity, open_identity)
     if accelerator.num_processes > 1:
         training.module = accelerator.prepare_model(distiller)
     _copy_first_process(accelerator, cast("nn.Module | None", distiller.teacher))
+    tracked = Trackers(trackers if accelerator.is_main_process else "", log_dir)
+    for row in history:
+        tracked.log(row)
     with (
         _using_device(training.device),
         _gradients_protected(training.device),
+        contextlib.closing(tracked),
         _compiled(distiller, compile),
         _using_gradient(student, optim.gradient, compile, stream),
     ):
@@ -760,8 +871,15 @@ def fit(
             history.append({**row, **_run_probes(named_probes, distiller)})
             if checkpoint and accelerator.is_main_process:
                 scaler_state = training.scaler.state_dict()
-                state = {"of": identity, "history": history, "scaler": scaler_state}
+                state = {
+                    "of": identity,
+                    "of_any_length": open_identity,
+                    "epochs": optim.epochs,
+                    "history": history,
+                    "scaler": scaler_state,
+                }
                 save_checkpoint(checkpoint, distiller, training.optimizer, state)
+            tracked.log(history[-1])
             emit({"event": "epoch", "epochs": optim.epochs, **history[-1]})
     return history
 
@@ -774,6 +892,7 @@ def _prepare(
     networks = [distiller.student, *distiller.methods]
     kept_in_eval = [module for network in networks for module in find_kept_in_eval(network)]
     distiller.to(device)
+    distiller.label_smoothing = optim.label_smoothing
     training_images = getattr(data, "train", None)
     distiller.labels = label_range(getattr(training_images, "labels", None))
     optimizer = create_optimizer(distiller, optim)
@@ -800,6 +919,9 @@ def _fit_epoch(
         drop_last=len(data.train) > optim.batch_size,
         device=training.device,
     )
+    if optim.mixup or optim.cutmix:
+        mix_seed = seed_for(seed, "mix", epoch)
+        loader = _MixedBatches(loader, optim, data.num_classes, mix_seed)
     training.distiller.begin_epoch(epoch, optim.epochs)
     row = _train_epoch(training, loader, epoch)
     _check_weights(training.distiller, epoch)

@@ -38,7 +38,8 @@ def format_epoch(
     ]
     if event.get("val_acc") is not None:
         parts.append(f"val {event['val_acc']:5.2f} %")
-    parts.append(f"test {event['test_acc']:5.2f} %")
+    if event.get("test_acc") is not None:
+        parts.append(f"test {event['test_acc']:5.2f} %")
     epochs_left = event["epochs"] - event["epoch"]
     parts.append(f"{event['seconds'] * epochs_left:4.0f} s left")
     return "  ".join(parts)
