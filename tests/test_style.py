@@ -19,7 +19,7 @@ LONG_LINES: dict[str, int] = {
     "core": 2,
     "data.augment": 1,
     "kernels.flat": 2,
-    "kernels.gpu": 6,
+    "kernels.gpu": 5,
     "kernels.lif": 1,
     "kernels.norm": 5,
     "kernels.precision": 5,

@@ -293,38 +293,58 @@ def norm_neuron(
     P: tl.constexpr,
     W: tl.constexpr,
 ):
-    """Write the gradient gy of the current and, per tile, its sums and those of its product with x."""
-    i, ok, c, in_c = channel_tile(C, P, W, pixels)
-    a = tl.load(scale + c, in_c, 0.0)[None, :]
-    b = tl.load(offset + c, in_c, 0.0)[None, :]
+    """Write the gradient gy of the current, and per tile its sums and those of its product with x.
+
+    x, r, the gradient g of the spikes and gy are (T, pixels, C), sums is (2, tiles, C). The current
+    is that of `norm_forward`. Both sums are over time and over the pixels of a tile.
+    """
+    i, inside, c, is_channel = channel_tile(C, P, W, pixels)
+    channel_scale = tl.load(scale + c, is_channel, 0.0)[None, :]
+    channel_offset = tl.load(offset + c, is_channel, 0.0)[None, :]
+    step_size = tl.cast(pixels, tl.int64) * C  # from one time step to the next
+
+    # forward again: the inputs and the membranes before the reset, by step
     v = tl.zeros((P, W), tl.float32) + rest
     membranes = ()
     inputs = ()
-    stride = tl.cast(pixels, tl.int64) * C
     for t in tl.static_range(T):
-        z = tl.load(x + i + t * stride, ok, 0.0).to(tl.float32)
-        current = z * a + b
+        value = tl.load(x + i + t * step_size, inside, 0.0).to(tl.float32)
+        current = value * channel_scale + channel_offset
         if ADD:
-            current += tl.load(r + i + t * stride, ok, 0.0).to(tl.float32)
+            current += tl.load(r + i + t * step_size, inside, 0.0).to(tl.float32)
         m, _spike, v = step_forward(current, v, decay, gain, shift, fire, jump, HARD)
         membranes = membranes + (m,)  # type: ignore[assignment]  # noqa: RUF005  Triton has no stars
-        inputs = inputs + (z,)  # type: ignore[assignment]  # noqa: RUF005  Triton has no stars
-    w = tl.zeros((P, W), tl.float32)  # gradient of the state
-    s1 = tl.zeros((W,), tl.float32)
-    s2 = tl.zeros((W,), tl.float32)
+        inputs = inputs + (value,)  # type: ignore[assignment]  # noqa: RUF005  Triton has no stars
+
+    # backward: from the last step to the first
+    state_grad = tl.zeros((P, W), tl.float32)
+    grad_sum = tl.zeros((W,), tl.float32)
+    product_sum = tl.zeros((W,), tl.float32)
     for s in tl.static_range(T):
+        # In Triton a constant that gets a name is no constant any more: T - 1 - s has none.
         m = membranes[T - 1 - s]
-        at = i + (T - 1 - s) * stride
-        spike_grad = tl.load(g + at, ok, 0.0).to(tl.float32)
-        d = surrogate_grad(m - v_th, p, q, KIND)
-        e, w = step_backward(spike_grad, m, w, d, decay, fire, jump, HARD, not DETACH and s > 0)
-        e = tl.where(ok, gain * e, 0.0)
-        s1 += tl.sum(e, 0)
-        s2 += tl.sum(tl.where(ok, e * inputs[T - 1 - s], 0.0), 0)
-        tl.store(gy + at, e.to(gy.dtype.element_ty), ok)
+        at = i + (T - 1 - s) * step_size
+        spike_grad = tl.load(g + at, inside, 0.0).to(tl.float32)
+        slope = surrogate_grad(m - v_th, p, q, KIND)
+        membrane_grad, state_grad = step_backward(
+            spike_grad,
+            m,
+            state_grad,
+            slope,
+            decay,
+            fire,
+            jump,
+            HARD,
+            not DETACH and s > 0,  # the last step's reset has no effect
+        )
+        current_grad = tl.where(inside, gain * membrane_grad, 0.0)
+        grad_sum += tl.sum(current_grad, 0)
+        product = tl.where(inside, current_grad * inputs[T - 1 - s], 0.0)
+        product_sum += tl.sum(product, 0)
+        tl.store(gy + at, current_grad.to(gy.dtype.element_ty), inside)
     row = sums + tl.program_id(0).to(tl.int64) * C + c
-    tl.store(row, s1, in_c)
-    tl.store(row + tl.num_programs(0).to(tl.int64) * C, s2, in_c)
+    tl.store(row, grad_sum, is_channel)
+    tl.store(row + tl.num_programs(0).to(tl.int64) * C, product_sum, is_channel)
 
 # %% ../../nbs/lib/20_kernels.gpu.ipynb #95f6f241
 @triton.jit

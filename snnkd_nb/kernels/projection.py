@@ -98,28 +98,40 @@ def image_row(x, n, r, zeros):
 
 # %% ../../nbs/lib/25_kernels.projection.ipynb #27ce1ac6
 @njit(**STRICT_MATH)
-def turn_to_tiles(x, tiles, strip, zeros, n, r, t, c, at):
-    """Turn one row of tiles of x (N, h, w·c): B d Bᵀ."""
-    d0 = image_row(x, n, 2 * r - 1, zeros)
-    d1 = image_row(x, n, 2 * r, zeros)
-    d2 = image_row(x, n, 2 * r + 1, zeros)
-    d3 = image_row(x, n, 2 * r + 2, zeros)
+def turn_to_tiles(x, tiles, strip, zeros, n, tile_row, first_tile, c, first_channel):
+    """Turn one row of tiles of image n of x (N, h, w·c): B d Bᵀ for every patch d of 4×4 pixels.
+
+    Patches overlap by two pixels and reach one pixel over the edge of the image. `first_tile` is
+    the index of the row's first tile in `tiles` (16, tiles, channels), `first_channel` the index of
+    the first of its c channels. `strip` (4, (w + 2)·c or more) is working memory; its first c
+    numbers and those behind the image are zeros. `zeros` is a row of the image outside of it.
+    """
+    top = 2 * tile_row - 1
+    d0 = image_row(x, n, top, zeros)
+    d1 = image_row(x, n, top + 1, zeros)
+    d2 = image_row(x, n, top + 2, zeros)
+    d3 = image_row(x, n, top + 3, zeros)
+    # B d, for all columns of the image at once
     end = c + zeros.size
     subtract_rows(d0, d2, strip[0, c:end])
     add_rows(d1, d2, strip[1, c:end])
     subtract_rows(d2, d1, strip[2, c:end])
     subtract_rows(d1, d3, strip[3, c:end])
+    # (B d) Bᵀ, patch by patch
+    num_patches = strip.shape[1] // (2 * c) - 1
+    last_channel = first_channel + c
     for i in range(4):
-        for b in range(strip.shape[1] // (2 * c) - 1):
-            o = 2 * b * c
-            e0 = strip[i, o : o + c]
-            e1 = strip[i, o + c : o + 2 * c]
-            e2 = strip[i, o + 2 * c : o + 3 * c]
-            e3 = strip[i, o + 3 * c : o + 4 * c]
-            subtract_rows(e0, e2, tiles[4 * i, t + b, at : at + c])
-            add_rows(e1, e2, tiles[4 * i + 1, t + b, at : at + c])
-            subtract_rows(e2, e1, tiles[4 * i + 2, t + b, at : at + c])
-            subtract_rows(e1, e3, tiles[4 * i + 3, t + b, at : at + c])
+        for patch in range(num_patches):
+            left = 2 * patch * c
+            e0 = strip[i, left : left + c]
+            e1 = strip[i, left + c : left + 2 * c]
+            e2 = strip[i, left + 2 * c : left + 3 * c]
+            e3 = strip[i, left + 3 * c : left + 4 * c]
+            tile = first_tile + patch
+            subtract_rows(e0, e2, tiles[4 * i, tile, first_channel:last_channel])
+            add_rows(e1, e2, tiles[4 * i + 1, tile, first_channel:last_channel])
+            subtract_rows(e2, e1, tiles[4 * i + 2, tile, first_channel:last_channel])
+            subtract_rows(e1, e3, tiles[4 * i + 3, tile, first_channel:last_channel])
 
 
 @njit(**STRICT_MATH)

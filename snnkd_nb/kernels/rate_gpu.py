@@ -57,38 +57,46 @@ def rate_kernel(
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Write the spikes y (T, n), their rate and their eligibility (n,) of the input x, (T, n) or
+    (1, n) if STATIC.
+
+    The current is x, times scale plus offset of its channel if NORM, plus r (T, n) if ADD. MEAN
+    also writes the mean of x over time, (n,). The numbers and switches of the neuron are those of
+    `kernels.gpu.encode_neuron`.
+    """
     n = tl.cast(n, tl.int64)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    ok = i < n
+    inside = i < n
     zero = tl.zeros((BLOCK,), tl.float32)
-    v = zero + rest
-    rho = zero + gain
-    total = zero
-    count = zero
-    inputs = zero
+    v = zero + rest  # membrane after the last reset
+    rho = zero + gain  # derivative of the membrane by the currents of all steps so far, eq. 3
+    eligibility_sum = zero
+    spike_count = zero
+    input_sum = zero
     if NORM:
-        a = tl.load(scale + i % C, ok, 0.0)
-        b = tl.load(offset + i % C, ok, 0.0)
+        channel_scale = tl.load(scale + i % C, inside, 0.0)
+        channel_offset = tl.load(offset + i % C, inside, 0.0)
     for t in tl.static_range(T):
-        u = tl.load(x + (0 if STATIC else t * n) + i, ok, 0.0).to(tl.float32)
-        inputs += u
+        current = tl.load(x + (0 if STATIC else t * n) + i, inside, 0.0).to(tl.float32)
+        input_sum += current
         if NORM:
-            u = u * a + b
+            current = current * channel_scale + channel_offset
         if ADD:
-            u += tl.load(r + t * n + i, ok, 0.0).to(tl.float32)
-        m, k, v = step_forward(u, v, decay, gain, shift, fire, jump, HARD)
+            current += tl.load(r + t * n + i, inside, 0.0).to(tl.float32)
+        m, spike, v = step_forward(current, v, decay, gain, shift, fire, jump, HARD)
         slope = surrogate_grad(m - v_th, p, q, KIND)
-        keep = 1.0 - k if HARD else zero + 1.0
-        total = total + slope * rho
-        count = count + k
+        eligibility_sum = eligibility_sum + slope * rho
+        spike_count = spike_count + spike
+        # derivative of the membrane after the reset by the membrane before it
+        through_reset = 1.0 - spike if HARD else zero + 1.0
         if not DETACH:
-            keep += (jump - m if HARD else jump) * slope
-        rho = gain + decay * (rho * keep)
-        tl.store(y + t * n + i, k.to(y.dtype.element_ty), ok)
-    tl.store(rate + i, (count / T).to(rate.dtype.element_ty), ok)
-    tl.store(eligibility + i, (total / T).to(rate.dtype.element_ty), ok)
+            through_reset += (jump - m if HARD else jump) * slope
+        rho = gain + decay * (rho * through_reset)
+        tl.store(y + t * n + i, spike.to(y.dtype.element_ty), inside)
+    tl.store(rate + i, (spike_count / T).to(rate.dtype.element_ty), inside)
+    tl.store(eligibility + i, (eligibility_sum / T).to(rate.dtype.element_ty), inside)
     if MEAN:
-        tl.store(mean + i, (inputs / T).to(mean.dtype.element_ty), ok)
+        tl.store(mean + i, (input_sum / T).to(mean.dtype.element_ty), inside)
 
 # %% ../../nbs/lib/27_kernels.rate_gpu.ipynb #d5430b7e
 def rate_pass(

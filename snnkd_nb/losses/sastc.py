@@ -563,65 +563,67 @@ class SASTC(Method):
         self,
         student: Any,  # a spiking network (an ordinary one counts as one step)
         teacher: Any,  # an ordinary network
-        # decides `norm`, and whether the stem is among the layers: "paper" or "code", see
-        # *Deviations*
+        # "paper" or "code": sets `norm`, and whether the stem is among the layers; *Deviations*
         variant: str = "paper",
         # weight of the loss, ≥ 0 (paper: 1300 on CIFAR-10, 700 on CIFAR-100, 50 on ImageNet); a
-        # list: one for each equal part of the epochs
-        beta: Any = 700.0,
+        # list has one weight for each equal part of the epochs
+        beta: float | Sequence[float] = 700.0,
         batch_size: int = 128,  # images of a batch in one process: the embeddings are made for it
         student_layers: Any = None,  # old name of `layers`
         teacher_layers: Any = None,  # old name of `layers`
         reduction: str = "mean",  # "mean", or "sum" (paper)
-        # queries and keys of length one; False (paper): the attention is one-hot
+        # whether queries and keys have length one; without it (paper) the attention is one-hot
         normalise: bool = True,
         shared: bool = False,  # one perceptron for all queries and one for all keys
         # batch norm of the projections over "all" steps, or one "step" at a time
         norm: str | None = None,
-        pool: str = "max",  # the larger student is brought to size by "max" or "avg"
-        # which parameters attention teaches: "all", "embeddings" but not the student, or "none"
+        pool: str = "max",  # how the student's map shrinks if it is larger: "max" or "avg"
+        # parameters that learn from the attention: "all", "embeddings" (not the student) or "none"
         route: str = "all",
-        input_shape: Any = None,  # (C, H, W) of one image where neither network knows it
-        # {"student": […], "teacher": […]}, each with each; None: all stages of both
+        input_shape: Any = None,  # (C, H, W) of one image, if neither network states it
+        # {"student": […], "teacher": […]}: all pairs of these; None: all stages of both networks
         layers: Layers = None,
-    ):
+    ) -> None:
         super().__init__(student, teacher, variant)
         reading = READINGS[check_choice("variant", variant, tuple(READINGS))]
         self._check_networks(teacher, batch_size)
-        shape: Any = input_shape or image_shape(student) or image_shape(teacher)
-        require(
-            shape is not None, "the size of the images is not known: give input_shape=(C, H, W)"
-        )
+        shape = self._image_shape(student, teacher, input_shape)
         for name, flag in (("normalise", normalise), ("shared", shared)):
             require(type(flag) is bool, f"{name} = {flag!r}: give True or False")
-        norm = check_choice("norm", reading["norm"] if norm is None else norm, NORMS)
-        check_choice("reduction", reduction, REDUCTIONS)
-        check_choice("pool", pool, tuple(POOLS))
-        check_choice("route", route, ROUTES)
         self.betas = check_betas(beta)
         self.beta = self.betas[0]
 
-        names_s, names_t = read_layers(layers_from_lists(layers, student_layers, teacher_layers))
-        stem = bool(reading["stem"])
-        self.student_features = select_layers(student, "student", names_s, stem)
-        self.teacher_features = select_layers(teacher, "teacher", names_t, stem)
+        selected = layers_from_lists(layers, student_layers, teacher_layers)
+        student_names, teacher_names = read_layers(selected)
+        has_stem = bool(reading["stem"])
+        self.student_features = select_layers(student, "student", student_names, has_stem)
+        self.teacher_features = select_layers(teacher, "teacher", teacher_names, has_stem)
         teacher_shape = image_shape(teacher) or shape
-        maps_s = find_map_shapes(student, "student", self.student_features, shape)
-        maps_t = find_map_shapes(teacher, "teacher", self.teacher_features, teacher_shape)
-        for map_s in maps_s:
-            for map_t in maps_t:
-                common_size(map_s[1:], map_t[1:])  # raises if neither fits into the other
+        student_maps = find_map_shapes(student, "student", self.student_features, shape)
+        teacher_maps = find_map_shapes(teacher, "teacher", self.teacher_features, teacher_shape)
+        for _, *student_size in student_maps:
+            for _, *teacher_size in teacher_maps:
+                common_size(student_size, teacher_size)  # raises if neither fits into the other
         self.calibration = Calibration(
-            [map_s[0] for map_s in maps_s],
-            [map_t[0] for map_t in maps_t],
+            [channels for channels, *_ in student_maps],
+            [channels for channels, *_ in teacher_maps],
             batch_size,
             shared,
             normalise,
-            norm,
-            pool,
-            route,
-            reduction,
+            norm=check_choice("norm", reading["norm"] if norm is None else norm, NORMS),
+            pool=check_choice("pool", pool, tuple(POOLS)),
+            route=check_choice("route", route, ROUTES),
+            reduction=check_choice("reduction", reduction, REDUCTIONS),
         )
+
+    @staticmethod
+    def _image_shape(student: Any, teacher: Any, given: Any) -> tuple[int, int, int]:
+        "Return (C, H, W) of one image. Raises `UserError` if it is neither given nor stated."
+        shape = given or image_shape(student) or image_shape(teacher)
+        require(
+            shape is not None, "the size of the images is not known: give input_shape=(C, H, W)"
+        )
+        return shape
 
     @staticmethod
     def _check_networks(teacher: Any, batch_size: Any) -> None:
