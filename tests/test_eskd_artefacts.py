@@ -353,7 +353,12 @@ def test_curves_are_read_from_records():
     def history(s):
         return {
             f"hybrids_{m}": [v + s.seed, v + 10 + s.seed, v + 20 + s.seed]
-            for m, v in (("S", 50), ("M0", 40), ("M1", 51), ("M2", 49))
+            for m, v in (
+                ("S", 50),
+                ("M0", 40),
+                ("M1", 51 + 0.1 * s.seed),
+                ("M2", 49 - 0.1 * s.seed),
+            )
         }
 
     frame = tabulate_by_epoch(grid, {s: Fake(70, history(s)) for s in grid.specs}, "hybrids")

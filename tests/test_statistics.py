@@ -11,6 +11,7 @@ from snnkd_nb.metrics.statistics import (
     OUTCOMES,
     Verdict,
     holm,
+    is_at_chance,
     judge_claim,
     judge_claims,
     smallest_detectable_difference,
@@ -90,7 +91,8 @@ def test_runs_without_spread_decide_nothing_unless_they_are_equal():
     assert judge_claim([70.0, 70.0], [70.0, 70.0]).outcome == "tie"
     first, _ = arms()
     tie = judge_claim(first, dict(first))
-    assert (tie.outcome, tie.effect, tie.p_value) == ("tie", 0, 1)
+    assert (tie.outcome, tie.effect) == ("tie", 0)
+    assert math.isnan(tie.p_value), "there is no test"
 
 
 def test_rounding_is_no_spread():
@@ -202,3 +204,11 @@ def test_a_verdict_is_plain_data():
     verdict = judge_claim(*arms())
     assert isinstance(verdict, Verdict)
     assert hash(verdict) == hash(judge_claim(*arms()))
+
+
+def test_claims_without_a_test_do_not_make_the_others_harder():
+    alone = judge_claim(*arms())
+    verdicts = judge_claims({"tested": arms(), "one seed": ([1.0], [2.0]), "tie": ([1, 1], [1, 1])})
+    assert verdicts["tested"] == alone
+    assert is_at_chance(12.0, 10.0) and not is_at_chance(12.1, 10.0)
+    assert not is_at_chance(11.0, 10.0, margin=0.5)

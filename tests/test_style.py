@@ -32,7 +32,6 @@ LONG_LINES: dict[str, int] = {
     "papers.registry": 4,
     "papers.studies": 30,
     "papers.studies_proxy": 23,
-    "reports.claims": 4,
     "reports.curves": 4,
     "reports.diagrams": 3,
     "reports.efficiency": 7,

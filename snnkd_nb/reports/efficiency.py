@@ -20,7 +20,7 @@ from ..data.corrupt import load_spec
 from ..metrics.energy import NAMES, energies, layer_table
 from ..papers.experiments import Grid
 from ..papers.published import claims, published
-from .claims import ClaimRecord, Runs, find_verdict, save_claims
+from .claims import ClaimRecord, Runs, compare_verdicts, save_claims
 from .figure import artefact_path, format_csv, markdown_table
 from .tables import METRICS
 from ..spec import RunSpec
@@ -169,17 +169,20 @@ def _as_published(grid: Grid, frame: "pd.DataFrame", convention: str) -> list[Cl
     records = []
     for record in paper.records:
         name, factor = units[record["column"]]
-        values = []
+        by_seed: dict[int, float] = {}
         if len(frame):
             is_arm = (frame["method"] == record["method"]) & (frame["T"] == record["T"])
-            values = frame[is_arm][name].tolist()
+            arm = frame[is_arm]
+            by_seed = dict(zip(arm["seed"], arm[name] * factor, strict=True))
+        values = list(by_seed.values())
         records.append(
             {
                 **{k: record[k] for k in paper.index},
                 "column": record["column"],
-                "value": mean(values) * factor if values else None,
-                "std": stdev(values) * factor if len(values) > 1 else None,
+                "value": mean(values) if values else None,
+                "std": stdev(values) if len(values) > 1 else None,
                 "n": len(values),
+                "values": by_seed,
             }
         )
     return records
@@ -191,19 +194,9 @@ def judge_efficiency(
     convention: str = "45nm",  # under which power is judged
 ) -> "pd.DataFrame":
     "Return the paper's claims with the verdicts on its numbers and on ours."
-    import pandas as pd
-
-    pd.set_option("display.max_colwidth", None)
     ours = _as_published(grid, frame, convention)
-    rows = [
-        {
-            "claim": claim.text,
-            "paper's numbers": find_verdict(claim, published(grid.key).records),
-            f"ours (power: {convention})": find_verdict(claim, ours),
-        }
-        for claim in claims(grid.key)
-    ]
-    return pd.DataFrame(rows)
+    verdicts = compare_verdicts(claims(grid.key), published(grid.key).records, ours)
+    return verdicts.drop(columns="place").rename(columns={"ours": f"ours (power: {convention})"})
 
 
 def implied_energy(

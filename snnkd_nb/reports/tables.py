@@ -19,6 +19,7 @@ from ..papers.experiments import Cell, Grid, summarise
 from ..papers.published import claims, published
 from snnkd_nb.reports.claims import (
     Runs,
+    chance_accuracy,
     claims_and_deviations,
     compare_verdicts,
     report_table,
@@ -103,7 +104,8 @@ def join_published(
 
     A row has the index and column of the published table, and: paper and paper_std, the published numbers; ours, std and n, mean and standard
     deviation over n seeds; delta, ours minus paper; note, why there is no number; runs, the ids; between, the lowest and highest of several
-    trainings that are averaged under each seed; steps, our T where it is not the row's T; and values, our number for each seed.
+    trainings that are averaged under each seed; steps, our T where it is not the row's T; values, our number for each seed; and chance, the
+    accuracy of guessing.
     """
     paper = published(grid.key)
     cells = {(_place(cell.index, paper.index), cell.column): cell for cell in grid.cells}
@@ -128,6 +130,7 @@ def join_published(
                 "between": _range_of_averaged_runs(cell, runs, metric),
                 "steps": _own_time_steps(cell),
                 "values": values_by_seed(cell, runs, metric),
+                "chance": chance_accuracy(cell, runs, metric),
             }
         )
     assert not cells, f"cells of {grid.key} without a published value: {list(cells)[:3]}"
@@ -168,7 +171,7 @@ def _format_delta(row: dict) -> str:
 
 # %% ../../nbs/lib/75_reports.tables.ipynb #3399b7e1
 # Columns of the rows that are not saved: they are in the text of the table, or in the runs.
-UNSAVED = ["between", "steps", "values"]
+UNSAVED = ["between", "steps", "values", "chance"]
 
 
 class Report:
@@ -227,9 +230,11 @@ class Report:
         our_records = []
         for row in self.rows:
             value = row["ours"]
+            values = row["values"]
             if value is not None and self.compared_digits is not None:
                 value = round(value, self.compared_digits)
-            our_records.append({**row, "value": value})
+                values = {seed: round(v, self.compared_digits) for seed, v in values.items()}
+            our_records.append({**row, "value": value, "values": values})
         return compare_verdicts(claims(self.grid.key), self.paper.records, our_records)
 
     def markdown(self) -> str:
