@@ -619,7 +619,7 @@ class SASTC(Method):
     @staticmethod
     def _image_shape(student: Any, teacher: Any, given: Any) -> tuple[int, int, int]:
         "Return (C, H, W) of one image. Raises `UserError` if it is neither given nor stated."
-        shape = given or image_shape(student) or image_shape(teacher)
+        shape: Any = given or image_shape(student) or image_shape(teacher)
         require(
             shape is not None, "the size of the images is not known: give input_shape=(C, H, W)"
         )
