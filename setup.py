@@ -36,6 +36,7 @@ class BuildWithPapers(build_py):
 extras = {
     "lab": names("lab_requirements"),
     "extra": names("extra_requirements"),
+    "export": names("export_requirements"),
     "dev": names("dev_requirements"),
 }
 setup(

@@ -167,7 +167,13 @@ def test_settings_name_every_third_party_import():
     said = re.findall(
         r"[\w-]+",
         " ".join(
-            config["DEFAULT"][k] for k in ("requirements", "extra_requirements", "lab_requirements")
+            config["DEFAULT"][k]
+            for k in (
+                "requirements",
+                "extra_requirements",
+                "lab_requirements",
+                "export_requirements",
+            )
         ),
     )
     known = {
