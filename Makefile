@@ -1,4 +1,4 @@
-# make reproduce: every artefact at smoke scale   make test: all checks   make lab: JupyterLab on the front page
+# make reproduce: every artefact at smoke scale   make test: all checks   make lab: JupyterLab on the front page   make book: the documentation as a web site
 PYTHON ?= python3
 SCALE ?= smoke
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test lab clean
+.PHONY: help reproduce test lab book clean
 
 help:
 	@sed -n '1s/^# //p' Makefile | sed 's/   /\n/g'
@@ -26,6 +26,9 @@ test: $(READY)
 
 lab: $(READY)
 	$(BIN)/jupyter lab nbs/index.ipynb
+
+book: $(READY)
+	$(BIN)/snnkd book
 
 clean:
 	rm -rf .venv *.egg-info build dist results/progress results/notebooks

@@ -37,7 +37,8 @@ extras = {
     "lab": names("lab_requirements"),
     "extra": names("extra_requirements"),
     "export": names("export_requirements"),
-    "dev": names("dev_requirements"),
+    "book": names("book_requirements"),
+    "dev": names("dev_requirements") + names("book_requirements"),
 }
 setup(
     name=cfg["lib_name"],

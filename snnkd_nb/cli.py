@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STORED_RUN', 'MEASURES', 'VERBS', 'HIDDEN', 'comments_of', 'shorten_error', 'parse', 'list_artefacts', 'run',
-           'render', 'reproduce', 'train', 'search', 'status', 'watch', 'bench', 'measure', 'doctor', 'readme', 'usage',
-           'main']
+           'render', 'reproduce', 'train', 'search', 'status', 'watch', 'bench', 'book', 'measure', 'doctor', 'readme',
+           'usage', 'main']
 
 # %% ../nbs/lib/99_cli.ipynb #19e8036e
 import ast
@@ -665,6 +665,15 @@ def bench(
     run_benchmarks(what, as_json=json, tiny=tiny, save=save, rate=rate)
 
 
+def book(
+    out: str | None = None,  # folder of the site; default: _docs
+) -> None:
+    """Build the documentation as a web site that works offline; print the path of its first page."""
+    from snnkd_nb.runner.book import build_book
+
+    print(build_book(out))
+
+
 MEASURES = {"overhead": "ckdsnn/figure05, panel b", "durations": "sastc/table11 and table12"}
 
 
@@ -724,6 +733,7 @@ VERBS: dict[str, Callable[..., bool | None]] = {
     "bench": bench,
     "measure": measure,
     "doctor": doctor,
+    "book": book,
     "readme": readme,
 }
 HIDDEN = ("readme",)  # for developers of the package
