@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..core import UserError, renamed, unknown
 from ..models.blocks import eval_mode
+from ..models.taps import set_data
 from ..spec import require
 
 # %% ../../nbs/lib/57_metrics.activity.ipynb #f418338d
@@ -362,6 +363,8 @@ def create_probes(
 ) -> dict[str, Callable[[], Any]]:
     "Create `{name: function}` as `fit` takes them."
     check_probes(probes, reference is not None)
+    for network in (student, reference, getattr(distiller, "teacher", None)):
+        set_data(network, data)
     created = {}
     for name, options in probes.items():
         factory = _PROBES[name][0]

@@ -30,7 +30,7 @@ from snnkd_nb.core import (
     unknown,
 )
 from .blocks import register_model
-from .taps import Foreign, find_classifier, first_line
+from .taps import Foreign, Normalization, find_classifier, first_line
 from ..spec import require
 
 # %% ../../nbs/lib/36_models.foreign.ipynb #436e91c7
@@ -512,11 +512,13 @@ def create_foreign(
     image_size: int = 32,  # pixels per edge of the images
     width: float = 1.0,  # must be 1
     *,
-    # this and the next three: options of `Foreign`
+    # this and the next five: options of `Foreign`
     stages: Sequence[str] | Mapping[str, str] | None = None,
     tokens: str = "map",
     prefix: str | None = None,
     input_size: int | None = None,
+    mean: Normalization = None,
+    std: Normalization = None,
     # True: the library's pretrained weights, downloaded if they are not there
     pretrained: bool = False,
     weights: str | Path | None = None,  # a file of weights, as in `load_weights`
@@ -537,7 +539,7 @@ def create_foreign(
     if weights:
         path = head_to_skip(net, head, num_classes, (in_channels, size, size))
         load_weights(net, weights, sha256, path)
-    return Foreign(net, stages, image_size, in_channels, tokens, prefix, input_size)
+    return Foreign(net, stages, image_size, in_channels, tokens, prefix, input_size, mean, std)
 
 
 def head_to_skip(
@@ -585,6 +587,8 @@ def vit_small(
     tokens: str = "map",
     prefix: str | None = None,
     input_size: int | None = None,
+    mean: Normalization = None,
+    std: Normalization = None,
     pretrained: bool = False,
     weights: str | Path | None = None,
     sha256: Any = None,
@@ -625,6 +629,8 @@ def vit_small(
         tokens=tokens,
         prefix=prefix,
         input_size=input_size,
+        mean=mean,
+        std=std,
         pretrained=pretrained,
         weights=weights,
         sha256=sha256,

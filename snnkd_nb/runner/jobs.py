@@ -39,7 +39,9 @@ def run_one(
     from snnkd_nb.training.job import run_train
 
     start = time.perf_counter()
-    record = run_train(RunSpec.from_dict(spec), Store(store), emit, weights=weights)
+    record = run_train(
+        RunSpec.from_dict(spec), Store(store), emit, weights=weights, weak_teacher="as recorded"
+    )
     return {"acc": record.metrics["acc_last"], "seconds": time.perf_counter() - start}
 
 
@@ -562,7 +564,7 @@ def load_networks(
             continue
         found, state = with_weights(spec, store)
         if state is None and missing == "run":
-            found = run_train(spec, store, weights=True)
+            found = run_train(spec, store, weights=True, weak_teacher="as recorded")
             state = with_weights(spec, store)[1]
         if found is None or state is None:
             networks[spec] = load_network(record)

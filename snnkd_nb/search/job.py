@@ -25,6 +25,7 @@ from ..data.batches import hard_labels
 from ..data.corrupt import load_spec
 from ..metrics.activity import COUNTED
 from ..models.genome import parse_genome
+from ..models.taps import match_normalization, set_data
 from .candidate import ensure_stages, find_last_layer
 from snnkd_nb.search.evolution import (
     OBJECTIVES,
@@ -405,6 +406,8 @@ def _search(
     assert spec.teacher is not None
     teacher, teacher_record = load_model(spec.teacher, store)
     assert teacher_record.weights is not None
+    match_normalization(teacher, load_spec(spec.teacher.data), data)
+    set_data(teacher, data)
     emit({"event": "start", "generations": spec.generations})
     start = time.perf_counter()
     images, labels = load_batches(spec, data)
