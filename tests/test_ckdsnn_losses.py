@@ -592,6 +592,7 @@ def test_noise_is_the_same_after_a_break(digits, tmp_path):
             seed=3,
             device="cpu",
             on_event=on_event,
+            weak_teacher="accept",
             **kw,
         )
         return student.state_dict()
@@ -753,6 +754,7 @@ def test_maps_of_rates_are_sums_over_the_steps_and_intervals_need_steps():
                 epochs=1,
                 gradient="rate",
                 on_event=quiet,
+                weak_teacher="accept",
             )
 
 

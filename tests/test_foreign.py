@@ -228,6 +228,7 @@ def test_a_foreign_teacher_teaches(name):
         lr=0.02,
         device="cpu",
         on_event=lambda e: None,
+        weak_teacher="accept",
     )
     assert {"ce", "kd"} <= set(history[-1]) and history[-1]["feature"] < history[0]["feature"]
     assert (

@@ -890,6 +890,7 @@ def test_embeddings_and_projections_learn_are_kept_and_leave_with_the_teacher(di
         checkpoint=tmp_path / "x.ckpt",
         on_event=quiet,
         device="cpu",
+        weak_teacher="accept",
     )
     moved = [
         k for k, v in d.state_dict().items() if "calibration" in k and not torch.equal(v, before[k])
@@ -943,7 +944,7 @@ def test_two_processes_have_one_set_of_calibrated_parameters(tmp_path):
         torch.manual_seed(int(os.environ["RANK"]))
         student, teacher = (create_model("resnet20", T=T, width=0.125, depth=0.34, in_channels=1, image_size=8) for T in (2, None))
         d = create_distiller("kd+sastc", student, teacher, batch_size=64, beta=10.0)
-        fit(student, load("digits"), d, epochs=1, batch_size=128, lr=0.01, on_event=lambda e: None, device="cpu")
+        fit(student, load("digits"), d, epochs=1, batch_size=128, lr=0.01, on_event=lambda e: None, device="cpu", weak_teacher="accept")
         torch.save({**d.state_dict(), **{"teacher." + k: v for k, v in teacher.state_dict().items()}}, sys.argv[1] + os.environ["RANK"])
     """)
     )
@@ -1027,7 +1028,15 @@ def test_a_weight_for_each_part_of_the_epochs(digits, tmp_path):
     terms = [
         row["sastc"]
         for row in fit(
-            student, digits, d, epochs=3, lr=1e-9, batch_size=64, on_event=quiet, device="cpu"
+            student,
+            digits,
+            d,
+            epochs=3,
+            lr=1e-9,
+            batch_size=64,
+            on_event=quiet,
+            device="cpu",
+            weak_teacher="accept",
         )
     ]
     assert terms[0] == 0 < terms[1] and 1.8 < terms[2] / terms[1] < 2.2
@@ -1124,6 +1133,7 @@ def test_a_list_of_weights_resumes_in_the_same_process(tmp_path):
         "lr": 0.01,
         "checkpoint": tmp_path / "b.ckpt",
         "device": "cpu",
+        "weak_teacher": "accept",
     }
     with pytest.raises(KeyboardInterrupt):
         fit(student, load("digits"), d, on_event=stop, **again)
