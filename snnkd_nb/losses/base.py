@@ -527,6 +527,11 @@ class Distiller(nn.Module):
         feats_t: dict[str, Any] = {}
         if self.teacher is not None:
             self.teacher.eval()
+            require(
+                getattr(self.teacher, "knows_data", True),
+                "the teacher has its own mean and std and does not know those of the data: "
+                "call teacher.set_data(data), which fit and evaluate do",
+            )
             with torch.no_grad():
                 logits_t, feats_t = observe(self.teacher, x, self.teacher_features)
         logits_s, feats_s = self._run_student(x, len(y))

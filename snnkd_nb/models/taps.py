@@ -521,12 +521,19 @@ def set_data(
     network: nn.Module | None,  # any network, or None
     data: Any,  # an `ImageData`, or anything with its `mean` and `std`
 ) -> None:
-    "Tell every `Foreign` in a network how its images are normalized."
-    if network is None or not hasattr(data, "mean"):
-        return
-    for module in network.modules():
-        if isinstance(module, Foreign):
-            module.set_data(data)
+    """Tell every `Foreign` in a network how its images are normalized.
+
+    Raises `UserError` for data without mean and deviation, if a network has its own."""
+    own = [] if network is None else [m for m in network.modules() if isinstance(m, Foreign)]
+    for module in own:
+        if not module.has_own_normalization:
+            continue
+        require(
+            torch.is_tensor(getattr(data, "mean", None)),
+            "the network has its own mean and std, but the data do not tell theirs: normalize "
+            "the images as the network needs them, and leave out its mean and std",
+        )
+        module.set_data(data)
 
 
 class _Renormalize:

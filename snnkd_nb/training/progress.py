@@ -92,11 +92,13 @@ class ProgressPrinter:
         self.out = out or sys.stdout
         self.handle: Any = None
         self.lines: list[str] = []
+        self.teacher_acc: float | None = None  # the last that was shown
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         'Show an event; events of other kinds than "epoch" are ignored.'
         if event["event"] != "epoch":
             return
+        self.show_teacher(event.get("teacher_acc"))
         line = format_epoch(event)
         if self.out is sys.stdout and in_notebook():
             self._update_output(line)
@@ -105,6 +107,16 @@ class ProgressPrinter:
             print("\r" + line, end="\n" if is_last else "", file=self.out, flush=True)
         else:
             print(line, file=self.out, flush=True)
+
+    def show_teacher(
+        self,
+        acc: float | None,  # accuracy of the teacher in percent
+    ) -> None:
+        "Show the accuracy of a teacher, unless it was the last that was shown."
+        if acc is None or acc == self.teacher_acc:
+            return
+        self.teacher_acc = acc
+        print(f"teacher {acc:5.2f} % on the test images", file=self.out, flush=True)
 
     def _update_output(self, line: str) -> None:
         from IPython.display import Pretty, display
