@@ -394,8 +394,11 @@ def train(
     # start from the pretrained weights of timm: or torchvision:, and fine-tune; needs --download if
     # they are not on this machine
     teacher_pretrained: bool = False,
-    # options of the teacher, e.g. depth=0.34; with a file of other classes head=false
+    # options of the teacher, e.g. depth=0.34; with a file of other classes head=false; a library's
+    # network may have its own mean=0.5 std=0.25 input_size=224
     teacher_args: tuple[str, ...] = (),
+    # train under a teacher that is near chance or far below its record, which is refused otherwise
+    weak_teacher: bool = False,
     # distillation method, e.g. kd or kd+0.5*feature; default: kd if there is a teacher
     method: str | None = None,
     variant: str = "paper",  # reading of the method: paper, code, or scaled (of SAMD)
@@ -473,10 +476,10 @@ def train(
     _check_names(spec)
     if download:
         load(dataset, download=True, size=size)
-    _train(spec)
+    _train(spec, "accept" if weak_teacher else "refuse")
 
 
-def _train(spec: "RunSpec") -> None:
+def _train(spec: "RunSpec", weak_teacher: str = "refuse") -> None:
     """Train a run, print its progress, its accuracy and the paths of its weights and record."""
     from snnkd_nb.store import Store, weights_path
     from snnkd_nb.training.job import run_train
@@ -491,7 +494,7 @@ def _train(spec: "RunSpec") -> None:
         else:
             print_progress(event)
 
-    record = run_train(spec, store, on_event)
+    record = run_train(spec, store, on_event, weak_teacher=weak_teacher)
     metrics = record.metrics
     text = f"test accuracy {metrics['acc_last']:.2f} % after the last epoch"
     if metrics.get("acc_best_val") is not None:

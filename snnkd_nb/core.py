@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['UserError', 'unknown', 'raises', 'home_dir', 'expand_path', 'root', 'cache_dir', 'data_dir', 'canonical_json',
            'sha256_of', 'seed_for', 'atomic_write', 'check_writable', 'lock', 'is_terminal', 'readable_name',
-           'replace_characters', 'cores', 'threads', 'torchvision', 'renamed', 'renamed_arguments']
+           'replace_characters', 'float32_by_default', 'cores', 'threads', 'torchvision', 'renamed',
+           'renamed_arguments']
 
 # %% ../nbs/lib/00_core.ipynb #3be12b44
 import contextlib
@@ -249,6 +250,22 @@ def replace_characters(
             plain = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
             replaced += _SIMILAR.get(character, plain or "?")
     return replaced, error.end
+
+# %% ../nbs/lib/00_core.ipynb #c6094730
+@contextlib.contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Make float32 torch's default type while the context lasts, whatever the user has set.
+
+    Also a decorator. Weights, random numbers and data are then the same under
+    `torch.set_default_dtype(torch.float64)`."""
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 # %% ../nbs/lib/00_core.ipynb #264dcff2
 def cores() -> int:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import UserError, data_dir
+from ..core import UserError, data_dir, float32_by_default
 from .batches import ImageData, hard_labels, permutation, raw_bits, stratified
 from .images import load
 from ..spec import DataSpec, require
@@ -148,6 +148,7 @@ def split_validation(
     return changed(data, {"val": fraction, "seed": seed}, train=train, val=val)
 
 # %% ../../nbs/lib/13_data.corrupt.ipynb #a7f9ab7d
+@float32_by_default()
 def load_spec(
     spec: DataSpec,
     root: str | Path | None = None,  # folder that contains the data sets; None: `data_dir()`

@@ -24,7 +24,15 @@ from typing import Any
 
 import numpy as np
 
-from ..core import UserError, data_dir, expand_path, readable_name, torchvision, unknown
+from snnkd_nb.core import (
+    UserError,
+    data_dir,
+    expand_path,
+    float32_by_default,
+    readable_name,
+    torchvision,
+    unknown,
+)
 from .batches import ImageData, stratified
 from .decode import Source, prepare
 
@@ -488,6 +496,7 @@ def opener(
     raise unknown("data set", name, list_datasets() + folders)
 
 
+@float32_by_default()
 def load(
     name: str,  # "digits", "cifar10", "cifar100", "folder:PATH", … see `list_datasets`
     root: str

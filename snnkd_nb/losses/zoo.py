@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..core import UserError, unknown
+from ..core import UserError, float32_by_default, unknown
 from .base import Distiller, Method
 from .baselines import BKD, CATKD, E2KD, KDSNN, TET
 from .ckdsnn import CKDSNN, NLD, SAMD
@@ -141,6 +141,7 @@ def _check_variant(methods: Sequence[str], variant: str) -> None:
     )
 
 # %% ../../nbs/lib/53_losses.zoo.ipynb #d17b5af2
+@float32_by_default()
 def create_distiller(
     name: str,  # "none", or a sum of methods such as "kd+0.5*feature"
     student: Any,  # the network that is trained

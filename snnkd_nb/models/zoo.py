@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core import UserError, renamed, unknown
+from ..core import UserError, float32_by_default, renamed, unknown
 from ..data.images import import_plugins
 from snnkd_nb.models import (  # noqa: F401 (each registers its networks)
     foreign,
@@ -204,6 +204,7 @@ def _load_file(
     load_state(net, state, str(weights), path or head_to_skip(net, head, num_classes, shape))
 
 
+@float32_by_default()
 def create_model(
     # one of `list_models()`, or an ordinary network of a library: "timm:NAME", "torchvision:NAME"
     name: str,

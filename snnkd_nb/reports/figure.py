@@ -44,10 +44,14 @@ def method_color(
 
 
 def use_style() -> None:
-    "Set the look of all figures: a white grid, text of at least 8 points, the project's palette."
+    """Set the look of all figures: a white grid, text of at least 8 points, the project's palette.
+
+    Settings of a matplotlibrc, and fonts that only some machines have, do not count."""
+    import matplotlib
     import matplotlib.pyplot as plt
     import seaborn as sns
 
+    matplotlib.rcdefaults()
     sns.set_theme(context="paper", style="whitegrid", palette=list(METHOD_COLORS.values())[2:])
     plt.rcParams.update(
         {
@@ -55,6 +59,8 @@ def use_style() -> None:
             "figure.figsize": (PAGE_WIDTH, 3.0),
             "savefig.dpi": 150,
             "svg.hashsalt": "snnkd_nb",
+            "font.family": "sans-serif",
+            "font.sans-serif": ["DejaVu Sans"],  # which comes with matplotlib
             "axes.spines.top": False,
             "axes.spines.right": False,
             "legend.frameon": False,
@@ -91,12 +97,18 @@ def format_png(
     fig: "Figure",
     dpi: float | None = None,  # None: that of the style
 ) -> bytes:
-    "Return a figure as PNG without a date or the version of matplotlib in it."
+    """Return a figure as PNG without a date or the version of matplotlib in it.
+
+    The user's settings for saving do not count."""
     import matplotlib.pyplot as plt
 
     buffer = BytesIO()
     resolution = plt.rcParams["savefig.dpi"] if dpi is None else dpi
-    fig.savefig(buffer, format="png", metadata={"Software": None}, dpi=resolution)
+    defaults = plt.rcParamsDefault
+    saving = {name: defaults[name] for name in defaults if name.startswith("savefig.")}
+    del saving["savefig.directory"]
+    with plt.rc_context(saving):
+        fig.savefig(buffer, format="png", metadata={"Software": None}, dpi=resolution)
     return buffer.getvalue()
 
 

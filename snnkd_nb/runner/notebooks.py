@@ -175,7 +175,10 @@ def run_notebook(
 
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="snnkd-"))
-        stack.enter_context(_environment(SNNKD_MISSING=missing, MPLBACKEND=INLINE_BACKEND))
+        # an empty profile: the user's start-up files of IPython could change the numbers
+        profile = os.path.join(folder, "ipython")
+        variables = {"SNNKD_MISSING": missing, "MPLBACKEND": INLINE_BACKEND, "IPYTHONDIR": profile}
+        stack.enter_context(_environment(**variables))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         try:

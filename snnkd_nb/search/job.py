@@ -20,7 +20,15 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 from torch import Tensor
 
-from ..core import cache_dir, check_writable, lock, renamed, root, unknown
+from snnkd_nb.core import (
+    cache_dir,
+    check_writable,
+    float32_by_default,
+    lock,
+    renamed,
+    root,
+    unknown,
+)
 from ..data.batches import hard_labels
 from ..data.corrupt import load_spec
 from ..metrics.activity import COUNTED
@@ -355,6 +363,7 @@ def read_population(
     return [candidates[int(place)] for place in record.populations[generation].split()]
 
 # %% ../../nbs/lib/68_search.job.ipynb #dfd82e6a
+@float32_by_default()
 def run_search(
     spec: SearchSpec,
     store: Store | None = None,  # where the record goes; None: `results/runs`

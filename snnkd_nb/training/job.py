@@ -16,7 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core import UserError, cache_dir, check_writable, lock, renamed, root, seed_for
+from snnkd_nb.core import (
+    UserError,
+    cache_dir,
+    check_writable,
+    float32_by_default,
+    lock,
+    renamed,
+    root,
+    seed_for,
+)
 from ..data.corrupt import load_spec
 from ..kernels.precision import bf16_route, cpu_class
 from ..losses.zoo import create_distiller, parse_methods, wants_batch_size
@@ -27,6 +36,7 @@ from snnkd_nb.metrics.activity import (
     mean_rate,
     sops,
 )
+from ..models.taps import match_normalization, set_data
 from ..models.zoo import check_model, create_model
 from ..neurons.lif import LIF
 from ..spec import DataSpec, ModelSpec, RunSpec, require, to_dict
@@ -90,7 +100,7 @@ def build_model(
     "Build the network of a spec with its initial weights."
     check_frames(spec, data)
     torch.manual_seed(seed_for(seed, "weights", spec.canonical()))
-    return create_model(
+    model = create_model(
         spec.name,
         data.num_classes,
         T=spec.T,
@@ -100,6 +110,8 @@ def build_model(
         image_size=data.shape[-1],
         **spec.args,
     )
+    set_data(model, data)
+    return model
 
 # %% ../../nbs/lib/62_training.job.ipynb #71fed047
 def rebuild_model(
@@ -112,6 +124,7 @@ def rebuild_model(
     return model.eval()
 
 
+@float32_by_default()
 def load_model(
     spec: RunSpec,  # a finished run
     store: Store | None = None,  # where its record is; None: `results/runs`
@@ -220,16 +233,21 @@ def _try_construction(spec: RunSpec) -> None:
     create_probes(probe_options, student, reference, data, distiller)
 
 # %% ../../nbs/lib/62_training.job.ipynb #3429b3b6
+@float32_by_default()
 def run_train(
     spec: RunSpec,  # the run
     store: Store | None = None,  # where the record goes; None: `results/runs`
     on_event: Listener | None = None,  # called with progress events
     weights: bool = False,  # also train if the record exists without its weights on this machine
+    # one of `training.loop.WEAK_TEACHERS`: "refuse" a teacher near chance, take it if it is "as
+    # recorded", or "accept" any
+    weak_teacher: str = "refuse",
 ) -> Record:
     """Return the record of a run: from the store, or by training it and, before it, its teacher.
 
     If two processes ask for the same run, it is trained once. A run that was killed continues
-    after its last epoch. Raises `UserError` for a wrong spec and `NonFiniteLoss`."""
+    after its last epoch. Raises `UserError` for a wrong spec or a weak teacher, and
+    `NonFiniteLoss`."""
     store = store or Store()
     check_spec(spec)
     require(
@@ -244,12 +262,17 @@ def run_train(
         check_writable(store.path(spec.id))
         check_writable(_checkpoint_path(spec))
         _try_construction(spec)
-        teacher, teacher_record = _obtain_model(spec.teacher, store, on_event)
+        teacher, teacher_record = _obtain_model(spec.teacher, store, on_event, weak_teacher)
         reference, reference_record = teacher, None
         if spec.reference:
-            reference, reference_record = _obtain_model(spec.reference, store, on_event)
+            reference, reference_record = _obtain_model(
+                spec.reference, store, on_event, weak_teacher
+            )
+        _match_normalizations(spec, teacher, reference)
         emit = _create_listener(spec.id, on_event)
-        record = _train(spec, teacher, reference, teacher_record, reference_record, emit)
+        record = _train(
+            spec, teacher, reference, teacher_record, reference_record, emit, weak_teacher
+        )
         kept = store.put(record)
         if kept.weights != record.weights:
             # The store has a record from elsewhere; the local twin names the weights made here.
@@ -259,14 +282,24 @@ def run_train(
 
 
 def _obtain_model(
-    spec: RunSpec | None, store: Store, on_event: Listener | None
+    spec: RunSpec | None, store: Store, on_event: Listener | None, weak_teacher: str
 ) -> tuple[nn.Module | None, Record | None]:
     "Load the trained network of a run; train it first if its weights are missing."
     if spec is None:
         return None, None
     if with_weights(spec, store)[0] is None:
-        run_train(spec, store, on_event, weights=True)
+        run_train(spec, store, on_event, weights=True, weak_teacher=weak_teacher)
     return load_model(spec, store)
+
+
+def _match_normalizations(
+    spec: RunSpec, teacher: nn.Module | None, reference: nn.Module | None
+) -> None:
+    "Let teacher and reference see the images as the data normalize them that they learned from."
+    if teacher is not None and spec.teacher is not None:
+        match_normalization(teacher, load_spec(spec.teacher.data), load_spec(spec.data))
+    if reference is not None and spec.reference is not None:
+        match_normalization(reference, load_spec(spec.reference.data), load_spec(spec.data))
 
 
 def _checkpoint_path(spec: RunSpec) -> Path:
@@ -293,6 +326,7 @@ def _train(
     teacher_record: Record | None,
     reference_record: Record | None,
     emit: Listener,
+    weak_teacher: str,
 ) -> Record:
     "Train and measure a run whose other networks are there, and return its record."
     data = load_spec(spec.data)
@@ -320,6 +354,8 @@ def _train(
             checkpoint=_checkpoint_path(spec),
             on_event=emit,
             probes=create_run_probes if probe_options else None,
+            weak_teacher=weak_teacher,
+            recorded=teacher_record.metrics["acc_last"] if teacher_record else None,
         )
     metrics = measure_metrics(student, data, history)
     extra: dict[str, Any] = {"input": _describe_input(data)}
@@ -332,7 +368,7 @@ def _train(
         dataset=data.describe(),
         weights=save_weights(student.state_dict(), spec.id),
         environment=_describe_environment(spec, student, history),
-        teacher=_name_used_network(teacher_record),
+        teacher=_name_used_network(teacher_record, history.teacher_acc),
         extra=extra,
     )
     seconds = time.perf_counter() - start
@@ -373,12 +409,16 @@ def _describe_environment(spec: RunSpec, student: nn.Module, history: History) -
     return environment(**entries)
 
 
-def _name_used_network(record: Record | None) -> dict[str, Any] | None:
+def _name_used_network(
+    record: Record | None,
+    acc_here: float | None = None,  # accuracy in percent on the data of the run
+) -> dict[str, Any] | None:
     "Return id, weight hash and accuracy of a network that a run has used."
     if record is None:
         return None
     assert record.weights is not None
-    return {
+    measured = {} if acc_here is None else {"acc_here": acc_here}
+    return measured | {
         "id": record.id,
         "sha256": record.weights["sha256"],
         "acc_last": record.metrics["acc_last"],

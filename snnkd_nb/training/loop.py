@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from snnkd_nb.core import (
     UserError,
     check_writable,
+    float32_by_default,
     renamed,
     renamed_arguments,
     seed_for,
@@ -166,6 +167,7 @@ def train_step(
     return {name: value.detach() for name, value in terms.items()}, logits
 
 # %% ../../nbs/lib/56_training.loop.ipynb #5469bf39
+@float32_by_default()
 def evaluate(
     model: nn.Module,  # a classifier with logits (T, B, K) or (B, K)
     # an `ImageData`, or what `data.loaders.as_data` takes, e.g. (train, test) of `DataLoader`s
@@ -830,6 +832,7 @@ def _gradients_protected(device: torch.device) -> contextlib.AbstractContextMana
     return protected() if device.type == "cpu" else contextlib.nullcontext()
 
 # %% ../../nbs/lib/56_training.loop.ipynb #68bfd6c2
+@float32_by_default()
 def fit(
     student: nn.Module,  # the network that is trained, in place
     # an `ImageData`, a `Dataset` or `DataLoader` of PyTorch, or a tuple (train, test) or
