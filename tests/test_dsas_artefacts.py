@@ -1,35 +1,53 @@
-"""DSAS: every search and every run of its artefacts can be built at every scale; what a search finds becomes runs; cells, claims and shared runs."""
+"""DSAS: searches and runs of its artefacts at every scale, what a search finds, cells, claims and shared runs."""
 
+import json
 import os
 from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 
-from snnkd_nb.core import UserError
+from snnkd_nb.core import UserError, canonical_json, sha256_of
 from snnkd_nb.data.images import list_datasets, opener
 from snnkd_nb.losses.zoo import create_distiller
 from snnkd_nb.models.genome import EXAMPLES, genome_parameters
 from snnkd_nb.models.zoo import create_model, model_info
-from snnkd_nb.papers import dsas, dsas_search, dsas_students, dsas_views
-from snnkd_nb.papers.dsas import DATASETS, EVENTS, GESTURE
-from snnkd_nb.papers.experiments import SCALES
+from snnkd_nb.papers.dsas import (
+    add_parameters,
+    build_search,
+    compare_settings,
+    found_model,
+    read_search,
+)
+from snnkd_nb.papers.dsas_views import depth_records, find_figure, summarize_depths
+from snnkd_nb.papers.experiments import (
+    SCALES,
+    NotKnownYet,
+    build_grid,
+    build_run,
+    has_cells,
+)
 from snnkd_nb.papers.published import claims, published
-from snnkd_nb.papers.registry import specs_for
-from snnkd_nb.reports.claims import judge_cells
+from snnkd_nb.papers.registry import artefacts, specs_for
+from snnkd_nb.reports.claims import judge_cells, judge_records
 from snnkd_nb.reports.tables import Report, tabulate_by_seed
-from snnkd_nb.runner.jobs import execute_all
+from snnkd_nb.runner.jobs import Outcome, execute_all
 from snnkd_nb.runner.planning import plan
 from snnkd_nb.search.job import create_engine_options, run_search
 from snnkd_nb.search.score import Scoring
 from snnkd_nb.search.space import create_space
-from snnkd_nb.spec import RunSpec, SearchSpec, to_dict
+from snnkd_nb.spec import ModelSpec, RunSpec, SearchSpec, to_dict
 from snnkd_nb.store import SearchRecord, Store
 from snnkd_nb.training.job import run_train
 
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "dsas_grids.json").read_text())
 BIG = ("medium", "paper")
-SHAPES = {
+EVENTS, GESTURE = "CIFAR10-DVS", "DVS128-Gesture"
+IMAGES = ("Tiny-ImageNet", "CIFAR-10", "CIFAR-100")
+SHAPES = {  # classes, pixels per edge, channels
     "cifar10": (10, 32, 3),
     "cifar100": (100, 32, 3),
     "imagefolder-stream": (1000, 224, 3),
@@ -37,70 +55,69 @@ SHAPES = {
     "cifar10-dvs": (10, 48, 2),
     "dvs-gesture": (11, 64, 2),
 }
-TABLES = [k for k in dsas_students.ARTEFACTS if k.startswith("table")]
-
-
-@pytest.fixture(scope="module")
-def pretended(tmp_path_factory):
-    "A project whose searches are all stored; each found an example of the size of the paper's network, or one that fits its space."
-    top, before = tmp_path_factory.mktemp("pretended"), dict(os.environ)
-    os.environ.update(SNNKD_ROOT=str(top), SNNKD_CACHE=str(top / "cache"))
-    store = Store()
-    for s in {
-        s for scale in SCALES for f in dsas_students.ARTEFACTS.values() for s in f(scale).searches
-    }:
-        store.put(pretend(s))
-    yield store
-    os.environ.clear()
-    os.environ.update(before)
-
-
-def pretend(s):
-    names = {
-        "imagenet": "ImageNet",
-        "tiny-imagenet": "Tiny-ImageNet",
-        "cifar10": "CIFAR-10",
-        "cifar100": "CIFAR-100",
-        "cifar10-dvs": "CIFAR10-DVS",
-        "dvs128-gesture": "DVS128-Gesture",
-    }
-    c = s.space_args.get("channels")
-    genome = (
-        " ".join(
-            [f"n{c[0]}"] * s.space_args["normal"][0]
-            + [f"d{c[1]}"] * s.space_args["downsample"][0]
-            + [f"n{c[-1]}"] * (s.seed + 1)
-        )
-        if c
-        else EXAMPLES[names[s.space]]
-    )
-    return SearchRecord(
-        to_dict(s, full=True),
-        {"genome": genome, "fitness": 0.1},
-        {},
-        [],
-        [],
-        {},
-        {},
-        {},
-        extra={"slopes": [2.0, 2.5, 3.0 + s.seed / 10]},
-    )
+EXAMPLE_OF = {  # search space -> data set
+    "imagenet": "ImageNet",
+    "tiny-imagenet": "Tiny-ImageNet",
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "cifar10-dvs": EVENTS,
+    "dvs128-gesture": GESTURE,
+}
+KEYS = [a.id for a in artefacts() if a.paper == "dsas" and has_cells(a.id)]
+STUDENTS = [key for key in KEYS if build_grid(key, "smoke", with_deviations=False).searches]
+TABLES = [key for key in STUDENTS if "table" in key]
 
 
 @lru_cache
-def searches(scale):
-    return tuple(
-        dict.fromkeys(
-            s
-            for f in (*dsas_views.ARTEFACTS.values(), *dsas_students.ARTEFACTS.values())
-            for s in f(scale).needs
-            if isinstance(s, SearchSpec)
-        )
-    )
+def grid(key: str, scale: str):
+    "The grid of an artefact while all searches are stored."
+    return build_grid(f"dsas/{key}", scale)
 
 
-def runs(scale):
-    return list(dict.fromkeys(s for f in dsas_students.ARTEFACTS.values() for s in f(scale).specs))
+def pretend(spec: SearchSpec) -> SearchRecord:
+    "The record of a search that found an example of the paper's size, or a network that fits its small space."
+    channels = spec.space_args.get("channels")
+    if channels:
+        normal = [f"n{channels[0]}"] * spec.space_args["normal"][0]
+        downsample = [f"d{channels[1]}"] * spec.space_args["downsample"][0]
+        blocks = [*normal, *downsample, *[f"n{channels[-1]}"] * (spec.seed + 1)]
+        genome = " ".join(blocks)
+    else:
+        genome = EXAMPLES[EXAMPLE_OF[spec.space]]
+    best = {"genome": genome, "fitness": 0.1}
+    extra = {"slopes": [2.0, 2.5, 3.0 + spec.seed / 10]}
+    return SearchRecord(to_dict(spec, full=True), best, {}, [], [], {}, {}, {}, extra=extra)
+
+
+@pytest.fixture(scope="module")
+def project_with_searches(tmp_path_factory):
+    top = tmp_path_factory.mktemp("pretended")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SNNKD_ROOT", str(top))
+        grids = [build_grid(key, scale) for key in STUDENTS for scale in SCALES]
+        for spec in {search for found in grids for search in found.searches}:
+            Store().put(pretend(spec))
+    return top
+
+
+@pytest.fixture
+def pretended(project_with_searches, monkeypatch):
+    "A project in which all searches are stored."
+    monkeypatch.setenv("SNNKD_ROOT", str(project_with_searches))
+    monkeypatch.setenv("SNNKD_CACHE", str(project_with_searches / "cache"))
+    return Store()
+
+
+@lru_cache
+def searches(scale: str) -> tuple[SearchSpec, ...]:
+    needs = [spec for key in KEYS for spec in build_grid(key, scale, with_deviations=False).needs]
+    return tuple(dict.fromkeys(spec for spec in needs if isinstance(spec, SearchSpec)))
+
+
+@lru_cache
+def runs(scale: str) -> tuple[RunSpec, ...]:
+    specs = [spec for key in STUDENTS for spec in grid(key.removeprefix("dsas/"), scale).specs]
+    return tuple(dict.fromkeys(specs))
 
 
 def shape(data):
@@ -108,12 +125,12 @@ def shape(data):
 
 
 @lru_cache
-def on_meta(model, k, size, channels):
-    "The network of a spec at full size."
+def on_meta(model, num_classes, size, channels):
+    "The network of a spec at full size, without memory."
     with torch.device("meta"):
         return create_model(
             model.name,
-            k,
+            num_classes,
             T=model.T,
             neuron=model.neuron,
             width=model.width,
@@ -123,247 +140,23 @@ def on_meta(model, k, size, channels):
         )
 
 
-@pytest.mark.parametrize("scale", BIG)
-def test_every_network_of_the_large_scales_exists_at_full_size(scale, pretended):
-    for s in {
-        (t.model.canonical(), t.data.name): t
-        for r in (*runs(scale), *searches(scale))
-        for t in ((r, r.teacher) if isinstance(r, RunSpec) else (r.teacher,))
-        if t
-    }.values():
-        net = on_meta(s.model, *shape(s.data))
-        assert s.model.width == 1 and net.T == s.model.T
-        if s.model.name == "dsas":
-            assert sum(p.numel() for p in net.parameters()) == genome_parameters(
-                s.model.args["genome"], *shape(s.data)[::2]
-            )
+def count_parameters(net) -> int:
+    return sum(p.numel() for p in net.parameters())
 
 
-def test_the_examples_have_the_papers_parameters(pretended):
-    for key, at in (
-        ("table01", "Tiny-ImageNet"),
-        ("table02", "ImageNet"),
-        ("table03", "CIFAR-10"),
-        ("table06", EVENTS),
-        ("table06", GESTURE),
-    ):
-        s = next(
-            s
-            for s in dsas_students.ARTEFACTS[key]("paper").specs
-            if s.data.name.partition(":")[0] == dsas.data("paper", at).name.partition(":")[0]
-        )
-        ours = sum(p.numel() for p in on_meta(s.model, *shape(s.data)).parameters()) / 1e6
-        said = {
-            r["text"]
-            for r in published(f"dsas/{key}").records
-            if "DSAS" in r["method"] and r["column"] == "params"
-        }
-        assert any(f"{ours:.2f}" in t for t in said), (key, ours, said)
+# runs and cells are what they were
 
 
-@pytest.mark.parametrize("scale", SCALES)
-def test_every_search_can_be_what_it_says(scale):
-    for s in searches(scale):
-        how, size = (
-            Scoring(s.metric, T=s.T, neuron=s.neuron, **to_dict(s).get("metric_args", {})),
-            {"smoke": 10 if s.data.args else 8, "small": s.data.size}.get(scale)
-            or shape(s.data)[1],
-        )
-        space = create_space(s.space, image_size=size, **to_dict(s).get("space_args", {}))
-        classes = {"smoke": 10, "small": 20 if "tiny" in s.data.name else 10}.get(scale) or shape(
-            s.data
-        )[0]
-        assert (
-            space.size() > 1000
-            and create_engine_options(s)["selection"] == "tournament"
-            and s.data.args.get("frames", 4) == how.T
-        )
-        assert how.mode == "sample" or "tgs" not in how.metrics or s.batch >= classes
-        assert s.teacher.model.T is None and s.data.replace(
-            subset=None, augment="none"
-        ) == s.teacher.data.replace(subset=None, augment="none")
-    assert {(s.population, s.generations) for s in searches(scale)} == {dsas_search.effort(scale)}
-
-
-def test_the_papers_search_settings():
-    assert dsas_search.effort("paper") == (200, 20) and all(
-        not s.space_args and not s.algorithm_args for s in searches("paper")
-    )
-    n, g = dsas_search.effort("small")
-    assert n >= 60 and g >= 10 and len({s.seed for s in dsas_views.figure04("small").specs}) == 3
-    assert dsas_search.settings("dsas/table13").same.eq("yes").all()
-
-
-@pytest.mark.parametrize("scale", BIG)
-def test_the_papers_training_settings(scale, pretended):
-    for s in runs(scale):
-        if s.model.T is None:
-            continue
-        recorded = "frames" in s.data.args
-        assert (
-            s.method in ("none", "logits-mse")
-            and s.model.neuron == "dsas"
-            and (s.teacher is None) == (s.method == "none")
-        )
-        if scale == "paper":
-            assert (s.optim.epochs, s.optim.batch_size, s.optim.lr, s.optim.weight_decay) == (
-                (200, 32) if recorded else (300, 64)
-            ) + (0.01, 1e-6)
-    assert {s.model.T for s in dsas_students.table07(scale).specs} == {1, 2, 4, 6}
-
-
-@pytest.mark.parametrize("scale", SCALES)
-def test_every_data_set_has_a_known_name_and_teachers_see_what_their_students_see(scale, pretended):
-    for s in runs(scale):
-        assert s.data.name.partition(":")[0] in [
-            n.partition(":")[0] for n in list_datasets()
-        ] and opener(s.data.name)
-        if "frames" in s.data.args:
-            assert s.model.T in (None, s.data.args["frames"])
-        if s.teacher:
-            assert s.teacher.model.T is None and s.teacher.data.replace(
-                subset=None, augment="none"
-            ) == s.data.replace(subset=None, augment="none")
-
-
-def test_what_a_search_found_is_in_the_spec(pretended):
-    spec = dsas_search.search("smoke", "CIFAR-10")
-    run = dsas_students.student("smoke", "CIFAR-10")
-    assert run.model.args["genome"] == dsas_search.found(spec) and list(
-        run.model.args["slopes"]
-    ) == dsas_search.guided(spec)
-    two = dsas_students.student("small", "CIFAR-10", 1)
-    assert (
-        two.seed == 1
-        and two.model.args["slopes"] == (2.0, 2.5, 3.1)
-        and two.model.args["genome"]
-        != dsas_students.student("small", "CIFAR-10", 0).model.args["genome"]
-    )
-    ablated = {
-        m: dsas_students.student("smoke", "CIFAR-10", metric=m)
-        for m in dsas_search.METRICS.values()
-    }
-    assert len({a.model.args["slopes"] for a in ablated.values()}) == 1, (
-        "all arms of Table 10 train with the same slopes"
-    )
-
-
-def test_a_changed_record_is_read_again(pretended):
-    spec = dsas_search.search("smoke", "CIFAR-10", seed=77)
-    assert dsas_search.found(spec) is None
-    record = pretend(spec)
-    path = pretended.path(pretended.put(record).id)
-    first = dsas_search.found(spec)
-    pretended.put(
-        SearchRecord(
-            record.spec, {"genome": "n8"}, {}, [], [], {}, {}, {}, extra={"slopes": [2.0]}
-        ),
-        replace=True,
-    )
-    os.utime(path, ns=(1, 1))
-    assert first == record.best["genome"] and dsas_search.found(spec) == "n8"
-    path.unlink()
-    assert dsas_search.found(spec) is None
-
-
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("key", TABLES)
-def test_cells_are_published_ones_and_say_why_they_are_empty(
-    key, scale, tmp_path, monkeypatch, pretended
-):
-    grid = dsas_students.ARTEFACTS[key](scale)
-    report = Report(grid, {})
-    assert (
-        len(report.rows) == len(published(f"dsas/{key}").records)
-        and all(r["note"] for r in report.rows)
-        and grid.deviations
-    )
-    assert {c.note for c in grid.cells if not c.specs} <= {"larger scales"} and (
-        {*grid.needs} >= {*grid.searches}
-    )
-    monkeypatch.setenv("SNNKD_ROOT", str(tmp_path))
-    empty = dsas_students.ARTEFACTS[key](scale)
-    found = [c for c in empty.cells if not c.specs]
-    assert (
-        {c.note for c in found} <= {"search not run", "larger scales"}
-        and empty.searches == grid.searches
-        and all(s.model.T is None for s in empty.specs)
-    )
-
-
-def test_nothing_waits_at_the_large_scales(pretended):
-    for scale in BIG:
-        assert not any(c.note for f in dsas_students.ARTEFACTS.values() for c in f(scale).cells)
-
-
-def test_our_cells_of_the_tables_of_methods(pretended):
-    for key in ("table01", "table02", "table03", "table06"):
-        assert all("DSAS" in c.index["method"] for c in dsas_students.ARTEFACTS[key]("paper").cells)
-    report = dsas_students.with_parameters(Report(dsas_students.table03("paper"), {}), {})
-    assert [
-        r["note"] for r in report.rows if r["column"] == "params" and "DSAS" in r["method"]
-    ] == ["not run"] * 2
-
-
-class Fake:
-    def __init__(self, acc, params=2e6):
-        self.metrics = {"acc_last": acc, "params": params}
-
-
-def test_parameters_stand_beside_the_papers(pretended):
-    grid = dsas_students.table06("paper")
-    runs = {s: Fake(80.0 + s.seed) for s in grid.specs}
-    rows = [
-        r
-        for r in dsas_students.with_parameters(Report(grid, runs), runs).rows
-        if r["column"] == "params" and r["n"]
-    ]
-    assert [(r["ours"], r["n"], r["std"]) for r in rows] == [(2.0, 3, 0.0)] * 2 and rows[0][
-        "delta"
-    ] == 2.0 - 13.83
-
-
-@pytest.mark.parametrize("key", ["figure02", "figure03"])
-def test_figures_have_claims_about_their_arms(key, pretended):
-    grid = dsas_students.ARTEFACTS[key]("smoke")
-    assert tabulate_by_seed(grid, {}).empty and set(
-        judge_cells(dsas_students.view_claims(f"dsas/{key}"), grid, {}).ours
-    ) == {"not run"}
-
-
-def test_gains_by_time_steps_are_judged(pretended):
-    grid = dsas_students.figure03("small")
-
-    def acc(c):
-        return 80 + c.index["T"] + (8 / c.index["T"] if c.index["method"] == "with KD" else 0)
-
-    def noise(c, seed):
-        return (seed * 7 * c.index["T"] + len(c.index["method"]) * seed**2) % 5 / 1000
-
-    got = judge_cells(
-        dsas_students.view_claims("dsas/figure03"),
-        grid,
-        {s: Fake(acc(c) + noise(c, s.seed)) for c in grid.cells for s in c.specs},
-    ).ours.tolist()
-    assert got == ["holds", "holds"]
-
-
-@pytest.mark.parametrize("scale", SCALES)
-def test_what_is_in_several_artefacts_is_one_run(scale, pretended):
-    of = {k: set(f(scale).specs) for k, f in dsas_students.ARTEFACTS.items()}
-    assert (
-        of["figure01"] | of["figure02"] | of["table09"] <= of["table05"]
-        and of["table03"] <= of["table05"]
-        and of["table06"] <= of["table05"]
-    )
-    assert (
-        set(of["table10"]) & of["table03"]
-        and of["table11"] & of["table05"]
-        and {s for s in of["table07"] if not s.data.args} <= of["figure03"]
-    )
-    assert set(dsas_students.table01(scale).searches) <= set(dsas_search.table08(scale).specs) and {
-        dsas.teacher(scale, d) for d in DATASETS if d != "ImageNet"
-    } <= set(dsas.table15(scale).specs)
+@pytest.mark.parametrize("key", KEYS)
+def test_runs_and_cells_are_what_they_were(key, pretended):
+    for scale in SCALES:
+        found = grid(key.removeprefix("dsas/"), scale)
+        cells = [
+            [dict(c.index), c.column, [[s.id for s in group] for group in c.groups], c.note]
+            for c in found.cells
+        ]
+        text = canonical_json([[spec.id for spec in found.needs], cells])
+        assert sha256_of(text)[:10] == GOLDEN[f"{key}@{scale}"], scale
 
 
 def test_scales_do_not_mix(pretended):
@@ -373,173 +166,414 @@ def test_scales_do_not_mix(pretended):
             assert a == b or not found[a] & found[b]
 
 
+@pytest.mark.parametrize("scale", SCALES)
+def test_artefacts_share_runs(scale, pretended):
+    of = {key: set(grid(key.removeprefix("dsas/"), scale).specs) for key in KEYS}
+
+    def runs_of(name):
+        return of[f"dsas/{name}"]
+
+    for name in ("figure01", "figure02", "table03", "table06", "table09"):
+        assert runs_of(name) <= runs_of("table05"), name
+    assert runs_of("table10") & runs_of("table03") and runs_of("table11") & runs_of("table05")
+    on_images = {spec for spec in runs_of("table07") if not spec.data.args}
+    assert on_images <= runs_of("figure03")
+    assert set(grid("table01", scale).searches) <= runs_of("table08")
+    for dataset in (*IMAGES, EVENTS, GESTURE):
+        assert build_run("dsas", "teacher", scale, dataset=dataset) in runs_of("table15")
+
+
 def test_smoke_is_small(pretended):
-    for s in runs("smoke"):
-        assert s.data.name in ("digits", "digits-events") and s.optim.epochs <= 8
-        if s.model.name == "dsas":
-            assert max(int(g[1:]) for g in s.model.args["genome"].split()) <= 36
-    assert (
-        len(runs("smoke")) <= 40
-        and sum(s.population * (s.generations + 1) for s in searches("smoke")) <= 1000
+    for spec in runs("smoke"):
+        assert spec.data.name in ("digits", "digits-events") and spec.optim.epochs <= 8
+        if spec.model.name == "dsas":
+            assert max(int(gene[1:]) for gene in spec.model.args["genome"].split()) <= 36
+    num_candidates = sum(s.population * (s.generations + 1) for s in searches("smoke"))
+    assert len(runs("smoke")) <= 40 and num_candidates <= 1000
+
+
+# settings
+
+
+@pytest.mark.parametrize("scale", BIG)
+def test_every_network_of_the_large_scales_exists_at_full_size(scale, pretended):
+    trained = [*runs(scale), *(spec.teacher for spec in (*runs(scale), *searches(scale)))]
+    networks = {(s.model.canonical(), s.data.name): s for s in trained if s is not None}
+    for spec in networks.values():
+        net = on_meta(spec.model, *shape(spec.data))
+        assert spec.model.width == 1 and net.T == spec.model.T
+        if spec.model.name == "dsas":
+            num_classes, _, channels = shape(spec.data)
+            wanted = genome_parameters(spec.model.args["genome"], num_classes, channels)
+            assert count_parameters(net) == wanted
+
+
+@pytest.mark.parametrize(
+    "table, dataset",
+    [
+        ("table01", "Tiny-ImageNet"),
+        ("table02", "ImageNet"),
+        ("table03", "CIFAR-10"),
+        ("table06", EVENTS),
+        ("table06", GESTURE),
+    ],
+)
+def test_the_examples_have_the_papers_parameters(table, dataset, pretended):
+    student = build_run("dsas", "student", "paper", dataset=dataset)
+    assert student in grid(table, "paper").specs
+    ours = count_parameters(on_meta(student.model, *shape(student.data))) / 1e6
+    printed = [
+        record["text"]
+        for record in published(f"dsas/{table}").records
+        if "DSAS" in record["method"] and record["column"] == "params"
+    ]
+    assert any(f"{ours:.2f}" in text for text in printed), (ours, printed)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_search_can_be_run(scale):
+    small_sizes = {"digits": 8, "digits-events": 10}
+    for spec in searches(scale):
+        options = to_dict(spec)
+        how = Scoring(spec.metric, T=spec.T, neuron=spec.neuron, **options.get("metric_args", {}))
+        if scale in BIG:
+            num_classes, size, _ = shape(spec.data)
+        else:
+            num_classes = 20 if "tiny" in spec.data.name else 10
+            size = spec.data.size or small_sizes[spec.data.name]
+        space = create_space(spec.space, image_size=size, **options.get("space_args", {}))
+        assert space.size() > 1000
+        assert create_engine_options(spec)["selection"] == "tournament"
+        assert spec.data.args.get("frames", 4) == how.T == 4
+        if how.mode != "sample" and "tgs" in how.metrics:
+            assert spec.batch >= num_classes
+        assert spec.teacher.model.T is None
+        without = {"subset": None, "augment": "none"}
+        assert spec.data.replace(**without) == spec.teacher.data.replace(**without)
+
+
+def test_spaces_of_small_scale_have_the_papers_blocks_and_fewer_channels():
+    for dataset in ("ImageNet", *IMAGES, EVENTS, GESTURE):
+        small, paper = (build_search(scale, dataset) for scale in ("small", "paper"))
+        printed = create_space(paper.space)
+        assert small.space_args["normal"] == printed.normal
+        assert small.space_args["downsample"] == printed.downsample
+        pairs = zip(small.space_args["channels"], printed.channels, strict=True)
+        ratios = {paper_width / width for width, paper_width in pairs}
+        assert len({round(ratio / 2) * 2 for ratio in ratios}) == 1 and min(ratios) > 3.9
+
+
+def test_the_papers_search_settings():
+    assert {(s.population, s.generations) for s in searches("paper")} == {(200, 20)}
+    assert all(not s.space_args and not s.algorithm_args for s in searches("paper"))
+    assert {(s.population, s.generations) for s in searches("small")} == {(60, 10)}
+    assert {s.seed for s in build_grid("dsas/figure04", "small").specs} == {0, 1, 2}
+    assert compare_settings("dsas/table13").same.eq("yes").all()
+    assert build_search("paper", "ImageNet").metric_args == {"mode": "sample"}
+    assert build_search("paper", "ImageNet", fitness="mas").metric_args == {}
+    assert build_search("smoke", "CIFAR-100") == build_search("smoke", "CIFAR-10")
+    assert build_search("paper", "CIFAR-100") != build_search("paper", "CIFAR-10")
+
+
+@pytest.mark.parametrize("scale", BIG)
+def test_the_papers_training_settings(scale, pretended):
+    for spec in runs(scale):
+        if spec.model.T is None:
+            continue
+        assert spec.model.neuron == "dsas"
+        assert (spec.method, spec.teacher is None) in (("none", True), ("logits-mse", False))
+        if scale == "paper":
+            epochs, batch_size = (200, 32) if "frames" in spec.data.args else (300, 64)
+            optim = spec.optim
+            assert (optim.epochs, optim.batch_size) == (epochs, batch_size)
+            assert (optim.lr, optim.weight_decay) == (0.01, 1e-6)
+    assert {spec.model.T for spec in grid("table07", scale).specs} == {1, 2, 4, 6}
+
+
+def test_teachers_have_the_alpha_that_the_channel_sets_give():
+    models = {
+        dataset: build_run("dsas", "teacher", "paper", dataset=dataset).model
+        for dataset in ("ImageNet", *IMAGES, EVENTS, GESTURE)
+    }
+    assert {dataset: model.name[-3:] for dataset, model in models.items()} == {
+        "ImageNet": "101",
+        "Tiny-ImageNet": "200",
+        "CIFAR-10": "200",
+        "CIFAR-100": "200",
+        EVENTS: "110",
+        GESTURE: "110",
+    }
+    alphas = {dataset: model.args.get("alpha") for dataset, model in models.items()}
+    assert alphas.pop("Tiny-ImageNet") == 270 and alphas.pop(GESTURE) == 48
+    assert set(alphas.values()) == {None}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_teachers_see_what_their_students_see(scale, pretended):
+    known = [name.partition(":")[0] for name in list_datasets()]
+    without = {"subset": None, "augment": "none"}
+    for spec in runs(scale):
+        assert spec.data.name.partition(":")[0] in known and opener(spec.data.name)
+        if "frames" in spec.data.args:
+            assert spec.model.T in (None, spec.data.args["frames"])
+        if spec.teacher:
+            assert spec.teacher.model.T is None
+            assert spec.teacher.data.replace(**without) == spec.data.replace(**without)
+
+
+# what a search found
+
+
+def test_a_student_has_what_its_search_found(pretended):
+    first, second = (
+        build_run("dsas", "student", "small", dataset="CIFAR-10", seed=seed) for seed in (0, 1)
     )
+    record = read_search(build_search("small", "CIFAR-10", seed=1))
+    assert second.seed == 1 and second.model.args["genome"] == record.best["genome"]
+    assert second.model.args["slopes"] == (2.0, 2.5, 3.1)
+    assert second.model.args["genome"] != first.model.args["genome"]
+
+
+def test_all_arms_of_table_10_have_the_same_slopes(pretended):
+    arms = [
+        build_run("dsas", "student", "smoke", dataset="CIFAR-10", fitness=fitness)
+        for fitness in ("as", "mas", "tgs", "mas+tgs")
+    ]
+    assert len({arm.model.args["slopes"] for arm in arms}) == 1
+
+
+def test_a_changed_record_is_read_again(pretended):
+    spec = build_search("smoke", "CIFAR-10", seed=77)
+    model = ("smoke", "CIFAR-10", "PyramidNet", "mas+tgs", "guided", 77)
+    with pytest.raises(NotKnownYet, match="search not run"):
+        found_model(*model)
+    record = pretend(spec)
+    path = pretended.path(pretended.put(record).id)
+    assert found_model(*model)["args"]["genome"] == record.best["genome"]
+    best, extra = {"genome": "n8"}, {"slopes": [2.0]}
+    changed = SearchRecord(record.spec, best, {}, [], [], {}, {}, {}, extra=extra)
+    pretended.put(changed, replace=True)
+    os.utime(path, ns=(1, 1))
+    assert found_model(*model)["args"] == {"genome": "n8", "slopes": [2.0]}
+    path.unlink()
+    with pytest.raises(NotKnownYet):
+        found_model(*model)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("key", TABLES)
+def test_cells_are_published_ones_and_explain_why_they_are_empty(
+    key, scale, tmp_path, monkeypatch, pretended
+):
+    full = grid(key.removeprefix("dsas/"), scale)
+    report = Report(full, {})
+    assert len(report.rows) == len(published(key).records) and full.deviations
+    assert all(row["note"] for row in report.rows)
+    assert {cell.note for cell in full.cells if not cell.specs} <= {"larger scales"}
+    monkeypatch.setenv("SNNKD_ROOT", str(tmp_path))
+    empty = build_grid(key, scale)
+    notes = {cell.note for cell in empty.cells if not cell.specs}
+    assert notes <= {"search not run", "larger scales"}
+    assert empty.searches == full.searches and empty.deviations == full.deviations
+    assert all(spec.model.T is None for spec in empty.specs)
+
+
+def test_nothing_waits_at_the_large_scales(pretended):
+    for scale in BIG:
+        notes = [c.note for key in STUDENTS for c in grid(key.removeprefix("dsas/"), scale).cells]
+        assert not any(notes)
 
 
 def test_the_registry_asks_for_searches_and_runs(pretended):
-    for key, f in (dsas_students.ARTEFACTS | dsas_views.ARTEFACTS).items():
-        assert specs_for(f"dsas/{key}", "smoke") == f("smoke").needs != []
+    for key in KEYS:
+        assert specs_for(key, "smoke") == grid(key.removeprefix("dsas/"), "smoke").needs != []
     assert specs_for("dsas/table13") == specs_for("dsas/table14") == []
-
-
-def test_trajectories_and_architectures_belong_to_their_figures():
-    for i, d in enumerate(dsas_views.SEARCHED):
-        a, t = dsas_views.architecture("smoke", d), dsas_views.trajectories("smoke", d)
-        assert (
-            (a.key, t.key) == (f"dsas/figure{9 + i:02}", f"dsas/figure{14 + i}")
-            and a.specs[0] in t.specs
-            and any(c.index["method"] == d for c in t.cells)
-        )
-        assert all(c.key == t.key for c in dsas_views.search_claims(t.key)) and d in dsas_views.SAID
-    assert {c.key for c in dsas_views.PATH_CLAIMS} == {f"dsas/figure{n}" for n in range(14, 19)}
-
-
-def test_every_table_with_claims_has_a_page_that_shows_them(pretended):
-    told = {f"dsas/{k}" for k in (*TABLES, "table08", "table12", "table15")}
-    assert {c.key for c in claims("dsas")} <= told
-
-
-def test_mistakes_are_named(pretended):
-    for bad, named in (
-        (lambda: dsas_students.table01("papr"), "paper"),
-        (lambda: dsas_search.search("smoke", "CIFAR"), "CIFAR-10"),
-        (lambda: dsas_views.trajectories("smoke", "Gesture"), "DVS128-Gesture"),
-        (lambda: dsas_views.search_claims("dsas/figure06"), "figure05"),
-        (lambda: dsas_students.view_claims("dsas/figure04"), "figure03"),
-        (lambda: dsas.teacher("smoke", "CIFAR-10", "PyramidNet-110"), "PyramidNet110"),
-    ):
-        with pytest.raises(UserError, match=named):
-            bad()
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    "A project of its own without anything in it."
-    top, before = tmp_path_factory.mktemp("alone"), dict(os.environ)
-    os.environ.update(SNNKD_CACHE=str(top / "cache"), SNNKD_ROOT=str(top))
-    yield Store()
-    os.environ.clear()
-    os.environ.update(before)
-
-
-def brief(spec):
-    "The same run for one epoch of 200 images."
-    return spec.replace(
-        data=spec.data.replace(subset=200),
-        optim=spec.optim.replace(epochs=1),
-        **({"teacher": brief(spec.teacher)} if spec.teacher else {}),
-    )
-
-
-@pytest.mark.parametrize("dataset", ["CIFAR-10", EVENTS])
-def test_a_search_and_then_its_student(dataset, alone):
-    "From nothing: the search is planned alone, then what it found, which runs to its record."
-    spec = dsas_search.search("smoke", dataset)
-    short = spec.replace(
-        teacher=brief(spec.teacher), data=spec.data.replace(subset=200), population=3, generations=1
-    )
-    record = run_search(short, alone)
-    model = dsas_students.ModelSpec(
-        "dsas",
-        4,
-        neuron="dsas",
-        args={
-            "genome": record.best["genome"],
-            "slopes": [round(a, 4) for a in record.extra["slopes"]],
-        },
-    )
-    run = brief(
-        RunSpec(
-            dsas.data("smoke", dataset),
-            model,
-            dsas.optim("smoke", dataset=dataset, searched=True),
-            "logits-mse",
-            teacher=spec.teacher,
-        )
-    )
-    trained = run_train(run, alone)
-    assert (
-        trained.metrics["params"] == record.best["parameters"]
-        and trained.teacher["id"] == short.teacher.id == record.teacher["id"]
-    )
-    alphas = [
-        line
-        for line in trained.environment["neurons"]
-        if "alpha" in line.lower() or "Sigmoid" in line
-    ]
-    assert alphas and all(
-        any(f"{a:g}"[:4] in line for line in alphas) for a in model.args["slopes"]
-    )
 
 
 def test_rounds_make_searches_first_and_then_what_they_found(alone, monkeypatch):
     "`snnkd run` asks again after every round."
 
     def asked():
-        return dsas_students.table01("smoke").needs
+        return build_grid("dsas/table01", "smoke").needs
 
-    assert all(isinstance(s, SearchSpec) for s in asked()) and [
-        type(j.spec).__name__ for j in plan(asked(), alone)
-    ] == ["RunSpec", "SearchSpec"]
+    assert all(isinstance(spec, SearchSpec) for spec in asked())
+    jobs = [type(job.spec).__name__ for job in plan(asked(), alone)]
+    assert jobs == ["RunSpec", "SearchSpec"]
     rounds = []
 
     def pretend_to(specs, *args):
-        rounds.append([type(s).__name__ for s in specs])
-        for s in specs:
-            if isinstance(s, SearchSpec):
-                alone.put(pretend(s))
-        from snnkd_nb.runner.jobs import Outcome
-
-        return Outcome(len(specs), [s.id for s in specs])
+        rounds.append([type(spec).__name__ for spec in specs])
+        for spec in specs:
+            if isinstance(spec, SearchSpec):
+                alone.put(pretend(spec))
+        return Outcome(len(specs), [spec.id for spec in specs])
 
     monkeypatch.setattr("snnkd_nb.runner.jobs.execute", pretend_to)
     assert execute_all(asked).ok and rounds == [["SearchSpec"], ["RunSpec"]]
 
 
+# reports and claims
+
+
+def fake_record(accuracy, parameters=2e6):
+    return SimpleNamespace(metrics={"acc_last": accuracy, "params": parameters})
+
+
+def test_parameters_of_two_data_sets_are_a_note(pretended):
+    table = grid("table03", "paper")
+
+    def notes(records):
+        rows = add_parameters(Report(table, records), records).rows
+        return [r["note"] for r in rows if r["column"] == "params" and "DSAS" in r["method"]]
+
+    assert notes({}) == ["not run"] * 2
+    records = {s: fake_record(90.0, 2e6 if s.data.name == "cifar10" else 3e6) for s in table.specs}
+    assert notes(records) == ["2.00/3.00"] * 2
+
+
+def test_parameters_are_compared_with_the_papers(pretended):
+    table = grid("table06", "paper")
+    records = {spec: fake_record(80.0 + spec.seed) for spec in table.specs}
+    rows = add_parameters(Report(table, records), records).rows
+    ours = [row for row in rows if row["column"] == "params" and row["n"]]
+    assert [(row["ours"], row["n"], row["std"]) for row in ours] == [(2.0, 3, 0.0)] * 2
+    assert ours[0]["delta"] == 2.0 - 13.83
+
+
+@pytest.mark.parametrize("name", ["figure02", "figure03"])
+def test_figures_have_claims_about_their_arms(name, pretended):
+    figure = grid(name, "smoke")
+    assert tabulate_by_seed(figure, {}).empty
+    judged = judge_cells(claims(f"dsas/{name}"), figure, {})
+    assert set(judged.ours) == {"not run"}
+
+
+@pytest.mark.parametrize("gain, verdicts", [(8, ["holds", "holds"]), (-8, ["fails", "fails"])])
+def test_gains_by_time_steps_are_judged(gain, verdicts, pretended):
+    figure = grid("figure03", "small")
+
+    def accuracy(cell):
+        with_teacher = cell.index["method"] == "with KD"
+        return 80 + cell.index["T"] + (gain / cell.index["T"] if with_teacher else 0)
+
+    def noise(cell, seed):
+        return (seed * 7 * cell.index["T"] + len(cell.index["method"]) * seed**2) % 5 / 1000
+
+    records = {
+        spec: fake_record(accuracy(cell) + noise(cell, spec.seed))
+        for cell in figure.cells
+        for spec in cell.specs
+    }
+    assert judge_cells(claims("dsas/figure03"), figure, records).ours.tolist() == verdicts
+
+
+def test_trajectories_and_architectures_belong_to_their_figures():
+    datasets = ("ImageNet", "Tiny-ImageNet", "CIFAR", EVENTS, GESTURE)
+    for number, dataset in enumerate(datasets):
+        architecture = find_figure("dsas/figure09", dataset)
+        trajectory = find_figure("dsas/figure14", dataset)
+        assert architecture == f"dsas/figure{9 + number:02}"
+        assert trajectory == f"dsas/figure{14 + number}" and claims(trajectory)
+        (found,) = build_grid(architecture, "smoke").cells
+        shown = build_grid(trajectory, "smoke").cells
+        assert found.index == {"method": dataset} and found.index in [c.index for c in shown]
+        assert found.specs[0] in [spec for cell in shown for spec in cell.specs]
+
+
+def test_claims_are_about_artefacts_with_cells():
+    assert {claim.key for claim in claims("dsas")} <= set(KEYS)
+
+
+def test_depths_of_searches_that_prefer_shallow_networks():
+    networks = {
+        ("AS", "first draw"): lambda seed: (5, 5, 5),
+        ("AS", "last generation"): lambda seed: (13 - seed, 2 + seed, 0),
+        ("MAS", "first draw"): lambda seed: (5, 5, 5),
+        ("MAS", "last generation"): lambda seed: (5, 5 + seed, 5),
+    }
+    rows = [
+        {"method": method, "seed": seed, "when": moment, "blocks": blocks, "networks": number}
+        for (method, moment), counts in networks.items()
+        for seed in range(3)
+        for blocks, number in enumerate(counts(seed), 2)
+    ]
+    records = depth_records(summarize_depths(pd.DataFrame(rows)))
+    about_depth = [*claims("dsas/figure04"), *claims("dsas/figure05")]
+    assert judge_records(about_depth, records).ours.tolist() == ["holds"] * 5
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: build_grid("dsas/table01", "papr"), "paper"),
+        (lambda: build_search("smoke", "CIFAR"), "CIFAR-10"),
+        (lambda: find_figure("dsas/figure14", "Gesture"), GESTURE),
+        (lambda: build_search("smoke", "CIFAR-10", "PyramidNet-110"), "PyramidNet110"),
+    ],
+)
+def test_mistakes_are_named(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+# searching and training
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    "An empty project."
+    monkeypatch.setenv("SNNKD_ROOT", str(tmp_path))
+    monkeypatch.setenv("SNNKD_CACHE", str(tmp_path / "cache"))
+    return Store()
+
+
+def shorten(spec: RunSpec) -> RunSpec:
+    "The same run for one epoch of 200 images."
+    changes = {"data": spec.data.replace(subset=200), "optim": spec.optim.replace(epochs=1)}
+    if spec.teacher:
+        changes["teacher"] = shorten(spec.teacher)
+    return spec.replace(**changes)
+
+
+@pytest.mark.parametrize("dataset", ["CIFAR-10", EVENTS])
+def test_a_search_and_then_its_student(dataset, alone):
+    "From nothing: a short search, then the training of what it found."
+    spec = build_search("smoke", dataset)
+    short = spec.replace(
+        teacher=shorten(spec.teacher),
+        data=spec.data.replace(subset=200),
+        population=3,
+        generations=1,
+    )
+    record = run_search(short, alone)
+    slopes = [round(slope, 4) for slope in record.extra["slopes"]]
+    args = {"genome": record.best["genome"], "slopes": slopes}
+    student = build_run("dsas", "trained student", "smoke", dataset=dataset)
+    model = ModelSpec("dsas", 4, neuron="dsas", args=args)
+    trained = run_train(shorten(student.replace(model=model)), alone)
+    assert trained.metrics["params"] == record.best["parameters"]
+    assert trained.teacher["id"] == short.teacher.id == record.teacher["id"]
+    neurons = trained.environment["neurons"]
+    lines = [line for line in neurons if "alpha" in line.lower() or "Sigmoid" in line]
+    for slope in slopes:
+        assert any(f"{slope:g}"[:4] in line for line in lines)
+
+
 @pytest.mark.parametrize("T", [None, 2])
 def test_the_student_and_every_teacher_step_together(T, pretended):
     "Logits of one shape, a finite loss, on narrow copies of the paper's networks."
-    for s in {r.teacher.model.name: r for r in runs("paper") if r.teacher}.values():
-        k, _, c = shape(s.data)
-        common = {"num_classes": min(k, 10), "in_channels": c, "image_size": 32}
-        shallow = {"depth": 0.05} if "depth" in model_info(s.teacher.model.name)["options"] else {}
-        teacher = create_model(
-            s.teacher.model.name,
-            width=0.125,
-            **common,
-            **shallow,
-            **({"stem": "small"} if s.teacher.model.name == "pyramidnet101" else {}),
-        )
-        student = create_model(
-            "dsas", T=T or 1, neuron="dsas", width=0.125, **common, **s.model.args
-        )
-        x = torch.randn(T or 1, 2, c, 32, 32) if s.data.args else torch.randn(2, c, 32, 32)
-        terms, _ = create_distiller(s.method, student, teacher)(x, torch.tensor([1, 3]))
-        assert set(terms) == {"ce", "logits"} and all(v.isfinite() for v in terms.values()), s.id
-
-
-def test_depths_of_a_search_that_prefers_shallow_networks():
-    frame = pd.DataFrame(
-        [
-            {"method": m, "seed": s, "when": w, "blocks": b, "networks": n}
-            for m in ("AS", "MAS")
-            for s in range(3)
-            for w, ns in (
-                ("first draw", (5, 5, 5)),
-                ("last generation", (13 - s, 2 + s, 0) if m == "AS" else (5, 5 + s, 5)),
-            )
-            for b, n in enumerate(ns, 2)
-        ]
-    )
-    rows = dsas_views.depth_rows(dsas_views.depth_facts(frame))
-    from snnkd_nb.reports.claims import judge_records
-
-    assert judge_records(dsas_views.DEPTH_CLAIMS, rows).ours.tolist() == ["holds"] * 5
+    for spec in {run.teacher.model.name: run for run in runs("paper") if run.teacher}.values():
+        num_classes, _, channels = shape(spec.data)
+        name = spec.teacher.model.name
+        common = {"num_classes": min(num_classes, 10), "in_channels": channels, "image_size": 32}
+        small = {"depth": 0.05} if "depth" in model_info(name)["options"] else {}
+        if name == "pyramidnet101":
+            small["stem"] = "small"
+        teacher = create_model(name, width=0.125, **common, **small)
+        args = spec.model.args
+        student = create_model("dsas", T=T or 1, neuron="dsas", width=0.125, **common, **args)
+        frames = (T or 1,) if spec.data.args else ()
+        x = torch.randn(*frames, 2, channels, 32, 32)
+        terms, _ = create_distiller(spec.method, student, teacher)(x, torch.tensor([1, 3]))
+        assert set(terms) == {"ce", "logits"}, spec.id
+        assert all(term.isfinite() for term in terms.values()), spec.id

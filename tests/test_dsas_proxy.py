@@ -17,7 +17,7 @@ from snnkd_nb.models.genome import check_genome, genome_parameters
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.papers import studies
 from snnkd_nb.papers import studies_proxy as proxy
-from snnkd_nb.papers.dsas_search import space
+from snnkd_nb.papers.dsas import build_search
 from snnkd_nb.papers.experiments import SCALES
 from snnkd_nb.papers.registry import artefact, match, specs_for
 from snnkd_nb.search.candidate import create_candidate
@@ -52,8 +52,9 @@ def frame_of(accuracy, parameters=None, seed=0, **given):
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_genomes_are_distinct_valid_and_fixed(scale):
-    found, (name, changes) = proxy.genomes(scale), space(scale, "CIFAR-10")
-    where = create_space(name, image_size=PIXELS[scale], **changes)
+    found = proxy.genomes(scale)
+    search = build_search(scale, "CIFAR-10")
+    where = create_space(search.space, image_size=PIXELS[scale], **search.space_args)
     assert len(found) == len(set(found)) == {"smoke": 8, "small": 24}.get(
         scale, 48
     ) and found == proxy.genomes(scale)

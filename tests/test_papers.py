@@ -12,7 +12,14 @@ import pytest
 
 from snnkd_nb.core import UserError, canonical_json, sha256_of
 from snnkd_nb.papers.experiments import SCALES, build_grid, build_run, parse_deviations
-from snnkd_nb.papers.published import claims, failing, paper_folders, published, stated
+from snnkd_nb.papers.published import (
+    claims,
+    failing,
+    paper_folders,
+    published,
+    read_toml,
+    stated,
+)
 from snnkd_nb.papers.registry import artefacts, find_paper, grid_for, match, papers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -169,6 +176,46 @@ method = "none"
     wide = build_run("example_paper", "wide", "smoke", method="kd", T=2, seed=3)
     assert (wide.model.width, dict(wide.model.args), wide.seed) == (2.0, {}, 3)
     assert wide.teacher is None and wide.optim.lr == 0.1
+
+
+def test_defaults_are_values_of_variables_that_cells_leave_out(fifth):
+    with open(fifth / "settings.toml", "a") as out:
+        out.write('\n[defaults]\nT = 4\nmethod = "kd"\n')
+    with open(fifth / "cells.toml", "a") as out:
+        out.write('[[table02.cells]]\neach = { T = [1, 2] }\ncolumn = "a"\nrun = "student"\n')
+    assert build_run("example_paper", "student", "smoke").model.T == 4
+    assert build_run("example_paper", "student", "smoke", method="none").method == "none"
+    runs = build_grid("example_paper/table02", "smoke").specs
+    assert [(run.method, run.model.T) for run in runs] == [("kd", 1), ("kd", 2)]
+
+
+SEARCH = """
+[search.found]
+teacher = "teacher"
+seeds = 1
+space_args = { channels = [4, 8], normal = [1, 3], downsample = [2, 2] }
+smoke = { population = 6, seeds = 2 }
+"""
+
+
+def test_a_cell_may_show_a_number_of_a_search(fifth):
+    for file, text in (
+        ("settings.toml", SEARCH),
+        ("cells.toml", '[[table02.cells]]\nindex = { x = 1 }\ncolumn = "a"\nsearch = "found"\n'),
+        ("deviations.md", "- [table02] {value: found.population}: {space: found}\n"),
+    ):
+        with open(fifth / file, "a") as out:
+            out.write(text)
+    grid = build_grid("example_paper/table02", "smoke")
+    assert [(search.population, search.seed) for search in grid.specs] == [(6, 0), (6, 1)]
+    assert grid.searches == () and grid.needs == grid.specs
+    words = "6: channels 4, 8; 1 to 3 normal and 2 downsample blocks"
+    assert grid.deviations[-1] == words
+    with open(fifth / "cells.toml", "a") as out:
+        out.write('run = "student"\n')
+    read_toml.cache_clear()
+    with pytest.raises(UserError, match="table02.cells.* 1: give either run or search"):
+        build_grid("example_paper/table02", "smoke")
 
 
 def test_what_is_computed_may_not_be_known_yet(fifth, tmp_path, monkeypatch):

@@ -7,7 +7,8 @@ import pytest
 
 from snnkd_nb.cli import main
 from snnkd_nb.core import UserError
-from snnkd_nb.papers import dsas_students
+from snnkd_nb.papers.dsas import build_search
+from snnkd_nb.papers.experiments import build_run
 from snnkd_nb.runner.jobs import execute
 from snnkd_nb.runner.planning import plan
 from snnkd_nb.search import job as module
@@ -159,7 +160,7 @@ def test_mistakes_are_said_before_a_teacher_is_trained(home, kw, words):
 
 
 def test_what_is_distilled_has_the_slopes_of_its_teacher(home, monkeypatch):
-    how = dsas_students.behind("smoke", "CIFAR-10")[0]
+    how = build_search("smoke", "CIFAR-10")
     record = SearchRecord(
         to_dict(how, full=True),
         {"genome": "n8 d8", "fitness": 0.1},
@@ -172,9 +173,9 @@ def test_what_is_distilled_has_the_slopes_of_its_teacher(home, monkeypatch):
         extra={"slopes": [2.0, 2.123456, 3.5]},
     )
     Store().put(record)
-    assert create_distillation_run(record).model == dsas_students.student(
-        "smoke", "CIFAR-10"
-    ).model and create_distillation_run(record).model.args["slopes"] == (2.0, 2.1235, 3.5)
+    student = build_run("dsas", "student", "smoke", dataset="CIFAR-10")
+    assert create_distillation_run(record).model == student.model
+    assert student.model.args["slopes"] == (2.0, 2.1235, 3.5)
     assert create_distillation_run(record, slopes=3).model.args["slopes"] == (3.0,) and set(
         create_distillation_run(record, slopes=None).model.args
     ) == {"genome"}

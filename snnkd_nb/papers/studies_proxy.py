@@ -22,8 +22,15 @@ from snnkd_nb.metrics.statistics import (
 )
 from ..models.genome import genome_text
 from . import dsas, studies
-from .dsas_search import CHANGED, space
-from .experiments import Cell, Grid, budget_in_words, check_scale, optim_at
+from snnkd_nb.papers.experiments import (
+    Cell,
+    Grid,
+    budget_in_words,
+    build_run,
+    build_spec,
+    check_scale,
+    optim_at,
+)
 from ..search.evolution import ScoreCache
 from ..search.job import load_batches
 from ..search.score import Scorer, ScoringPool
@@ -33,6 +40,13 @@ from ..spec import ModelSpec, RunSpec, SearchSpec, require, to_dict
 # %% ../../nbs/lib/89_papers.studies_proxy.ipynb #4efc8036
 COUNT = {"smoke": 8, "small": 24}  # genomes; elsewhere 48
 _PIXELS = {"smoke": 8, "small": 16}  # an edge; elsewhere 32
+_CHANGED = ("smoke", "small")  # scales whose spaces and networks are not the paper's
+
+
+def _space(scale: str) -> tuple[str, dict]:
+    "Return name and changes of the space that is searched on CIFAR-10."
+    search = dsas.build_search(check_scale(scale), "CIFAR-10")
+    return search.space, to_dict(search).get("space_args", {})
 
 
 def genomes(
@@ -41,7 +55,7 @@ def genomes(
     seed=0,  # of the draw
 ):
     "Different random genomes of CIFAR-10's space, as text, in the order in which they were drawn."
-    name, changes = space(check_scale(scale), "CIFAR-10")
+    name, changes = _space(scale)
     where, rng, found, n = (
         create_space(name, image_size=_PIXELS.get(scale, 32), **changes),
         np.random.default_rng(seed),
@@ -66,18 +80,20 @@ def teacher(
     scale,  # smoke, small, medium, paper
 ):
     "The `RunSpec` of the teacher of all students."
-    return (
-        studies.corrupted(scale, "clean") if scale in CHANGED else dsas.teacher(scale, "CIFAR-10")
-    )
+    if scale in _CHANGED:
+        return studies.corrupted(scale, "clean")
+    return build_run("dsas", "teacher", scale, dataset="CIFAR-10")
 
 
 def budget(scale):
     "The `OptimSpec` of all students."
-    return (
-        optim_at("small", half=True).replace(epochs=EPOCHS)
-        if scale == "small"
-        else dsas.optim(scale, searched=True)
-    )
+    if scale == "small":
+        return optim_at("small", half=True).replace(epochs=EPOCHS)
+    return build_spec("dsas", "optim", "searched", scale, dataset="CIFAR-10")
+
+
+def _data(scale):
+    return build_spec("dsas", "data", "CIFAR-10", scale)
 
 
 def student(
@@ -88,11 +104,11 @@ def student(
     "The `RunSpec` of a genome under the teacher: logits MSE beside the cross-entropy."
     model = (
         ModelSpec("dsas", STEPS, neuron=NEURON, args={"genome": genome, "neuron_args": OPTIONS})
-        if scale in CHANGED
+        if scale in _CHANGED
         else ModelSpec("dsas", 4, neuron="dsas", args={"genome": genome})
     )
     return RunSpec(
-        dsas.data(scale, "CIFAR-10"),
+        _data(scale),
         model,
         budget(scale),
         "logits-mse",
@@ -120,11 +136,11 @@ def scoring(
     scale,  # smoke, small, medium, paper
 ):
     "A `SearchSpec` that says on which batches, with which seeds and as which networks genomes are scored; it is not searched."
-    name, changes = space(scale, "CIFAR-10")
+    name, changes = _space(scale)
     model = student(scale, genomes(scale, 1)[0]).model
-    args = {"seeds": [0, 1, 2], **({"neuron_args": OPTIONS} if scale in CHANGED else {})}
+    args = {"seeds": [0, 1, 2], **({"neuron_args": OPTIONS} if scale in _CHANGED else {})}
     return SearchSpec(
-        dsas.data(scale, "CIFAR-10").replace(augment="none"),
+        _data(scale).replace(augment="none"),
         teacher(scale),
         name,
         changes,
@@ -456,7 +472,7 @@ def conditions(
     lines = [
         f"data: {what}",
         f"{len(genomes(scale))} genomes drawn from {where.size():.1e}: channels {', '.join(map(str, where.channels))}; {where.normal[0]} to {where.normal[1]} normal and {where.limits['d'][0]} to {where.limits['d'][1]} downsample blocks; a pair of counts first, then an arrangement, then channels, each uniformly",
-        f"students: T = {s.model.T}, one training each, {budget_in_words(s.optim, s.data)}; logits MSE beside the cross-entropy, weight 1 each; neuron {s.model.neuron}{', threshold ' + format(OPTIONS['v_threshold'], 'g') if scale in CHANGED else ''}; one surrogate for all layers (the paper: slopes by the teacher's gradients)",
+        f"students: T = {s.model.T}, one training each, {budget_in_words(s.optim, s.data)}; logits MSE beside the cross-entropy, weight 1 each; neuron {s.model.neuron}{', threshold ' + format(OPTIONS['v_threshold'], 'g') if scale in _CHANGED else ''}; one surrogate for all layers (the paper: slopes by the teacher's gradients)",
         f"teacher: {t.model.name}, {budget_in_words(t.optim, t.data)}",
         f"scores: mean over {how.batches} batches of {how.batch} training images and {len(how.metric_args['seeds'])} draws of the weights, at the students' T and threshold; MAS over three layers, rows normalised; MAS+TGS is their sum; SNASNet's published batch is 256",
         "intervals: percentile bootstrap over the students, 5,000 resamples, 95 %; no correction for the number of scores",

@@ -655,13 +655,13 @@ def search_rows(tiny: bool = False) -> list[Row]:
 def full_search_row(population: int = 200, generations: int = 20) -> Row:
     """Time a search of the paper's size at smoke scale with two processes, over 15 minutes."""
     from snnkd_nb.data.corrupt import load_spec
-    from snnkd_nb.papers.dsas_search import search
+    from snnkd_nb.papers.dsas import build_search
     from snnkd_nb.search.evolution import evolve
     from snnkd_nb.search.job import create_search_space, load_batches
     from snnkd_nb.search.score import Scorer
     from snnkd_nb.training.job import build_model
 
-    spec = search("smoke", "CIFAR-10")
+    spec = build_search("smoke", "CIFAR-10")
     data = load_spec(spec.data)
     start = time.perf_counter()
     teacher = build_model(spec.teacher.model, data)

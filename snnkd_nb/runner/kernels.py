@@ -35,7 +35,7 @@ PRELOADED = (
     "snnkd_nb.reports.figure",
     "snnkd_nb.reports.maps",
     "snnkd_nb.reports.tables",
-    "snnkd_nb.papers.dsas_students",
+    "snnkd_nb.papers.dsas",
     "snnkd_nb.papers.experiments",
     "snnkd_nb.papers.eskd",
     "snnkd_nb.runner.jobs",
