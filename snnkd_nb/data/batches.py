@@ -10,7 +10,6 @@ __all__ = ['raw_bits', 'permutation', 'stratified', 'read_labels', 'hard_labels'
 # %% ../../nbs/lib/10_data.batches.ipynb #5eaf549a
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -134,6 +133,8 @@ class Split:
 
         object.__setattr__(self, "images", self.images.cpu())
         object.__setattr__(self, "labels", read_labels(self.labels, len(self.images)).cpu())
+        if self.known:
+            self.__dict__["_images_sha"] = (self.images._version, self.known)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -152,12 +153,21 @@ class Split:
         "Return a split with the same images and other labels."
         return Split(self.images, labels, self.images_sha)
 
-    @cached_property
-    def images_sha(self) -> str:
-        "Return the SHA-256 of the image bytes."
-        return self.known or sha256_of(rows(self).contiguous().numpy().data)
+    @property
+    def versions(self) -> tuple[int, int]:
+        "Return two numbers that grow when images or labels are changed in place."
+        return self.images._version, self.labels._version
 
-    @cached_property
+    @property
+    def images_sha(self) -> str:
+        "Return the SHA-256 of the image bytes, computed anew after a change in place."
+        version, found = self.__dict__.get("_images_sha", (None, ""))
+        if version != self.images._version:
+            found = sha256_of(rows(self).contiguous().numpy().data)
+            self.__dict__["_images_sha"] = (self.images._version, found)
+        return found
+
+    @property
     def digest(self) -> str:
         "Return the SHA-256 of images and labels."
         labels_sha = sha256_of(self.labels.contiguous().numpy().data)
@@ -248,7 +258,7 @@ class ImageData:
         by_name = {"train": self.train, "val": self.val, "test": self.test}
         return {name: split for name, split in by_name.items() if split is not None}
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         "Return 16 hex digits that depend on the content of all splits, and on nothing else."
         digests = {name: split.digest for name, split in self.splits.items()}

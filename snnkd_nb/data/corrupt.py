@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..core import UserError, data_dir, float32_by_default
 from .batches import ImageData, hard_labels, permutation, raw_bits, stratified
-from .images import load
+from .decode import Source, cache_folder
+from .images import load, opener
 from ..spec import DataSpec, require
 
 # %% ../../nbs/lib/13_data.corrupt.ipynb #5a3a6aff
@@ -154,11 +155,32 @@ def load_spec(
     root: str | Path | None = None,  # folder that contains the data sets; None: `data_dir()`
 ) -> ImageData:
     "Load the data set of a spec with all its changes."
-    return _load_spec(spec.replace(augment="none"), str(root or data_dir()))
+    plain = spec.replace(augment="none")
+    folder = str(root or data_dir())
+    content = _content_key(plain, folder)
+    data = _load_spec(plain, folder, content)
+    if data.__dict__.setdefault("_versions", _versions(data)) == _versions(data):
+        return data
+    _load_spec.cache_clear()  # somebody has changed the images or labels in place
+    return _load_spec(plain, folder, content)
+
+
+def _versions(data: ImageData) -> list:
+    return [getattr(split, "versions", None) for split in data.splits.values()]
+
+
+def _content_key(spec: DataSpec, root: str) -> str:
+    "Return a text that changes with the files of a data set; empty for data that are not files."
+    try:
+        open_source, arg = opener(spec.name, root)
+        found = open_source(arg, root, False, spec.size, **spec.args)
+    except (TypeError, UserError):
+        return ""  # `load` raises the error
+    return cache_folder(found, spec.size).name if isinstance(found, Source) else ""
 
 
 @lru_cache(maxsize=4)
-def _load_spec(spec: DataSpec, root: str) -> ImageData:
+def _load_spec(spec: DataSpec, root: str, content: str) -> ImageData:
     seed = spec.corrupt_seed
     data = load(spec.name, root, size=spec.size, **spec.args)
     if spec.subset is not None:

@@ -34,6 +34,7 @@ from snnkd_nb.core import (
     lock,
     readable_name,
     sha256_of,
+    source_digest,
 )
 from .batches import ImageData, Split
 
@@ -295,7 +296,11 @@ def cache_folder(
     size: int | None,  # as in `fit_image`
 ) -> Path:
     "Return the folder of the decoded images of a source."
-    key = sha256_of(canonical_json([LAYOUT, source.name, source.key, size]))[:16]
+    content = [LAYOUT, source.name, source.key, size]
+    code = source_digest(source.read)
+    if code:
+        content.append(code)  # a plug-in that reads other images gets another cache
+    key = sha256_of(canonical_json(content))[:16]
     readable = re.sub(r"[^A-Za-z0-9]+", "-", source.name).strip("-")[-60:]
     return cache_dir() / "decoded" / f"{readable}-{key}"
 

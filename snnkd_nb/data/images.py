@@ -30,6 +30,7 @@ from snnkd_nb.core import (
     expand_path,
     float32_by_default,
     readable_name,
+    sha256_of,
     torchvision,
     unknown,
 )
@@ -418,11 +419,31 @@ def _import_file(path: Path) -> ModuleType:
         raise ImportError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
+    _digests_at_import[path.stem] = sha256_of(path)
     try:
         spec.loader.exec_module(module)
     except Exception:
         sys.modules.pop(path.stem, None)
         raise
+    return module
+
+
+_digests_at_import: dict[str, str] = {}  # name of a plug-in's module -> SHA-256 of its file
+
+
+def _imported_file(path: Path) -> ModuleType:
+    "Return the module of a file that was imported before; `UserError` if it is another, or changed."
+    module = sys.modules[path.stem]
+    file = getattr(module, "__file__", None)
+    if file is None or Path(file).resolve() != path.resolve():
+        raise UserError(
+            f"plugin {path}: a module {path.stem!r} is loaded already ({file or 'built in'}); "
+            "give the file another name"
+        )
+    if _digests_at_import.get(path.stem) not in (None, sha256_of(path)):
+        raise UserError(
+            f"plugin {path} has changed since it was imported: start Python (the kernel) again"
+        )
     return module
 
 
@@ -432,8 +453,10 @@ def _import_plugin(name: str) -> ModuleType:
             return importlib.import_module(name)
         path = Path(name)
         if path.stem in sys.modules:
-            return importlib.import_module(path.stem)
+            return _imported_file(path)
         return _import_file(path)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(
             f"plugin {name} cannot be imported: "

@@ -6,7 +6,7 @@
 __all__ = ['Row', 'COUNTED', 'SPIKING_INPUTS', 'CONVENTIONS', 'PROBE_MODULES', 'reset_states', 'watch_modules', 'is_neuron',
            'is_binary', 'steps_and_images', 'firing_rates', 'mean_rate', 'is_counted', 'count_layer_macs',
            'driving_factor', 'list_operations', 'count_macs', 'sops', 'energy', 'register_probe', 'list_probes',
-           'check_probes', 'create_probes']
+           'check_probes', 'probe_factory', 'create_probes']
 
 # %% ../../nbs/lib/57_metrics.activity.ipynb #99dfd7b0
 import contextlib
@@ -352,6 +352,17 @@ def check_probes(
             has_reference or not needs_reference,
             f"probe {name!r} compares with another network: give reference=RunSpec(…) or a teacher",
         )
+
+
+def probe_factory(
+    name: str,  # one of `list_probes()`
+) -> Callable[..., Any]:
+    "Return the function that creates a probe; `UserError` for an unknown name."
+    if name not in _PROBES:
+        _load_probes()
+    if name not in _PROBES:
+        raise unknown("probe", name, _PROBES)
+    return _PROBES[name][0]
 
 
 def create_probes(

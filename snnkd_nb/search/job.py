@@ -53,6 +53,8 @@ from snnkd_nb.training.job import (
     check_frames,
     check_same_data,
     check_spec,
+    check_unchanged,
+    collect_sources,
     load_model,
     run_train,
 )
@@ -378,6 +380,7 @@ def run_search(
     with lock(store.path(spec.id)):
         done = store.get(spec)
         if done:
+            check_unchanged(done, store)
             return done
         check_writable(store.path(spec.id))
         check_writable(_checkpoint_path(spec))
@@ -442,6 +445,10 @@ def _search(
         "sha256": teacher_record.weights["sha256"],
         "acc_last": teacher_record.metrics["acc_last"],
     }
+    extra: dict[str, Any] = {"slopes": scorer.slopes, "key": scorer.key}
+    sources = collect_sources(spec)
+    if sources:
+        extra["sources"] = sources
     record = SearchRecord(
         to_dict(spec, full=True),
         describe_best(result),
@@ -453,7 +460,7 @@ def _search(
         data.describe(),
         used_teacher,
         list(result.front),
-        extra={"slopes": scorer.slopes, "key": scorer.key},
+        extra=extra,
     )
     seconds = time.perf_counter() - start
     fitness = result.score.fitness

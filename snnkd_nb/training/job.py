@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Listener', 'MEASURED_IMAGES', 'MAX_NAMES', 'check_frames', 'check_same_data', 'build_model', 'rebuild_model',
-           'load_model', 'measure_metrics', 'is_on_cpu', 'describe_neurons', 'check_spec', 'run_train']
+           'load_model', 'collect_sources', 'find_changes', 'check_unchanged', 'measure_metrics', 'is_on_cpu',
+           'describe_neurons', 'check_spec', 'run_train']
 
 # %% ../../nbs/lib/62_training.job.ipynb #95792ed7
 import os
@@ -19,29 +20,36 @@ from torch import nn
 from snnkd_nb.core import (
     UserError,
     cache_dir,
+    canonical_json,
     check_writable,
     float32_by_default,
     lock,
     renamed,
     root,
     seed_for,
+    sha256_of,
+    source_digest,
 )
 from ..data.corrupt import load_spec
+from ..data.images import opener
 from ..kernels.precision import bf16_route, cpu_class
-from ..losses.zoo import create_distiller, parse_methods, wants_batch_size
+from ..losses.zoo import create_distiller, method_class, parse_methods, wants_batch_size
 from snnkd_nb.metrics.activity import (
     check_probes,
     create_probes,
     firing_rates,
     mean_rate,
+    probe_factory,
     sops,
 )
+from ..models.blocks import MODELS
 from ..models.taps import match_normalization, set_data
 from ..models.zoo import check_model, create_model
-from ..neurons.lif import LIF
-from ..spec import DataSpec, ModelSpec, RunSpec, require, to_dict
+from ..neurons.lif import LIF, NEURONS, OWN_NEURONS
+from ..spec import DataSpec, ModelSpec, RunSpec, SearchSpec, method_names, require, to_dict
 from snnkd_nb.store import (
     Record,
+    SearchRecord,
     Store,
     environment,
     peak_memory,
@@ -137,7 +145,105 @@ def load_model(
         raise UserError(
             f"no weights of {spec.id} on this machine: train it with run_train(spec, weights=True)"
         )
+    check_unchanged(record, store or Store(), with_data=False)
     return rebuild_model(spec, state), record
+
+# %% ../../nbs/lib/62_training.job.ipynb #0cae0bdd
+def _own_sources(spec: RunSpec) -> dict[str, str]:
+    "Return the hashes of the user's code and files behind the names of one run."
+    name = spec.model.name
+    found = {}
+    if name in MODELS:
+        found[f"model {name}"] = source_digest(MODELS[name]["make"])
+    if spec.model.T is not None:
+        found |= _neuron_source(spec.model.neuron)
+    for method in method_names(spec.method):
+        if method != "none":
+            found[f"method {method}"] = source_digest(method_class(method))
+    for probe in spec.probes:
+        found[f"probe {probe}"] = source_digest(probe_factory(probe))
+    weights = spec.model.args.get("weights")
+    if isinstance(weights, str) and Path(weights).is_file():
+        found[f"weights {weights}"] = sha256_of(Path(weights))[:16]
+    return found | _data_sources(spec.data.name)
+
+
+def _neuron_source(name: str) -> dict[str, str]:
+    options = NEURONS.get(name)
+    if options == OWN_NEURONS.get(name):
+        return {}
+    return {f"neuron {name}": sha256_of(repr(options))[:16]}
+
+
+def _data_sources(name: str) -> dict[str, str]:
+    open_source, arg = opener(name)
+    found = {f"data set {name}": source_digest(open_source)}
+    if name.startswith("events:"):
+        found |= _data_sources(arg)
+    return found
+
+
+def collect_sources(
+    spec: RunSpec | SearchSpec | None,
+) -> dict[str, str]:
+    """Return `{what: hash}` of the user's code and files behind the names of a run.
+
+    Teacher and reference are included. What comes with this package has no entry."""
+    if spec is None:
+        return {}
+    found = {}
+    if isinstance(spec, RunSpec):
+        found = {what: digest for what, digest in _own_sources(spec).items() if digest}
+        for what, digest in collect_sources(spec.reference).items():
+            found[f"reference's {what}"] = digest
+    else:
+        own = _data_sources(spec.data.name) | _neuron_source(spec.neuron)
+        found = {what: digest for what, digest in own.items() if digest}
+    for what, digest in collect_sources(spec.teacher).items():
+        found[f"teacher's {what}"] = digest
+    return found
+
+
+def find_changes(
+    record: Record | SearchRecord,
+    store: Store,  # where the record of the teacher is
+    with_data: bool = True,  # also compare the images and labels, if they are on this machine
+) -> list[str]:
+    "List what has changed since a run was stored, in words."
+    spec = record.run
+    recorded = record.extra.get("sources", {})
+    now = collect_sources(spec)
+    changes = [what for what in sorted(recorded | now) if recorded.get(what) != now.get(what)]
+    if with_data and _fingerprint_of(spec) not in (None, record.dataset.get("fingerprint")):
+        changes.append(f"images or labels of {spec.data.name}")
+    if record.teacher and spec.teacher:
+        stored = [place.get(spec.teacher) for place in (store, twins())]
+        hashes = [teacher.weights["sha256"] for teacher in stored if teacher and teacher.weights]
+        if hashes and record.teacher["sha256"] not in hashes:
+            changes.append("weights of the teacher")
+    return changes
+
+
+def _fingerprint_of(spec: RunSpec | SearchSpec) -> str | None:
+    "Return the fingerprint of the data of a spec, None where they are not on this machine."
+    try:
+        return load_spec(spec.data).fingerprint
+    except UserError:
+        return None
+
+
+def check_unchanged(
+    record: Record | SearchRecord,
+    store: Store,
+    with_data: bool = True,  # as in `find_changes`
+) -> None:
+    "Raise `UserError` if something behind the names of a stored run is another than it was."
+    changes = find_changes(record, store, with_data)
+    require(
+        not changes,
+        f"{record.id} is stored, but this has changed since: {', '.join(changes)}; give it another "
+        f"name to keep both, or remove {store.path(record.id)} to train it again",
+    )
 
 # %% ../../nbs/lib/62_training.job.ipynb #880e923f
 MEASURED_IMAGES = 256
@@ -258,6 +364,7 @@ def run_train(
     with lock(store.path(spec.id)):
         done = with_weights(spec, store)[0] if weights else store.get(spec)
         if done:
+            check_unchanged(done, store)
             return done
         check_writable(store.path(spec.id))
         check_writable(_checkpoint_path(spec))
@@ -287,8 +394,11 @@ def _obtain_model(
     "Load the trained network of a run; train it first if its weights are missing."
     if spec is None:
         return None, None
-    if with_weights(spec, store)[0] is None:
+    record = with_weights(spec, store)[0]
+    if record is None:
         run_train(spec, store, on_event, weights=True, weak_teacher=weak_teacher)
+    else:
+        check_unchanged(record, store)
     return load_model(spec, store)
 
 
@@ -303,7 +413,10 @@ def _match_normalizations(
 
 
 def _checkpoint_path(spec: RunSpec) -> Path:
-    return cache_dir() / "checkpoints" / f"{spec.id}.ckpt"
+    sources = collect_sources(spec)
+    # a checkpoint of other code of the user is not continued
+    code = f".{sha256_of(canonical_json(sources))[:8]}" if sources else ""
+    return cache_dir() / "checkpoints" / f"{spec.id}{code}.ckpt"
 
 
 def _create_listener(run_id: str, on_event: Listener | None) -> Listener:
@@ -359,6 +472,9 @@ def _train(
         )
     metrics = measure_metrics(student, data, history)
     extra: dict[str, Any] = {"input": _describe_input(data)}
+    sources = collect_sources(spec)
+    if sources:
+        extra["sources"] = sources
     if reference_record:
         extra["reference"] = _name_used_network(reference_record)
     record = Record(

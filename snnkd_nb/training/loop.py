@@ -30,6 +30,7 @@ from snnkd_nb.core import (
     renamed_arguments,
     seed_for,
     sha256_of,
+    source_digest,
     unknown,
 )
 from ..data.augment import mix_images
@@ -552,6 +553,9 @@ def _identity(
     fingerprint = getattr(data, "fingerprint", "")
     probe_names = sorted(probes or {})
     parts = [optim, augment, seed, fingerprint, methods, shapes, teacher_sums, *probe_names]
+    code = [source_digest(type(m)) for m in (distiller.student, teacher, *distiller.methods)]
+    if any(code):
+        parts.append(code)  # of the user; that of this package is not looked at
     # These fields are newer than the first checkpoints, which stay valid in this way.
     text = repr(parts).replace(", gradient='bptt'", "")
     newer = ", label_smoothing=0.0, mixup=0.0, cutmix=0.0, accumulate=1"
