@@ -497,7 +497,7 @@ def _statistics(norm: Any, x: Rate, passes: Any) -> tuple[Tensor, Tensor, bool]:
             return [moment.float() for moment in moments_in_parts(x, in_one)]
 
         passes = SimpleNamespace(moments_of=moments_of)
-    return fused_norm_module().statistics(norm, x.stored, passes)
+    return fused_norm_module().batch_statistics(norm, x.stored, passes)
 
 
 @torch.no_grad()
