@@ -14,7 +14,6 @@ import torch
 
 from snnkd_nb.losses.zoo import parse_methods
 from snnkd_nb.models.zoo import create_model
-from snnkd_nb.papers import studies
 from snnkd_nb.papers.experiments import SCALES, build_grid
 from snnkd_nb.papers.published import published
 from snnkd_nb.papers.registry import grid_for
@@ -26,8 +25,8 @@ GRIDS = {
     **{f"sastc/{name}": partial(build_grid, f"sastc/{name}") for name in SASTC},
     "dsas/table12": partial(build_grid, "dsas/table12"),
     "dsas/table15": partial(build_grid, "dsas/table15"),
-    "studies/kd": studies.kd,
-    "studies/events": studies.events,
+    "studies/kd": partial(build_grid, "studies/kd"),
+    "studies/events": partial(build_grid, "studies/events"),
 }
 
 

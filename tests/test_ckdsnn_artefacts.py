@@ -10,7 +10,6 @@ from snnkd_nb.core import UserError
 from snnkd_nb.data.images import list_datasets, opener
 from snnkd_nb.losses.zoo import create_distiller
 from snnkd_nb.models.zoo import create_model, model_info
-from snnkd_nb.papers import studies
 from snnkd_nb.papers.experiments import SCALES, build_grid, build_run, load_settings
 from snnkd_nb.papers.published import claims, published
 from snnkd_nb.papers.registry import artefact, specs_for
@@ -192,9 +191,8 @@ def test_scales_do_not_mix():
 
 
 def test_small_scale_shares_the_pair_of_a_study():
-    study = {
-        s for s in studies.sastc("small").specs if not s.data.label_noise and s.data.shots == 1
-    }
+    grid = build_grid("studies/sastc", "small")
+    study = {s for s in grid.specs if not s.data.label_noise and s.data.shots == 1}
     mine = {s for s in specs("small") if s.model.name == "resnet20" and s.model.T in (None, 2)}
     assert (
         len({s.canonical() for s in study} & {s.canonical() for s in with_teachers("small")})

@@ -255,3 +255,13 @@ def test_a_gain_in_words():
     assert describe_gain(table, "KD", "Y") == "KD over Y: not run."
     equal = table.assign(values=[{0: 5.0, 1: 5.0}] * 3, n=2)
     assert describe_gain(equal, "KD", "Baseline").endswith("+0.00 points [+0.00, +0.00], a tie.")
+
+
+def test_the_detectable_differences_of_several_comparisons_are_a_range():
+    records = [record([70.0, 72.0, 69.0, 73.0], method="Ours")]
+    records += [record([70.5, 69.0, 71.5, 70.0], method="A")]
+    records += [record([70.1, 71.6, 69.3, 72.8], method="B"), record([75.0], method="C")]
+    text = find_verdict(claim(OURS, {"method": ("A", "B", "C")}), records)
+    assert text.startswith("undecided (one seed; smallest detectable difference ")
+    low, high = text.removesuffix(")").split(" difference ")[1].split(" to ")
+    assert 0 < float(low) < float(high)

@@ -15,10 +15,9 @@ from snnkd_nb.core import UserError
 from snnkd_nb.metrics import statistics
 from snnkd_nb.models.genome import check_genome, genome_parameters
 from snnkd_nb.models.zoo import create_model
-from snnkd_nb.papers import studies
 from snnkd_nb.papers import studies_proxy as proxy
 from snnkd_nb.papers.dsas import build_search
-from snnkd_nb.papers.experiments import SCALES
+from snnkd_nb.papers.experiments import SCALES, build_grid
 from snnkd_nb.papers.registry import artefact, match, specs_for
 from snnkd_nb.search.candidate import create_candidate
 from snnkd_nb.search.score import Scorer
@@ -119,8 +118,8 @@ def test_the_page_is_found_and_the_teacher_is_shared():
         and "".join(cells[0]["source"]).startswith("# Does the proxy work?")
     )
     assert (
-        proxy.teacher("small") in studies.sastc("small").specs
-        and proxy.teacher("smoke") in studies.kd("smoke").specs
+        proxy.teacher("small") in build_grid("studies/sastc", "small").specs
+        and proxy.teacher("smoke") in build_grid("studies/kd", "smoke").specs
     )
 
 

@@ -320,8 +320,6 @@ def test_smoke_is_small():
 
 
 def test_the_study():
-    from snnkd_nb.papers import studies
-
     grid = grids("small")["study"]
     assert len(grid.specs) == 46
     assert all(len(c.groups) == 3 for c in grid.cells if c.index["method"] != "Teacher")
@@ -335,7 +333,7 @@ def test_the_study():
             assert (spec.optim.gradient, spec.model.T) == (gradient, T)
     frame = summarize_grid(grid, dict.fromkeys(grid.specs))
     assert len(frame) == 19
-    assert set(judge_cells(studies.ESKD_CLAIMS, grid, {}).ours) == {"not run"}
+    assert set(judge_cells(claims(grid.key), grid, {}).ours) == {"not run"}
 
 
 # figures

@@ -20,7 +20,6 @@ from snnkd_nb.losses.zoo import create_distiller
 from snnkd_nb.metrics.activity import check_probes, create_probes
 from snnkd_nb.metrics.likeness import fixed_batch, stm_score
 from snnkd_nb.models.zoo import create_model, model_info
-from snnkd_nb.papers import studies
 from snnkd_nb.papers.experiments import SCALES, build_grid, build_run, resolve
 from snnkd_nb.papers.published import claims, published
 from snnkd_nb.papers.registry import artefact, specs_for
@@ -205,7 +204,7 @@ def test_what_is_in_several_artefacts_is_one_run():
         assert set(g["table01"].specs) < set(g["table05"].specs) and set(
             g["figure01"].specs[1:]
         ) < set(g["table05"].specs)
-    assert set(grids("small")["figure03"].specs) <= set(studies.sastc("small").specs)
+    assert set(grids("small")["figure03"].specs) <= set(build_grid("studies/sastc", "small").specs)
     assert set(grids("paper")["figure03"].specs) <= set(build_grid("sastc/table03", "paper").specs)
     assert len([s for s in specs("smoke") if s.probes]) <= 20 and all(
         s.optim.epochs <= 5 and s.data.name == "digits" for s in specs("smoke")

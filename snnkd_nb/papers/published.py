@@ -596,14 +596,17 @@ def _read_claims(folder: Path, kind: str) -> tuple:
 
 
 def _all_of(kind: str, paper: str | None) -> Iterator[Any]:
+    if paper == "studies":
+        yield from _read_claims(packaged_folder() / "studies", kind)
+        return
     for key in [paper] if paper else list(paper_folders()):
         yield from _read_claims(paper_folder(key), kind)
 
 
 def claims(
-    key: str | None = None,  # of a table, a figure or a paper; None: all
+    key: str | None = None,  # of a table, a figure, a study or a paper; None: all papers
 ) -> list[Claim]:
-    "The claims the papers draw from their tables and figures."
+    "The claims the papers draw from their tables and figures; `studies` has claims of its folder."
     paper = key.partition("/")[0] if key else None
     found = _all_of("claim", paper)
     return [claim for claim in found if key in (None, paper, claim.key)]

@@ -21,11 +21,12 @@ from snnkd_nb.metrics.statistics import (
     resample_signs,
 )
 from ..models.genome import genome_text
-from . import dsas, studies
+from . import dsas
 from snnkd_nb.papers.experiments import (
     Cell,
     Grid,
     budget_in_words,
+    build_grid,
     build_run,
     build_spec,
     check_scale,
@@ -81,7 +82,7 @@ def teacher(
 ):
     "The `RunSpec` of the teacher of all students."
     if scale in _CHANGED:
-        return studies.corrupted(scale, "clean")
+        return build_run("studies", "teacher of a panel", scale, panel="clean")
     return build_run("dsas", "teacher", scale, dataset="CIFAR-10")
 
 

@@ -6,8 +6,8 @@
 __all__ = ['ClaimRecord', 'Runs', 'OUTCOME_WORDS', 'VERDICT_COLUMNS', 'SCALE_WARNINGS', 'INDEX_UNITS', 'VERDICTS',
            'values_by_seed', 'chance_accuracy', 'cell_record', 'records_by_arm', 'Comparison', 'list_comparisons',
            'ClaimVerdict', 'judge_together', 'find_verdict', 'verdict_columns', 'judge_records', 'judge_cells',
-           'compare_verdicts', 'describe_gain', 'report_table', 'scale_warning', 'claims_and_deviations', 'save_claims',
-           'load_claims', 'shorten_verdict', 'count_verdicts']
+           'describe_verdicts', 'compare_verdicts', 'describe_gain', 'report_table', 'scale_warning',
+           'claims_and_deviations', 'save_claims', 'load_claims', 'shorten_verdict', 'count_verdicts']
 
 # %% ../../nbs/lib/74_reports.claims.ipynb #3158843e
 import itertools
@@ -312,11 +312,25 @@ def _test_arms(claim: Claim, comparison: Comparison) -> "tuple[Arm, Arm]":
     return _shift(first, -_least_lead(claim)), second
 
 
-def _reason(verdict: "Verdict") -> str:
-    "Why a comparison is undecided."
-    if verdict.smallest_detectable == float("inf"):
-        return verdict.reason.removeprefix("undecided: ")
-    return f"smallest detectable difference {verdict.smallest_detectable:.2g}"
+def _format_difference(value: float) -> str:
+    "Two digits, without an exponent for large numbers."
+    return f"{value:.2g}" if value < 99.5 else f"{value:.0f}"
+
+
+def _reasons(verdicts: "Iterable[Verdict]") -> list[str]:
+    "Why comparisons are undecided, each reason once."
+    found: dict[str, None] = {}
+    detectable = []
+    for verdict in verdicts:
+        if verdict.smallest_detectable == float("inf"):
+            found[verdict.reason.removeprefix("undecided: ")] = None
+        else:
+            detectable.append(verdict.smallest_detectable)
+    reasons = list(found)
+    if detectable:
+        ends = dict.fromkeys(map(_format_difference, (min(detectable), max(detectable))))
+        reasons.append(f"smallest detectable difference {' to '.join(ends)}")
+    return reasons
 
 
 def _outcomes_in_words(outcomes: Sequence[str], reasons: Iterable[str]) -> str:
@@ -362,13 +376,15 @@ def _sum_up(
         return ClaimVerdict("not run")
     outcomes = []
     reasons = []
+    undecided = []
     for comparison, verdict in zip(run, verdicts, strict=True):
         outcome = "undecided" if comparison.at_chance else verdict.outcome
         outcomes.append(OUTCOME_WORDS[outcome])
         if comparison.at_chance:
             reasons.append(f"{comparison.at_chance} is at chance")
         elif outcome == "undecided":
-            reasons.append(_reason(verdict))
+            undecided.append(verdict)
+    reasons += _reasons(undecided)
     weakest = min(range(len(run)), key=lambda i: verdicts[i].effect)
     text = _coverage_in_words(comparisons) + _outcomes_in_words(outcomes, reasons)
     lead = _lead_in_words(claim, verdicts[weakest])
@@ -466,6 +482,17 @@ def judge_cells(
     return judge_records(claims, [cell_record(cell, runs, metric) for cell in grid.cells])
 
 
+def describe_verdicts(
+    verdicts: "pd.DataFrame",  # from `judge_records`
+) -> str:
+    "Return one Markdown paragraph per claim: its text, the verdict and the smallest lead."
+    paragraphs = []
+    for claim, verdict, lead in verdicts[["claim", *VERDICT_COLUMNS[:2]]].to_numpy():
+        shown = f" Lead: {lead}." if lead else ""
+        paragraphs.append(f"{claim}: {verdict}.{shown}")
+    return "\n\n".join(paragraphs)
+
+
 def compare_verdicts(
     claims: Iterable[Claim],
     paper_records: Sequence[ClaimRecord],
@@ -490,14 +517,14 @@ def compare_verdicts(
 # %% ../../nbs/lib/74_reports.claims.ipynb #e31deb27
 @renamed_arguments(of="arm", over="baseline")
 def describe_gain(
-    table: "pd.DataFrame",  # from `reports.tables.summarize_grid`: method, mean, std, n
+    table: "pd.DataFrame",  # from `reports.tables.summarize_grid`: method, mean, std, n, values
     arm: str,
     baseline: str,  # the arm it is compared with
 ) -> str:
     """
     Return one sentence: the lead of an arm in points, its 95 % interval, and what it decides.
 
-    The test is Welch's, because a table holds means and not the values of the seeds.
+    With the column `values` the test is paired over common seeds, as in tables of claims.
     """
     from snnkd_nb.metrics.statistics import judge_claim
 
@@ -513,7 +540,7 @@ def describe_gain(
     if high < float("inf"):
         text += f" [{low:+.2f}, {high:+.2f}]"
     if verdict.outcome == "undecided":
-        text += f", undecided: {_reason(verdict)}"
+        text += f", undecided: {_reasons([verdict])[0]}"
     elif verdict.outcome == "tie":
         text += ", a tie"
     return f"{text}."

@@ -274,7 +274,7 @@ def summarize_grid(
     runs: Runs,
     metric: str = "acc_last",  # one of `METRICS`
 ) -> "pd.DataFrame":
-    "Return one row per cell: its index, mean, std, n and the ids of its runs."
+    "Return one row per cell: its index, mean, std, n, values by seed, and the ids of its runs."
     import pandas as pd
 
     check_metric(metric)
@@ -282,7 +282,8 @@ def summarize_grid(
     for cell in grid.cells:
         value, std, n = summarise(cell, runs, metric)
         ids = " ".join(spec.id for spec in cell.specs if runs.get(spec))
-        rows.append({**cell.index, "mean": value, "std": std, "n": n, "runs": ids})
+        numbers = {"mean": value, "std": std, "n": n, "values": values_by_seed(cell, runs, metric)}
+        rows.append({**cell.index, **numbers, "runs": ids})
     return pd.DataFrame(rows)
 
 
@@ -318,7 +319,8 @@ def save_summary(
 ) -> Path:
     "Write results/tables/<key>-<scale>.csv and .md; return the path of the CSV."
     path = artefact_path(grid.key, grid.scale, "results/tables")
-    shown = frame.drop(columns="runs").map(_blank_or_two_digits)
+    saved = frame.drop(columns="values", errors="ignore")
+    shown = saved.drop(columns="runs").map(_blank_or_two_digits)
     parts = [
         f"# {grid.key}\n",
         f"Scale: {grid.scale} · {METRICS[metric]}\n",
@@ -328,7 +330,7 @@ def save_summary(
     if conclusion:
         parts.append(f"{conclusion}\n")
     atomic_write(path.with_name(f"{path.name}.md"), "\n".join(parts))
-    return atomic_write(path.with_name(f"{path.name}.csv"), format_csv(frame))
+    return atomic_write(path.with_name(f"{path.name}.csv"), format_csv(saved))
 
 # %% ../../nbs/lib/75_reports.tables.ipynb #6e1aa495
 def tabulate_by_seed(
