@@ -4,14 +4,20 @@
 
 # %% auto #0
 __all__ = ['AUGMENTATIONS', 'SCHEDULES', 'PRECISIONS', 'GRADIENTS', 'ALONE', 'VARIANTS', 'METHOD_REVISIONS', 'MODEL_REVISIONS',
-           'NEURON_REVISIONS', 'MAX_ID', 'ALGORITHMS', 'require', 'to_dict', 'Spec', 'DataSpec', 'ModelSpec',
-           'OptimSpec', 'method_names', 'check_steps', 'RunSpec', 'SearchSpec']
+           'NEURON_REVISIONS', 'MAX_ID', 'ALGORITHMS', 'require', 'check_arguments', 'to_dict', 'Spec', 'DataSpec',
+           'ModelSpec', 'OptimSpec', 'method_names', 'check_steps', 'RunSpec', 'SearchSpec']
 
 # %% ../nbs/lib/02_spec.ipynb #68256799
 import dataclasses
+import inspect
+import math
+import numbers
 import re
-from collections.abc import Callable, Mapping
+import types
+import typing
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -134,6 +140,73 @@ def _part_field(get_class: Callable[[], type], optional: bool = False) -> Any:
     if optional:
         return field(default=None, metadata={"spec": get_class})
     return field(default_factory=lambda: get_class()(), metadata={"spec": get_class})
+
+# %% ../nbs/lib/02_spec.ipynb #756480b0
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")
+
+
+def _is_whole_number(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not _is_flag(value)
+
+
+def _is_finite_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not _is_flag(value) and math.isfinite(value)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) or hasattr(value, "tolist")
+
+
+# type in a signature -> (words for the error, test)
+_TYPES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    bool: ("True or False", _is_flag),
+    int: ("a whole number", _is_whole_number),
+    float: ("a finite number", _is_finite_number),
+    str: ("a text", lambda value: isinstance(value, str)),
+    type(None): ("None", lambda value: value is None),
+    Sequence: ("a list", _is_list),
+    list: ("a list", _is_list),
+    tuple: ("a list", _is_list),
+    Mapping: ("a dict", lambda value: isinstance(value, Mapping)),
+    dict: ("a dict", lambda value: isinstance(value, Mapping)),
+    Path: ("a path", lambda value: isinstance(value, (str, Path))),
+}
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    "List the types of a union, and the plain type of each."
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    parts = typing.get_args(annotation) if is_union else (annotation,)
+    return [typing.get_origin(part) or part for part in parts]
+
+
+def _class_check(kind: type) -> tuple[str, Callable[[Any], bool]]:
+    return f"a {kind.__name__}", lambda value: isinstance(value, kind)
+
+
+def check_arguments(
+    function: Callable[..., Any],  # its parameters have types
+    arguments: Mapping[str, Any],  # name -> value; names without a parameter are not checked
+    may_be_empty: Collection[str] = (),  # names whose value may be an empty list
+    where: str = "",  # of what they are options, e.g. "model 'resnet20': "
+) -> None:
+    "Raise `UserError` for a value that has none of the types of its parameter, or is empty."
+    parameters = inspect.signature(function).parameters
+    for name, value in arguments.items():
+        if name not in parameters:
+            continue
+        is_empty = isinstance(value, (str, list, tuple, Mapping)) and not len(value)
+        require(
+            not is_empty or name in may_be_empty,
+            f"{where}{name} = {value!r} is empty: give a value, or leave {name} out",
+        )
+        wanted = _alternatives(parameters[name].annotation)
+        if all(isinstance(kind, type) and kind is not Any for kind in wanted):
+            checks = [_TYPES.get(kind, _class_check(kind)) for kind in wanted]
+            words = " or ".join(dict.fromkeys(words for words, _ in checks))
+            is_valid = any(check(value) for _, check in checks)
+            require(is_valid, f"{where}{name} = {value!r}: give {words}")
 
 # %% ../nbs/lib/02_spec.ipynb #ece146a7
 def _default(spec_field: Any) -> Any:

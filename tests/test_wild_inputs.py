@@ -1,20 +1,29 @@
 """What users bring: states of modules, labels, weight files, teachers, images and options of every kind."""
 
+import copy
+import warnings
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
+from snnkd_nb.cli import main
 from snnkd_nb.core import UserError
 from snnkd_nb.data.batches import ImageData, Split, hard_labels, read_labels
 from snnkd_nb.data.corrupt import few_shot, label_noise, split_validation
 from snnkd_nb.losses.base import cross_entropy
 from snnkd_nb.losses.zoo import create_distiller
 from snnkd_nb.models.foreign import load_weights, read_state
+from snnkd_nb.models.taps import Foreign
 from snnkd_nb.models.zoo import create_model
-from snnkd_nb.store import dump_state, parse_state
+from snnkd_nb.spec import DataSpec, ModelSpec, OptimSpec, RunSpec
+from snnkd_nb.store import Store, dump_state, parse_state, with_weights
 from snnkd_nb.training.checkpoint import load_checkpoint, save_checkpoint
+from snnkd_nb.training.job import rebuild_model, run_train
 from snnkd_nb.training.loop import evaluate, fit
 
 RNG = np.random.default_rng(0)
@@ -352,3 +361,269 @@ def test_a_file_without_weights_tells_what_it_holds(tmp_path, content, found):
     torch.save(content, tmp_path / "w.pt")
     with pytest.raises(UserError, match=f"holds no state dict of tensors but {found}"):
         read_state(tmp_path / "w.pt")
+
+
+# --- images that are not square -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("T", [None, 2])
+@pytest.mark.parametrize(
+    "name", ["vgg11_sastc", "vggsnn", "vgg13", "resnet20", "dsas", "spikformer"]
+)
+def test_networks_take_images_that_are_not_square(name, T):
+    options = {"dim": 16, "heads": 2, "blocks": 1} if name == "spikformer" else {}
+    width = 1.0 if name == "spikformer" else 0.0625
+    net = create_model(name, 3, T=T, width=width, in_channels=2, image_size=(16, 24), **options)
+    x = torch.randn(2, 2, 16, 24)
+    shape = net(x).shape
+    assert shape == ((2, 3) if T is None else (T, 2, 3))
+    assert all(len(size) == 3 for size in net.feature_shapes().values())
+
+
+@pytest.mark.parametrize("name", ["vgg11_sastc", "vggsnn"])
+def test_a_run_on_images_that_are_not_square(tmp_path, monkeypatch, name):
+    for variable, folder in (("ROOT", "project"), ("CACHE", "cache"), ("DATA", "data")):
+        monkeypatch.setenv(f"SNNKD_{variable}", str(tmp_path / folder))
+    for split in ("train", "test"):
+        for number, label in enumerate("ab"):
+            folder = tmp_path / "data/set" / split / label
+            folder.mkdir(parents=True)
+            for i in range(8):
+                pixels = np.full((16, 24, 3), 100 * number + i, np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    data = DataSpec("folder:set", val=0.0)
+    optim = OptimSpec(epochs=1, batch_size=8, lr=0.01)
+    teacher = RunSpec(data, ModelSpec(name, width=0.03125), optim)
+    model = ModelSpec(name, T=1, width=0.03125)
+    record = run_train(RunSpec(data, model, optim, method="kd+feature", teacher=teacher))
+    assert record.dataset["shape"] == [3, 16, 24] and record.metrics["sops"] > 0
+    assert rebuild_model(teacher, with_weights(teacher, Store())[1]).image_size == (16, 24)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, "32", (16,), (16, 0), (16, 24, 1), None, True])
+def test_other_sizes_are_refused(size):
+    with pytest.raises(UserError, match=r"image_size = .*: give a whole number of at least 1, or"):
+        create_model("resnet20", image_size=size)
+
+
+# --- teachers -----------------------------------------------------------------------------------
+
+
+class Logits(nn.Module):
+    "A teacher whose forward pass returns its logits in some container."
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.net = tiny(image_size=16)
+        self.wrap = wrap
+
+    def forward(self, x):
+        return self.wrap(self.net(x))
+
+
+class ModelOutput(dict):
+    "As in transformers: a dict whose entries are attributes."
+
+    @property
+    def logits(self):
+        return self["logits"]
+
+
+def with_extra(logits):
+    return torch.zeros(len(logits), 5, 4, 4), logits
+
+
+TEACHERS = {
+    "half": lambda net: net.half(),
+    "bfloat16": lambda net: net.bfloat16(),
+    "double": lambda net: net.double(),
+    "parallel": nn.DataParallel,
+    "compiled": lambda net: torch.compile(net, backend="eager"),
+    "both": lambda net: torch.compile(nn.DataParallel(net), backend="eager"),
+    "tuple": lambda net: Logits(lambda logits: (logits, None)),
+    "list": lambda net: Logits(lambda logits: [logits]),
+    "maps first": lambda net: Logits(with_extra),
+    "dict": lambda net: Logits(lambda logits: {"loss": None, "logits": logits}),
+    "dict of one": lambda net: Logits(lambda logits: {"out": logits, "aux": logits + 1}),
+    "output": lambda net: Logits(lambda logits: ModelOutput(loss=None, logits=logits)),
+}
+
+
+def images():
+    torch.manual_seed(1)
+    return torch.randn(4, 1, 16, 16), torch.tensor([0, 1, 2, 0])
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_teachers_of_every_kind_teach_as_a_plain_one(kind):
+    student, plain = tiny(T=2, image_size=16), tiny(image_size=16)
+    tolerance = {"half": 2e-2, "bfloat16": 1e-1}.get(kind, 1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        teacher = TEACHERS[kind](copy.deepcopy(plain))
+        x, y = images()
+        terms = create_distiller("kd", student, teacher)(x, y)[0]
+    expected = create_distiller("kd", student, plain)(x, y)[0]
+    for name, value in expected.items():
+        assert float(terms[name]) == pytest.approx(float(value), abs=tolerance), name
+    dtype = next(teacher.parameters()).dtype
+    of_precision = {"half": torch.half, "bfloat16": torch.bfloat16, "double": torch.double}
+    assert dtype == of_precision.get(kind, torch.float32), "the user's network is left as it was"
+
+
+@pytest.mark.parametrize("kind", ["half", "double", "parallel", "compiled", "tuple", "output"])
+@pytest.mark.parametrize("method", ["feature", "sastc", "samd"])
+def test_features_of_such_teachers(method, kind):
+    student, plain = tiny(T=2, image_size=16), tiny(image_size=16)
+    teacher = TEACHERS[kind](copy.deepcopy(plain))
+    own = "net.stage2" if isinstance(teacher, Logits) else "stage2"
+    options = {"layers": {"student": "stage2", "teacher": own}}
+    if method == "sastc":
+        options = {"layers": {"student": ["stage2"], "teacher": [own]}, "batch_size": 4}
+    x, y = images()
+    torch.manual_seed(0)
+    terms = create_distiller(method, student, teacher, **options)(x, y)[0]
+    if method != "sastc":
+        options["layers"]["teacher"] = "stage2"
+    else:
+        options["layers"]["teacher"] = ["stage2"]
+    torch.manual_seed(0)
+    expected = create_distiller(method, student, plain, **options)(x, y)[0]
+    for name, value in expected.items():
+        assert float(terms[name]) == pytest.approx(float(value), rel=3e-2, abs=1e-3), name
+
+
+@pytest.mark.parametrize("kind", ["half", "double", "parallel", "compiled"])
+def test_a_wrapped_teacher_in_foreign(kind):
+    plain = tiny(image_size=16)
+    teacher = Foreign(TEACHERS[kind](copy.deepcopy(plain)), ["stage1"], image_size=16).eval()
+    logits, features = teacher(images()[0], features=True)
+    assert torch.allclose(logits.float(), plain.eval()(images()[0]), atol=5e-2)
+    assert list(features) == ["stage1"]
+    data = make_data(images=torch.zeros(24, 1, 16, 16, dtype=torch.uint8))
+    assert 0 <= evaluate(teacher, data) <= 100
+
+
+@pytest.mark.parametrize(
+    ("teacher", "advice"),
+    [
+        ("weights.pt", r"teacher = weights\.pt: give the network itself: create_model"),
+        (Path("weights.pt"), r"create_model\(NAME, weights=FILE\)"),
+        ({"weight": torch.zeros(2)}, r"teacher = a dict: .*load_state_dict"),
+        (torch.zeros(2), "teacher = a Tensor: give a network"),
+        (tiny, "teacher = a function"),
+    ],
+)
+def test_what_is_no_network_is_refused(teacher, advice):
+    with pytest.raises(UserError, match=advice):
+        create_distiller("kd", tiny(T=2), teacher)
+    with pytest.raises(UserError, match=advice.replace("teacher", "student")):
+        create_distiller("kd", teacher, tiny())
+    with pytest.raises(UserError, match=advice.replace("teacher", "model")):
+        Foreign(teacher)
+
+
+def test_an_output_without_logits_is_described():
+    teacher = Logits(lambda logits: {"loss": logits.mean()})
+    with pytest.raises(UserError, match="the network returned a list"):
+        create_distiller("kd", tiny(image_size=16), teacher)(*images())
+
+
+# --- option values ------------------------------------------------------------------------------
+
+BAD = ([], "", "x", None, 0, -1, float("inf"), float("nan"), {}, [[]])
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "valid"),
+    [
+        ("resnet20", "depth", {}),
+        ("wrn16_2", "depth", {}),
+        ("pyramidnet18", "depth", {}),
+        ("vgg11_rate", "head_std", {}),
+        ("preact_resnet18", "bias", {}),
+        ("preact_resnet18", "stem", {}),
+        ("resnet19_ckd", "last", {}),
+        ("spikformer", "blocks", {}),
+        ("dsas", "slopes", {None}),
+        ("dsas", "genome", {None}),
+        ("vit_small", "patch", {None}),
+        ("vit_small", "input_size", {None}),
+    ],
+)
+def test_model_options_are_checked_like_all_others(name, option, valid):
+    for value in BAD:
+        if value is None and None in valid:
+            continue
+        with torch.device("meta"), pytest.raises(UserError, match=option.rstrip("s")):
+            create_model(name, 3, **{option: value})
+
+
+@pytest.mark.parametrize("words", ["depth=none", "depth=0", "depth=x", "depth=[]", "bias=1"])
+def test_they_are_checked_on_the_command_line(words, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("SNNKD_ROOT", str(tmp_path))
+    network = "preact_resnet18" if "bias" in words else "resnet20"
+    assert main(["train", "--student", network, "--student-args", words, "--subset", "64"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and words.split("=")[0] in error and "give" in error
+
+
+@pytest.mark.parametrize("field", ["lr", "weight_decay", "warmup", "gamma", "clip"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -1, "x", [], True])
+def test_numbers_of_a_training_are_finite(field, value):
+    with pytest.raises(UserError, match=f"{field} = "):
+        OptimSpec(**{field: value})
+
+
+OPTION_WORDS = {
+    "classes": "class",
+    "rescale": "rescal",
+    "layers": "layer|module path",
+    "pairs": "pair|layer",
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [
+        ("bkd", "clip"),
+        ("tet", "phi"),
+        ("kd", "temp"),
+        ("samd", "classes"),
+        ("samd", "rescale"),
+        ("samd", "squared"),
+        ("samd", "layers"),
+        ("samd", "input_shape"),
+        ("nld", "mix"),
+        ("feature", "pairs"),
+        ("feature", "weight"),
+        ("feature", "input_shape"),
+        ("eskd", "pairs"),
+        ("catkd", "size"),
+        ("sastc", "batch_size"),
+    ],
+)
+def test_method_options_are_checked(method, option):
+    student, teacher = tiny(T=2, image_size=16), tiny(image_size=16)
+    optional = ("classes", "rescale", "squared", "layers", "input_shape", "mix", "pairs")
+    for value in BAD:
+        is_weight = option in ("weight", "phi") and value == 0
+        is_any_number = option == "phi" and value == -1
+        if (value is None and option in optional) or is_weight or is_any_number:
+            continue
+        with pytest.raises(
+            UserError, match=option.removesuffix("s").replace("pair", "(pair|layer)")
+        ):
+            create_distiller(method, student, teacher, **{option: value})
+
+
+@pytest.mark.parametrize(
+    "option", ["v_threshold", "decay", "decay_input", "detach_reset", "strict"]
+)
+def test_neuron_options_are_checked(option):
+    for value in ([], "x", "", {}, float("inf"), float("nan"), [[]]):
+        with pytest.raises(UserError, match=option):
+            create_model("resnet20", T=2, neuron_args={option: value})
+    for value in ("x", 3, [[]]):
+        with pytest.raises(UserError, match="neuron_args"):
+            create_model("resnet20", T=2, neuron_args=value)

@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..core import UserError, unknown
 from ..losses.base import mean_logits
+from ..models.blocks import image_edges
 from ..neurons.lif import LIF
 from ..spec import require
 
@@ -107,7 +108,7 @@ def image_shape_of(
         hasattr(network, "image_size") and hasattr(network, "in_channels"),
         f"{type(network).__name__} does not state its images: give image_shape=(C, H, W)",
     )
-    return network.in_channels, network.image_size, network.image_size
+    return network.in_channels, *image_edges(network.image_size)
 
 # %% ../../nbs/lib/98_deploy.export.ipynb #09313fa9
 @contextmanager

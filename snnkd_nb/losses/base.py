@@ -7,9 +7,10 @@ __all__ = ['Layers', 'SIDES', 'mean_logits', 'cross_entropy', 'stages_of', 'imag
            'feature_shapes', 'read_layers', 'read_layer_pairs', 'read_layer_pair', 'choose_layer_pair',
            'layers_from_pairs', 'layers_from_stage', 'layers_from_lists', 'check_pairs', 'default_pairs', 'is_number',
            'check_positive', 'check_weight', 'check_choice', 'Batch', 'Method', 'label_range', 'check_classes',
-           'Distiller']
+           'prepare_teacher', 'Distiller']
 
 # %% ../../nbs/lib/45_losses.base.ipynb #704ca6ed
+import copy
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +22,15 @@ from torch import Tensor, nn
 
 from ..core import UserError, unknown
 from ..data.batches import read_labels
-from ..models.blocks import eval_mode
-from ..models.taps import describe_paths, hooked
+from ..models.blocks import eval_mode, image_edges
+from snnkd_nb.models.taps import (
+    check_network,
+    describe_paths,
+    hooked,
+    logits_of,
+    match_precision,
+    unwrap,
+)
 from ..neurons.rate import Rate
 from ..spec import require
 
@@ -59,9 +67,8 @@ def image_shape(model: nn.Module) -> tuple[int, int, int] | None:
     "Return (C, H, W) of the images a network was made for, or None if it does not state them."
     if not hasattr(model, "image_size"):
         return None
-    size: Any = model.image_size
     channels: Any = model.in_channels
-    return channels, size, size
+    return channels, *image_edges(model.image_size)
 
 
 def module_paths(model: nn.Module) -> list[str]:
@@ -97,8 +104,9 @@ def observe(
 
     Raises `UserError` for an unknown name, and for a module that is called more than once.
     """
+    x = match_precision(x, model)
     if not names:
-        return model(x), {}
+        return logits_of(model(x), (2, 3)), {}
     if set(names) <= set(stages_of(model)):
         logits, stages = model(x, features=True)
         return logits, {name: stages[name] for name in names}
@@ -114,7 +122,7 @@ def observe(
         found[name] = feature
 
     with hooked(model, names, keep):
-        logits = model(x)
+        logits = logits_of(model(x), (2, 3))
     features = {}
     for name, feature in found.items():
         if isinstance(feature, Rate):
@@ -149,8 +157,8 @@ def feature_shapes(
 
     Raises `UserError` for a feature that is no map.
     """
-    size = getattr(model, "image_size", 32)
-    shape = input_shape or (getattr(model, "in_channels", 3), size, size)
+    edges = image_edges(getattr(model, "image_size", 32))
+    shape = input_shape or (getattr(model, "in_channels", 3), *edges)
     parameter = next(model.parameters())
     blank_image = torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype)
     with eval_mode(model):
@@ -245,7 +253,7 @@ def layers_from_pairs(
 
     Raises `UserError` if both are given or if it is no list of pairs.
     """
-    if not pairs:
+    if pairs is None:
         return layers
     require(layers is None, "layers and pairs are both given: leave out pairs, the old name")
     checked = check_pairs(pairs)
@@ -464,6 +472,25 @@ def check_classes(
         raise UserError(f"a label is {low}: labels are whole numbers from 0 to {num_classes - 1}")
 
 # %% ../../nbs/lib/45_losses.base.ipynb #e4aec8c1
+def prepare_teacher(
+    teacher: Any,  # a network; None: no teacher
+    student: nn.Module,  # the network that is trained
+) -> Any:
+    """Return the network that teaches.
+
+    It is the one inside DataParallel or torch.compile. In another precision than the student's, it
+    is a copy in the student's. Raises `UserError` for what is no network."""
+    if teacher is None:
+        return None
+    check_network(teacher)
+    teacher = unwrap(teacher)
+    dtypes = {p.dtype for p in teacher.parameters() if p.is_floating_point()}
+    of_student = next((p.dtype for p in student.parameters() if p.is_floating_point()), None)
+    if of_student is not None and dtypes - {of_student}:
+        return copy.deepcopy(teacher).to(of_student)
+    return teacher
+
+
 def _unique_names(methods: Iterable[Any], attribute: str) -> tuple[str, ...]:
     names = [name for method in methods for name in getattr(method, attribute)]
     return tuple(dict.fromkeys(names))
@@ -497,6 +524,8 @@ class Distiller(nn.Module):
         self.label_smoothing = 0.0
         self.weights = [weight for weight, _ in methods]
         self.methods = nn.ModuleList(method for _, method in methods)
+        check_network(student, "student")
+        teacher = prepare_teacher(teacher, student)
         # not registered, so that the teacher is neither trained nor saved
         object.__setattr__(self, "teacher", None if teacher is None else teacher.eval())
         self.replaced = [type(m).__name__ for _, m in methods if m.replaces_ce]

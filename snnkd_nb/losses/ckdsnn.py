@@ -179,8 +179,12 @@ class SAMD(Method):
         self.scaling = check_choice("saliency scaling", scaling, SCALINGS)
         self.student_map = check_choice("student map", student_map, STUDENT_MAPS)
         self.decay = check_positive("decay", decay)
-        self.classes = check_choice("choice of classes", classes or reading["classes"], CLASSES)
-        self.rescale = check_choice("rescaling", rescale or reading["rescale"], RESCALES)
+        self.classes = check_choice(
+            "choice of classes", reading["classes"] if classes is None else classes, CLASSES
+        )
+        self.rescale = check_choice(
+            "rescaling", reading["rescale"] if rescale is None else rescale, RESCALES
+        )
         self.squared = reading["squared"] if squared is None else squared
         require(isinstance(self.squared, bool), f"squared = {squared!r}: write True or False")
         require(
@@ -277,7 +281,7 @@ class NLD(Method):
         super().__init__(student, teacher, variant)
         self.tau = check_positive("tau", tau, 2)
         self.sigma = check_weight("sigma", sigma)
-        self.mix = mix or READINGS[variant]["mix"]
+        self.mix = READINGS[variant]["mix"] if mix is None else mix
         _check_nld_options(lam, noise, self.mix)
         self.lam = lam
         self.noise = noise

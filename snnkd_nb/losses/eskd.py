@@ -164,7 +164,7 @@ def find_shapes(
 
     Raises `UserError` for names that do not exist.
     """
-    if not pairs:
+    if pairs is None:
         default_pairs(student, teacher)  # raises where a network has no stages
     for _, name in check_pairs(pairs or []):
         if name not in teacher.stage_names:

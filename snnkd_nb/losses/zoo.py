@@ -11,14 +11,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..core import UserError, float32_by_default, unknown
-from .base import Distiller, Method
+from .base import Distiller, Method, prepare_teacher
 from .baselines import BKD, CATKD, E2KD, KDSNN, TET
 from .ckdsnn import CKDSNN, NLD, SAMD
 from .eskd import ESKD
 from .feature import Feature
 from .kd import KD, LogitsMSE
 from .sastc import SASTC
-from ..spec import VARIANTS, require
+from ..models.taps import check_network
+from ..spec import VARIANTS, check_arguments, require
 
 # %% ../../nbs/lib/53_losses.zoo.ipynb #40b40367
 _methods: dict[str, Any] = {
@@ -138,6 +139,18 @@ def _check_options(methods: Sequence[str], options: Mapping[str, Any]) -> None:
             raise unknown(f"option of {'+'.join(methods) or 'none'}", name, valid)
 
 
+def _check_values(method: str, options: Mapping[str, Any]) -> None:
+    "Raise `UserError` for a value of another type than the option's, or an empty one."
+    # ESKD without positions is the distillation of the logits alone
+    check_arguments(_methods[method], options, ("positions",), f"{method}: ")
+    shape = options.get("input_shape")
+    is_shape = isinstance(shape, (list, tuple)) and len(shape) == 3
+    require(
+        shape is None or (is_shape and all(isinstance(n, int) and n >= 1 for n in shape)),
+        f"{method}: input_shape = {shape!r}: give (channels, height, width)",
+    )
+
+
 def _check_variant(methods: Sequence[str], variant: str) -> None:
     if variant not in VARIANTS:
         raise unknown("variant", variant, VARIANTS)
@@ -168,10 +181,14 @@ def create_distiller(
     needs_teacher = any(_methods[method].needs_teacher for method in methods)
     require(teacher is not None or not needs_teacher, f"method {name!r} needs a teacher")
     _check_options(methods, kw)
+    check_network(student, "student")
+    teacher = prepare_teacher(teacher, student)
     created = []
     for weight, method in weighted:
         cls = _methods[method]
         own_variant = variant if variant in _variants_of(cls) else "paper"
-        created.append((weight, cls(student, teacher, own_variant, **_options_of(method, kw))))
+        own_options = _options_of(method, kw)
+        _check_values(method, own_options)
+        created.append((weight, cls(student, teacher, own_variant, **own_options)))
     common = {option: kw[option] for option in _COMMON if option in kw}
     return Distiller(student, teacher if needs_teacher else None, created, **common)

@@ -29,7 +29,7 @@ from snnkd_nb.core import (
     torchvision,
     unknown,
 )
-from .blocks import register_model
+from .blocks import ImageSize, image_edges, register_model
 from .taps import Foreign, Normalization, find_classifier, first_line
 from ..spec import require
 
@@ -399,7 +399,7 @@ def torchvision_net(
     )
     net = with_image_channels(net, channels)
     if pretrained:
-        head = find_classifier(net, classes, (channels, size, size))
+        head = find_classifier(net, classes, (channels, *image_edges(size)))
         _load_pretrained(net, name, models.get_model_weights(name).DEFAULT, head)
     return net
 
@@ -509,7 +509,7 @@ def create_foreign(
     num_classes: int = 10,  # K
     T: int | None = None,  # must be None
     in_channels: int = 3,  # channels of the images
-    image_size: int = 32,  # pixels per edge of the images
+    image_size: ImageSize = 32,  # pixels per edge of the images, or (height, width)
     width: float = 1.0,  # must be 1
     *,
     # this and the next five: options of `Foreign`
@@ -537,7 +537,7 @@ def create_foreign(
     size = input_size or image_size
     net = LIBRARIES[kind](name, num_classes, in_channels, size, pretrained, options)
     if weights:
-        path = head_to_skip(net, head, num_classes, (in_channels, size, size))
+        path = head_to_skip(net, head, num_classes, (in_channels, *image_edges(size)))
         load_weights(net, weights, sha256, path)
     return Foreign(net, stages, image_size, in_channels, tokens, prefix, input_size, mean, std)
 
@@ -599,7 +599,12 @@ def vit_small(
 
     Every block is a stage.
     """
-    size = input_size or common.get("image_size", 32)
+    height, size = image_edges(input_size or common.get("image_size", 32))
+    require(
+        height == size,
+        f"image_size = {height}×{size}: the patches of vit_small need square images; "
+        f"give input_size={min(height, size)}, which resizes them inside",
+    )
     width = common.get("width", 1.0)
     patch = patch or patch_size_for(size)
     require(

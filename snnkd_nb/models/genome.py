@@ -18,11 +18,13 @@ from ..core import unknown
 from ..kernels.surrogate import Sigmoid
 from snnkd_nb.models.blocks import (
     BasicBlock,
+    ImageSize,
     Net,
     Neuron,
     Stem,
     activation,
     fire_static,
+    image_edges,
     linear_head,
     norm_act,
     register_model,
@@ -94,15 +96,15 @@ def genome_text(genome: Genome) -> str:
 
 # %% ../../nbs/lib/42_models.genome.ipynb #76a151ac
 def halvings(
-    image_size: int,  # pixels per edge
+    image_size: ImageSize,  # pixels per edge, or (height, width)
 ) -> int:
     "Return the number of downsample blocks that an image allows."
-    return (image_size - 1).bit_length()
+    return (min(image_edges(image_size)) - 1).bit_length()
 
 
 def check_genome(
     genome: Genome,
-    image_size: int,  # pixels per edge
+    image_size: ImageSize,  # pixels per edge, or (height, width)
 ) -> tuple[Gene, ...]:
     "Return the blocks; raises `UserError` if a downsample block would receive a single pixel."
     genes = parse_genome(genome)
@@ -110,7 +112,7 @@ def check_genome(
     found = sum(gene.kind == "d" for gene in genes)
     require(
         found <= most,
-        f"the genome has {found} downsample blocks, {image_size}×{image_size} pixels allow {most}: "
+        f"the genome has {found} downsample blocks, images of {'×'.join(map(str, image_edges(image_size)))} pixels allow {most}: "
         f"make some of them normal, or take fit_genome(genome, {image_size})",
     )
     return genes
@@ -118,7 +120,7 @@ def check_genome(
 
 def fit_genome(
     genome: Genome,
-    image_size: int,  # pixels per edge
+    image_size: ImageSize,  # pixels per edge, or (height, width)
 ) -> tuple[Gene, ...]:
     """Return the same blocks for a smaller image: downsample blocks that would receive a single
     pixel become normal.
@@ -231,7 +233,8 @@ def searched(
     neuron: Neuron = "tet",  # name of a neuron or `T -> nn.Module`
     width: float = 1.0,  # factor on all channels
     in_channels: int = 3,  # channels of the images
-    image_size: int = 32,  # pixels per edge; limits the downsample blocks
+    # pixels per edge, or (height, width); limits the downsample blocks
+    image_size: ImageSize = 32,
     neuron_args: Mapping[str, Any] | None = None,  # options of the neuron
 ) -> Net:
     """Build the network of a genome: one stage per block, then average and linear layer.

@@ -22,6 +22,7 @@ from snnkd_nb.models.blocks import (
     BasicBlock,
     Bottleneck,
     Conv2d,
+    ImageSize,
     MakeActivation,
     Net,
     Neuron,
@@ -132,7 +133,8 @@ def imagenet_resnet(
     neuron: Neuron = "tet",  # name of a neuron or `T -> nn.Module`
     width: float = 1.0,  # factor on all channels
     in_channels: int = 3,  # channels of the images
-    image_size: int = 32,  # pixels per edge; any size works, `feature_shapes()` assumes this one
+    # pixels per edge, or (height, width); any size works, `feature_shapes()` assumes this one
+    image_size: ImageSize = 32,
     neuron_args: Mapping[str, Any] | None = None,  # options of the neuron
     stem: str = "imagenet",  # one of `STEMS`
     bias: bool = False,  # whether convolutions have a bias

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ..core import renamed, unknown
 from snnkd_nb.models.blocks import (
     Conv2d,
+    ImageSize,
     MakeActivation,
     Net,
     Neuron,
@@ -147,7 +148,8 @@ def pyramid(
     neuron: Neuron = "tet",  # name of a neuron or `T -> nn.Module`
     width: float = 1.0,  # factor on base and alpha
     in_channels: int = 3,  # channels of the images
-    image_size: int = 32,  # pixels per edge; any size works, `feature_shapes()` assumes this one
+    # pixels per edge, or (height, width); any size works, `feature_shapes()` assumes this one
+    image_size: ImageSize = 32,
     neuron_args: Mapping[str, Any] | None = None,  # options of the neuron
     depth: float = 1.0,  # factor on the blocks of each stage, at least one stays
 ) -> Net:

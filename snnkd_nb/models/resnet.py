@@ -19,6 +19,7 @@ from snnkd_nb.models.blocks import (
     BasicBlock,
     Bottleneck,
     Conv2d,
+    ImageSize,
     MakeActivation,
     Net,
     Neuron,
@@ -66,7 +67,8 @@ def resnet(
     neuron: Neuron = "tet",  # name of a neuron or `T -> nn.Module`
     width: float = 1.0,  # factor on all channels
     in_channels: int = 3,  # channels of the images
-    image_size: int = 32,  # pixels per edge; any size works, `feature_shapes()` assumes this one
+    # pixels per edge, or (height, width); any size works, `feature_shapes()` assumes this one
+    image_size: ImageSize = 32,
     neuron_args: Mapping[str, Any] | None = None,  # options of the neuron
     kind: str = "conv",  # shortcut: "conv" or "pool"
     hidden: Sequence[int] = (),  # features of linear layers before the classifier
@@ -239,7 +241,8 @@ def wide_resnet(
     neuron: Neuron = "tet",  # name of a neuron or `T -> nn.Module`
     width: float = 1.0,  # factor on all channels, on top of k
     in_channels: int = 3,  # channels of the images
-    image_size: int = 32,  # pixels per edge; any size works, `feature_shapes()` assumes this one
+    # pixels per edge, or (height, width); any size works, `feature_shapes()` assumes this one
+    image_size: ImageSize = 32,
     neuron_args: Mapping[str, Any] | None = None,  # options of the neuron
     depth: float = 1.0,  # factor on n, at least one block stays
 ) -> Net:

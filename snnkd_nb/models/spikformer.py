@@ -20,6 +20,7 @@ from ..core import renamed
 from snnkd_nb.models.blocks import (
     Chain,
     Conv2d,
+    ImageSize,
     MakeActivation,
     Net,
     Neuron,
@@ -271,7 +272,8 @@ def transformer(
     neuron: Neuron = "tet",
     width: float = 1.0,  # factor on `dim`
     in_channels: int = 3,  # channels of the images
-    image_size: int = 32,  # pixels per edge; any size works, `feature_shapes()` assumes this one
+    # pixels per edge, or (height, width); any size works, `feature_shapes()` assumes this one
+    image_size: ImageSize = 32,
     neuron_args: Mapping[str, Any] | None = None,  # options of the neuron
 ) -> Net:
     "Build a tokenizer, blocks as stages, the mean over the tokens and a linear layer."

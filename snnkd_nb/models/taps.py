@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GLOBAL_POOLINGS', 'Normalization', 'StageCandidates', 'stage_candidates', 'name_stages', 'resolve_stage_paths',
-           'describe_paths', 'hooked', 'first_line', 'logits_of', 'single_output', 'Tap', 'patch_rows', 'to_map',
-           'from_map', 'count_prefix_tokens', 'prefix_tokens_for', 'blank_images', 'dry_run', 'write_count',
-           'StageSurvey', 'survey_stages', 'ShapeMode', 'run_from', 'candidate_heads', 'find_classifier',
-           'renormalization', 'set_data', 'match_normalization', 'Foreign']
+           'describe_paths', 'hooked', 'first_line', 'logits_of', 'match_precision', 'unwrap', 'check_network',
+           'single_output', 'Tap', 'patch_rows', 'to_map', 'from_map', 'count_prefix_tokens', 'prefix_tokens_for',
+           'blank_images', 'dry_run', 'write_count', 'StageSurvey', 'survey_stages', 'ShapeMode', 'run_from',
+           'candidate_heads', 'find_classifier', 'renormalization', 'set_data', 'match_normalization', 'Foreign']
 
 # %% ../../nbs/lib/35_models.taps.ipynb #05f48622
 import contextlib
@@ -16,6 +16,7 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..core import UserError, renamed, unknown
 from ..kernels.precision import protected
-from .blocks import eval_mode, fold
+from .blocks import ImageSize, eval_mode, fold, image_edges
 from ..spec import require
 
 # %% ../../nbs/lib/35_models.taps.ipynb #889ae265
@@ -153,17 +154,72 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def _find_logits(output: Any, dims: Sequence[int]) -> Any:
+    "Return the logits in what a network returned, or the output itself where there are none."
+    if hasattr(output, "logits"):
+        output = output.logits
+    if isinstance(output, Mapping):
+        output = output.get("logits", list(output.values()))
+    if isinstance(output, (list, tuple)):
+        tensors = [part for part in output if isinstance(part, Tensor) and part.dim() in dims]
+        if tensors:
+            return tensors[0]
+    return output
+
+
 def logits_of(
-    output: Any,  # what a network returned
+    output: Any,  # what a network returned: a tensor, or a tuple, dict or `ModelOutput` with one
+    dims: Sequence[int] = (2,),  # dimensions that logits may have; 3: (T, B, K)
 ) -> Tensor:
-    "Return the logits (B, K); `UserError` if there are none."
-    output = getattr(output, "logits", output)
+    """Return the logits (B, K); `UserError` if there are none.
+
+    They are the entry `logits`, else the first tensor with as many dimensions."""
+    logits = _find_logits(output, dims)
     require(
-        isinstance(output, Tensor) and output.dim() == 2,
-        f"the network returned {_describe(output)}: "
+        isinstance(logits, Tensor) and logits.dim() in dims,
+        f"the network returned {_describe(logits)}: "
         "a teacher must map images (B, C, H, W) to logits (B, K)",
     )
-    return output
+    return logits
+
+
+def match_precision(
+    x: Tensor,  # images
+    net: nn.Module,
+) -> Tensor:
+    "Return images in the precision of a network's parameters; autocast leaves them as they are."
+    parameter = next(net.parameters(), x)
+    is_other = parameter.is_floating_point() and parameter.dtype != x.dtype
+    if is_other and not torch.is_autocast_enabled(x.device.type):
+        return x.to(parameter.dtype)
+    return x
+
+
+def unwrap(
+    net: Any,  # a network, perhaps inside DataParallel or torch.compile
+) -> Any:
+    "Return the network inside the wrappers of several devices and of the compiler."
+    while True:
+        if hasattr(net, "_orig_mod"):
+            net = net._orig_mod
+        elif isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            net = net.module
+        else:
+            return net
+
+
+def check_network(
+    net: Any,  # what was given
+    who: str = "teacher",  # for the error
+) -> None:
+    "Raise `UserError` for a path, a state dict, or anything else that is no network."
+    advice = f"give a network (nn.Module), {type(net).__name__} is none"
+    if isinstance(net, (str, Path)):
+        advice = "give the network itself: create_model(NAME, weights=FILE) makes one from a file"
+    elif isinstance(net, Mapping):
+        advice = "give the network itself: build it, then net.load_state_dict(state)"
+    shown = f"{net!s:.60}" if isinstance(net, (str, Path)) else f"a {type(net).__name__}"
+    require(isinstance(net, nn.Module), f"{who} = {shown}: {advice}")
 
 
 def _describe(value: Any) -> str:
@@ -576,7 +632,7 @@ class Foreign(nn.Module):
         model: nn.Module,  # maps (B, C, H, W) to (B, K)
         # module paths, {name: path}, or None: usual for its family
         stages: Sequence[str] | Mapping[str, str] | None = None,
-        image_size: int = 32,  # pixels per edge of its images
+        image_size: ImageSize = 32,  # pixels per edge of its images, or (height, width)
         in_channels: int | None = None,  # their channels; None: those of its first convolution
         # a transformer's features: "map" (B, C, h, w), or "raw" (B, N, C) with class and register
         # tokens
@@ -597,15 +653,17 @@ class Foreign(nn.Module):
             f"size = {size} and input_size = {input_size} differ: give one of them",
         )
         input_size = input_size or size
-        require(isinstance(model, nn.Module), f"model = {model!r}: give an nn.Module")
+        check_network(model, "model")
+        model = unwrap(model)
         if tokens not in ("map", "raw"):
             raise unknown("form of tokens", tokens, ("map", "raw"))
         require(prefix in (None, "mean"), f"prefix = {prefix!r}: None or 'mean'")
-        sizes = {"image_size": image_size, "in_channels": in_channels, "input_size": input_size}
-        for name, value in sizes.items():
+        image_edges(image_size)
+        for name, value in {"in_channels": in_channels, "input_size": input_size}.items():
             valid = type(value) is int and value > 0
-            optional = name != "image_size" and not value
-            require(valid or optional, f"{name} = {value!r}: give a whole number of at least 1")
+            require(
+                valid or value is None, f"{name} = {value!r}: give a whole number of at least 1"
+            )
         self.net = model
         self.image_size = image_size
         self.input_size = input_size
@@ -668,10 +726,9 @@ class Foreign(nn.Module):
         except AttributeError:
             return self.net.get_submodule(target)
 
-    def shape(self, size: int) -> tuple[int, int, int]:
+    def shape(self, size: ImageSize) -> tuple[int, int, int]:
         "Return (C, H, W) of the images that the wrapped network sees."
-        edge = self.input_size or size
-        return (self.in_channels, edge, edge)
+        return (self.in_channels, *image_edges(self.input_size or size))
 
     def shapes_of(self, outputs: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         "Return {stage: shape of the feature without batch} from the outputs of the stages."
@@ -686,7 +743,7 @@ class Foreign(nn.Module):
 
         Before `set_data`, images are taken as they are.
         """
-        x = fold(x, None, self.in_channels)
+        x = match_precision(fold(x, None, self.in_channels), self.net)
         if self.factor is not None and self.summand is not None:
             x = torch.addcmul(self.summand.to(x), x, self.factor.to(x))
         if not self.input_size:
@@ -735,7 +792,7 @@ class Foreign(nn.Module):
         with protected():
             return run_from(self.net, tap.path, output, self.shape(self.image_size))
 
-    def feature_shapes(self, image_size: int | None = None) -> dict[str, tuple[int, ...]]:
+    def feature_shapes(self, image_size: ImageSize | None = None) -> dict[str, tuple[int, ...]]:
         """Return {stage: (C, H, W)} for one image, (N, C) for raw tokens.
 
         Another image size takes another dry run.

@@ -17,11 +17,13 @@ from ..core import renamed
 from snnkd_nb.models.blocks import (
     Chain,
     Conv2d,
+    ImageSize,
     MakeActivation,
     Net,
     Neuron,
     Stem,
     activation,
+    image_edges,
     linear_head,
     register_model,
     scale_channels,
@@ -76,7 +78,8 @@ def vgg(
     neuron: Neuron = "tet",  # name of a neuron or `T -> nn.Module`
     width: float = 1.0,  # factor on all channels and hidden features
     in_channels: int = 3,  # channels of the images
-    image_size: int = 32,  # pixels per edge; determines the head's size where it flattens
+    # pixels per edge, or (height, width); determines the head's size where it flattens
+    image_size: ImageSize = 32,
     neuron_args: Mapping[str, Any] | None = None,  # options of the neuron
     # features of linear layers on the flattened map, () for none; None: average the map
     hidden: Sequence[int] | None = None,
@@ -92,8 +95,9 @@ def vgg(
         parts.append(part)
     if hidden is None:
         return Net(first, parts, linear_head((c, num_classes)), T=T, image_size=image_size)
-    edge = halved_edge(image_size, count_halvings([*stages, last]))
-    sizes = (c * edge**2, *(scale_channels(h, width) for h in hidden), num_classes)
+    times = count_halvings([*stages, last])
+    height, width_in_pixels = (halved_edge(edge, times) for edge in image_edges(image_size))
+    sizes = (c * height * width_in_pixels, *(scale_channels(h, width) for h in hidden), num_classes)
     pool = nn.Sequential(*stage(last, c, width, act)[0], nn.Flatten())
     return Net(first, parts, linear_head(sizes), pool, T, image_size)
 
@@ -149,9 +153,9 @@ def vggsnn(**common: Any) -> Net:
 
 # %% ../../nbs/lib/38_models.vgg.ipynb #06d63be0
 @register_model("SASTC (teacher)", "Tian et al. 2020 (CRD), vgg13_bn")
-def vgg13(image_size: int = 32, **common: Any) -> Net:
+def vgg13(image_size: ImageSize = 32, **common: Any) -> Net:
     "VGG-13 with BatchNorm: ten convolutions, max pooling, one linear layer."
-    last = "M 512 512" if image_size > 32 else "512 512"
+    last = "M 512 512" if max(image_edges(image_size)) > 32 else "512 512"
     lines = ["64", "M 128 128", "M 256 256", "M 512 512", last]
     return vgg(64, lines, image_size=image_size, **common)
 

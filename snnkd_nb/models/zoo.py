@@ -29,7 +29,7 @@ from snnkd_nb.models import (  # noqa: F401 (each registers its networks)
     spikformer,
     vgg,
 )
-from .blocks import MODELS, Neuron, eval_mode, initialize
+from .blocks import MODELS, ImageSize, Neuron, eval_mode, image_edges, initialize
 from snnkd_nb.models.foreign import (
     check_foreign,
     create_foreign,
@@ -38,7 +38,7 @@ from snnkd_nb.models.foreign import (
     read_state,
 )
 from .taps import Foreign
-from ..spec import require
+from ..spec import check_arguments, require
 
 # %% ../../nbs/lib/44_models.zoo.ipynb #dda70730
 def list_models(
@@ -148,13 +148,13 @@ def _check_count(name: str, value: Any) -> None:
 
 
 def _check_sizes(
-    T: int | None, width: float, num_classes: int, in_channels: int, image_size: int
+    T: int | None, width: float, num_classes: int, in_channels: int, image_size: ImageSize
 ) -> None:
     if T is not None:
         _check_count("T (None makes an ANN)", T)
     _check_count("num_classes", num_classes)
     _check_count("in_channels", in_channels)
-    _check_count("image_size", image_size)
+    image_edges(image_size)
     is_number = isinstance(width, (int, float)) and not isinstance(width, bool)
     require(
         is_number and 0 < width < float("inf"),
@@ -199,9 +199,13 @@ def _load_file(
     state = read_state(weights, sha256)
     if net is not model and all(name.startswith("net.") for name in state):
         state = {name.removeprefix("net."): value for name, value in state.items()}
-    shape = (model.in_channels, model.image_size, model.image_size)
+    shape = (model.in_channels, *image_edges(model.image_size))
     path = "head" if head is False and hasattr(net, "head") else None
     load_state(net, state, str(weights), path or head_to_skip(net, head, num_classes, shape))
+
+
+# options of several models that are factors or counts
+_ABOVE_ZERO = {"depth", "head_std", "input_size", "patch"}
 
 
 @float32_by_default()
@@ -214,7 +218,8 @@ def create_model(
     neuron: Neuron = "tet",
     width: float = 1.0,  # factor on the channels
     in_channels: int = 3,  # channels of the images
-    image_size: int = 32,  # pixels per edge; only some VGGs depend on it
+    # pixels per edge, or (height, width); only some VGGs depend on it
+    image_size: ImageSize = 32,
     neuron_args: Mapping[str, Any] | None = None,  # options of the neuron
     init: str = "he",  # how convolutions are drawn: "he" or "pytorch", see `models.blocks`
     # the model's own options, see `model_info(name)["options"]`, and those of a file of weights:
@@ -234,6 +239,10 @@ def create_model(
             valid = [*entry["options"], *COMMON_OPTIONS]
             raise unknown(f"option of model {name!r}", option, valid)
     _check_sizes(T, width, num_classes, in_channels, image_size)
+    check_arguments(create_foreign if is_foreign(name) else entry["make"], options)
+    for option in _ABOVE_ZERO & options.keys():
+        value = options[option]
+        require(value is None or value > 0, f"{option} = {value!r}: give a number above 0")
     if is_foreign(name):
         library, own_name = name.split(":", 1)
         net: Any = create_foreign(
@@ -348,7 +357,7 @@ def catalogue(
         nets = _ann_and_snn(name, num_classes, **arguments)
         net = nets["ann"]
         shapes = list(net.feature_shapes().values())
-        image_shape = (net.in_channels, net.image_size, net.image_size)
+        image_shape = (net.in_channels, *image_edges(net.image_size))
         row: dict[str, Any] = {"name": name}
         for kind, model in nets.items():
             row[f"{kind} params"] = parameters(model) / 1e6

@@ -35,6 +35,7 @@ from snnkd_nb.kernels.lif import (
     select_kernel_for,
 )
 from ..kernels.surrogate import ATan, Sigmoid, Surrogate, Triangle, create_surrogate
+from ..spec import check_arguments
 
 # %% ../../nbs/lib/31_neurons.lif.ipynb #9b4e1f19
 def decay_from_tau(tau: float | None, decay: Number | None) -> Number:
@@ -293,8 +294,9 @@ def create_neuron(
     "Create a neuron layer of `T` folded steps; raises `UserError` for an unknown name or option."
     if callable(name):
         return name(T, **overrides)
-    if name not in NEURONS:
+    if not isinstance(name, str) or name not in NEURONS:
         raise unknown("neuron", name, NEURONS)
+    check_arguments(LIF, overrides, where=f"neuron {name!r}: ")
     return LIF(T, **apply_overrides(NEURONS[name], overrides))
 
 # %% ../../nbs/lib/31_neurons.lif.ipynb #11e2e0c4

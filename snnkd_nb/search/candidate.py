@@ -279,7 +279,7 @@ def ensure_stages(
     )
     if hasattr(teacher, "stage_names"):
         return teacher
-    return Foreign(teacher, image_size=x.shape[-1], in_channels=x.shape[-3])
+    return Foreign(teacher, image_size=tuple(x.shape[-2:]), in_channels=x.shape[-3])
 
 
 def find_last_layer(

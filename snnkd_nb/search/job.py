@@ -69,7 +69,12 @@ def create_search_space(
     data: Any,  # the `ImageData` of its batch, which gives channels and size of the images
 ) -> Space:
     "Create the `Space` of a search for its images; raises `UserError` for one of other images."
-    in_channels, _, image_size = data.shape
+    in_channels, height, image_size = data.shape
+    require(
+        height == image_size,
+        f"{data.name} has images of {height}×{image_size} pixels: a search needs square ones, "
+        f"give size={min(height, image_size)}",
+    )
     options = {"image_size": image_size, "in_channels": in_channels}
     options |= to_dict(spec).get("space_args", {})
     space = create_space(spec.space, **options)

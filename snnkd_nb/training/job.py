@@ -115,7 +115,7 @@ def build_model(
         neuron=spec.neuron,
         width=spec.width,
         in_channels=data.shape[0],
-        image_size=data.shape[-1],
+        image_size=data.shape[1] if data.shape[1] == data.shape[2] else data.shape[1:],
         **spec.args,
     )
     set_data(model, data)

@@ -37,7 +37,7 @@ from ..data.augment import mix_images
 from ..data.batches import hard_labels, read_labels
 from ..data.loaders import as_data
 from ..kernels.precision import autocast, protected
-from ..losses.base import Distiller, label_range, mean_logits
+from ..losses.base import Distiller, label_range, mean_logits, observe
 from ..models.blocks import eval_mode
 from ..models.taps import set_data
 from ..neurons.lif import streaming
@@ -186,7 +186,7 @@ def evaluate(
     with eval_mode(model):
         for x, y in data.loader(split, batch_size, shuffle=False, device=device):
             with autocast(device, precision):
-                logits = mean_logits(model(x))
+                logits = mean_logits(observe(model, x)[0])
             num_right = num_right + (logits.argmax(-1) == hard_labels(read_labels(y))).sum()
             num_seen += len(y)
     return 100 * float(num_right) / max(num_seen, 1)
