@@ -68,7 +68,7 @@ def start(place, ready=True):
     os.environ["SNNKD_ROOT"], os.environ["SNNKD_CACHE"] = f"{top}/{place}/project", f"{top}/{place}/cache"
     pid = os.fork()
     if pid: return pid
-    try: run_train(spec)
+    try: run_train(spec, weak_teacher="accept")
     except BaseException:
         import traceback
         traceback.print_exc()
@@ -196,7 +196,7 @@ def trained(spec, **kw):
     events = []
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        record = run_train(spec, Store(), events.append, **kw)
+        record = run_train(spec, Store(), events.append, weak_teacher="accept", **kw)
     return (
         record,
         [e["id"] for e in events if e["event"] == "done"],
