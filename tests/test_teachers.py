@@ -14,6 +14,7 @@ from snnkd_nb.spec import ModelSpec, OptimSpec, RunSpec
 from snnkd_nb.store import Store, complete_id
 
 SMALL = ["--student", "vggsnn", "--width", "0.0625", "--T", "2", "--epochs", "1", "--subset", "100"]
+SMALL.append("--weak-teacher")  # the teachers are hardly trained
 
 
 @pytest.fixture

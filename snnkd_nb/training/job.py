@@ -207,7 +207,8 @@ def collect_sources(
 def find_changes(
     record: Record | SearchRecord,
     store: Store,  # where the record of the teacher is
-    with_data: bool = True,  # also compare the images and labels, if they are on this machine
+    # also compare the images and labels, if they are on this machine, and the teacher's weights
+    with_data: bool = True,
 ) -> list[str]:
     "List what has changed since a run was stored, in words."
     spec = record.run
@@ -216,7 +217,7 @@ def find_changes(
     changes = [what for what in sorted(recorded | now) if recorded.get(what) != now.get(what)]
     if with_data and _fingerprint_of(spec) not in (None, record.dataset.get("fingerprint")):
         changes.append(f"images or labels of {spec.data.name}")
-    if record.teacher and spec.teacher:
+    if with_data and record.teacher and spec.teacher:
         stored = [place.get(spec.teacher) for place in (store, twins())]
         hashes = [teacher.weights["sha256"] for teacher in stored if teacher and teacher.weights]
         if hashes and record.teacher["sha256"] not in hashes:
