@@ -88,3 +88,13 @@ def test_a_missing_sphinx_is_one_line(monkeypatch):
     monkeypatch.setattr(book, "REQUIRED", ("no_such_package",))
     with pytest.raises(UserError, match=r"no_such_package.*pip install 'snnkd_nb\[book\]'"):
         book.build_book()
+
+
+def test_readers_see_no_directives():
+    cells = [
+        {"cell_type": "code", "source": ["#| default_exp x\n"]},
+        {"cell_type": "code", "source": ["#| hide\n", "import tempfile\n"]},
+        {"cell_type": "code", "source": ["#| export\n", "x = 1\n"]},
+        {"cell_type": "markdown", "source": ["#| stays"]},
+    ]
+    assert [cell["source"] for cell in book.for_readers(cells)] == ["x = 1\n", "#| stays"]

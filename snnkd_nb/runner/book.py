@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUBJECTS', 'CONFIG', 'QUIET', 'REQUIRED', 'Chapter', 'module_of', 'subject_of', 'library_pages', 'link_modules',
-           'relative_link', 'stored_scale', 'run_ids', 'result_page', 'write_source', 'build_book', 'broken_links']
+           'relative_link', 'stored_scale', 'run_ids', 'result_page', 'for_readers', 'write_source', 'build_book',
+           'broken_links']
 
 # %% ../../nbs/lib/98_runner.book.ipynb #a48a1107
 import csv
@@ -167,7 +168,7 @@ def _runs_section(table: Path) -> str:
             lines.append(f"- {label}: {', '.join(links)}")
     return "\n".join(["## Runs", "", *lines]) if lines else ""
 
-# %% ../../nbs/lib/98_runner.book.ipynb #5794da6f
+# %% ../../nbs/lib/98_runner.book.ipynb #e1a2196d
 CONFIG = """
 project = "snnkd_nb"
 author = "the snnkd_nb developers"
@@ -199,8 +200,24 @@ suppress_warnings = {quiet}
 QUIET = ["myst.header", "mystnb.lexer", "misc.highlighting_failure", "docutils", "autodoc", "app"]
 
 
+def for_readers(
+    cells: Sequence[Mapping[str, Any]],  # of a notebook
+) -> list[dict[str, Any]]:
+    "Return the cells without nbdev's directives; cells that only a test needs are left out."
+    found = []
+    for cell in cells:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "code" and text.startswith(("#| default_exp", "#| hide")):
+            continue
+        if cell["cell_type"] == "code" and text.startswith("#|"):
+            text = text.partition("\n")[2]
+        found.append({**cell, "source": text})
+    return found
+
+
 def _copy_notebook(page: Path, source: Path, first_line: str = "") -> None:
     notebook = json.loads(page.read_text(encoding="utf-8"))
+    notebook["cells"] = for_readers(notebook["cells"])
     target = source / page.relative_to(root())
     modules = {
         module: relative_link(source / path.relative_to(root()), target)
@@ -252,7 +269,7 @@ def _write_reference(source: Path) -> Chapter:
     _write(source / "api.md", _contents("Reference", names, "Every public function and class."))
     return Chapter("Reference", ("api",))
 
-# %% ../../nbs/lib/98_runner.book.ipynb #c203ec48
+# %% ../../nbs/lib/98_runner.book.ipynb #9bffc0c3
 def _artefact_line(artefact: Artefact, link: str = "") -> str:
     scale = stored_scale(artefact)
     parts = [] if artefact.kind == "study" else ["[Paper page](00_paper.ipynb)"]
@@ -260,7 +277,11 @@ def _artefact_line(artefact: Artefact, link: str = "") -> str:
         parts.append(f"[Result at {scale} scale](/results/{artefact.id}.md)")
     if link:
         parts.append(f"[Paper at its publisher]({link})")
-    return " · ".join(parts)
+    line = " · ".join(parts)
+    picture = f"figures/{artefact.id}-{scale}.png"
+    if (root() / picture).is_file():
+        line += f"\n\n![{artefact.shows} ({scale} scale)](/{picture})"
+    return line
 
 
 def _write_artefacts(found: Sequence[Artefact], source: Path, link: str = "") -> list[str]:
