@@ -51,6 +51,7 @@ def fifth(tmp_path, monkeypatch):
 def test_a_folder_is_a_paper(fifth):
     assert list(paper_folders())[-1] == "example_paper" and len(papers()) == 5
     assert find_paper("example_paper").authors == ("You",)
+    assert match("example_paper") == match(["example_paper"])
     assert [a.id for a in match(["example_paper"])] == [
         "example_paper/table01",
         "example_paper/figure01",

@@ -154,9 +154,11 @@ def artefact(
 
 # %% ../../nbs/lib/72_papers.registry.ipynb #8783466a
 def match(
-    patterns: Iterable[str],  # keys, globs, paper keys, "all"
+    patterns: str | Iterable[str],  # keys, globs, paper keys, "all"
 ) -> list[Artefact]:
     "The artefacts that are meant, each once, in the papers' order; raises `UserError` for a pattern that fits none."
+    if isinstance(patterns, str):
+        patterns = [patterns]
     everything = [*artefacts(), *studies()]
     keys = [artefact.id for artefact in everything]
     groups = [*paper_folders(), "studies"]
