@@ -98,3 +98,10 @@ def test_readers_see_no_directives():
         {"cell_type": "markdown", "source": ["#| stays"]},
     ]
     assert [cell["source"] for cell in book.for_readers(cells)] == ["x = 1\n", "#| stays"]
+
+
+def test_docstrings_reach_the_reference_as_they_are_meant():
+    assert book.escape_for_sphinx("a `b*c` of 2*x and w_") == r"a ``b*c`` of 2\*x and w\_"
+    lines = book.parameter_lines(book.run_ids)
+    assert lines == [":param table: a CSV file of results/tables"]
+    assert book.parameter_lines(len) == []

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUBJECTS', 'CONFIG', 'QUIET', 'REQUIRED', 'Chapter', 'module_of', 'subject_of', 'library_pages', 'link_modules',
-           'relative_link', 'stored_scale', 'run_ids', 'result_page', 'for_readers', 'write_source', 'build_book',
-           'broken_links']
+           'relative_link', 'stored_scale', 'run_ids', 'result_page', 'escape_for_sphinx', 'parameter_lines', 'setup',
+           'for_readers', 'write_source', 'build_book', 'broken_links']
 
 # %% ../../nbs/lib/98_runner.book.ipynb #a48a1107
 import csv
@@ -168,7 +168,7 @@ def _runs_section(table: Path) -> str:
             lines.append(f"- {label}: {', '.join(links)}")
     return "\n".join(["## Runs", "", *lines]) if lines else ""
 
-# %% ../../nbs/lib/98_runner.book.ipynb #e1a2196d
+# %% ../../nbs/lib/98_runner.book.ipynb #6ff1a4ec
 CONFIG = """
 project = "snnkd_nb"
 author = "the snnkd_nb developers"
@@ -190,14 +190,60 @@ nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]
 myst_heading_anchors = 3
 autodoc_typehints = "signature"
+autodoc_inherit_docstrings = False
 autodoc_default_options = {{"members": True, "show-inheritance": True}}
 exclude_patterns = ["_build"]
 suppress_warnings = {quiet}
+
+from snnkd_nb.runner.book import setup
 """
 
 # Headings of tables start at the second level, code cells may hold shell lines, and docstrings are
 # written for people rather than for reStructuredText.
 QUIET = ["myst.header", "mystnb.lexer", "misc.highlighting_failure", "docutils", "autodoc", "app"]
+
+
+def escape_for_sphinx(
+    docstring: str,  # Markdown, as in this package
+) -> str:
+    "Return a docstring as reStructuredText: code spans get two backticks, special characters a backslash."
+    parts = re.split(r"(`[^`]+`)", docstring)
+    for i, part in enumerate(parts):
+        if i % 2:
+            parts[i] = f"`{part}`"
+        else:
+            parts[i] = re.sub(r"([*|]|_(?=\W|$))", r"\\\1", part)
+    return "".join(parts)
+
+
+def parameter_lines(
+    function: Any,  # a function or class of the package
+) -> list[str]:
+    "Return `:param name: text` for each parameter with a comment in the source."
+    from fastcore.docments import docments
+
+    try:
+        comments = docments(function, returns=False)
+    except (TypeError, OSError, ValueError, SyntaxError, AttributeError):
+        return []  # compiled or generated: no source to read
+    found = []
+    for name, text in comments.items():
+        if isinstance(text, str) and text:
+            found.append(f":param {name}: {escape_for_sphinx(' '.join(text.split()))}")
+    return found
+
+
+def setup(
+    app: Any,  # the application of Sphinx
+) -> None:
+    "Let Sphinx show docstrings and comments of parameters as they are meant."
+
+    def rewrite(app: Any, kind: str, name: str, found: Any, options: Any, lines: list) -> None:
+        lines[:] = escape_for_sphinx("\n".join(lines)).splitlines()
+        if kind in ("function", "method", "class"):
+            lines += ["", *parameter_lines(found)]
+
+    app.connect("autodoc-process-docstring", rewrite)
 
 
 def for_readers(
@@ -384,7 +430,7 @@ def _front_page(chapters: Sequence[Chapter]) -> str:
         lines += [*chapter.pages, "```", ""]
     return "\n".join(lines)
 
-# %% ../../nbs/lib/98_runner.book.ipynb #a8c18782
+# %% ../../nbs/lib/98_runner.book.ipynb #609841a7
 REQUIRED = ("sphinx", "myst_nb", "sphinx_book_theme")
 
 
@@ -414,9 +460,12 @@ def build_book(
     )
     if log.returncode:
         raise UserError("the book was not built:\n" + "\n".join(log.stderr.splitlines()[-10:]))
+    broken = broken_links(out)
+    if broken:
+        print(f"{len(broken)} links lead nowhere:", *broken[:20], sep="\n  ")
     return out / "index.html"
 
-# %% ../../nbs/lib/98_runner.book.ipynb #f4ac1845
+# %% ../../nbs/lib/98_runner.book.ipynb #60d03d63
 class _Page(HTMLParser):
     "The places and links of an HTML page."
 
@@ -444,7 +493,8 @@ def broken_links(
 ) -> list[str]:
     "Return every local link whose target is missing, as `page -> link`."
     site = Path(site)
-    files = [path for path in sorted(site.rglob("*.html")) if "_source" not in path.parts]
+    skipped = {"_source", "_static"}
+    files = [path for path in sorted(site.rglob("*.html")) if not skipped & set(path.parts)]
     pages = {path: _read_page(path) for path in files}
     broken = []
     for path, page in pages.items():
