@@ -18,17 +18,28 @@ def names(key):
 
 
 class BuildWithPapers(build_py):
-    """Also copy the papers' data files: a clone reads them from nbs, an installed package from papers/data."""
+    """Also copy notebooks, papers and stored runs: a clone reads them from nbs and results, an installed
+    package from papers/data and papers/results."""
 
     def run(self):
         super().run()
         if self.editable_mode:
             return
-        target = Path(self.build_lib) / cfg["lib_path"] / "papers" / "data"
-        for folder in ("papers", "studies"):
-            for source in sorted((here / "nbs" / folder).rglob("*")):
-                if source.suffix in (".toml", ".csv", ".md"):
-                    copy = target / source.relative_to(here / "nbs")
+        papers = Path(self.build_lib) / cfg["lib_path"] / "papers"
+        copies = [(here / "nbs", papers / "data", (".ipynb", ".toml", ".csv", ".md"))]
+        for name in ("runs", "bench", "tables"):
+            copies.append(
+                (here / "results" / name, papers / "results" / name, (".json", ".md", ".csv"))
+            )
+        for folder, target, suffixes in copies:
+            for source in sorted(folder.rglob("*")):
+                # runs and tables at smoke scale are everybody's own
+                is_own = (
+                    source.name.startswith(("digits", "search-digits")) or "-smoke" in source.name
+                )
+                is_wanted = source.suffix in suffixes and ".ipynb_checkpoints" not in source.parts
+                if is_wanted and not is_own:
+                    copy = target / source.relative_to(folder)
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(source, copy)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STORED_RUN', 'MEASURES', 'VERBS', 'HIDDEN', 'comments_of', 'shorten_error', 'parse', 'list_artefacts', 'run',
-           'render', 'reproduce', 'train', 'search', 'status', 'watch', 'bench', 'book', 'measure', 'doctor', 'readme',
-           'usage', 'main']
+           'render', 'reproduce', 'train', 'search', 'status', 'config', 'export', 'predict', 'notebooks', 'version',
+           'watch', 'bench', 'book', 'measure', 'doctor', 'readme', 'usage', 'main']
 
 # %% ../nbs/lib/99_cli.ipynb #19e8036e
 import ast
@@ -22,7 +22,14 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-from .core import UserError, renamed, replace_characters, root, unknown
+from snnkd_nb.core import (
+    UserError,
+    atomic_write,
+    renamed,
+    replace_characters,
+    root,
+    unknown,
+)
 
 if TYPE_CHECKING:
     from snnkd_nb.spec import DataSpec, OptimSpec, RunSpec, SearchSpec
@@ -49,7 +56,7 @@ def comments_of(function: Callable) -> dict[str, str]:
     return comments
 
 # %% ../nbs/lib/99_cli.ipynb #ac68fa19
-_POSITIONAL = ("keys", "what", "run")
+_POSITIONAL = ("keys", "what", "run", "images")
 _SHORT_FLAGS = {"jobs": ["-j"], "scale": ["-s"], "p": ["-p"]}
 _METAVARS = {"keys": "KEY …", "p": "NAME VALUE", "jobs": "N"}
 
@@ -100,6 +107,15 @@ _HEADINGS = ("error", "option", "missing")
 _END_OF_SENTENCE = r" (?:Got errors|Argument helptext|Perhaps you meant|For full helptext|See )"
 
 
+_NO_INSTANCE = r"no type matching (?:\{None\}\|)?(\w+) could be instantiated from \['(.*?)'\]"
+_KINDS = {"INT": "a whole number or None", "FLOAT": "a number or None"}
+
+
+def _explain_type(found: re.Match[str]) -> str:
+    """Return the words for a value that tyro could not read."""
+    return f"got {found[2]!r}, give {_KINDS.get(found[1], found[1].lower())}"
+
+
 def shorten_error(box: str) -> str:
     """Return the error that tyro printed as one line."""
     lines = [re.sub(r"[│╭╮╰╯─]", "", line).strip() for line in box.splitlines()]
@@ -108,10 +124,30 @@ def shorten_error(box: str) -> str:
         lines = lines[1:]
     text = " ".join(line for line in lines if not re.fullmatch(r"-+", line))
     sentence = re.split(_END_OF_SENTENCE, text)[0].rstrip(".:")
+    sentence = re.sub(_NO_INSTANCE, _explain_type, sentence)
     suggestion = re.search(r"Perhaps you meant: (?:-\w, )?(\S+)", text)
     if suggestion:
         return f"{sentence}; did you mean {suggestion[1]}?"
     return sentence
+
+
+def _list_names() -> str:
+    """Return the names of methods, networks, neurons and data sets, for the help."""
+    from snnkd_nb.data.images import list_datasets
+    from snnkd_nb.losses.zoo import list_distillers
+    from snnkd_nb.models.zoo import list_models
+    from snnkd_nb.neurons.lif import list_neurons
+
+    found = {
+        "methods": list_distillers(),
+        "networks": list_models(),
+        "neurons": list_neurons(),
+        "data sets": list_datasets(),
+    }
+    return "\n".join(
+        textwrap.fill(f"{kind}: {', '.join(names)}", 100, subsequent_indent="  ")
+        for kind, names in found.items()
+    )
 
 
 def parse(command: str, function: Callable, words: Sequence[str]) -> dict[str, Any]:
@@ -136,6 +172,8 @@ def parse(command: str, function: Callable, words: Sequence[str]) -> dict[str, A
             )
     except SystemExit as exit_:
         if not exit_.code:
+            if command in ("train", "search"):
+                print(_list_names())
             raise
         error = shorten_error(errors.getvalue())
         raise UserError(f"{error} (snnkd {command} --help)") from None
@@ -145,20 +183,28 @@ def parse(command: str, function: Callable, words: Sequence[str]) -> dict[str, A
             os.environ["COLUMNS"] = columns_before
 
 # %% ../nbs/lib/99_cli.ipynb #3a2ca70e
+_NO_NOTEBOOKS = (
+    "there are no notebooks here: snnkd notebooks --to DIR copies them, then work in DIR"
+)
+
+
 def list_artefacts(
     # artefacts: keys (sastc/table02), patterns (sastc/table0*), papers, or all
     keys: tuple[str, ...] = ("all",),
-    scale: str = "smoke",  # smoke, small, medium, paper
+    # smoke, small, medium, paper; default: the largest one of which there are tables here
+    scale: str | None = None,
     json: bool = False,  # print JSON
 ) -> None:
     """List tables, figures and diagrams, and which of their runs are stored."""
-    from snnkd_nb.runner.status import format_rows, list_rows
+    from snnkd_nb.runner.status import find_stored_scale, format_rows, list_rows
 
-    rows = list_rows(keys or ["all"], scale)
+    rows = list_rows(keys or ["all"], scale or find_stored_scale())
     if json:
         print(json_.dumps([row.to_dict() for row in rows], indent=1, ensure_ascii=False))
     else:
         print(format_rows(rows))
+    if not any(row.artefact.built for row in rows):
+        print(f"snnkd: {_NO_NOTEBOOKS}", file=sys.stderr)
 
 
 def _list_built(keys: Sequence[str], command: str) -> list[str]:
@@ -175,6 +221,8 @@ def _list_built(keys: Sequence[str], command: str) -> list[str]:
     if not built:
         more = " …" if len(meant) > 1 else ""
         print(f"snnkd: {meant[0].id}{more} not built yet", file=sys.stderr)
+        if not (root() / "nbs").is_dir():
+            print(f"snnkd: {_NO_NOTEBOOKS}", file=sys.stderr)
     return built
 
 # %% ../nbs/lib/99_cli.ipynb #8b18c11f
@@ -262,6 +310,63 @@ def _import_plugins(names: str | None) -> None:
     import_plugins(plugins)
     if plugins:
         os.environ["SNNKD_PLUGIN"] = ",".join(plugins)
+
+
+# flags that say where and how a run is computed, and not which run it is
+_FLAGS_WITH_CONFIG = (
+    "config",
+    "print-config",
+    "out",
+    "device",
+    "workers",
+    "trackers",
+    "log-dir",
+    "weak-teacher",
+    "download",
+    "plugin",
+)
+
+
+def _check_config_flags(words: Sequence[str]) -> None:
+    """Raise `UserError` if a flag about the run itself is given next to --config."""
+    flags = [word[2:].partition("=")[0].replace("_", "-") for word in words if word[:2] == "--"]
+    if "config" not in flags:
+        return
+    for flag in flags:
+        if flag not in _FLAGS_WITH_CONFIG:
+            raise UserError(
+                f"--{flag} and --config: the file holds the whole run; change it there, or leave "
+                "--config out"
+            )
+
+
+def _read_config(path: str) -> "RunSpec":
+    """Return the run in a YAML file."""
+    import yaml
+
+    from snnkd_nb.spec import RunSpec
+
+    with open(path) as file:
+        try:
+            values = yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            raise UserError(f"{path} is no YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no run: print one with snnkd train --print-config")
+    try:
+        return RunSpec.from_dict(values)
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"{path}: {error}; print one with snnkd train --print-config") from None
+
+
+def _format_config(spec: "RunSpec") -> str:
+    """Return a run as YAML that `_read_config` reads."""
+    import yaml
+
+    from snnkd_nb.spec import to_dict
+
+    head = f"# {spec.id}\n# train it with: snnkd train --config FILE\n"
+    return head + yaml.safe_dump(to_dict(spec), sort_keys=False, allow_unicode=True)
 
 
 _WORDS = {"true": True, "false": False, "none": None}
@@ -414,7 +519,12 @@ def train(
     teacher_epochs: int | None = None,
     batch_size: int = 64,  # images per step
     lr: float = 0.1,  # peak learning rate
+    weight_decay: float = 5e-4,  # factor of the L2 penalty
     schedule: str = "onecycle",  # cosine, multistep, onecycle, constant
+    label_smoothing: float = 0.0,  # share of the target that is spread over all classes
+    mixup: float = 0.0,  # mix pairs of training images: parameter of the beta distribution; 0: off
+    cutmix: float = 0.0,  # exchange rectangles of training images: the same parameter; 0: off
+    accumulate: int = 1,  # batches whose gradients are added up for one step
     # fp32, bf16 (the same numbers on every CPU), fp16, auto (bf16 if it is in hardware, else fp32)
     precision: str = "fp32",
     gradient: str = "bptt",  # gradient of a spiking student: bptt, rate, rate-code
@@ -428,11 +538,36 @@ def train(
     # download a data set (CIFAR) or pretrained weights that are not on this machine
     download: bool = False,
     seed: int = 0,  # seed of weights, order and augmentation
+    # folder for the record and the weights; default: results/runs of the project
+    out: str | None = None,
+    device: str | None = None,  # cpu, cuda, mps, xpu; default: the accelerator that torch finds
+    # processes that decode images of imagefolder-stream:PATH; default: one per core, at most 8
+    workers: int | None = None,
+    # also write the numbers of every epoch there: csv, tensorboard or csv+tensorboard
+    trackers: str = "",
+    log_dir: str = "logs",  # folder of the trackers
+    # a YAML file with the whole run, as --print-config and "snnkd config" print it; flags about the
+    # run itself are then left out
+    config: str | None = None,
+    print_config: bool = False,  # print the run as YAML and train nothing
     # modules or .py files that register networks or data sets, with commas between them
     plugin: str | None = None,
 ) -> None:
     """Train one network, and its teacher first. Print its accuracy and the path of its record."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if workers is not None:
+        os.environ["SNNKD_WORKERS"] = str(workers)
+    place = {
+        "out": out,
+        "device": device,
+        "trackers": trackers,
+        "log_dir": log_dir,
+        "weak_teacher": "accept" if weak_teacher else "refuse",
+    }
+    if config:
+        _import_plugins(plugin)
+        _train_or_print(_read_config(config), print_config, **place)
+        return
     from snnkd_nb.data.images import load
     from snnkd_nb.spec import ALONE, DataSpec, ModelSpec, OptimSpec, RunSpec
 
@@ -444,7 +579,18 @@ def train(
     data = DataSpec(
         dataset, size, subset, shots, label_noise, val=val, augment=augment, args=event_args
     )
-    optim = OptimSpec(epochs, batch_size, lr, schedule=schedule, precision=precision)
+    optim = OptimSpec(
+        epochs,
+        batch_size,
+        lr,
+        weight_decay=weight_decay,
+        schedule=schedule,
+        precision=precision,
+        label_smoothing=label_smoothing,
+        mixup=mixup,
+        cutmix=cutmix,
+        accumulate=accumulate,
+    )
     teacher_run = None
     if teacher:
         teacher_run = _create_teacher_run(
@@ -476,32 +622,56 @@ def train(
     _check_names(spec)
     if download:
         load(dataset, download=True, size=size)
-    _train(spec, "accept" if weak_teacher else "refuse")
+    _train_or_print(spec, print_config, **place)
 
 
-def _train(spec: "RunSpec", weak_teacher: str = "refuse") -> None:
+def _train_or_print(spec: "RunSpec", print_config: bool, **place: Any) -> None:
+    if print_config:
+        print(_format_config(spec), end="")
+    else:
+        _train(spec, **place)
+
+
+def _train(
+    spec: "RunSpec",
+    out: str | None = None,
+    device: str | None = None,
+    trackers: str = "",
+    log_dir: str = "logs",
+    weak_teacher: str = "refuse",
+) -> None:
     """Train a run, print its progress, its accuracy and the paths of its weights and record."""
     from snnkd_nb.store import Store, weights_path
     from snnkd_nb.training.job import run_train
     from snnkd_nb.training.progress import ProgressPrinter
+    from snnkd_nb.training.trackers import Trackers
 
-    store = Store()
+    store = Store(out)
     print_progress = ProgressPrinter()
+    tracked = Trackers(trackers, log_dir, spec.id)
 
     def on_event(event: dict[str, Any]) -> None:
         if event["event"] == "start":
             print(event["id"])
         else:
             print_progress(event)
+        if event["event"] == "epoch" and event["id"] == spec.id:
+            numbers = {name: value for name, value in event.items() if name != "epochs"}
+            tracked.log(numbers)
 
-    record = run_train(spec, store, on_event, weak_teacher=weak_teacher)
+    record = run_train(spec, store, on_event, weak_teacher=weak_teacher, device=device)
+    tracked.close()
     metrics = record.metrics
     text = f"test accuracy {metrics['acc_last']:.2f} % after the last epoch"
     if metrics.get("acc_best_val") is not None:
         text += f", at the best validation epoch {metrics['acc_best_val']:.2f} %"
     print(text)
-    if weights_path(record).exists():
-        print("weights", weights_path(record))
+    weights = weights_path(record)
+    if out and weights.exists():
+        weights = store.path(spec.id).with_suffix(".safetensors")
+        atomic_write(weights, weights_path(record).read_bytes())
+    if weights.exists():
+        print("weights", weights.resolve())
     print("record ", store.path(spec.id).resolve())
 
 # %% ../nbs/lib/99_cli.ipynb #b3f408c6
@@ -646,6 +816,69 @@ def status() -> None:
     print(os.path.relpath(write_status(), root()))
 
 
+def config(
+    run: str,  # id of a stored run, or its beginning
+) -> None:
+    """Print a stored run as YAML, for snnkd train --config."""
+    from snnkd_nb.deploy.runs import find_record
+
+    print(_format_config(find_record(run).run), end="")
+
+
+def export(
+    run: str,  # id of a stored run, its beginning, or the path of its record
+    to: str | None = None,  # the file; default: ID.pt2, .onnx or .nir in the working folder
+    # torch (loads with torch alone), onnx, nir; default: by the suffix of --to, else torch
+    format: str | None = None,
+    normalized: bool = False,  # the file takes normalized images; default: images from 0 to 1
+) -> None:
+    """Write the trained network of a run to a file for other programs, and check it there."""
+    from snnkd_nb.deploy.export import SUFFIXES
+    from snnkd_nb.deploy.export import export as write
+    from snnkd_nb.deploy.runs import load_run
+
+    if format is not None and format not in SUFFIXES:
+        raise unknown("format", format, SUFFIXES)
+    found = load_run(run)
+    path = to or found.id + SUFFIXES[format or "torch"]
+    options: dict[str, Any] = {"classes": found.classes}
+    if not normalized and not path.endswith(".nir") and format != "nir":
+        options |= {"mean": found.mean, "std": found.std}
+    exported = write(found.model, os.path.abspath(path), format, **options)
+    print(exported)
+    for loss in exported.lost:
+        print("  not in the file:", loss)
+
+
+def predict(
+    run: str,  # id of a stored run, its beginning, or the path of its record
+    images: list[str],  # image files
+) -> None:
+    """Print the class of some images, by the trained network of a run."""
+    from snnkd_nb.deploy.runs import load_run
+    from snnkd_nb.deploy.runs import predict as answer
+
+    if not images:
+        raise UserError(f"predict what? give image files, e.g. snnkd predict {run} cat.jpg")
+    for path, prediction in zip(images, answer(load_run(run), list(images))):
+        print(path, prediction)
+
+
+def notebooks(
+    to: str,  # a folder that does not exist yet, or is empty
+) -> None:
+    """Copy the notebooks, with papers and stored runs, into a folder of yours."""
+    from snnkd_nb.deploy.notebooks import copy_notebooks
+
+    folder = copy_notebooks(to)
+    print(f"{folder}: start with  cd {folder} && snnkd list  or  jupyter lab nbs/index.ipynb")
+
+
+def version() -> None:
+    """Print the version of the package."""
+    print("snnkd_nb", importlib.import_module("snnkd_nb").__version__)
+
+
 def watch(
     run: str,  # id of the run, or its beginning
 ) -> bool:
@@ -733,10 +966,15 @@ VERBS: dict[str, Callable[..., bool | None]] = {
     "search": search,
     "status": status,
     "watch": watch,
+    "config": config,
+    "export": export,
+    "predict": predict,
+    "notebooks": notebooks,
     "bench": bench,
     "measure": measure,
     "doctor": doctor,
     "book": book,
+    "version": version,
     "readme": readme,
 }
 HIDDEN = ("readme",)  # for developers of the package
@@ -775,11 +1013,13 @@ def _dispatch(words: Sequence[str]) -> int:
         print(usage())
         return 0
     if command == "--version":
-        print("snnkd_nb", importlib.import_module("snnkd_nb").__version__)
+        version()
         return 0
     if command not in VERBS:
         raise unknown("command", command, [name for name in VERBS if name not in HIDDEN])
     function = VERBS[command]
+    if command == "train":
+        _check_config_flags(words[1:])
     result = function(**parse(command, function, words[1:]))
     return 1 if result is False else 0
 

@@ -534,7 +534,7 @@ def test_a_network_without_known_stages_says_so():
         net = Foreign(Odd())
     student = create_model("resnet20", T=2, width=0.25)
     with pytest.raises(
-        UserError, match=r"Odd has no named stages: .*stages=\[…\].* its module paths: body, tail"
+        UserError, match=r"Odd, has no named stages: .*stages=\[…\].* its module paths: body, tail"
     ):
         default_pairs(student, net)
     with torch.device("meta"):

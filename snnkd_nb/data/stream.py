@@ -9,6 +9,7 @@ __all__ = ['IMAGENET', 'random_part', 'centre_box', 'Files', 'collate', 'FileSpl
 # %% ../../nbs/lib/14_data.stream.ipynb #66d0950b
 import math
 import multiprocessing
+import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -216,11 +217,13 @@ def open_stream(
 
 # %% ../../nbs/lib/14_data.stream.ipynb #d5e934ee
 def worker_count(
-    wanted: int | None,  # None: as many as there are cores, at most 8
+    wanted: int | None,  # None: $SNNKD_WORKERS, else as many as there are cores, at most 8
 ) -> int:
     "Count the decoding processes to start; 0 in a worker process, which may not have children."
     if multiprocessing.current_process().daemon:
         return 0
+    if wanted is None and os.environ.get("SNNKD_WORKERS"):
+        return int(os.environ["SNNKD_WORKERS"])
     if wanted is None:
         return min(8, cores())
     return wanted

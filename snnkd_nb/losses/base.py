@@ -332,13 +332,14 @@ def default_pairs(
 
     Raises `UserError` where a network has no named stages.
     """
-    for model in (student, teacher):
+    for who, model in (("student", student), ("teacher", teacher)):
         network: Any = getattr(model, "net", model)
+        own_stages = "" if who == "student" else "stages, Foreign(net, stages=[…]), or "
         require(
             stages_of(model),
-            f"{type(network).__name__} has no named stages: give it some, Foreign(net, stages=[…])"
-            " or stages=[…] of its options, or layers={'student': [module path, …],"
-            f" 'teacher': [module path, …]}}; its module paths: {describe_paths(network)}",
+            f"the {who}, a {type(network).__name__}, has no named stages: give {own_stages}"
+            "layers={'student': [stage or module path, …], 'teacher': [as many]}; "
+            f"its module paths: {describe_paths(network)}",
         )
     student_stages = stages_of(student)
     teacher_stages = stages_of(teacher)

@@ -275,8 +275,13 @@ def energy(
     convention: str = "45nm",  # one of CONVENTIONS
 ) -> dict[str, Any]:
     "Compute the energy of one image, {convention, sops, macs, microjoule}."
-    if convention not in CONVENTIONS:
-        raise unknown("energy convention", convention, CONVENTIONS)
+    if isinstance(table, nn.Module):
+        raise UserError(
+            "energy takes the rows of a table, got a network: energy(sops(network, images))"
+        )
+    if not isinstance(convention, str) or convention not in CONVENTIONS:
+        shown = convention if isinstance(convention, str) else type(convention).__name__
+        raise unknown("energy convention", shown, CONVENTIONS)
     costs = CONVENTIONS[convention]
     num_steps = max((row["steps"] for row in table), default=1)
     num_sops = sum(row["sops"] for row in table)

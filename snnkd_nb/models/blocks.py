@@ -509,14 +509,18 @@ MODELS: dict[str, dict[str, Any]] = {}
 
 
 def register_model(
-    paper: str,  # where the network is used, in words
-    defined: str,  # where its definition is published
+    # where the network is used, in words; or the function itself, for @register_model alone
+    paper: str | Callable[..., Any] = "",
+    defined: str = "",  # where its definition is published
     spiking: bool = True,  # whether it can be built with time steps
     **native: Any,  # the input for which it was made where that is not 3×32×32, e.g. image_size=224
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator that enters a function returning a `Net` into the registry under the
     function's name.
     """
+
+    if callable(paper):
+        return register_model()(paper)
 
     def enter(make: Callable[..., Any]) -> Callable[..., Any]:
         parameters = inspect.signature(make).parameters.values()

@@ -134,6 +134,14 @@ def check_torchvision(torch: str, vision: str, loads: bool = True) -> Finding:
     is_same_build = not _build_of(vision) or _build_of(torch) == _build_of(vision)
     if loads and is_same_build:
         return Finding("ok", f"torchvision {vision} with torch {torch}")
+    if is_same_build:
+        return Finding(
+            "note",
+            f"torchvision {vision} cannot be imported outside this package, although its build fits "
+            f"torch {torch}; data sets and transforms work in it all the same",
+            f"pip install --force-reinstall --no-deps torchvision=={vision.partition('+')[0]} "
+            "(the version for this torch: https://pytorch.org/get-started)",
+        )
     index = f"https://download.pytorch.org/whl/{_build_of(torch) or 'cpu'}"
     return Finding(
         "note",
