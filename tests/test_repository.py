@@ -196,7 +196,9 @@ def test_settings_name_every_third_party_import():
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in ALL if p in LIB or p.name == "index.ipynb"], ids=lambda p: p.stem
+    "path",
+    [p for p in ALL if p in LIB or p.name in ("index.ipynb", "export.ipynb")],
+    ids=lambda p: p.stem,
 )
 def test_notebook_runs_from_top_to_bottom(path, tmp_path):
     "Its cells, in order, in a fresh process and with a cache of their own."

@@ -13,8 +13,8 @@ from snnkd_nb.models.zoo import create_model
 from snnkd_nb.spec import ModelSpec, OptimSpec, RunSpec
 from snnkd_nb.store import Store, complete_id
 
-SMALL = ["--student", "vggsnn", "--width", "0.0625", "--T", "2", "--epochs", "1", "--subset", "100"]
-SMALL.append("--weak-teacher")  # the teachers are hardly trained
+SMALL = "--student vggsnn --width 0.0625 --T 2 --epochs 1 --subset 100".split()
+WEAK = ["--weak-teacher"]  # a teacher of one epoch
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_a_file_of_weights_teaches_as_it_is_and_its_hash_is_recorded(home, capsy
     file = home / "teacher.pt"
     teacher = small_teacher()
     torch.save(teacher.state_dict(), file)
-    words = ["train", *SMALL, "--teacher", "vgg11_sastc", "--teacher-weights", str(file)]
+    words = ["train", *SMALL, *WEAK, "--teacher", "vgg11_sastc", "--teacher-weights", str(file)]
     assert main(words) == 0, capsys.readouterr()
     record = last_record(capsys)
     assert record["spec"]["teacher"]["model"]["args"]["weights"] == f"sha256:{sha256_of(file)}"
@@ -68,7 +68,7 @@ def test_a_file_of_weights_teaches_as_it_is_and_its_hash_is_recorded(home, capsy
 def test_a_file_can_also_be_the_start_of_a_training(home, capsys):
     file = home / "teacher.pt"
     torch.save(small_teacher().state_dict(), file)
-    words = ["train", *SMALL, "--teacher", "vgg11_sastc", "--teacher-weights", str(file)]
+    words = ["train", *SMALL, *WEAK, "--teacher", "vgg11_sastc", "--teacher-weights", str(file)]
     assert main([*words, "--teacher-epochs", "1"]) == 0, capsys.readouterr()
     teacher = Store().get(last_record(capsys)["teacher"]["id"])
     assert teacher.history["epoch"] == [1]
@@ -100,10 +100,16 @@ def test_a_teacher_that_cannot_be_used_is_one_line(home, capsys, verb, words, sa
     assert not list(home.glob("results/runs/*.json"))
 
 
+def test_an_untrained_file_is_refused(home, capsys):
+    torch.save(small_teacher().state_dict(), home / "teacher.pt")
+    words = ["--teacher", "vgg11_sastc", "--teacher-weights", str(home / "teacher.pt")]
+    assert "--weak-teacher" in error_of(capsys, "train", *SMALL, *words)
+
+
 def test_a_stored_run_teaches(home, capsys):
     assert main(["train", "--student", "vgg11_sastc", "--T", "None", *SMALL[2:4], *SMALL[6:]]) == 0
     teacher = last_record(capsys)
-    assert main(["train", *SMALL, "--teacher", f"run:{teacher['id'][:-4]}"]) == 0
+    assert main(["train", *SMALL, *WEAK, "--teacher", f"run:{teacher['id'][:-4]}"]) == 0
     record = last_record(capsys)
     assert record["teacher"]["id"] == teacher["id"]
     assert record["teacher"]["sha256"] == teacher["weights"]["sha256"]
