@@ -186,7 +186,7 @@ def _class_check(kind: type) -> tuple[str, Callable[[Any], bool]]:
 
 
 def check_arguments(
-    function: Callable[..., Any],  # its parameters have types
+    function: Callable[..., Any],  # its parameters may have types
     arguments: Mapping[str, Any],  # name -> value; names without a parameter are not checked
     may_be_empty: Collection[str] = (),  # names whose value may be an empty list
     where: str = "",  # of what they are options, e.g. "model 'resnet20': "
@@ -201,6 +201,8 @@ def check_arguments(
             not is_empty or name in may_be_empty,
             f"{where}{name} = {value!r} is empty: give a value, or leave {name} out",
         )
+        if parameters[name].annotation is inspect.Parameter.empty:
+            continue
         wanted = _alternatives(parameters[name].annotation)
         if all(isinstance(kind, type) and kind is not Any for kind in wanted):
             checks = [_TYPES.get(kind, _class_check(kind)) for kind in wanted]

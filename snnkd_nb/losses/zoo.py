@@ -227,6 +227,8 @@ def _create_from_class(
             raise unknown(f"option of {cls.__name__}", option, [*valid, *_COMMON])
     own = {name: value for name, value in options.items() if name not in _COMMON}
     common = {name: value for name, value in options.items() if name in _COMMON}
+    check_network(student, "student")
+    teacher = prepare_teacher(teacher, student)
     method = adapted(student, teacher, variant, **own)
     return Distiller(student, teacher if adapted.needs_teacher else None, [(1.0, method)], **common)
 
