@@ -13,7 +13,7 @@ from snnkd_nb.models.zoo import create_model
 from snnkd_nb.spec import ModelSpec, OptimSpec, RunSpec
 from snnkd_nb.store import Store, complete_id
 
-SMALL = "--student vggsnn --width 0.0625 --T 2 --epochs 1 --subset 100".split()
+SMALL = ["--student", "vggsnn", "--width", "0.0625", "--T", "2", "--epochs", "1", "--subset", "100"]
 WEAK = ["--weak-teacher"]  # a teacher of one epoch
 
 

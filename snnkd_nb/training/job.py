@@ -349,6 +349,7 @@ def run_train(
     # one of `training.loop.WEAK_TEACHERS`: "refuse" a teacher near chance, take it if it is "as
     # recorded", or "accept" any
     weak_teacher: str = "refuse",
+    device: str | None = None,  # "cpu", "cuda"; None: the accelerator found
 ) -> Record:
     """Return the record of a run: from the store, or by training it and, before it, its teacher.
 
@@ -370,17 +371,15 @@ def run_train(
         check_writable(store.path(spec.id))
         check_writable(_checkpoint_path(spec))
         _try_construction(spec)
-        teacher, teacher_record = _obtain_model(spec.teacher, store, on_event, weak_teacher)
+        passed = (on_event, weak_teacher, device)
+        teacher, teacher_record = _obtain_model(spec.teacher, store, *passed)
         reference, reference_record = teacher, None
         if spec.reference:
-            reference, reference_record = _obtain_model(
-                spec.reference, store, on_event, weak_teacher
-            )
+            reference, reference_record = _obtain_model(spec.reference, store, *passed)
         _match_normalizations(spec, teacher, reference)
         emit = _create_listener(spec.id, on_event)
-        record = _train(
-            spec, teacher, reference, teacher_record, reference_record, emit, weak_teacher
-        )
+        others = (teacher, reference, teacher_record, reference_record)
+        record = _train(spec, *others, emit, weak_teacher, device)
         kept = store.put(record)
         if kept.weights != record.weights:
             # The store has a record from elsewhere; the local twin names the weights made here.
@@ -390,14 +389,18 @@ def run_train(
 
 
 def _obtain_model(
-    spec: RunSpec | None, store: Store, on_event: Listener | None, weak_teacher: str
+    spec: RunSpec | None,
+    store: Store,
+    on_event: Listener | None,
+    weak_teacher: str,
+    device: str | None,
 ) -> tuple[nn.Module | None, Record | None]:
     "Load the trained network of a run; train it first if its weights are missing."
     if spec is None:
         return None, None
     record = with_weights(spec, store)[0]
     if record is None:
-        run_train(spec, store, on_event, weights=True, weak_teacher=weak_teacher)
+        run_train(spec, store, on_event, True, weak_teacher, device)
     else:
         check_unchanged(record, store)
     return load_model(spec, store)
@@ -441,6 +444,7 @@ def _train(
     reference_record: Record | None,
     emit: Listener,
     weak_teacher: str,
+    device: str | None = None,
 ) -> Record:
     "Train and measure a run whose other networks are there, and return its record."
     data = load_spec(spec.data)
@@ -465,6 +469,7 @@ def _train(
             spec.optim,
             spec.data.augment,
             spec.seed,
+            device,
             checkpoint=_checkpoint_path(spec),
             on_event=emit,
             probes=create_run_probes if probe_options else None,
