@@ -904,7 +904,7 @@ def bench(
 def book(
     out: str | None = None,  # folder of the site; default: _docs
 ) -> None:
-    """Build the documentation as a web site that works offline; print the path of its first page."""
+    """Build the documentation as an offline web site; print the path of its first page."""
     from snnkd_nb.runner.book import build_book
 
     print(build_book(out))

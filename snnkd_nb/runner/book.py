@@ -107,11 +107,11 @@ def relative_link(
     "Return the path of a file as a page links to it."
     return Path(os.path.relpath(target, page.parent)).as_posix()
 
-# %% ../../nbs/lib/98_runner.book.ipynb #61f9fffa
+# %% ../../nbs/lib/98_runner.book.ipynb #db42de8a
 def stored_scale(
     artefact: Artefact,
 ) -> str | None:
-    "Return the largest scale at which a table or figure of an artefact is stored; None if there is none."
+    "Return the largest scale at which a table or figure is stored; None if there is none."
     for scale in reversed(SCALES):
         table = root() / "results" / "tables" / f"{artefact.id}-{scale}.md"
         figure = root() / "figures" / f"{artefact.id}-{scale}.png"
@@ -168,7 +168,7 @@ def _runs_section(table: Path) -> str:
             lines.append(f"- {label}: {', '.join(links)}")
     return "\n".join(["## Runs", "", *lines]) if lines else ""
 
-# %% ../../nbs/lib/98_runner.book.ipynb #6ff1a4ec
+# %% ../../nbs/lib/98_runner.book.ipynb #721526db
 CONFIG = """
 project = "snnkd_nb"
 author = "the snnkd_nb developers"
@@ -181,7 +181,11 @@ extensions = [
 ]
 html_theme = "sphinx_book_theme"
 html_title = "snnkd_nb"
-html_theme_options = {{"show_navbar_depth": 1, "use_download_button": True, "home_page_in_toc": True}}
+html_theme_options = {{
+    "show_navbar_depth": 1,
+    "use_download_button": True,
+    "home_page_in_toc": True,
+}}
 html_copy_source = False
 html_show_sourcelink = False
 nb_execution_mode = "off"
@@ -206,7 +210,9 @@ QUIET = ["myst.header", "mystnb.lexer", "misc.highlighting_failure", "docutils",
 def escape_for_sphinx(
     docstring: str,  # Markdown, as in this package
 ) -> str:
-    "Return a docstring as reStructuredText: code spans get two backticks, special characters a backslash."
+    """Return a docstring as reStructuredText.
+
+    Code spans get two backticks and special characters a backslash."""
     parts = re.split(r"(`[^`]+`)", docstring)
     for i, part in enumerate(parts):
         if i % 2:
