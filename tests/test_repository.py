@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import snnkd_nb
+from snnkd_nb.runner.notebooks import LANGUAGE_INFO
 
 ROOT = Path(__file__).resolve().parents[1]
 LIB = sorted((ROOT / "nbs/lib").glob("*.ipynb"))
@@ -149,6 +150,11 @@ def test_ids_are_unique_and_the_kernel_is_plain():
     for p in ALL:
         ids = [c.get("id") for c in CELLS[p]]
         assert None not in ids and len(set(ids)) == len(ids), p.name
+
+
+def test_notebooks_keep_what_jupyterlab_would_add():
+    for p in ALL:
+        assert json.loads(p.read_text())["metadata"]["language_info"] == LANGUAGE_INFO, p.name
 
 
 def test_readme_is_the_front_page():

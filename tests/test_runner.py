@@ -361,7 +361,7 @@ def test_a_page_renders_to_the_same_bytes_and_plain_papermill_agrees(home):
     assert (
         read_parameters(nb)["reach"] == 3.0
         and all(c.get("execution_count") is None for c in nb["cells"])
-        and set(nb["metadata"]) == {"kernelspec"}
+        and set(nb["metadata"]) == {"kernelspec", "language_info"}
     )
     plain = home / "plain.ipynb"
     r = subprocess.run(
