@@ -255,9 +255,9 @@ def test_a_wheel_has_the_papers(tmp_path):
     source.mkdir()
     for name in ("setup.py", "settings.ini", "README.md", "MANIFEST.in"):
         shutil.copy(ROOT / name, source)
-    ignore = shutil.ignore_patterns("__pycache__", "*.ipynb", ".ipynb_checkpoints")
-    shutil.copytree(ROOT / "snnkd_nb", source / "snnkd_nb", ignore=ignore)
-    shutil.copytree(ROOT / "nbs", source / "nbs", ignore=ignore)
+    ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+    for name in ("snnkd_nb", "nbs", "results"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignore)
     build = [sys.executable, "setup.py", "-q", "bdist_wheel", "-d", str(tmp_path)]
     made = subprocess.run(build, cwd=source, capture_output=True, text=True, timeout=300)
     assert made.returncode == 0, made.stderr[-2000:]
@@ -277,3 +277,11 @@ def test_a_wheel_has_the_papers(tmp_path):
     assert path.startswith(str(tmp_path / "site")), run.stderr
     want = len(build_grid("ckdsnn/table01", "paper").specs)
     assert numbers == [str(len(artefacts())), "79.11", str(want)]
+    notebooks = [sys.executable, "-m", "snnkd_nb.cli", "notebooks", "--to", str(tmp_path / "work")]
+    copied = subprocess.run(notebooks, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert copied.returncode == 0, copied.stderr
+    assert (tmp_path / "work" / "nbs" / "index.ipynb").is_file()
+    env["SNNKD_ROOT"] = str(tmp_path / "work")
+    listing = [sys.executable, "-m", "snnkd_nb.cli", "list", "sastc/table02"]
+    listed = subprocess.run(listing, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "at scale small: 1 built" in listed.stdout, listed.stdout + listed.stderr
