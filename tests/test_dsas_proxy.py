@@ -51,49 +51,42 @@ def frame_of(accuracy, parameters=None, seed=0, **given):
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_genomes_are_distinct_valid_and_fixed(scale):
-    found = proxy.genomes(scale)
+    found = proxy.draw_genomes(scale)
     search = build_search(scale, "CIFAR-10")
     where = create_space(search.space, image_size=PIXELS[scale], **search.space_args)
     assert len(found) == len(set(found)) == {"smoke": 8, "small": 24}.get(
         scale, 48
-    ) and found == proxy.genomes(scale)
+    ) and found == proxy.draw_genomes(scale)
     assert [where.why_not(g) for g in found] == [""] * len(found) and all(
         check_genome(g, PIXELS[scale]) for g in found
     )
-    assert not set(proxy.genomes(scale, seed=1)) & set(found[:5])
+    assert not set(proxy.draw_genomes(scale, seed=1)) & set(found[:5])
 
 
 def test_a_draw_that_repeats_itself_gives_every_genome_once(monkeypatch):
-    monkeypatch.setattr(
-        proxy,
-        "space",
-        lambda scale, dataset: (
-            "cifar10",
-            {"channels": [4], "normal": [1, 2], "downsample": [1, 1]},
-        ),
-    )
-    assert sorted(proxy.genomes("smoke", 5)) == sorted(
-        ["d4 n4", "n4 d4", "d4 n4 n4", "n4 d4 n4", "n4 n4 d4"]
-    )
+    small = create_space("cifar10", channels=[4], normal=[1, 2], downsample=[1, 1])
+    monkeypatch.setattr(proxy, "proxy_space", lambda scale: small)
+    every = ["d4 n4", "n4 d4", "d4 n4 n4", "n4 d4 n4", "n4 n4 d4"]
+    assert sorted(proxy.draw_genomes("smoke", 5)) == sorted(every)
     with pytest.raises(UserError, match="5 genomes"):
-        proxy.genomes("smoke", 6)
+        proxy.draw_genomes("smoke", 6)
 
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_runs_differ_in_their_genome_alone(scale):
-    grid = proxy.dsas_proxy(scale)
+    grid = build_grid("studies/dsas_proxy", scale)
     first, *rest = grid.specs
     assert (
-        first == proxy.teacher(scale)
+        first == proxy.teacher_run(scale)
         and first.model.T is None
-        and [s.model.args["genome"] for s in rest] == proxy.genomes(scale)
+        and [s.model.args["genome"] for s in rest] == proxy.draw_genomes(scale)
     )
     assert (
         len({s.canonical().replace(s.model.args["genome"], "") for s in rest}) == 1
         and {s.teacher for s in rest} == {first}
         and {s.method for s in rest} == {"logits-mse"}
     )
-    how = proxy.scoring(scale)
+    how = proxy.scoring_spec(scale)
     assert (
         how.T == rest[0].model.T
         and how.neuron == rest[0].model.neuron
@@ -118,8 +111,8 @@ def test_the_page_is_found_and_the_teacher_is_shared():
         and "".join(cells[0]["source"]).startswith("# Does the proxy work?")
     )
     assert (
-        proxy.teacher("small") in build_grid("studies/sastc", "small").specs
-        and proxy.teacher("smoke") in build_grid("studies/kd", "smoke").specs
+        proxy.teacher_run("small") in build_grid("studies/sastc", "small").specs
+        and proxy.teacher_run("smoke") in build_grid("studies/kd", "smoke").specs
     )
 
 
@@ -172,8 +165,8 @@ def test_snasnet_against_a_slow_loop(genome):
     total, mean, m = slowly(
         create_candidate(genome, 0, num_classes=10, in_channels=1, image_size=8, **kw), x
     )
-    how = proxy.scoring("smoke").replace(batch=12)
-    got = proxy.values(genome, score, how)
+    how = proxy.scoring_spec("smoke").replace(batch=12)
+    got = proxy.proxy_values(genome, score, how)
     assert m == 2 * len(genome.split()) * 2 and score.dead == "" and math.isfinite(total)
     assert got["SNASNet"] == pytest.approx(total, rel=1e-5) and got[
         "SNASNet (mean)"
@@ -291,7 +284,7 @@ def test_interval_by_hand():
 
 
 def by_name(frame, times=1000):
-    return proxy.assessed(frame, times).set_index("metric")
+    return proxy.assess_proxies(frame, times).set_index("metric")
 
 
 def test_each_score_is_read_in_its_own_direction():
@@ -315,7 +308,7 @@ def test_dead_ones_are_last_for_the_scores_that_run_them_and_not_drawn():
         == pytest.approx(kendalltau(np.where(acc < 4, -1, acc), acc).statistic)
         and by_name(frame).place["TGS"] == 1
     )
-    fig = proxy.scatters(frame, proxy.assessed(frame, 100))
+    fig = proxy.draw_proxies(frame, proxy.assess_proxies(frame, 100))
     assert [len(ax.collections[0].get_offsets()) for ax in fig.axes[:8]] == [
         24,
         24,
@@ -333,10 +326,10 @@ def test_a_score_that_only_counts_parameters_is_found_out():
     size = rng.permutation(24) * 100.0 + 10
     acc = 30 + size / 200 + rng.normal(size=24)
     twin, noisy = -size, -(size + rng.normal(scale=300, size=24))
-    table = proxy.assessed(frame_of(acc, size, TGS=twin, MAS=noisy), 2000)
+    table = proxy.assess_proxies(frame_of(acc, size, TGS=twin, MAS=noisy), 2000)
     at, said = (
         table.set_index("metric"),
-        {r["metric"]: proxy.said(r) for r in table.to_dict("records")},
+        {r["metric"]: proxy.describe_proxy(r) for r in table.to_dict("records")},
     )
     assert (
         at.tau["TGS"] == at.tau["parameters"]
@@ -344,11 +337,11 @@ def test_a_score_that_only_counts_parameters_is_found_out():
     )
     assert (
         "orders students better than chance" in said["MAS"]
-        and "nothing is left that is told apart from chance" in said["MAS"]
+        and "nothing significant is left" in said["MAS"]
         and "better than counting" not in said["MAS"]
     )
     assert (
-        "given the parameters nothing is left (none); not told apart from counting parameters"
+        "given the parameters nothing is left (none); not significantly different from counting parameters"
         in said["TGS"]
     )
     assert "given" not in said["parameters"] and math.isnan(at.lead["parameters"])
@@ -356,18 +349,19 @@ def test_a_score_that_only_counts_parameters_is_found_out():
 
 def test_chance_is_called_chance():
     frame = frame_of(np.random.default_rng(11).normal(40, 3, 24), seed=2)
-    table = proxy.assessed(frame, 2000)
-    lines = proxy.worth(frame, table)
+    table = proxy.assess_proxies(frame, 2000)
+    lines = proxy.describe_proxies(frame, table)
     spans = {r["metric"]: r["tau low"] <= 0 <= r["tau high"] for r in table.to_dict("records")}
     assert (
         all(spans.values())
         and lines[0]
-        == "No score is told apart from chance in the right direction. Given the parameters, none is. Better than counting parameters: none."
+        == "Scores that order students better than chance: none; the wrong way round: none. "
+        "Given the parameters: none. Better than counting parameters: none."
     )
     assert (
-        all("is not told apart from chance" in s for s in lines[3:])
+        all("does not differ significantly from chance" in s for s in lines[3:])
         and len(lines) == 3 + len(proxy.PROXIES)
-        and set(proxy.verdicts(table).ours) == {"not told apart"}
+        and set(proxy.judge_proxies(table).ours) == {"undecided"}
     )
 
 
@@ -375,11 +369,14 @@ def test_what_works_is_said_to_work():
     rng = np.random.default_rng(11)
     acc = rng.normal(40, 3, 24)
     frame = frame_of(acc, seed=2, MAS=-acc + rng.normal(scale=0.5, size=24), TGS=acc)
-    table = proxy.assessed(frame, 2000)
-    lines, kept = proxy.worth(frame, table), proxy.verdicts(table).set_index("claim").ours
+    table = proxy.assess_proxies(frame, 2000)
+    lines, kept = (
+        proxy.describe_proxies(frame, table),
+        proxy.judge_proxies(table).set_index("claim").ours,
+    )
     assert (
-        lines[0]
-        == "MAS is told apart from chance in the right direction; TGS is told apart from it in the wrong one. Given the parameters, MAS is. Better than counting parameters: MAS."
+        lines[0] == "Scores that order students better than chance: MAS; the wrong way round: TGS. "
+        "Given the parameters: MAS. Better than counting parameters: MAS."
     )
     mas = next(s for s in lines if s.startswith("MAS:"))
     assert (
@@ -398,7 +395,7 @@ def test_what_works_is_said_to_work():
         and kept[[k for k in kept.index if k.startswith("TGS ")]].tolist() == ["fails"] * 3
     )
     assert f"accuracy {acc.min():.2f} to {acc.max():.2f} %, mean {acc.mean():.2f} %" in lines[2]
-    shown = proxy.shown(table).set_index("score")
+    shown = proxy.proxy_table(table).set_index("score")
     assert (
         shown.loc["TGS"].iloc[0] == "-1.00 [-1.00, -1.00]"
         and shown.loc["parameters"].iloc[1] == ""
@@ -408,16 +405,30 @@ def test_what_works_is_said_to_work():
 
 def test_too_little_is_not_judged():
     flat = frame_of(np.full(6, 10.0))
-    table = proxy.assessed(flat, 200)
+    table = proxy.assess_proxies(flat, 200)
     assert (
         table.tau.isna().all()
-        and all("cannot be judged" in proxy.said(r) for r in table.to_dict("records"))
-        and set(proxy.verdicts(table).ours) == {"not judged"}
+        and all("cannot be judged" in proxy.describe_proxy(r) for r in table.to_dict("records"))
+        and set(proxy.judge_proxies(table).ours) == {"not judged"}
     )
-    empty = proxy.joined("smoke", {}, {})
+    empty = proxy.tabulate_proxies("smoke", {}, {})
     assert (
         empty.empty
-        and proxy.assessed(empty).empty
-        and proxy.worth(empty, proxy.assessed(empty)) == ["Not run."]
-        and proxy.verdicts(proxy.assessed(empty)).empty
+        and proxy.assess_proxies(empty).empty
+        and proxy.describe_proxies(empty, proxy.assess_proxies(empty)) == ["Not run."]
+        and proxy.judge_proxies(proxy.assess_proxies(empty)).empty
     )
+
+
+def test_a_loop_that_cannot_be_computed_is_one_line():
+    from snnkd_nb.papers import experiments
+
+    assert [c.index["method"] for c in build_grid("studies/dsas_proxy", "smoke").cells[1:]] == (
+        proxy.draw_genomes("smoke")
+    )
+    loop = {"method": {"call": "snnkd_nb.papers.studies_proxy:no_such"}}
+    block = {"each": loop, "column": "accuracy", "run": "drawn student"}
+    made = experiments._Block("studies", "dsas_proxy", 1, block, "smoke")
+    with pytest.raises(UserError, match="no_such") as error:
+        made.cells()
+    assert "\n" not in str(error.value)

@@ -25,7 +25,6 @@ LONG_LINES: dict[str, int] = {
     "kernels.precision": 5,
     "papers.published": 12,
     "papers.registry": 4,
-    "papers.studies_proxy": 23,
     "reports.curves": 4,
     "reports.diagrams": 3,
     "reports.efficiency": 7,
