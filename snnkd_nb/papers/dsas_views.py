@@ -18,13 +18,12 @@ from .registry import artefacts
 from ..reports.claims import ClaimRecord, records_by_arm
 from ..reports.curves import MOMENTS
 from ..search.job import read_population
-from ..spec import SearchSpec
 from ..store import SearchRecord
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Records = Mapping[SearchSpec, SearchRecord | None]
+Records = Mapping[Any, SearchRecord | None]  # `SearchSpec` -> record, None: not stored
 
 # %% ../../nbs/lib/86_papers.dsas_views.ipynb #15dcbe81
 def find_figure(
