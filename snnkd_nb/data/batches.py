@@ -225,7 +225,8 @@ class ImageData:
             if len(labels) and not (labels.min() >= 0 and labels.max() < len(self.classes)):
                 raise UserError(
                     f"{self.name}: {name} has labels from {labels.min()} to {labels.max()} for "
-                    f"{len(self.classes)} classes: give whole numbers from 0, and every class a name"
+                    f"{len(self.classes)} classes: give whole numbers from 0, "
+                    "and every class a name"
                 )
 
     def _check_normalization(self) -> None:

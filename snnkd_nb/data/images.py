@@ -432,7 +432,7 @@ _digests_at_import: dict[str, str] = {}  # name of a plug-in's module -> SHA-256
 
 
 def _imported_file(path: Path) -> ModuleType:
-    "Return the module of a file that was imported before; `UserError` if it is another, or changed."
+    "Return the module of an imported file; `UserError` if it is of another file, or changed."
     module = sys.modules[path.stem]
     file = getattr(module, "__file__", None)
     if file is None or Path(file).resolve() != path.resolve():
