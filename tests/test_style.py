@@ -23,7 +23,7 @@ LONG_LINES: dict[str, int] = {
     "kernels.lif": 1,
     "kernels.norm": 5,
     "kernels.precision": 5,
-    "papers.published": 12,
+    "papers.published": 10,
     "papers.registry": 4,
     "reports.curves": 4,
     "reports.diagrams": 3,

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['packaged_folder', 'paper_folders', 'paper_folder', 'read_toml', 'check_keys', 'parse_cell', 'parse_table',
-           'PublishedTable', 'matches', 'read_table', 'published_keys', 'published', 'value', 'Claim', 'Estimate',
-           'estimate', 'told_apart', 'evaluate_claim', 'Stated', 'computed', 'holds', 'Contradiction', 'failing',
-           'claims', 'stated', 'contradictions']
+           'PublishedTable', 'matches', 'read_table', 'published_keys', 'published', 'value', 'Claim', 'evaluate_claim',
+           'Stated', 'computed', 'holds', 'Contradiction', 'failing', 'claims', 'stated', 'contradictions']
 
 # %% ../../nbs/lib/70_papers.published.ipynb #bbdf4bae
 import csv
@@ -19,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import snnkd_nb
 from ..core import UserError, expand_path, unknown
@@ -336,58 +335,13 @@ class Claim:
     margin: float = 1e-6  # least difference, in the table's unit
     paper: str = "holds"  # verdict on the paper's own numbers
 
-
-class Estimate(NamedTuple):
-    "A mean over seeds, or a sum of such means, with what is known of its error."
-
-    value: float
-    # (squared standard error, degrees of freedom) of every mean in it; None for a single seed;
-    # empty for a published number, whose error is not known
-    errors: tuple = ()
-
-    def __sub__(self, other: "Estimate") -> "Estimate":
-        return Estimate(self.value - other.value, self.errors + other.errors)
-
-
-def estimate(
-    record: Mapping[str, Any],  # with `value`; ours also have `n` and `std`
-) -> Estimate | None:
-    "The `Estimate` of a record; None where there is no number. A published number has no `n`."
-    if record["value"] is None:
-        return None
-    n = record.get("n")
-    if not n:
-        return Estimate(record["value"])
-    if n == 1:
-        return Estimate(record["value"], (None,))
-    squared_error = record["std"] ** 2 / n
-    return Estimate(record["value"], ((squared_error, n - 1),))
-
 # %% ../../nbs/lib/70_papers.published.ipynb #0b96b859
-def told_apart(
-    gap: Estimate,
-    margin: float = 0.0,  # what it is compared with
-) -> bool:
-    "Whether a difference of means over seeds is above or below the margin by more than chance (Welch, p < 0.05)."
-    errors = [error for error in gap.errors if error and error[0] > 0]
-    if not errors:
-        return True
-    from scipy.special import stdtr
-
-    total = sum(squared for squared, _ in errors)
-    degrees = total**2 / sum(squared**2 / n for squared, n in errors)
-    t = abs(gap.value - margin) / total**0.5
-    return bool(2 * stdtr(degrees, -t) < 0.05)
-
-
-def _verdict(gap: Estimate, claim: Claim) -> str:
-    lead = Estimate(-gap.value if claim.lower else gap.value, gap.errors)
-    if None not in gap.errors and not told_apart(lead, claim.margin):
-        return "not told apart"
-    return "holds" if lead.value >= claim.margin else "fails"
+def _verdict(gap: float, claim: Claim) -> str:
+    lead = -gap if claim.lower else gap
+    return "holds" if lead >= claim.margin else "fails"
 
 # %% ../../nbs/lib/70_papers.published.ipynb #0d16dd17
-_Groups = dict[tuple[str, ...], list[Estimate | None]]
+_Groups = dict[tuple[str, ...], list[float | None]]
 
 
 def _select(records: Iterable[Mapping], at: Mapping, names: list[str]) -> _Groups:
@@ -395,15 +349,15 @@ def _select(records: Iterable[Mapping], at: Mapping, names: list[str]) -> _Group
     for record in records:
         if matches(record, at) and record.get("text") != "-":
             place = tuple(str(record[name]) for name in names)
-            groups.setdefault(place, []).append(estimate(record))
+            groups.setdefault(place, []).append(record["value"])
     return groups
 
 
-def _minus(x: Estimate | None, y: Estimate | None) -> Estimate | None:
+def _minus(x: float | None, y: float | None) -> float | None:
     return None if x is None or y is None else x - y
 
 
-def _gaps(claim: Claim, records: list[Mapping]) -> list[Estimate | None]:
+def _gaps(claim: Claim, records: list[Mapping]) -> list[float | None]:
     "Better minus worse wherever both have a number at the same place."
     names = claim.by.split()
     better = _select(records, claim.better, names)
@@ -413,14 +367,14 @@ def _gaps(claim: Claim, records: list[Mapping]) -> list[Estimate | None]:
     ]
 
 
-def _rises(claim: Claim, records: list[Mapping]) -> list[Estimate | None]:
+def _rises(claim: Claim, records: list[Mapping]) -> list[float | None]:
     "Differences of neighbours along `claim.over`."
     names = [*claim.by.split(), claim.over]
     better = _select(records, claim.better, names)
     worse = None if claim.worse is None else _select(records, claim.worse, names)
-    series: dict[tuple[str, ...], list[tuple[float, Estimate | None]]] = {}
+    series: dict[tuple[str, ...], list[tuple[float, float | None]]] = {}
     for place, group in better.items():
-        base = Estimate(0) if worse is None else worse.get(place, [None])[0]
+        base = 0.0 if worse is None else worse.get(place, [None])[0]
         point = (float(place[-1]), _minus(group[0], base))
         series.setdefault(place[:-1], []).append(point)
     rises = []
@@ -434,29 +388,24 @@ def _summarize_verdicts(verdicts: list[str]) -> str:
     counts = Counter(verdicts)
     if len(counts) == 1:
         return verdicts[0]
-    if "not told apart" not in counts:
-        return f"partly {counts['holds']}/{len(verdicts)}"
-    words = ("holds", "fails", "not told apart")
-    return ", ".join(f"{word} {counts[word]}" for word in words if counts[word])
+    return f"partly {counts['holds']}/{len(verdicts)}"
 
 
 def evaluate_claim(
     claim: Claim,
-    records: list[Mapping],  # with the table's index names, `column` and `value` (None: not run)
+    records: list[Mapping],  # with the table's index names, `column` and `value` (None: missing)
 ) -> str:
     """
-    The verdict of some numbers on a claim; our records also have `std` and `n`, the number of seeds.
+    Return the verdict of printed numbers on a claim, compared as they are: "holds", "fails" or "partly 2/3".
 
-    "holds", "fails", "not told apart" from chance over seeds, or how many comparisons do which; "not run" without a number.
-    Comparisons with a missing number are left out and "(k of n run)" is added; "one seed" marks a mean without spread.
+    It is "not run" without a number. Comparisons with a missing number are left out and "(k of n run)" is added.
+    `reports.claims` judges our numbers.
     """
     gaps = _rises(claim, records) if claim.over else _gaps(claim, records)
     known = [gap for gap in gaps if gap is not None]
     if not known:
         return "not run"
     word = _summarize_verdicts([_verdict(gap, claim) for gap in known])
-    if any(None in gap.errors for gap in known):
-        word += ", one seed"
     return word if len(known) == len(gaps) else f"{word} ({len(known)} of {len(gaps)} run)"
 
 # %% ../../nbs/lib/70_papers.published.ipynb #c2995b4d

@@ -114,6 +114,7 @@ def scoring_spec(
     "Return the batches, seeds and networks of the scores as a spec; nothing is searched."
     search = dsas.build_search(scale, "CIFAR-10")
     student = student_run(scale, draw_genomes(scale, 1)[0])
+    assert student.model.T is not None, "students are spiking networks"
     metric_args: dict[str, Any] = {"seeds": [0, 1, 2]}
     if "neuron_args" in student.model.args:
         metric_args["neuron_args"] = student.model.args["neuron_args"]
@@ -150,7 +151,12 @@ def score_genomes(
     missing = [genome for genome in genomes if cache.get(genome) is None]
     with ScoringPool(scorer) as pool:
         cache.put(dict(pool.scores(missing)))
-    return {genome: cache.get(genome) for genome in genomes}
+    scores = {}
+    for genome in genomes:
+        score = cache.get(genome)
+        assert score is not None, f"{genome} was not scored"
+        scores[genome] = score
+    return scores
 
 # %% ../../nbs/lib/89_papers.studies_proxy.ipynb #3afd9486
 def proxy_values(
@@ -159,6 +165,7 @@ def proxy_values(
     spec: SearchSpec,  # of `scoring_spec`
 ) -> dict[str, float]:
     "Return the proxies of a genome by name, see `PROXIES`."
+    assert score.parameters is not None, "scorers count parameters"
     parts = score.parts
     num_blocks = len(genome.split())
     log_kernels = float(np.log(2 * num_blocks * spec.T))
