@@ -865,7 +865,7 @@ def predict(
 
 
 def notebooks(
-    to: str,  # a folder that does not exist yet, or is empty
+    to: str = "snnkd_notebooks",  # a folder that does not exist yet, or is empty
 ) -> None:
     """Copy the notebooks, with papers and stored runs, into a folder of yours."""
     from snnkd_nb.deploy.notebooks import copy_notebooks

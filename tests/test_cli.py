@@ -264,6 +264,7 @@ def test_train_prints_accuracy_and_record_and_the_second_time_trains_nothing(hom
         "2",
         "--subset",
         "256",
+        "--weak-teacher",
     ]
     assert main(words) == 0
     first = capsys.readouterr().out
@@ -312,6 +313,7 @@ def test_a_plugin_brings_a_network_and_workers_import_it_too(home, capsys, monke
         "100",
         "--teacher",
         "my_own_teacher",
+        "--weak-teacher",
     ]
     assert "unknown model 'my_own_teacher'" in fails(capsys, *words)
     try:
@@ -348,6 +350,7 @@ def test_a_teacher_of_a_library_has_no_width(home, capsys):
         "torchvision:squeezenet1_1",
         "--size",
         "32",
+        "--weak-teacher",
     ]
     assert main(words) == 0, capsys.readouterr()
     spec = json.loads((home / capsys.readouterr().out.split()[-1]).read_text())["spec"]

@@ -144,7 +144,7 @@ class TorchData:
             return self._num_classes
         source = self.train.source
         dataset = source.dataset if isinstance(source, DataLoader) else source
-        classes = getattr(dataset, "classes", None)
+        classes: Any = getattr(dataset, "classes", None)
         require(
             classes,
             "the data set does not name its classes: give TorchData(…, num_classes=K)",

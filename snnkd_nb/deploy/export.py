@@ -479,7 +479,7 @@ def run_nir_file(
     images: Tensor,  # (B, C, H, W) normalized
     T: int,  # time steps
 ) -> Tensor:
-    "Run a file of NIR in SpikingJelly, with the same images in every step; return logits (T, B, K)."
+    "Run a file of NIR in SpikingJelly with the same images in every step; return (T, B, K)."
     _import("nirtorch")
     nir_exchange = _import("spikingjelly.activation_based.nir_exchange")
     with _quiet():
@@ -501,7 +501,7 @@ LOST = {
     "nir": (
         TRAINING,
         "BatchNorm: it is folded into the convolutions",
-        "normalization of images, number of time steps and the mean over time: the caller does these",
+        "normalization of images, number of time steps, mean over time: these are the caller's",
         "firing at > instead of >=, where a preset has it",
     ),
 }

@@ -14,7 +14,11 @@ from ..core import UserError
 from ..papers.published import packaged_folder
 
 # %% ../../nbs/lib/98_deploy.notebooks.ipynb #f44c1a4b
-SETTINGS = "[DEFAULT]\n# Marks this folder as a project of snnkd_nb.\nlib_name = snnkd_nb\nversion = {version}\n"
+SETTINGS = """[DEFAULT]
+# This file marks the folder as a project of snnkd_nb.
+lib_name = snnkd_nb
+version = {version}
+"""
 HIDDEN = shutil.ignore_patterns(".ipynb_checkpoints", "__pycache__")
 
 

@@ -120,7 +120,7 @@ def load_run(
     store = store or Store()
     record = find_record(run, store)
     path = store.path(record.id)
-    if str(run).endswith(".json"):
+    if isinstance(run, (str, Path)) and str(run).endswith(".json"):
         path = Path(run).expanduser()
         store = Store(path.parent)
     state = _read_weights_beside(path, record)
@@ -227,9 +227,15 @@ def _with_channels(image: np.ndarray, channels: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image).convert("L"))[:, :, None]
 
 
-def _fit(image: np.ndarray, size: int) -> np.ndarray:
-    if image.shape[:2] == (size, size):
+def _fit(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    if image.shape[:2] == (height, width):
         return image
+    size = height
+    require(
+        height == width,
+        f"an image of {image.shape[0]}×{image.shape[1]} pixels: the network takes "
+        f"{height}×{width}, give it in this size",
+    )
     flat = image[:, :, 0] if image.shape[2] == 1 else image
     fitted = np.asarray(fit_image(Image.fromarray(flat), size))
     return fitted.reshape(size, size, image.shape[2])
@@ -244,7 +250,7 @@ def prepare_images(
     Images of another size are scaled and cut as in the training (`data.decode.fit_image`)."""
     about: Any = SimpleNamespace(mean=run.mean, std=run.std, frames=run.frames)
     normalize = make_normalizer(about)
-    channels, size, _ = run.shape
+    channels, height, width = run.shape
     if run.frames:
         shape = (run.frames, *run.shape)
         is_recording = isinstance(images, Tensor) and images.dtype == torch.uint8
@@ -255,7 +261,7 @@ def prepare_images(
         )
         batch = images.reshape(-1, run.frames * channels, *run.shape[1:])
         return normalize(batch.contiguous(memory_format=torch.channels_last))
-    rows = [_fit(_with_channels(image, channels), size) for image in read_images(images)]
+    rows = [_fit(_with_channels(image, channels), height, width) for image in read_images(images)]
     batch = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
     return normalize(batch)
 

@@ -223,7 +223,7 @@ def read_state(
 def keep_file(
     name: str | Path,  # as in `find_file`
 ) -> str:
-    """Copy a file of weights into the cache and return the name "sha256:…", which `find_file` takes.
+    """Copy a file of weights into the cache; return the name "sha256:…", which `find_file` takes.
 
     A spec with this name does not depend on where the file was. Raises `UserError` if the file is
     missing or holds no state dict.

@@ -199,7 +199,8 @@ def _load_file(
     state = read_state(weights, sha256)
     if net is not model and all(name.startswith("net.") for name in state):
         state = {name.removeprefix("net."): value for name, value in state.items()}
-    shape = (model.in_channels, *image_edges(model.image_size))
+    channels: Any = model.in_channels
+    shape = (channels, *image_edges(model.image_size))
     path = "head" if head is False and hasattr(net, "head") else None
     load_state(net, state, str(weights), path or head_to_skip(net, head, num_classes, shape))
 

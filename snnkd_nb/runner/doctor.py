@@ -137,8 +137,8 @@ def check_torchvision(torch: str, vision: str, loads: bool = True) -> Finding:
     if is_same_build:
         return Finding(
             "note",
-            f"torchvision {vision} cannot be imported outside this package, although its build fits "
-            f"torch {torch}; data sets and transforms work in it all the same",
+            f"torchvision {vision} cannot be imported outside this package, although its build "
+            f"fits torch {torch}; data sets and transforms work in it all the same",
             f"pip install --force-reinstall --no-deps torchvision=={vision.partition('+')[0]} "
             "(the version for this torch: https://pytorch.org/get-started)",
         )

@@ -236,8 +236,8 @@ def _insert_values(source: str, values: Mapping[str, Any]) -> str:
     return "".join(lines)
 
 
-# What a kernel of Python tells JupyterLab, which marks a notebook without it as changed. The version
-# is that of the tests, so that a page has the same bytes everywhere.
+# A kernel of Python tells this JupyterLab, which marks a notebook without it as changed. The
+# version is that of the tests, so that a page has the same bytes everywhere.
 LANGUAGE_INFO = {
     "codemirror_mode": {"name": "ipython", "version": 3},
     "file_extension": ".py",
