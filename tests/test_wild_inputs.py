@@ -1,6 +1,7 @@
 """What users bring: states of modules, labels, weight files, teachers, images and options of every kind."""
 
 import copy
+import pickle
 import warnings
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from snnkd_nb.cli import main
-from snnkd_nb.core import UserError
+from snnkd_nb.core import UserError, sha256_of
 from snnkd_nb.data.batches import ImageData, Split, hard_labels, read_labels
 from snnkd_nb.data.corrupt import few_shot, label_noise, split_validation
 from snnkd_nb.losses.base import cross_entropy
@@ -164,6 +165,26 @@ def test_it_is_refused_before_the_training(tmp_path):
     with pytest.raises(UserError, match="without pickle"):
         train(Odd(), make_data(), checkpoint=tmp_path / "c", on_event=events.append)
     assert events == []
+
+
+@pytest.mark.parametrize(
+    "blob",
+    [
+        pickle.dumps({"state": "pickle"}),
+        b"",
+        b"\xff" * 40,
+        dump_state({"weight": torch.zeros(2)}),
+        dump_state({"weight": torch.zeros(2)}, state="[1]"),
+        dump_state({"weight": torch.zeros(2)}, state="{"),
+    ],
+    ids=["pickle", "empty", "bytes", "no state", "a list", "no JSON"],
+)
+def test_a_signed_file_of_another_form_is_a_damaged_checkpoint(tmp_path, blob):
+    net = nn.Linear(2, 1)
+    path = tmp_path / "run.ckpt"
+    path.write_bytes(sha256_of(blob).encode() + b"\n" + blob)
+    with pytest.warns(UserWarning, match="damaged"):
+        assert load_checkpoint(path, net, torch.optim.SGD(net.parameters(), 0.1)) is None
 
 
 # --- labels -------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -47,10 +48,17 @@ def save_checkpoint(
     atomic_write(path, sha256_of(blob).encode() + b"\n" + blob)
 
 # %% ../../nbs/lib/55_training.checkpoint.ipynb #2066b2cf
-def _read_blob(path: Path) -> bytes | None:
+def _read_content(path: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    "Return tensors and JSON data of a checkpoint; None if its hash or its form is wrong."
     first_line, _, blob = path.read_bytes().partition(b"\n")
-    is_whole = sha256_of(blob).encode() == first_line
-    return blob if is_whole else None
+    if sha256_of(blob).encode() != first_line:
+        return None
+    try:
+        tensors, metadata = parse_state(blob)
+        state = json.loads(metadata["state"])
+    except (KeyError, TypeError, ValueError, SafetensorError):
+        return None
+    return (tensors, state) if isinstance(state, dict) else None
 
 
 def _fill_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -76,13 +84,12 @@ def load_checkpoint(
     path = Path(path)
     if not path.exists():
         return None
-    blob = _read_blob(path)
-    if blob is None:
+    content = _read_content(path)
+    if content is None:
         message = f"checkpoint {path.name} is damaged; the run starts again"
         warnings.warn(message, stacklevel=2)
         return None
-    tensors, metadata = parse_state(blob)
-    state = json.loads(metadata["state"])
+    tensors, state = content
     is_other = bool(identity) and state.get("of") != identity
     if callable(identity):
         is_other = not identity(state)
