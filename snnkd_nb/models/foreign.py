@@ -427,7 +427,10 @@ def _load_pretrained(net: nn.Module, name: str, weights: Any, head: str) -> None
     net.load_state_dict(state, strict=False)
 
 
-LIBRARIES = {"timm": timm_net, "torchvision": torchvision_net}
+LIBRARIES: dict[str, Callable[..., nn.Module]] = {
+    "timm": timm_net,
+    "torchvision": torchvision_net,
+}
 
 
 def _downloaded_file(address: str) -> Path:
