@@ -241,7 +241,7 @@ _SIMILAR = {"…": "...", "→": "->", "–": "-", "—": "-", "−": "-", "’"
 def replace_characters(
     error: UnicodeError,  # of an encoder
 ) -> tuple[str, int]:
-    "Replace characters that an encoding lacks by similar ones, else by `?` (a codec error handler)."
+    "Replace characters that an encoding lacks by similar ones, else by `?` (codec error handler)."
     if not isinstance(error, UnicodeEncodeError):
         raise error
     replaced = ""
@@ -373,7 +373,7 @@ def torchvision(
 ) -> ModuleType:
     """Import torchvision, or one of its submodules, together with any build of torch.
 
-    With a torch of another build only the pure Python parts work; a detection operator still fails when
+    With a torch of another build only the pure Python parts work. A detection operator fails when
     it is called."""
     name = f"torchvision.{submodule}" if submodule else "torchvision"
     try:
@@ -392,7 +392,8 @@ def renamed(
 ) -> Callable[[str], Any]:
     """Return a module-level `__getattr__` that serves old names with a `DeprecationWarning`.
 
-    Modules after a move are relative to the package: "data.images:load" is `snnkd_nb.data.images.load`."""
+    Modules after a move are relative to the package: "data.images:load"
+    is `snnkd_nb.data.images.load`."""
 
     def __getattr__(name: str) -> Any:
         if name not in names:

@@ -179,6 +179,7 @@ def test_settings_name_every_third_party_import():
                 "extra_requirements",
                 "lab_requirements",
                 "export_requirements",
+                "book_requirements",
             )
         ),
     )

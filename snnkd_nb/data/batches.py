@@ -43,15 +43,15 @@ def stratified(
     """Rank the images of each class in a random order.
 
     Returns the rank of every image within its class (N,), and the sizes of the classes (K,)."""
-    labels = np.asarray(labels)
-    if labels.ndim == 2:
-        labels = labels.argmax(1)
-    order = permutation(len(labels), *purpose)
-    by_class = order[np.argsort(labels[order], kind="stable")]
-    class_sizes = np.bincount(labels)
+    classes = np.asarray(labels)
+    if classes.ndim == 2:
+        classes = classes.argmax(1)
+    order = permutation(len(classes), *purpose)
+    by_class = order[np.argsort(classes[order], kind="stable")]
+    class_sizes = np.bincount(classes)
     class_starts = np.cumsum(class_sizes) - class_sizes
-    rank = np.empty(len(labels), np.int64)
-    rank[by_class] = np.arange(len(labels)) - np.repeat(class_starts, class_sizes)
+    rank = np.empty(len(classes), np.int64)
+    rank[by_class] = np.arange(len(classes)) - np.repeat(class_starts, class_sizes)
     return rank, class_sizes
 
 # %% ../../nbs/lib/10_data.batches.ipynb #505ddc14

@@ -356,7 +356,7 @@ def timm_net(
     name: str,
     classes: int,  # K
     channels: int,  # of the images
-    size: int,  # pixels per edge
+    size: ImageSize,  # pixels per edge, or (height, width)
     pretrained: bool,  # whether to load (and if needed download) its pretrained weights
     options: Mapping[str, Any],  # of timm for this network
 ) -> nn.Module:
@@ -379,7 +379,7 @@ def torchvision_net(
     name: str,
     classes: int,  # K
     channels: int,  # of the images
-    size: int,  # pixels per edge
+    size: ImageSize,  # pixels per edge, or (height, width)
     pretrained: bool,  # whether to load (and if needed download) its pretrained weights
     options: Mapping[str, Any],  # of torchvision for this network
 ) -> nn.Module:

@@ -110,9 +110,10 @@ def check_genome(
     genes = parse_genome(genome)
     most = halvings(image_size)
     found = sum(gene.kind == "d" for gene in genes)
+    edges = "×".join(map(str, image_edges(image_size)))
     require(
         found <= most,
-        f"the genome has {found} downsample blocks, images of {'×'.join(map(str, image_edges(image_size)))} pixels allow {most}: "
+        f"the genome has {found} downsample blocks, images of {edges} pixels allow {most}: "
         f"make some of them normal, or take fit_genome(genome, {image_size})",
     )
     return genes

@@ -17,8 +17,6 @@ from ..core import unknown
 from .experiments import Cell, Grid, NotKnownYet, build_spec
 from .published import published
 from ..reports.tables import Measure, Report
-from ..search.evolution import Rates
-from ..search.space import SPACES, Space
 from ..spec import SearchSpec
 from ..store import SearchRecord, Store
 
@@ -213,6 +211,8 @@ def compare_energy_with_teacher(
 # %% ../../nbs/lib/88_papers.dsas.ipynb #386d070c
 def _search_settings() -> dict[tuple[str, str], str]:
     "Return our settings of Table 13 by row and column."
+    from snnkd_nb.search.evolution import Rates  # loads torch
+
     rates = Rates()
     search = build_search("paper", "CIFAR-10")
     values = {
@@ -242,9 +242,11 @@ def _in_braces(values: tuple[int, ...]) -> str:
 
 def _space_settings() -> dict[tuple[str, str], str]:
     "Return our settings of Table 14 by row and column."
+    from snnkd_nb.search.space import SPACES  # loads torch
+
     values = {}
     for dataset, name in _SPACE_OF.items():
-        space: Space = SPACES[name]
+        space = SPACES[name]
         values[dataset, "channel set"] = _in_braces(space.channels)
         values[dataset, "downsample range"] = _in_braces(space.downsample)
         values[dataset, "normal range"] = _in_braces(space.normal)

@@ -665,8 +665,8 @@ def full_search_row(population: int = 200, generations: int = 20) -> Row:
     data = load_spec(spec.data)
     start = time.perf_counter()
     teacher = build_model(spec.teacher.model, data)
-    options = {"metric": spec.metric, "T": spec.T, "neuron": spec.neuron}
-    scorer = Scorer(teacher, *load_batches(spec, data), **options)
+    images, labels = load_batches(spec, data)
+    scorer = Scorer(teacher, images, labels, metric=spec.metric, T=spec.T, neuron=spec.neuron)
     space = create_search_space(spec, data)
     cost = evolve(space, scorer, population, generations, workers=2).cost()
     seconds = time.perf_counter() - start

@@ -58,7 +58,7 @@ def _is_output_failure(error: Exception) -> bool:
 def guard_listener(
     listener: Callable[..., Any] | None,  # called with events or lines; None: nobody listens
 ) -> Callable[..., None]:
-    "Return a listener that never ends a run: the first failure of its output drops it with a warning."
+    "Return a listener that never ends a run: a failure of its output drops it with a warning."
     state = {"listener": listener}
 
     def listen(*args: Any, **kwargs: Any) -> None:
