@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['LIBRARIES', 'UserError', 'unknown', 'raises', 'home_dir', 'expand_path', 'root', 'cache_dir', 'data_dir',
            'canonical_json', 'sha256_of', 'seed_for', 'atomic_write', 'check_writable', 'lock', 'is_terminal',
-           'readable_name', 'replace_characters', 'float32_by_default', 'source_digest', 'cores', 'threads',
-           'torchvision', 'renamed', 'renamed_arguments']
+           'readable_name', 'replace_characters', 'comments_of', 'float32_by_default', 'source_digest', 'cores',
+           'threads', 'torchvision', 'renamed', 'renamed_arguments']
 
 # %% ../nbs/lib/00_core.ipynb #3be12b44
+import ast
 import contextlib
 import difflib
 import functools
@@ -20,6 +21,7 @@ import marshal
 import os
 import sys
 import tempfile
+import textwrap
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -252,6 +254,31 @@ def replace_characters(
             plain = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
             replaced += _SIMILAR.get(character, plain or "?")
     return replaced, error.end
+
+# %% ../nbs/lib/00_core.ipynb #3ae50001
+def comments_of(
+    function: Callable,  # a function written in a file, with one parameter per line
+) -> dict[str, str]:
+    """Return parameter name -> the comment behind it or, if there is none, the comment above it.
+
+    Raises `OSError` or `TypeError` for a function without source."""
+    source = textwrap.dedent(inspect.getsource(function))
+    lines = source.splitlines()
+    definition = ast.parse(source).body[0]
+    assert isinstance(definition, ast.FunctionDef)
+    comments = {}
+    for parameter in definition.args.args:
+        row = parameter.lineno - 1
+        _, _, comment = lines[row].partition("  # ")
+        if not comment:
+            above: list[str] = []
+            while lines[row - 1].strip().startswith("#"):
+                row -= 1
+                above.insert(0, lines[row].strip().lstrip("# "))
+            comment = " ".join(above)
+        if comment:
+            comments[parameter.arg] = comment
+    return comments
 
 # %% ../nbs/lib/00_core.ipynb #c6094730
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ __all__ = ['SUBJECTS', 'CONFIG', 'QUIET', 'REQUIRED', 'Chapter', 'module_of', 's
            'relative_link', 'stored_scale', 'run_ids', 'result_page', 'escape_for_sphinx', 'parameter_lines', 'setup',
            'for_readers', 'write_source', 'build_book', 'broken_links']
 
-# %% ../../nbs/lib/98_runner.book.ipynb #a48a1107
+# %% ../../nbs/lib/98_runner.book.ipynb #1953252f
 import csv
 import functools
 import importlib.util
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from ..core import UserError, root
+from ..core import UserError, comments_of, root
 from ..papers.experiments import SCALES
 from ..papers.registry import Artefact, artefacts, papers, studies
 
@@ -168,7 +168,7 @@ def _runs_section(table: Path) -> str:
             lines.append(f"- {label}: {', '.join(links)}")
     return "\n".join(["## Runs", "", *lines]) if lines else ""
 
-# %% ../../nbs/lib/98_runner.book.ipynb #721526db
+# %% ../../nbs/lib/98_runner.book.ipynb #d4032d24
 CONFIG = """
 project = "snnkd_nb"
 author = "the snnkd_nb developers"
@@ -223,20 +223,14 @@ def escape_for_sphinx(
 
 
 def parameter_lines(
-    function: Any,  # a function or class of the package
+    function: Any,  # a function of the package
 ) -> list[str]:
     "Return `:param name: text` for each parameter with a comment in the source."
-    from fastcore.docments import docments
-
     try:
-        comments = docments(function, returns=False)
-    except (TypeError, OSError, ValueError, SyntaxError, AttributeError):
+        comments = comments_of(function)
+    except (TypeError, OSError, AssertionError, SyntaxError):
         return []  # compiled or generated: no source to read
-    found = []
-    for name, text in comments.items():
-        if isinstance(text, str) and text:
-            found.append(f":param {name}: {escape_for_sphinx(' '.join(text.split()))}")
-    return found
+    return [f":param {name}: {escape_for_sphinx(text)}" for name, text in comments.items()]
 
 
 def setup(
@@ -247,7 +241,8 @@ def setup(
     def rewrite(app: Any, kind: str, name: str, found: Any, options: Any, lines: list) -> None:
         lines[:] = escape_for_sphinx("\n".join(lines)).splitlines()
         if kind in ("function", "method", "class"):
-            lines += ["", *parameter_lines(found)]
+            function = found.__init__ if isinstance(found, type) else found
+            lines += ["", *parameter_lines(function)]
 
     app.connect("autodoc-process-docstring", rewrite)
 
