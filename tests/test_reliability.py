@@ -69,7 +69,7 @@ def test_the_table_counts_trials_and_failures(monkeypatch):
     lines = []
     tallies = run_trials(20, on_line=lines.append, kinds=(good, bad))
     text = format_tallies(tallies)
-    assert "20 trials, 2 with" in text and "| bad | a loss | 2 | 2 |" in text
-    assert "| good | nothing | 18 | 0 |" in text and text.count("- bad: it is lost") == 2
+    assert "20 trials, 2 failed" in text and "| bad | a loss | 2 | 2 | 0.00 |" in text
+    assert "| good | nothing | 18 | 0 | 0.00 |" in text and text.count("- bad: it is lost") == 2
     stopped = run_trials(20, seconds=-1, on_line=lines.append, kinds=(good, bad))
     assert sum(tally.trials for tally in stopped) == 0 and "stopped after" in lines[-1]
