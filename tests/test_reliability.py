@@ -69,7 +69,36 @@ def test_the_table_counts_trials_and_failures(monkeypatch):
     lines = []
     tallies = run_trials(20, on_line=lines.append, kinds=(good, bad))
     text = format_tallies(tallies)
-    assert "20 trials, 2 failed" in text and "| bad | a loss | 2 | 2 | 0.00 |" in text
-    assert "| good | nothing | 18 | 0 | 0.00 |" in text and text.count("- bad: it is lost") == 2
+    assert "20 trials, 2 failed" in text and "| bad | a loss | 2 | 2 |" in text
+    assert "| good | nothing | 18 | 0 |" in text and text.count("- bad: it is lost") == 2
     stopped = run_trials(20, seconds=-1, on_line=lines.append, kinds=(good, bad))
     assert sum(tally.trials for tally in stopped) == 0 and "stopped after" in lines[-1]
+
+
+def test_a_student_that_ends_before_its_record_is_stored_keeps_all_numbers(
+    bench, tmp_path, monkeypatch
+):
+    from snnkd_nb.training import job
+
+    measure = job.measure_metrics
+    calls = []
+
+    def end_before_the_record(*arguments):
+        calls.append(1)
+        if len(calls) == 2:  # 1: the teacher, 2: the student after its last epoch
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr(job, "measure_metrics", end_before_the_record)
+    with reliability.inside(tmp_path):
+        with pytest.raises(KeyboardInterrupt):
+            reliability.train()
+        reliability.train()
+        record = reliability.Store().get(reliability.STUDENT)
+    assert len(calls) == 3
+    assert reliability.numbers_of(record) == bench.numbers[1]
+
+
+def test_a_damaged_header_of_an_image_cache_is_not_a_traceback(bench):
+    # the damage of this seed makes numpy raise tokenize.TokenError
+    assert attempt(kind_named("damaged image cache"), bench, "damaged image cache 20") == ""

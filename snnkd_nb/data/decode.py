@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import time
+import tokenize
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -394,6 +395,19 @@ def _read_checked(folder: Path) -> tuple[dict, np.ndarray, np.ndarray] | None:
     return meta, images, labels
 
 
+# numpy raises TokenError and SyntaxError for a damaged header of an array
+_DAMAGED = (
+    OSError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    EOFError,
+    TypeError,
+    SyntaxError,
+    tokenize.TokenError,
+)
+
+
 def read_cache(
     name: str,  # of the data set
     folder: Path,  # of its cache
@@ -401,7 +415,7 @@ def read_cache(
     "Return the data set in a cache folder, or None if the folder is absent, cut or damaged."
     try:
         content = _read_checked(folder)
-    except (OSError, ValueError, KeyError, AttributeError, EOFError):
+    except _DAMAGED:
         return None
     if content is None:
         return None

@@ -281,7 +281,7 @@ class History(list):
     max_values = 1100  # values of `columns` with many columns
     many_columns = 12
     num_late = 10  # last epochs that `columns` always keeps
-    teacher_acc: float | None = None  # None: there is no teacher, or no epoch was trained
+    teacher_acc: float | None = None  # None: there is no teacher, or epochs is 0
 
     @property
     def acc_last(self) -> Any:
@@ -922,7 +922,8 @@ def fit(
         of_any_length = dataclasses.replace(optim, epochs=0)
         open_identity = _identity(of_any_length, augment, seed, data, distiller, named_probes)
     history = _resume(checkpoint, training, identity, open_identity)
-    if distiller.teacher is not None and len(history) < optim.epochs:
+    # also if the checkpoint is from the last epoch: the record names this accuracy
+    if distiller.teacher is not None and optim.epochs > 0:
         acc = measure_teacher(distiller, data, optim.precision, recorded, weak_teacher)
         history.teacher_acc = acc
         if on_event is None:
