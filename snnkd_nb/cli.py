@@ -907,6 +907,8 @@ def doctor(
     gradients: bool = False,  # also check operations against double precision (five minutes)
     # also check the gradients of every network against double precision (half an hour)
     networks: bool = False,
+    # also break runs, files and names 1,000 times, and write results/reliability.md (20 minutes)
+    reliability: bool = False,
 ) -> bool:
     """Check this installation, and tell how to solve each problem."""
     from snnkd_nb.runner import doctor as checks
@@ -918,6 +920,11 @@ def doctor(
         if gradients and not check_gradients().ok:
             is_ok = False
         if networks and not check_networks().ok:
+            is_ok = False
+    if reliability:
+        from snnkd_nb.runner.reliability import check_reliability
+
+        if not check_reliability():
             is_ok = False
     return is_ok
 

@@ -13,6 +13,7 @@ __all__ = ['TEACHER', 'STUDENT', 'Trial', 'KINDS', 'inside', 'start', 'end', 'ki
 # %% ../../nbs/lib/98_runner.reliability.ipynb #178a869d
 import contextlib
 import errno
+import functools
 import io
 import os
 import pickle
@@ -501,7 +502,7 @@ def concurrent_writers(bench: Bench, folder: Path, draw: random.Random) -> str:
         for _ in range(5):
             Store().put(record, replace=draw.random() < 0.5)
 
-    processes = [start(lambda record=record: write(record)) for record in records]
+    processes = [start(functools.partial(write, record)) for record in records]
     codes = [end(process) for process in processes]  # all must end
     if any(codes):
         return "a writer failed"
