@@ -326,7 +326,7 @@ def _read_config(path: str) -> "RunSpec":
 
     from snnkd_nb.spec import RunSpec
 
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         try:
             values = yaml.safe_load(file)
         except yaml.YAMLError as error:

@@ -432,9 +432,9 @@ def _revisions(spec: "RunSpec | SearchSpec | None") -> dict[str, int]:
     if spec is None:
         return {}
     found = _revisions(spec.teacher)
-    if isinstance(spec, SearchSpec):
+    if not isinstance(spec, RunSpec):
         found |= _revision_of("neuron", spec.neuron, NEURON_REVISIONS)
-    if isinstance(spec, RunSpec):
+    else:
         found |= _revision_of("model", spec.model.name, MODEL_REVISIONS)
         if spec.model.T is not None:
             found |= _revision_of("neuron", spec.model.neuron, NEURON_REVISIONS)

@@ -197,7 +197,7 @@ def test_fit_trains_threshold_and_leak():
     torch.manual_seed(0)
     student, numbers = learnable_student()
     data = subset(load("digits"), 100)
-    fit(student, data, create_distiller("none", student), epochs=1, lr=0.01)
+    fit(student, data, create_distiller("none", student), epochs=1, lr=0.3)
     assert abs(numbers["v_threshold"].item() - 0.8) > 1e-4
     assert abs(numbers["decay"].item() - 0.5) > 1e-4
 

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -224,7 +225,7 @@ def test_by_hand(home, capsys):
     assert main(words) == 0
     said = capsys.readouterr().out
     assert "generation   2/2" in said and "12 candidates" in said and "parameters" in said
-    record = parse((home / said.split()[-1]).read_text())
+    record = parse(Path(said.split()[-1]).read_text())
     assert record.run.population == 4 and record.best["genome"] in said
     assert main(words) == 0 and "generation" not in capsys.readouterr().out
     assert main(["watch", record.id]) == 0
@@ -247,7 +248,7 @@ def test_by_hand(home, capsys):
         == 0
     )
     said = capsys.readouterr().out.splitlines()
-    record = parse((home / said[-1]).read_text())
+    record = parse(Path(said[-1].split()[-1]).read_text())
     assert (record.run.batches, dict(record.run.metric_args)) == (2, {"mode": "sample"}) and [
         line.split("  ")[-1] for line in said[said.index("front, from small to fit:") + 1 : -1]
     ] == list(record.front)

@@ -311,7 +311,7 @@ def test_the_command_line_asks_for_a_weak_teacher(tmp_path, monkeypatch, capsys)
         "lr": 0.0,
         "epochs": 1,
         "T": 2,
-        "subset": 40,
+        "subset": 100,
     }
     with pytest.raises(UserError, match="the teacher reaches"):
         train(**options)

@@ -634,9 +634,7 @@ def test_method_options_are_checked(method, option):
         is_any_number = option == "phi" and value == -1
         if (value is None and option in optional) or is_weight or is_any_number:
             continue
-        with pytest.raises(
-            UserError, match=option.removesuffix("s").replace("pair", "(pair|layer)")
-        ):
+        with pytest.raises(UserError, match=OPTION_WORDS.get(option, option)):
             create_distiller(method, student, teacher, **{option: value})
 
 

@@ -49,5 +49,5 @@ def copy_notebooks(
         if results.is_dir():
             shutil.copytree(results, folder / "results" / name)
     settings = SETTINGS.format(version=snnkd_nb.__version__)
-    (folder / "settings.ini").write_text(settings)
+    (folder / "settings.ini").write_text(settings, encoding="utf-8")
     return folder

@@ -66,7 +66,7 @@ class TrainedRun:
 
 def _read_record_file(path: Path) -> Record:
     try:
-        record = parse(path.read_text())
+        record = parse(path.read_text(encoding="utf-8"))
     except (BadRecord, OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path} is no record of a run ({error}); give results/runs/ID.json"

@@ -41,7 +41,7 @@ class CSVTracker(GeneralTracker):
         "Write all rows again, so that a column that comes later has its place in the header."
         self.rows.append({"step": step, **values})
         columns = list(dict.fromkeys(name for row in self.rows for name in row))
-        with open(self.path, "w", newline="") as file:
+        with open(self.path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.rows)
