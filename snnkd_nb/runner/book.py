@@ -241,7 +241,7 @@ def setup(
     def rewrite(app: Any, kind: str, name: str, found: Any, options: Any, lines: list) -> None:
         lines[:] = escape_for_sphinx("\n".join(lines)).splitlines()
         if kind in ("function", "method", "class"):
-            function = found.__init__ if isinstance(found, type) else found
+            function = getattr(found, "__init__") if kind == "class" else found  # noqa: B009
             lines += ["", *parameter_lines(function)]
 
     app.connect("autodoc-process-docstring", rewrite)

@@ -795,8 +795,10 @@ def format_tallies(
         "",
         f"{num_trials:,} trials, {num_losses} failed.",
         "",
-        "A trial does a small piece of work and breaks something. It fails if a result is lost or wrong, "
-        "if a damaged file is taken for a good one, if code in a file runs, or if an error is not one "
+        "A trial does a small piece of work and breaks something. "
+        "It fails if a result is lost or wrong, "
+        "if a damaged file is taken for a good one, "
+        "if code in a file runs, or if an error is not one "
         "line for the user.",
         "",
         f"The trials ran one after another and took {minutes:.1f} minutes together, on "
