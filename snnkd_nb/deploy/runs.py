@@ -104,7 +104,7 @@ def _read_weights_beside(path: Path, record: Record) -> dict[str, Tensor] | None
     content = file.read_bytes()
     require(
         sha256_of(content) == record.weights["sha256"],
-        f"{file} has another hash than the record names: it is damaged or of another run",
+        f"{file} is damaged or belongs to another run: its hash is not the one in the record",
     )
     return load(content)
 

@@ -23,14 +23,18 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/lib/88_papers.studies.ipynb #eac56635
 def _terms(history: Mapping[str, list]) -> list[str]:
-    "The columns of a history that are terms of the loss: those between the loss and the accuracy."
+    "Return the terms of the loss in a history: the columns between the loss and the accuracy."
     columns = list(history)
     return columns[columns.index("loss") + 1 : columns.index("train_acc")]
 
 
 def _mean_share(histories: list[Mapping[str, list]], term: str, epoch: int) -> float:
-    "The share of a term in the loss of an epoch, per cent, mean over the runs."
-    return mean(100 * history[term][epoch] / history["loss"][epoch] for history in histories)
+    "Return the share of a term in the loss of an epoch, in per cent, as the mean over the runs."
+    shares = []
+    for history in histories:
+        share = history[term][epoch] / history["loss"][epoch]
+        shares.append(100 * share)
+    return mean(shares)
 
 
 def tabulate_loss_shares(

@@ -241,7 +241,7 @@ def setup(
     def rewrite(app: Any, kind: str, name: str, found: Any, options: Any, lines: list) -> None:
         lines[:] = escape_for_sphinx("\n".join(lines)).splitlines()
         if kind in ("function", "method", "class"):
-            function = getattr(found, "__init__") if kind == "class" else found  # noqa: B009
+            function = found.__init__ if kind == "class" else found
             lines += ["", *parameter_lines(function)]
 
     app.connect("autodoc-process-docstring", rewrite)
