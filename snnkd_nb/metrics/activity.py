@@ -299,7 +299,7 @@ def energy(
 
 # %% ../../nbs/lib/57_metrics.activity.ipynb #549f28a0
 _PROBES: dict[str, tuple[Callable[..., Any], str, bool]] = {}
-PROBE_MODULES = ("likeness", "fisher")
+PROBE_MODULES = ("energy", "likeness", "fisher")
 
 
 def register_probe(

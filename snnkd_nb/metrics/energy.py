@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'NAMES', 'count_additions', 'count_coincidences', 'find_uncounted', 'layer_table', 'energies',
-           'spikingjelly_counts']
+           'microjoules', 'spikingjelly_counts']
 
 # %% ../../nbs/lib/58_metrics.energy.ipynb #124b2a4a
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,7 @@ from snnkd_nb.metrics.activity import (
     energy,
     is_binary,
     is_counted,
+    register_probe,
     reset_states,
     sops,
     watch_modules,
@@ -197,6 +198,30 @@ def energies(
         compute = _energy_by_value if name in _COUNTED_BY_VALUE else _energy_by_rate
         rows.append(compute(table, name))
     return pd.DataFrame(rows)
+
+# %% ../../nbs/lib/58_metrics.energy.ipynb #60454afa
+@register_probe("energy of the student by convention, in microjoules per image")
+def microjoules(
+    student: nn.Module,
+    reference: Any,
+    data: Any,
+    distiller: Any,
+    images: int = 64,
+    split: str = "test",
+) -> Callable[[], dict[str, float]]:
+    "Create the probe of `energies`: one column for each convention."
+    num_images = min(images, len(data.split(split)))
+    device = next(student.parameters()).device
+    x, _ = next(iter(data.loader(split, num_images, seed=0, shuffle=True, device=device)))
+
+    def measure() -> dict[str, float]:
+        rows = energies(layer_table(student, x))
+        return {
+            name: float(microjoule)
+            for name, microjoule in zip(rows.convention, rows.microjoule, strict=True)
+        }
+
+    return measure
 
 # %% ../../nbs/lib/58_metrics.energy.ipynb #3b6b4b79
 def spikingjelly_counts(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NORMALISE', 'LOGS', 'check_map_pair', 'pearson', 'brightest', 'iou', 'compare_maps', 'fixed_batch', 'compared_layers',
            'similarity_matrices', 'layer_pairs', 'mismatch_table', 'apply_log', 'stm_score', 'stm',
-           'mean_of_last_epochs', 'attention', 'find_eskd', 'held_out_split', 'hybrid_accuracies', 'hybrids',
+           'mean_of_last_epochs', 'attention', 'maps', 'find_eskd', 'held_out_split', 'hybrid_accuracies', 'hybrids',
            'hybrid_cosines', 'cosine']
 
 # %% ../../nbs/lib/59_metrics.likeness.ipynb #b3480b5e
@@ -22,6 +22,7 @@ from ..core import renamed, unknown
 from ..kernels.gram import NORMALIZATIONS, gram, gram_distance, normalize_gram
 from ..losses.base import mean_logits, observe, stages_of
 from ..losses.eskd import ESKD, mean_rates
+from ..losses.maps import ClassMap, sam, same_size
 from ..losses.sastc import SASTC, mean_attention
 from .activity import register_probe
 from ..models.blocks import eval_mode
@@ -345,6 +346,43 @@ def attention(
             for teacher_layer, weight in row.items():
                 columns[f"{layer}_{t + 1}_{teacher_layer}"] = weight
         return columns
+
+    return measure
+
+# %% ../../nbs/lib/59_metrics.likeness.ipynb #c9424ace
+@register_probe(
+    "likeness of the student's spike activation map and the reference's Grad-CAM:"
+    " mean correlation and overlap",
+    needs_reference=True,
+)
+def maps(
+    student: nn.Module,
+    reference: nn.Module,
+    data: Any,
+    distiller: Any,
+    images: int = 128,
+    split: str = "test",
+    student_layer: str | None = None,  # stage or module path; None: the last stage
+    teacher_layer: str | None = None,  # None: the last stage that the logits depend on
+) -> Callable[[], dict[str, float]]:
+    "Create the probe of saliency maps: columns `pearson` (-1 to 1) and `iou` (0 to 1)."
+    device = next(student.parameters()).device
+    x, y = fixed_batch(data, images, split, device=device)
+    layer = student_layer or compared_layers(student, None, "the student")[-1]
+    reference.to(device)
+    class_map = ClassMap(reference, teacher_layer, tuple(x.shape[-3:]), "the reference")
+    with eval_mode(reference):
+        _, features = observe(reference, x, (class_map.stage,))
+        targets = class_map(features[class_map.stage], y)
+
+    def measure() -> dict[str, float]:
+        with eval_mode(student):
+            _, spikes = observe(student, x, (layer,))
+        found = compare_maps(*same_size(sam(spikes[layer]), targets))
+        return {
+            "pearson": mean(row["pearson"] for row in found),
+            "iou": mean(row["iou"] for row in found),
+        }
 
     return measure
 
