@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'KINDS', 'EXTRA_KEY', 'EXTRA_PREFIX', 'PACKAGES', 'Record', 'SearchRecord', 'dump', 'BadRecord', 'parse',
            'complete_id', 'Store', 'split_state', 'dump_state', 'parse_state', 'weights_path', 'save_weights',
-           'load_weights', 'twins', 'with_weights', 'environment', 'peak_memory']
+           'MissingWeights', 'load_weights', 'twins', 'with_weights', 'environment', 'peak_memory']
 
 # %% ../nbs/lib/03_store.ipynb #1930672e
 import contextlib
@@ -366,6 +366,10 @@ def save_weights(
     return {"sha256": sha, "bytes": len(blob)}
 
 # %% ../nbs/lib/03_store.ipynb #a7238f7e
+class MissingWeights(UserError):
+    "The weights of a run are not on this machine."
+
+
 def load_weights(
     record: Record,
 ) -> "dict[str, Tensor] | None":

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Reading', 'CLASS_MARKS', 'CLASS_COLORS', 'first_of_each_class', 'load_test_images', 'load_picture',
            'extract_features', 'compute_class_map', 'compute_spike_map', 'compute_maps', 'compute_stage_maps',
-           'measure_likeness', 'tabulate_maps', 'mean_likeness', 'likeness_by_seed', 'enlarge_maps', 'mask_outline',
-           'draw_map_panels', 'channel_effects', 'gradient_accuracy', 'tabulate_attention', 'find_readings',
-           'attention_history', 'draw_attention', 'pooled_features', 'mean_silhouette', 'embed_tsne', 'embed_features',
-           'draw_embeddings']
+           'measure_likeness', 'tabulate_maps', 'read_maps', 'mean_likeness', 'likeness_by_seed', 'enlarge_maps',
+           'mask_outline', 'draw_map_panels', 'channel_effects', 'gradient_accuracy', 'tabulate_attention',
+           'find_readings', 'attention_history', 'draw_attention', 'pooled_features', 'mean_silhouette', 'embed_tsne',
+           'embed_features', 'draw_embeddings']
 
 # %% ../../nbs/lib/77_reports.maps.ipynb #8b528100
 import re
@@ -204,6 +204,19 @@ def tabulate_maps(
                 }
             )
     return pd.DataFrame(rows)
+
+
+def read_maps(
+    frame: "pd.DataFrame",  # from `tabulate_maps`
+) -> tuple[dict[str, torch.Tensor], list[int], list[str]]:
+    "Return `({name: (B, h, w)}, index, names)` of a table of maps, values with four digits."
+    maps = {}
+    for name, rows in frame.groupby("map", sort=False):
+        values = np.array([text.split() for text in rows["values"]], dtype=np.float32)
+        height, width = (int(edge) for edge in rows["size"].iloc[0].split("×"))
+        maps[str(name)] = torch.from_numpy(values).reshape(len(rows), height, width)
+    images = frame.drop_duplicates("image")
+    return maps, images["image"].tolist(), images["class"].tolist()
 
 
 def mean_likeness(

@@ -7,7 +7,7 @@ __all__ = ['METRICS', 'UNSAVED', 'check_metric', 'Measure', 'join_published', 'R
            'save_summary', 'tabulate_by_seed', 'tabulate_by_epoch']
 
 # %% ../../nbs/lib/75_reports.tables.ipynb #f0b7ba1c
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -19,6 +19,7 @@ from ..papers.experiments import Cell, Grid, summarise
 from ..papers.published import claims, published
 from snnkd_nb.reports.claims import (
     Runs,
+    answer_page,
     chance_accuracy,
     claims_and_deviations,
     compare_verdicts,
@@ -27,7 +28,7 @@ from snnkd_nb.reports.claims import (
     scale_warning,
     values_by_seed,
 )
-from .figure import artefact_path, format_csv
+from .figure import PageText, artefact_path, format_csv
 from ..spec import RunSpec
 
 if TYPE_CHECKING:
@@ -159,6 +160,11 @@ def _format_ours(row: dict, digits: int) -> str:
     return text
 
 
+def _format_range(values: Sequence[float]) -> str:
+    ends = dict.fromkeys((f"{min(values):.2f}", f"{max(values):.2f}"))
+    return " to ".join(ends)
+
+
 def _format_paper(row: dict) -> str:
     if row["paper"] is None:
         return ""
@@ -184,6 +190,7 @@ class Report:
         metric: str | Measure = "acc_last",  # one of `METRICS`, or a measure
     ):
         self.grid = grid
+        self.records = runs
         self.paper = published(grid.key)
         self.remarks: list[str] = []  # sentences under the table
         self.digits = 2
@@ -236,6 +243,16 @@ class Report:
                 values = {seed: round(v, self.compared_digits) for seed, v in values.items()}
             our_records.append({**row, "value": value, "values": values})
         return compare_verdicts(claims(self.grid.key), self.paper.records, our_records)
+
+    def answer(self) -> PageText:
+        "Return the first lines of a page: the verdicts in short, and how far to trust them."
+        verdicts = self.claims()
+        values = [row["ours"] for row in self.rows if row["ours"] is not None]
+        result = ""
+        if not len(verdicts):
+            result = "the paper claims nothing about this table. "
+            result += f"Ours: {_format_range(values)}." if values else "Nothing was run."
+        return answer_page(self.grid, self.records, verdicts, result)
 
     def markdown(self) -> str:
         "Return the whole report as Markdown."

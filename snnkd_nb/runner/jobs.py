@@ -6,7 +6,7 @@
 __all__ = ['RUN', 'SMALL_SEARCH', 'SEARCH', 'EXECUTORS', 'STOPPED', 'MISSING', 'run_one', 'search_one', 'list_gpus',
            'default_jobs', 'check_jobs', 'make_tasks', 'dask_tasks', 'LineDisplay', 'BarDisplay', 'progress_folder',
            'Outcome', 'ProgressReporter', 'execute', 'execute_all', 'Runs', 'NotebookDisplay', 'ensure', 'load_network',
-           'load_networks', 'watch']
+           'load_networks', 'Networks', 'watch']
 
 # %% ../../nbs/lib/82_runner.jobs.ipynb #3c726f8c
 import contextlib
@@ -22,7 +22,14 @@ from ..core import UserError, atomic_write, cores, is_terminal, lock, renamed, r
 from .planning import Clock, Job, estimate_seconds, format_duration, plan
 from .workers import Message, Task, run_request, run_tasks
 from ..spec import RunSpec, SearchSpec, to_dict
-from ..store import Record, Store, complete_id, load_weights, with_weights
+from snnkd_nb.store import (
+    MissingWeights,
+    Record,
+    Store,
+    complete_id,
+    load_weights,
+    with_weights,
+)
 from ..training.progress import format_epoch, guard_listener, in_notebook, read_events
 
 if TYPE_CHECKING:
@@ -532,13 +539,13 @@ def ensure(
 def load_network(record: Record) -> "nn.Module":
     """Return the trained network of a run in evaluation mode.
 
-    Raises `UserError` if the recorded weights are not on this machine.
+    Raises `MissingWeights`, a `UserError`, if the recorded weights are not on this machine.
     """
     from snnkd_nb.training.job import rebuild_model
 
     state = load_weights(record)
     if state is None:
-        raise UserError(
+        raise MissingWeights(
             f"the weights of {record.id} are not on this machine: "
             "snnkd render ARTEFACT --missing run makes them again"
         )
@@ -552,7 +559,8 @@ def load_networks(
 ) -> dict[RunSpec, "nn.Module"]:
     """Return the network of each run that has a record, in evaluation mode.
 
-    Raises `UserError` if weights are missing and `missing` is not `"run"` (the default).
+    Raises `MissingWeights`, a `UserError`, if weights are missing and `missing` is not `"run"`
+    (the default).
     """
     from snnkd_nb.training.job import rebuild_model, run_train
 
@@ -571,6 +579,36 @@ def load_networks(
         else:
             networks[spec] = rebuild_model(found.run, state)
     return networks
+
+
+class Networks(Mapping[RunSpec, "nn.Module"]):
+    """The trained networks of some runs, loaded by `load_networks` when the first is asked for.
+
+    `reports.figure.measure_or_read` measures them, or reads what was measured before.
+    """
+
+    def __init__(
+        self,
+        runs: Mapping[RunSpec, Record | None],  # of `ensure`
+        store: Store | None = None,  # the `Store` of the records
+    ) -> None:
+        self.runs = {spec: record for spec, record in runs.items() if record}
+        self.store = store
+        self.loaded: dict[RunSpec, nn.Module] = {}
+
+    def __getitem__(self, spec: RunSpec) -> "nn.Module":
+        if spec in self.runs and not self.loaded:
+            self.loaded = load_networks(self.runs, self.store)
+        return self.loaded[spec]
+
+    def __contains__(self, spec: object) -> bool:
+        return spec in self.runs  # without loading
+
+    def __iter__(self) -> Iterator[RunSpec]:
+        return iter(self.runs)
+
+    def __len__(self) -> int:
+        return len(self.runs)
 
 # %% ../../nbs/lib/82_runner.jobs.ipynb #d744e3ff
 def _is_locked(run_id: str) -> bool:
