@@ -27,9 +27,13 @@ class BuildWithPapers(build_py):
             return
         papers = Path(self.build_lib) / cfg["lib_path"] / "papers"
         copies = [(here / "nbs", papers / "data", (".ipynb", ".toml", ".csv", ".md"))]
-        for name in ("runs", "bench", "tables"):
+        for name in ("runs", "bench", "measured", "tables"):
             copies.append(
-                (here / "results" / name, papers / "results" / name, (".json", ".md", ".csv"))
+                (
+                    here / "results" / name,
+                    papers / "results" / name,
+                    (".json", ".md", ".csv", ".png"),
+                )
             )
         for folder, target, suffixes in copies:
             for source in sorted(folder.rglob("*")):

@@ -675,7 +675,7 @@ def count_verdicts(
 # %% ../../nbs/lib/74_reports.claims.ipynb #aa2492cb
 SCALE_LIMITS = {
     "smoke": "tiny networks, two epochs on 8×8 digits: a test of the program and no evidence",
-    "small": "small networks and short training on 10,000 images or fewer, which replace the paper's",
+    "small": "small networks, trained briefly on 10,000 images or fewer instead of the paper's",
     "medium": "short training",
     "paper": "the paper's setting",
 }
