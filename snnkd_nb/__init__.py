@@ -136,6 +136,13 @@ MOVED_MODULES = {
     "runner.readme": "runner.status",
     "runner.turns": "runner.timing",
     "runner.ratestep": "runner.bench",
+    "training.checkpoint": "training.loop",
+    "data.stream": "data.loaders",
+    "data.corrupt": "data.images",
+    "losses.feature": "losses.kd",
+    "metrics.energy": "metrics.activity",
+    "metrics.fisher": "metrics.likeness",
+    "models.pyramid": "models.imagenet",
 }
 
 # %% ../nbs/lib/01_init.ipynb #4e1d72a4

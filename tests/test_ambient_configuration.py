@@ -13,8 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import snnkd_nb
-from snnkd_nb.data.corrupt import load_spec, subset
-from snnkd_nb.data.images import load
+from snnkd_nb.data.images import load, load_spec, subset
 from snnkd_nb.losses.zoo import create_distiller
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.reports.figure import format_csv, format_png, save_table, use_style

@@ -16,7 +16,7 @@ from torch import nn
 
 from snnkd_nb.core import UserError
 from snnkd_nb.losses.maps import cam
-from snnkd_nb.metrics.energy import NAMES, energies, layer_table, spikingjelly_counts
+from snnkd_nb.metrics.activity import NAMES, energies, layer_table, spikingjelly_counts
 from snnkd_nb.metrics.likeness import brightest, compare_maps, iou, pearson
 from snnkd_nb.models.blocks import eval_mode
 from snnkd_nb.models.spikformer import Products

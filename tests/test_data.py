@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from snnkd_nb.core import UserError, data_dir
-from snnkd_nb.data import augment, batches, corrupt, decode, images, stream
+from snnkd_nb.data import augment, batches, decode, images, loaders
 from snnkd_nb.data.batches import ImageData, Split
-from snnkd_nb.data.corrupt import few_shot, label_noise, load_spec, split_validation, subset
-from snnkd_nb.data.images import load
+from snnkd_nb.data.images import few_shot, label_noise, load, load_spec, split_validation, subset
 from snnkd_nb.spec import DataSpec
 
 quick = settings(max_examples=40, deadline=None)
@@ -28,7 +27,7 @@ quick = settings(max_examples=40, deadline=None)
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SNNKD_CACHE", str(tmp_path / "cache"))
-    corrupt._load_spec.cache_clear()
+    images._load_spec.cache_clear()
     return tmp_path / "cache" / "decoded"
 
 
@@ -623,7 +622,7 @@ def test_streaming_is_pure_in_seed_and_epoch(pets):
     assert d.describe()["sizes"] == {"train": 3, "val": 3, "test": 12} and [
         len(y) for _, y in d.loader("val")
     ] == [3]
-    assert stream.worker_count(3) == 3
+    assert loaders.worker_count(3) == 3
 
 
 def test_an_unreadable_streamed_image_is_named_from_a_worker(pets):

@@ -483,7 +483,7 @@ def test_maps_of_hybrid_models_do_not_depend_on_the_company(pair):
 
 
 def test_adapters_are_fitted_and_nothing_else_moves(pair):
-    from snnkd_nb.data.corrupt import load_spec
+    from snnkd_nb.data.images import load_spec
     from snnkd_nb.spec import DataSpec
 
     student, teacher = pair
@@ -501,7 +501,7 @@ def test_adapters_are_fitted_and_nothing_else_moves(pair):
 
 
 def test_likeness_of_maps_is_measured_for_every_network(pair):
-    from snnkd_nb.data.corrupt import load_spec
+    from snnkd_nb.data.images import load_spec
     from snnkd_nb.spec import DataSpec
 
     spiking, ordinary = pair

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from snnkd_nb.core import UserError
-from snnkd_nb.data import corrupt, events, neuromorphic
-from snnkd_nb.data.corrupt import few_shot, label_noise, load_spec, split_validation
+from snnkd_nb.data import events, images, neuromorphic
 from snnkd_nb.data.events import (
     PROTOCOLS,
     Camera,
@@ -24,7 +23,7 @@ from snnkd_nb.data.events import (
     sense,
     spikingjelly_datasets,
 )
-from snnkd_nb.data.images import load
+from snnkd_nb.data.images import few_shot, label_noise, load, load_spec, split_validation
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.spec import DataSpec, ModelSpec
 from snnkd_nb.training.job import build_model
@@ -36,7 +35,7 @@ quick = settings(max_examples=40, deadline=None)
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SNNKD_CACHE", str(tmp_path / "cache"))
-    corrupt._load_spec.cache_clear()
+    images._load_spec.cache_clear()
     return tmp_path / "cache" / "decoded"
 
 

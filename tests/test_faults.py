@@ -54,7 +54,7 @@ ZYGOTE = """
 import json, os, pathlib, random, signal, sys, time
 import safetensors.torch, torch
 from accelerate import Accelerator
-from snnkd_nb.data.corrupt import load_spec
+from snnkd_nb.data.images import load_spec
 from snnkd_nb.spec import RunSpec
 from snnkd_nb.store import Store
 from snnkd_nb.training.job import build_model, run_train

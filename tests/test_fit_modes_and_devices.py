@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from snnkd_nb.core import UserError
-from snnkd_nb.data.corrupt import subset
-from snnkd_nb.data.images import load
+from snnkd_nb.data.images import load, subset
 from snnkd_nb.losses.base import Distiller
 from snnkd_nb.losses.zoo import create_distiller
 from snnkd_nb.models.zoo import create_model

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from snnkd_nb.core import UserError, sha256_of, torchvision
-from snnkd_nb.data.corrupt import subset
-from snnkd_nb.data.images import load
+from snnkd_nb.data.images import load, subset
 from snnkd_nb.losses.base import default_pairs
 from snnkd_nb.losses.zoo import create_distiller
 from snnkd_nb.models.foreign import (

@@ -14,7 +14,7 @@ from PIL import Image
 import snnkd_nb
 from snnkd_nb import load_run, predict
 from snnkd_nb.core import UserError
-from snnkd_nb.data.corrupt import load_spec
+from snnkd_nb.data.images import load_spec
 from snnkd_nb.deploy.export import compare_logits, export, fold_norm, run_nir_file, to_nir
 from snnkd_nb.deploy.runs import prepare_images
 from snnkd_nb.models.zoo import create_model

@@ -8,12 +8,11 @@ import torch
 from torch import nn
 
 from snnkd_nb.core import UserError
-from snnkd_nb.data.corrupt import subset
-from snnkd_nb.data.images import load
+from snnkd_nb.data.images import load, subset
 from snnkd_nb.kernels.lif import lif, lif_reference
 from snnkd_nb.kernels.surrogate import ATan, Sigmoid, Triangle
 from snnkd_nb.losses.zoo import create_distiller
-from snnkd_nb.metrics.fisher import Composable
+from snnkd_nb.metrics.likeness import Composable
 from snnkd_nb.models.spikformer import attention_activation
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.neurons.lif import LIF

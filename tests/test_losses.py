@@ -27,7 +27,7 @@ from snnkd_nb.losses.eskd import (
     compute_betas,
     create_hybrids,
 )
-from snnkd_nb.losses.feature import Feature
+from snnkd_nb.losses.kd import Feature
 from snnkd_nb.losses.maps import cam, choose_classes, class_gradients, isi_sam
 from snnkd_nb.losses.sastc import SASTC, Calibration
 from snnkd_nb.losses.zoo import create_distiller, parse_methods
@@ -287,12 +287,12 @@ def test_wrong_weights_of_methods(text):
 
 
 def test_old_names_of_the_losses_serve_for_one_release():
-    from snnkd_nb.losses import base, ckdsnn, eskd, feature, kd, maps, sastc
+    from snnkd_nb.losses import base, ckdsnn, eskd, kd, maps, sastc
     from snnkd_nb.metrics import statistics
 
     for module, old, new in (
         (kd, "positive", base.check_positive),
-        (feature, "projection", feature.create_projection),
+        (kd, "projection", kd.create_projection),
         (ckdsnn, "one_of", base.check_choice),
         (maps, "glance", maps.probe_feature),
         (sastc, "WORTH", sastc.MIN_ELEMENTS),

@@ -10,11 +10,10 @@ from PIL import Image
 
 from snnkd_nb import spec as specs
 from snnkd_nb.core import UserError, source_digest
-from snnkd_nb.data import corrupt
+from snnkd_nb.data import images
 from snnkd_nb.data import images as image_sets
-from snnkd_nb.data.corrupt import load_spec
 from snnkd_nb.data.decode import Source, cache_folder
-from snnkd_nb.data.images import import_plugins, load
+from snnkd_nb.data.images import import_plugins, load, load_spec
 from snnkd_nb.losses import zoo as methods
 from snnkd_nb.models.blocks import MODELS
 from snnkd_nb.models.resnet import resnet20
@@ -46,7 +45,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setenv("SNNKD_ROOT", str(tmp_path))
     monkeypatch.setenv("SNNKD_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(tmp_path))
-    corrupt._load_spec.cache_clear()
+    images._load_spec.cache_clear()
     loaded = set(sys.modules)
     known = set(MODELS), set(methods._methods), set(image_sets.SOURCES)
     yield tmp_path
@@ -226,7 +225,7 @@ def test_data_that_are_not_here_stop_nobody(place, monkeypatch):
     data, store = pets(place), Store()
     record = run_train(RunSpec(data, TINY, SHORT), store)
     (place / "pets").rename(place / "moved")
-    corrupt._load_spec.cache_clear()
+    images._load_spec.cache_clear()
     assert find_changes(record, store) == []
 
 

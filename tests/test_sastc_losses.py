@@ -18,7 +18,7 @@ from snnkd_nb.core import UserError, root
 from snnkd_nb.data.images import load
 from snnkd_nb.kernels import projection
 from snnkd_nb.kernels.projection import Winograd
-from snnkd_nb.losses import feature
+from snnkd_nb.losses import kd
 from snnkd_nb.losses.base import Batch, Distiller
 from snnkd_nb.losses.sastc import (
     MIN_ELEMENTS,
@@ -326,12 +326,12 @@ def test_feature_kd_in_half_precision_rounds_like_its_module(monkeypatch):
     x, target, project = (
         torch.rand(2, 12, 128, 8, 8).lt(0.3).float().requires_grad_(),
         torch.randn(12, 64, 8, 8),
-        feature.create_projection(128, 64),
+        kd.create_projection(128, 64),
     )
 
     def learnt(half):
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            loss = feature.feature_loss(x, target, project)
+            loss = kd.feature_loss(x, target, project)
         return [loss.detach(), *torch.autograd.grad(loss, (x, *project.parameters()))]
 
     done, sweep = [], projection.run_tile_pass
@@ -351,7 +351,7 @@ def test_feature_kd_in_half_precision_rounds_like_its_module(monkeypatch):
 
 
 def test_other_modules_and_whole_projections_that_are_listened_to_are_called():
-    x, heard, module = torch.randn(2, 3, 4, 4), [], feature.create_projection(3, 2)
+    x, heard, module = torch.randn(2, 3, 4, 4), [], kd.create_projection(3, 2)
     module.register_forward_hook(lambda *a: heard.append(1))
     own, flat = nn.Conv2d(3, 2, 1), projection.project([module, nn.Identity()], x)
     assert heard == [1] and flat[1] is x and projection.project([own], x)[0].equal(own(x))
@@ -871,8 +871,7 @@ def test_similarities_and_attention_are_in_single_precision_under_autocast(preci
 
 def test_embeddings_and_projections_learn_are_kept_and_leave_with_the_teacher(digits, tmp_path):
     from snnkd_nb.spec import OptimSpec
-    from snnkd_nb.training.checkpoint import load_checkpoint
-    from snnkd_nb.training.loop import create_optimizer
+    from snnkd_nb.training.loop import create_optimizer, load_checkpoint
 
     torch.manual_seed(0)
     student, teacher = (net(T=T, depth=0.34) for T in (2, None))

@@ -16,7 +16,7 @@ from torch import nn
 from snnkd_nb.core import UserError
 from snnkd_nb.data.images import load
 from snnkd_nb.losses.base import Distiller
-from snnkd_nb.metrics import fisher as F_
+from snnkd_nb.metrics import likeness as F_
 from snnkd_nb.metrics.activity import create_probes, list_probes
 from snnkd_nb.metrics.likeness import NORMALISE, fixed_batch, mean_of_last_epochs, stm_score
 from snnkd_nb.models.blocks import eval_mode

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from snnkd_nb.core import UserError
-from snnkd_nb.data.corrupt import load_spec
-from snnkd_nb.data.images import list_datasets, load, opener
+from snnkd_nb.data.images import list_datasets, load, load_spec, opener
 from snnkd_nb.losses.zoo import create_distiller
 from snnkd_nb.metrics.activity import check_probes, create_probes
 from snnkd_nb.metrics.likeness import fixed_batch, stm_score

@@ -9,9 +9,8 @@ from torch import nn
 
 from snnkd_nb.core import UserError
 from snnkd_nb.data import images as image_sets
-from snnkd_nb.data.corrupt import subset
 from snnkd_nb.data.decode import Source
-from snnkd_nb.data.images import load
+from snnkd_nb.data.images import load, subset
 from snnkd_nb.losses.zoo import create_distiller
 from snnkd_nb.models.foreign import create_foreign
 from snnkd_nb.models.taps import Foreign, renormalization

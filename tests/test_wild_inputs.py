@@ -15,7 +15,7 @@ from torch import nn
 from snnkd_nb.cli import main
 from snnkd_nb.core import UserError, sha256_of
 from snnkd_nb.data.batches import ImageData, Split, hard_labels, read_labels
-from snnkd_nb.data.corrupt import few_shot, label_noise, split_validation
+from snnkd_nb.data.images import few_shot, label_noise, split_validation
 from snnkd_nb.losses.base import cross_entropy
 from snnkd_nb.losses.zoo import create_distiller
 from snnkd_nb.models.foreign import load_weights, read_state
@@ -23,9 +23,8 @@ from snnkd_nb.models.taps import Foreign
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.spec import DataSpec, ModelSpec, OptimSpec, RunSpec
 from snnkd_nb.store import Store, dump_state, parse_state, with_weights
-from snnkd_nb.training.checkpoint import load_checkpoint, save_checkpoint
 from snnkd_nb.training.job import rebuild_model, run_train
-from snnkd_nb.training.loop import evaluate, fit
+from snnkd_nb.training.loop import evaluate, fit, load_checkpoint, save_checkpoint
 
 RNG = np.random.default_rng(0)
 IMAGES = torch.from_numpy(RNG.integers(0, 256, (24, 1, 8, 8), np.uint8))

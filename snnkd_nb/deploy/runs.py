@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ..core import UserError, sha256_of
 from ..data.batches import make_normalizer
-from ..data.corrupt import load_spec
 from ..data.decode import fit_image, pixels
+from ..data.images import load_spec
 from ..losses.base import mean_logits
 from ..models.blocks import eval_mode
 from ..spec import RunSpec, require

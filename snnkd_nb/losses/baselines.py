@@ -30,8 +30,7 @@ from snnkd_nb.losses.base import (
     mean_logits,
     stages_of,
 )
-from .feature import align
-from .kd import kd_loss
+from .kd import align, kd_loss
 from .maps import CLASSES, ClassMap, choose_classes, multiply_linears, same_size
 from ..spec import require
 

@@ -51,7 +51,7 @@ from snnkd_nb.losses.base import (
     read_layers,
     stages_of,
 )
-from .feature import create_projection
+from .kd import create_projection
 from ..models.blocks import eval_mode
 from ..models.taps import describe_paths
 from ..spec import require

@@ -18,8 +18,7 @@ from .base import Batch, Distiller, Method, prepare_teacher
 from .baselines import BKD, CATKD, E2KD, KDSNN, TET
 from .ckdsnn import CKDSNN, NLD, SAMD
 from .eskd import ESKD
-from .feature import Feature
-from .kd import KD, LogitsMSE
+from .kd import KD, Feature, LogitsMSE
 from .sastc import SASTC
 from ..models.taps import check_network
 from ..spec import VARIANTS, check_arguments, require

@@ -150,7 +150,7 @@ def report_energy(
     grid: Grid,  # of Table 9
     runs: Mapping,  # `RunSpec` -> `Record` or None
     efficiency: "pd.DataFrame",  # of `measure_efficiency`, with microjoules by convention
-    convention: str = "45nm",  # one of `metrics.energy.NAMES`
+    convention: str = "45nm",  # one of `metrics.activity.NAMES`
 ) -> Report:
     """
     Return the report of Table 9 in millijoules; raise `UserError` for an unknown convention.

@@ -86,7 +86,7 @@ def mismatch_records(
 
     The column of the records is STM. The value of a cell without networks is None.
     """
-    from snnkd_nb.data.corrupt import load_spec
+    from snnkd_nb.data.images import load_spec
     from snnkd_nb.metrics.likeness import fixed_batch
 
     images = fixed_batch(load_spec(grid.specs[0].data), num_images)[0]

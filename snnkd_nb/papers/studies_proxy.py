@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core import cache_dir, renamed
-from ..data.corrupt import load_spec
+from ..data.images import load_spec
 from snnkd_nb.metrics.statistics import (
     draw_resamples,
     kendall_tau,

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from ..core import atomic_write, renamed, renamed_arguments
-from ..data.corrupt import load_spec
-from ..metrics.energy import NAMES, energies, layer_table
+from ..data.images import load_spec
+from ..metrics.activity import NAMES, energies, layer_table
 from ..papers.experiments import Grid
 from ..papers.published import claims, published
 from .claims import ClaimRecord, Runs, compare_verdicts, save_claims

@@ -292,7 +292,7 @@ def tabulate_normalizations(
     "The score of trained networks under every normalization: student, dataset, matrices, one column per method, and silence."
     import pandas as pd
 
-    from snnkd_nb.data.corrupt import load_spec
+    from snnkd_nb.data.images import load_spec
     from snnkd_nb.metrics.likeness import NORMALISE, fixed_batch, stm_score
 
     rows: dict[tuple, dict[str, float]] = {}

@@ -654,7 +654,7 @@ def search_rows(tiny: bool = False) -> list[Row]:
 # %% ../../nbs/lib/95_runner.bench.ipynb #472636bb
 def full_search_row(population: int = 200, generations: int = 20) -> Row:
     """Time a search of the paper's size at smoke scale with two processes, over 15 minutes."""
-    from snnkd_nb.data.corrupt import load_spec
+    from snnkd_nb.data.images import load_spec
     from snnkd_nb.papers.dsas import build_search
     from snnkd_nb.search.evolution import evolve
     from snnkd_nb.search.job import create_search_space, load_batches

@@ -444,7 +444,7 @@ def damaged_checkpoint(bench: Bench, folder: Path, draw: random.Random) -> str:
     "Damage a checkpoint and continue from it."
     import torch
 
-    from snnkd_nb.training.checkpoint import load_checkpoint, save_checkpoint
+    from snnkd_nb.training.loop import load_checkpoint, save_checkpoint
 
     def make(value: float) -> tuple[Any, Any]:
         net = torch.nn.Linear(3, 2)
@@ -552,7 +552,7 @@ def hostile_file(bench: Bench, folder: Path, draw: random.Random) -> str:
     from snnkd_nb.core import sha256_of
     from snnkd_nb.models.foreign import read_state
     from snnkd_nb.search.evolution import load_state
-    from snnkd_nb.training.checkpoint import load_checkpoint
+    from snnkd_nb.training.loop import load_checkpoint
 
     marker = folder / "code-has-run"
     blob = pickle.dumps({"state_dict": Payload(marker)}, protocol=draw.randint(0, 4))

@@ -30,7 +30,7 @@ from snnkd_nb.core import (
     unknown,
 )
 from ..data.batches import hard_labels
-from ..data.corrupt import load_spec
+from ..data.images import load_spec
 from ..metrics.activity import COUNTED
 from ..models.genome import parse_genome
 from ..models.taps import match_normalization, set_data

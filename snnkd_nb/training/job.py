@@ -30,8 +30,7 @@ from snnkd_nb.core import (
     sha256_of,
     source_digest,
 )
-from ..data.corrupt import load_spec
-from ..data.images import opener
+from ..data.images import load_spec, opener
 from ..kernels.precision import bf16_route, cpu_class
 from ..losses.zoo import create_distiller, method_class, parse_methods, wants_batch_size
 from snnkd_nb.metrics.activity import (
