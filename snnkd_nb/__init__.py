@@ -143,6 +143,10 @@ MOVED_MODULES = {
     "metrics.energy": "metrics.activity",
     "metrics.fisher": "metrics.likeness",
     "models.pyramid": "models.imagenet",
+    "kernels.rate_gpu": "kernels.gpu",
+    "kernels.gram": "kernels.projection",
+    "models.vgg": "models.resnet",
+    "data.augment": "data.batches",
 }
 
 # %% ../nbs/lib/01_init.ipynb #4e1d72a4

@@ -35,11 +35,11 @@ def test_renamed_serves_a_name_of_the_same_module():
 
 
 def test_renamed_serves_a_name_of_another_module():
-    names = {"short": "data.augment:cutout", "full": "snnkd_nb.data.augment:cutout"}
+    names = {"short": "data.batches:cutout", "full": "snnkd_nb.data.batches:cutout"}
     get = renamed("snnkd_nb.example", names)
-    cutout = importlib.import_module("snnkd_nb.data.augment").cutout
+    cutout = importlib.import_module("snnkd_nb.data.batches").cutout
     for name in names:
-        with pytest.warns(DeprecationWarning, match=r"is now snnkd_nb\.data\.augment\.cutout"):
+        with pytest.warns(DeprecationWarning, match=r"is now snnkd_nb\.data\.batches\.cutout"):
             assert get(name) is cutout
 
 
@@ -61,15 +61,15 @@ def test_renamed_arguments():
 def test_a_moved_module_is_the_module_at_its_new_path():
     out = run_python(
         "import snnkd_nb\n"
-        "snnkd_nb.MOVED_MODULES.update({'data.gone': 'data.augment', 'lost.part': 'data.augment'})\n"
+        "snnkd_nb.MOVED_MODULES.update({'data.gone': 'data.batches', 'lost.part': 'data.batches'})\n"
         "from snnkd_nb.data.gone import cutout\n"
-        "from snnkd_nb.data import augment\n"
+        "from snnkd_nb.data import batches\n"
         "import snnkd_nb.data.gone, snnkd_nb.lost.part\n"
         "from snnkd_nb.lost import part\n"
-        "assert part is augment is snnkd_nb.data.gone and cutout is augment.cutout\n"
-        "assert augment.__name__ == augment.__spec__.name == 'snnkd_nb.data.augment'\n"
+        "assert part is batches is snnkd_nb.data.gone and cutout is batches.cutout\n"
+        "assert batches.__name__ == batches.__spec__.name == 'snnkd_nb.data.batches'\n"
     )
-    assert "snnkd_nb.data.gone is now snnkd_nb.data.augment; the old path goes" in out
+    assert "snnkd_nb.data.gone is now snnkd_nb.data.batches; the old path goes" in out
 
 
 def test_a_moved_module_without_its_new_module_does_not_exist():

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from snnkd_nb.core import UserError, data_dir
-from snnkd_nb.data import augment, batches, decode, images, loaders
+from snnkd_nb.data import batches, decode, images, loaders
 from snnkd_nb.data.batches import ImageData, Split
 from snnkd_nb.data.images import few_shot, label_noise, load, load_spec, split_validation, subset
 from snnkd_nb.spec import DataSpec
@@ -88,7 +88,7 @@ def test_crop_is_the_loop(B, C, H, W, pad, seed, real):
     want = torch.stack(
         [im[:, a : a + H, b : b + W] for im, a, b in zip(p, dy.tolist(), dx.tolist())]
     )
-    got = augment.crop_at(x.contiguous(memory_format=torch.channels_last), pad, dy, dx)
+    got = batches.crop_at(x.contiguous(memory_format=torch.channels_last), pad, dy, dx)
     assert (
         torch.equal(got, want)
         and got.is_contiguous(memory_format=torch.channels_last)
@@ -112,14 +112,14 @@ def test_cutout_is_the_loop(B, C, H, W, length, seed):
     want, half = x.clone(), length // 2
     for im, a, b in zip(want, ys.tolist(), xs.tolist()):
         im[:, max(0, a - half) : a + half, max(0, b - half) : b + half] = 0
-    assert torch.equal(augment.cutout(x, length, torch.Generator().manual_seed(seed)), want)
+    assert torch.equal(batches.cutout(x, length, torch.Generator().manual_seed(seed)), want)
 
 
 @quick
 @given(st.integers(1, 6), st.integers(2, 20), st.integers(2, 20), st.integers(0, 2**31))
 def test_erase_is_one_rectangle_inside(B, H, W, seed):
     x = torch.ones(B, 2, H, W)
-    out = augment.random_erase(x, torch.Generator().manual_seed(seed), p=1.0)
+    out = batches.random_erase(x, torch.Generator().manual_seed(seed), p=1.0)
     for im in out:
         hole = (im == 0).all(0)
         rows, cols = hole.any(1), hole.any(0)
@@ -133,21 +133,21 @@ def test_flip_and_roll_keep_pixels():
         torch.randint(0, 256, (64, 3, 5, 7), dtype=torch.uint8),
         lambda: torch.Generator().manual_seed(0),
     )
-    flipped = augment.random_flip(x, g())
+    flipped = batches.random_flip(x, g())
     same, mirrored = ((flipped == y).flatten(1).all(1) for y in (x, x.flip(3)))
     assert (same ^ mirrored).all() and same.any() and mirrored.any()
     assert torch.equal(
-        augment.random_roll(x, 2, g()).flatten(1).sort().values, x.flatten(1).sort().values
+        batches.random_roll(x, 2, g()).flatten(1).sort().values, x.flatten(1).sort().values
     )
 
 
 def test_augmenter_names():
     with pytest.raises(UserError) as e:
-        augment.augmenter("crop+flop")
+        batches.augmenter("crop+flop")
     one_line(e, "did you mean", "flip")
     x = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
-    for name in (*augment.AUGMENT, "crop+flip+cutout+erase", "none"):
-        out = augment.augmenter(name, mean=torch.tensor([0.3]))(x, torch.Generator().manual_seed(0))
+    for name in (*batches.AUGMENT, "crop+flip+cutout+erase", "none"):
+        out = batches.augmenter(name, mean=torch.tensor([0.3]))(x, torch.Generator().manual_seed(0))
         assert out.shape == x.shape and out.dtype == torch.uint8
 
 

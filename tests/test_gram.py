@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snnkd_nb.core import UserError
-from snnkd_nb.kernels.gram import (
+from snnkd_nb.kernels.projection import (
     NORMALIZATIONS,
     flatten_features,
     gram,

@@ -582,7 +582,7 @@ def test_two_processes(tmp_path):
 def test_the_gpu_kernel_has_the_same_numbers():
     gpu, triton_pass = (
         pytest.importorskip("snnkd_nb.kernels.gpu"),
-        pytest.importorskip("snnkd_nb.kernels.rate_gpu").rate_pass,
+        pytest.importorskip("snnkd_nb.kernels.gpu").rate_pass,
     )
     if not torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET"):
         pytest.skip("needs a GPU or Triton's interpreter")

@@ -118,7 +118,7 @@ def rate_pass_for(
 ) -> Callable[..., Any]:
     "Return the fused `rate_pass` for the same device."
     if engine.__name__.endswith("gpu"):
-        return importlib.import_module("snnkd_nb.kernels.rate_gpu").rate_pass
+        return importlib.import_module("snnkd_nb.kernels.gpu").rate_pass
     return cpu_kernels().rate_pass
 
 

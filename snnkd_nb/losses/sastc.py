@@ -35,9 +35,8 @@ from snnkd_nb.kernels.flat import (
     run_kernel,
     store,
 )
-from ..kernels.gram import Gram, flatten_features, gram
 from ..kernels.precision import emulates_bf16
-from ..kernels.projection import project
+from ..kernels.projection import Gram, flatten_features, gram, project
 from snnkd_nb.losses.base import (
     Batch,
     Distiller,

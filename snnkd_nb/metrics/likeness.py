@@ -26,8 +26,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..core import renamed, unknown
 from ..data.batches import hard_labels
-from ..kernels.gram import NORMALIZATIONS, gram, gram_distance, normalize_gram
 from ..kernels.lif import state_at_rest
+from ..kernels.projection import NORMALIZATIONS, gram, gram_distance, normalize_gram
 from ..losses.base import mean_logits, observe, stages_of
 from ..losses.eskd import ESKD, mean_rates
 from ..losses.maps import ClassMap, sam, same_size

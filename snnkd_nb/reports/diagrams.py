@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import renamed
-from ..kernels.gram import gram
+from ..kernels.projection import gram
 from ..losses.maps import rescale_maps
 from ..losses.sastc import Calibration
 from ..models.genome import parse_genome

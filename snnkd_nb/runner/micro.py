@@ -135,7 +135,7 @@ def gram_rows(tiny: bool = False) -> list[Row]:
     """Compare flattening and multiplying with our Gram matrices."""
     import torch
 
-    from snnkd_nb.kernels.gram import gram
+    from snnkd_nb.kernels.projection import gram
 
     T = 4
     B = 8 if tiny else 128

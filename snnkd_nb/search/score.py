@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import UserError, canonical_json, renamed, seed_for, sha256_of, unknown
-from ..kernels.gram import flatten_features
 from ..kernels.precision import autocast
+from ..kernels.projection import flatten_features
 from snnkd_nb.models.genome import (
     Gene,
     check_genome,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core import renamed, unknown
-from ..kernels.gram import flatten_features, gram, gram_distance, normalize_gram
+from ..kernels.projection import flatten_features, gram, gram_distance, normalize_gram
 from ..spec import require
 
 # %% ../../nbs/lib/64_search.similarity.ipynb #7de758c3

@@ -38,8 +38,7 @@ from snnkd_nb.core import (
     source_digest,
     unknown,
 )
-from ..data.augment import mix_images
-from ..data.batches import hard_labels, read_labels
+from ..data.batches import hard_labels, mix_images, read_labels
 from ..data.loaders import as_data
 from ..kernels.precision import autocast, protected
 from ..losses.base import Distiller, label_range, mean_logits, observe
