@@ -129,8 +129,8 @@ MOVED_MODULES = {
     "reports.overview": "reports.diagrams",
     "reports.calibration": "reports.diagrams",
     "reports.hybrids": "reports.diagrams",
-    "reports.dots": "reports.curves",
-    "reports.searches": "reports.curves",
+    "reports.dots": "reports.figure",
+    "reports.searches": "reports.figure",
     "runner.graph": "runner.planning",
     "runner.networks": "runner.jobs",
     "runner.readme": "runner.status",
@@ -147,6 +147,12 @@ MOVED_MODULES = {
     "kernels.gram": "kernels.projection",
     "models.vgg": "models.resnet",
     "data.augment": "data.batches",
+    "search.space": "models.genome",
+    "papers.dsas_views": "papers.dsas",
+    "papers.studies_proxy": "papers.studies",
+    "papers.registry": "papers.experiments",
+    "reports.curves": "reports.figure",
+    "reports.speed": "reports.efficiency",
 }
 
 # %% ../nbs/lib/01_init.ipynb #4e1d72a4

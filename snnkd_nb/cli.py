@@ -189,7 +189,7 @@ def list_artefacts(
 
 def _list_built(keys: Sequence[str], command: str) -> list[str]:
     """Return the keys of the artefacts that match and have a notebook; tell if there are none."""
-    from snnkd_nb.papers.registry import match
+    from snnkd_nb.papers.experiments import match
 
     if not keys:
         raise UserError(
@@ -213,7 +213,7 @@ def run(
     executor: str = "local",  # local (this machine) or dask (a cluster)
 ) -> bool:
     """Train the missing runs of some artefacts. The same command resumes after a stop."""
-    from snnkd_nb.papers.registry import specs_for
+    from snnkd_nb.papers.experiments import specs_for
     from snnkd_nb.runner.jobs import execute_all
 
     built = _list_built(keys, "run")

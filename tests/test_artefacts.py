@@ -14,9 +14,8 @@ import torch
 
 from snnkd_nb.losses.zoo import parse_methods
 from snnkd_nb.models.zoo import create_model
-from snnkd_nb.papers.experiments import SCALES, build_grid
+from snnkd_nb.papers.experiments import SCALES, build_grid, grid_for
 from snnkd_nb.papers.published import published
-from snnkd_nb.papers.registry import grid_for
 from snnkd_nb.reports.tables import Report
 
 ROOT = Path(__file__).resolve().parents[1]

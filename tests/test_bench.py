@@ -6,7 +6,7 @@ import pytest
 
 from snnkd_nb.core import UserError
 from snnkd_nb.papers.experiments import build_grid
-from snnkd_nb.reports import speed
+from snnkd_nb.reports import efficiency
 from snnkd_nb.runner import bench as module
 from snnkd_nb.runner import durations
 from snnkd_nb.runner.bench import BENCHMARKS, bench
@@ -55,10 +55,10 @@ def line(what, ratio):
 
 def test_a_measurement_is_kept_with_its_machine(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "root", lambda: tmp_path)
-    monkeypatch.setattr(speed, "root", lambda: tmp_path)
+    monkeypatch.setattr(efficiency, "root", lambda: tmp_path)
     module.save_rows([line("step", 4.0), line("gram", 5.0)], {"copy_gb_s": 10.0})
     module.save_rows([line("gram", 6.0)], {"copy_gb_s": 11.0})
-    kept = speed.load_measurement(module.machine_class())
+    kept = efficiency.load_measurement(module.machine_class())
     ratios = [(row["what"], row["ratio"]) for row in kept["rows"]]
     assert ratios == [("gram", 6.0), ("step", 4.0)]
     assert kept["environment"]["torch"]
@@ -66,7 +66,7 @@ def test_a_measurement_is_kept_with_its_machine(monkeypatch, tmp_path):
     (tmp_path / "results/bench" / f"{module.machine_class()}.json").write_text('{"rows": [')
     module.save_rows([line("gram", 6.5)], {"copy_gb_s": 11.0})  # a file cut short is no obstacle
     module.save_rows([line("gram", 7.0)], {"copy_gb_s": 11.0})
-    rows = speed.load_measurement(module.machine_class())["rows"]
+    rows = efficiency.load_measurement(module.machine_class())["rows"]
     assert [row["ratio"] for row in rows] == [7.0], "the file has rows of one machine only"
 
 

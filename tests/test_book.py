@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from snnkd_nb.core import UserError, root
-from snnkd_nb.papers.registry import artefact
+from snnkd_nb.papers.experiments import artefact
 from snnkd_nb.runner import book
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from snnkd_nb.cli import VERBS, comments_of, main, parse
 from snnkd_nb.core import UserError
-from snnkd_nb.papers.registry import artefacts
+from snnkd_nb.papers.experiments import artefacts
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -13,32 +13,34 @@ import torch
 from snnkd_nb.core import UserError, canonical_json, sha256_of
 from snnkd_nb.data.images import list_datasets, opener
 from snnkd_nb.losses.zoo import create_distiller
-from snnkd_nb.models.genome import EXAMPLES, genome_parameters
+from snnkd_nb.models.genome import EXAMPLES, create_space, genome_parameters
 from snnkd_nb.models.zoo import create_model, model_info
 from snnkd_nb.papers.dsas import (
     add_parameters,
     build_search,
     compare_settings,
+    depth_records,
+    find_figure,
     found_model,
     read_search,
+    summarize_depths,
 )
-from snnkd_nb.papers.dsas_views import depth_records, find_figure, summarize_depths
 from snnkd_nb.papers.experiments import (
     SCALES,
     NotKnownYet,
+    artefacts,
     build_grid,
     build_run,
     has_cells,
+    specs_for,
 )
 from snnkd_nb.papers.published import claims, published
-from snnkd_nb.papers.registry import artefacts, specs_for
 from snnkd_nb.reports.claims import judge_cells, judge_records
 from snnkd_nb.reports.tables import Report, tabulate_by_seed
 from snnkd_nb.runner.jobs import Outcome, execute_all
 from snnkd_nb.runner.planning import plan
 from snnkd_nb.search.job import create_engine_options, run_search
 from snnkd_nb.search.score import Scoring
-from snnkd_nb.search.space import create_space
 from snnkd_nb.spec import ModelSpec, RunSpec, SearchSpec, to_dict
 from snnkd_nb.store import SearchRecord, Store
 from snnkd_nb.training.job import run_train

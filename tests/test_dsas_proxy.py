@@ -13,15 +13,13 @@ from scipy.stats import kendalltau
 
 from snnkd_nb.core import UserError
 from snnkd_nb.metrics import statistics
-from snnkd_nb.models.genome import check_genome, genome_parameters
+from snnkd_nb.models.genome import check_genome, create_space, genome_parameters
 from snnkd_nb.models.zoo import create_model
-from snnkd_nb.papers import studies_proxy as proxy
+from snnkd_nb.papers import studies as proxy
 from snnkd_nb.papers.dsas import build_search
-from snnkd_nb.papers.experiments import SCALES, build_grid
-from snnkd_nb.papers.registry import artefact, match, specs_for
+from snnkd_nb.papers.experiments import SCALES, artefact, build_grid, match, specs_for
 from snnkd_nb.search.candidate import create_candidate
 from snnkd_nb.search.score import Scorer
-from snnkd_nb.search.space import create_space
 from snnkd_nb.spec import RunSpec
 
 PIXELS = {"smoke": 8, "small": 16, "medium": 32, "paper": 32}
@@ -426,7 +424,7 @@ def test_a_loop_that_cannot_be_computed_is_one_line():
     assert [c.index["method"] for c in build_grid("studies/dsas_proxy", "smoke").cells[1:]] == (
         proxy.draw_genomes("smoke")
     )
-    loop = {"method": {"call": "snnkd_nb.papers.studies_proxy:no_such"}}
+    loop = {"method": {"call": "snnkd_nb.papers.studies:no_such"}}
     block = {"each": loop, "column": "accuracy", "run": "drawn student"}
     made = experiments._Block("studies", "dsas_proxy", 1, block, "smoke")
     with pytest.raises(UserError, match="no_such") as error:

@@ -24,9 +24,16 @@ from snnkd_nb.papers.eskd import (
     teacher_gaps,
     training_settings,
 )
-from snnkd_nb.papers.experiments import SCALES, build_grid, build_run
+from snnkd_nb.papers.experiments import (
+    SCALES,
+    artefact,
+    artefacts,
+    build_grid,
+    build_run,
+    grid_for,
+    specs_for,
+)
 from snnkd_nb.papers.published import claims, published
-from snnkd_nb.papers.registry import artefact, artefacts, grid_for, specs_for
 from snnkd_nb.reports.claims import judge_cells, judge_records
 from snnkd_nb.reports.diagrams import draw_eskd_overview
 from snnkd_nb.reports.snapshots import compute_hybrid_maps, fit_adapters, record_step

@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 
 from snnkd_nb.core import UserError, canonical_json, sha256_of
-from snnkd_nb.papers.experiments import SCALES, build_grid, build_run, parse_deviations
+from snnkd_nb.papers.experiments import (
+    SCALES,
+    artefacts,
+    build_grid,
+    build_run,
+    find_paper,
+    grid_for,
+    match,
+    papers,
+    parse_deviations,
+)
 from snnkd_nb.papers.published import (
     claims,
     failing,
@@ -20,7 +30,6 @@ from snnkd_nb.papers.published import (
     read_toml,
     stated,
 )
-from snnkd_nb.papers.registry import artefacts, find_paper, grid_for, match, papers
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "nbs" / "guides" / "example_paper"
@@ -264,8 +273,8 @@ def test_a_wheel_has_the_papers(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = (
-        "import snnkd_nb; from snnkd_nb.papers import published, experiments, registry\n"
-        "print(snnkd_nb.__file__, len(registry.artefacts()),"
+        "import snnkd_nb; from snnkd_nb.papers import published, experiments\n"
+        "print(snnkd_nb.__file__, len(experiments.artefacts()),"
         " published.value('ckdsnn/table03', scaling='Softmax'),"
         " len(experiments.build_grid('ckdsnn/table01', 'paper').specs))"
     )

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snnkd_nb.core import UserError
+from snnkd_nb.papers.experiments import artefacts
 from snnkd_nb.papers.published import (
     Claim,
     claims,
@@ -25,7 +26,6 @@ from snnkd_nb.papers.published import (
     stated,
     value,
 )
-from snnkd_nb.papers.registry import artefacts
 
 COUNTS = {"dsas": 15, "sastc": 12, "eskd": 7, "ckdsnn": 5}
 PAPERS = tuple(COUNTS)

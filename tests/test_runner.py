@@ -15,8 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from snnkd_nb.core import UserError
-from snnkd_nb.papers.experiments import SCALES
-from snnkd_nb.papers.registry import artefact, artefacts, match, specs_for
+from snnkd_nb.papers.experiments import SCALES, artefact, artefacts, match, specs_for
 from snnkd_nb.runner import jobs as runner_jobs
 from snnkd_nb.runner import notebooks as runner_notebooks
 from snnkd_nb.runner.jobs import BarDisplay, ensure, execute, make_tasks, run_tasks

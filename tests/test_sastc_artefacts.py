@@ -11,9 +11,15 @@ from snnkd_nb.core import UserError
 from snnkd_nb.data.images import list_datasets, opener
 from snnkd_nb.losses.zoo import create_distiller
 from snnkd_nb.models.zoo import create_model, model_info
-from snnkd_nb.papers.experiments import SCALES, build_grid, build_run, build_spec
+from snnkd_nb.papers.experiments import (
+    SCALES,
+    artefact,
+    build_grid,
+    build_run,
+    build_spec,
+    specs_for,
+)
 from snnkd_nb.papers.published import claims, published
-from snnkd_nb.papers.registry import artefact, specs_for
 from snnkd_nb.reports.claims import judge_cells
 from snnkd_nb.reports.layers import (
     add_energy,

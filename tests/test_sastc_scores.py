@@ -19,9 +19,8 @@ from snnkd_nb.losses.zoo import create_distiller
 from snnkd_nb.metrics.activity import check_probes, create_probes
 from snnkd_nb.metrics.likeness import fixed_batch, stm_score
 from snnkd_nb.models.zoo import create_model, model_info
-from snnkd_nb.papers.experiments import SCALES, build_grid, build_run, resolve
+from snnkd_nb.papers.experiments import SCALES, artefact, build_grid, build_run, resolve, specs_for
 from snnkd_nb.papers.published import claims, published
-from snnkd_nb.papers.registry import artefact, specs_for
 from snnkd_nb.reports.claims import judge_records
 from snnkd_nb.reports.layers import (
     brightest_share,

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snnkd_nb.core import UserError, canonical_json
-from snnkd_nb.models.genome import Gene, genome_text, parse_genome
+from snnkd_nb.models.genome import Gene, Space, create_space, genome_text, list_spaces, parse_genome
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.search.evolution import (
     SELECTIONS,
@@ -44,7 +44,6 @@ from snnkd_nb.search.score import (
     score_from_json,
     score_to_json,
 )
-from snnkd_nb.search.space import Space, create_space, list_spaces
 
 SMALL = Space("small", channels=(8, 16, 32), normal=(1, 6), downsample=(1, 3), image_size=8)
 
@@ -227,7 +226,7 @@ def test_stopped_anywhere_any_number_of_times_it_ends_the_same(
 SLOW = """
 import sys, time
 from snnkd_nb.search.evolution import evolve
-from snnkd_nb.search.space import Space
+from snnkd_nb.models.genome import Space
 space = Space("small", channels=(8, 16, 32), normal=(1, 6), downsample=(1, 3), image_size=8)
 def toy(g):
     time.sleep(0.01)

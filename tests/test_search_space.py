@@ -10,15 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snnkd_nb.core import UserError
-from snnkd_nb.models.genome import Gene, genome_parameters, genome_text, halvings, searched
-from snnkd_nb.models.zoo import create_model, macs
-from snnkd_nb.search.space import (
+from snnkd_nb.models.genome import (
+    Gene,
     Space,
     count_genome_macs,
     create_space,
     create_space_for_teacher,
+    genome_parameters,
+    genome_text,
+    halvings,
     list_spaces,
+    searched,
 )
+from snnkd_nb.models.zoo import create_model, macs
 
 RANGE = st.tuples(st.integers(0, 3), st.integers(0, 3)).map(sorted)
 

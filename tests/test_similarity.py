@@ -16,7 +16,7 @@ from torch import nn
 
 from snnkd_nb.core import UserError, root, torchvision
 from snnkd_nb.metrics.activity import sops
-from snnkd_nb.models.genome import set_slopes
+from snnkd_nb.models.genome import create_space, set_slopes
 from snnkd_nb.models.taps import Foreign
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.search import score as module
@@ -39,7 +39,6 @@ from snnkd_nb.search.similarity import (
     sum_over_time,
     tgs,
 )
-from snnkd_nb.search.space import create_space
 
 GOLDEN = {
     k: torch.from_numpy(v)

@@ -24,10 +24,8 @@ from snnkd_nb.models import (  # noqa: F401 (each registers its networks)
     foreign,
     genome,
     imagenet,
-    pyramid,
     resnet,
     spikformer,
-    vgg,
 )
 from .blocks import MODELS, ImageSize, Neuron, eval_mode, image_edges, initialize
 from snnkd_nb.models.foreign import (

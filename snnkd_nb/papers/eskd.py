@@ -146,7 +146,7 @@ def draw_curves(
     return fig, numbers
 
 # %% ../../nbs/lib/89_papers.eskd.ipynb #d448a294
-Measurement = Mapping[str, Any]  # of `reports.speed.load_measurement`
+Measurement = Mapping[str, Any]  # of `reports.efficiency.load_measurement`
 WAYS = {"bptt": "through time", "rate": "rates", "eskd": "ESKD"}
 
 

@@ -683,7 +683,7 @@ __getattr__ = renamed(
         "MARKS": "CLASS_MARKS",
         "TEN": "CLASS_COLORS",
         "by_epoch": "reports.tables:tabulate_by_epoch",
-        "stm_lines": "reports.curves:draw_by_epoch",
-        "fisher_curves": "reports.curves:draw_fisher",
+        "stm_lines": "reports.figure:draw_by_epoch",
+        "fisher_curves": "reports.figure:draw_fisher",
     },
 )

@@ -593,11 +593,11 @@ def search_rows(tiny: bool = False) -> list[Row]:
     import numpy as np
 
     from snnkd_nb.data.images import load
+    from snnkd_nb.models.genome import create_space
     from snnkd_nb.models.zoo import create_model
     from snnkd_nb.search.candidate import one_thread
     from snnkd_nb.search.evolution import evolve
     from snnkd_nb.search.score import Scorer
-    from snnkd_nb.search.space import create_space
 
     num_genomes, width, size = (2, 0.125, (2, 1)) if tiny else (10, 0.25, (16, 6))
     rng = np.random.default_rng(0)

@@ -25,8 +25,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from ..core import UserError, comments_of, root
-from ..papers.experiments import SCALES
-from ..papers.registry import Artefact, artefacts, papers, studies
+from ..papers.experiments import SCALES, Artefact, artefacts, papers, studies
 
 # %% ../../nbs/lib/98_runner.book.ipynb #b86f4334
 SUBJECTS = {

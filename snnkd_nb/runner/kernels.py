@@ -31,7 +31,6 @@ PRELOADED = (
     "torch",
     "safetensors.torch",
     "snnkd_nb.reports.claims",
-    "snnkd_nb.reports.curves",
     "snnkd_nb.reports.figure",
     "snnkd_nb.reports.maps",
     "snnkd_nb.reports.tables",

@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import UserError, atomic_write, cores, renamed, root, unknown
-from ..papers.experiments import check_scale
-from ..papers.registry import Artefact, artefact, match, specs_for
+from ..papers.experiments import Artefact, artefact, check_scale, match, specs_for
 from .jobs import MISSING, Outcome, check_jobs, execute_all, list_gpus
 from .kernels import kernel_command, kernel_server
 from snnkd_nb.runner.planning import (

@@ -135,9 +135,9 @@ def train() -> None:
 def search() -> dict[str, Any]:
     "Search with a fitness that only counts, or continue; return the scores and the best one."
     from snnkd_nb.core import cache_dir
+    from snnkd_nb.models.genome import create_space
     from snnkd_nb.search.evolution import evolve
     from snnkd_nb.search.score import as_score
-    from snnkd_nb.search.space import create_space
 
     def score(genome: str) -> Any:
         time.sleep(0.0005)

@@ -17,8 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from ..core import UserError, atomic_write, renamed, root
-from ..papers.experiments import SCALES, check_scale
-from ..papers.registry import Artefact, artefacts, match, papers, specs_for, studies
+from snnkd_nb.papers.experiments import (
+    SCALES,
+    Artefact,
+    artefacts,
+    check_scale,
+    match,
+    papers,
+    specs_for,
+    studies,
+)
 from ..reports.claims import count_verdicts
 from ..store import Store
 

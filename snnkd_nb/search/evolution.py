@@ -43,10 +43,9 @@ from snnkd_nb.core import (
     sha256_of,
     unknown,
 )
-from ..models.genome import KINDS, Gene, genome_text, parse_genome
+from ..models.genome import KINDS, Gene, Space, check_images, genome_text, parse_genome
 from ..models.zoo import create_model
 from .score import Score, Scorer, ScoringPool, score_from_json, score_to_json
-from .space import Space, check_images
 from ..spec import require
 from ..training.progress import guard_listener
 

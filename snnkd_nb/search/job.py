@@ -32,7 +32,7 @@ from snnkd_nb.core import (
 from ..data.batches import hard_labels
 from ..data.images import load_spec
 from ..metrics.activity import COUNTED
-from ..models.genome import parse_genome
+from ..models.genome import Space, check_images, create_space, parse_genome
 from ..models.taps import match_normalization, set_data
 from .candidate import ensure_stages, find_last_layer
 from snnkd_nb.search.evolution import (
@@ -44,7 +44,6 @@ from snnkd_nb.search.evolution import (
     evolve,
 )
 from .score import MEASURES, Scorer, Scoring, check_batch, score_to_json
-from .space import Space, check_images, create_space
 from ..spec import DataSpec, ModelSpec, OptimSpec, RunSpec, SearchSpec, require, to_dict
 from ..store import SearchRecord, Store, environment, with_weights
 from snnkd_nb.training.job import (

@@ -261,7 +261,7 @@ def average_channels(
         gradient.shape[1] % channels == 0,
         f"mode='ickd' compares channels, and {gradient.shape[1]} is no multiple of {channels}: "
         "take channels that are multiples of the teacher's "
-        "(search.space.create_space_for_teacher), or mode='class'",
+        "(models.genome.create_space_for_teacher), or mode='class'",
     )
     return gradient.unflatten(1, (channels, -1)).mean(2)
 
