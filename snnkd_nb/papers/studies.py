@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['Networks', 'NUM_GENOMES', 'METRICS', 'SIZES', 'PROXIES', 'NUM_TOP', 'tabulate_loss_shares', 'mismatch_records',
-           'add_mismatch', 'study_weights', 'describe_pilot', 'proxy_space', 'draw_genomes', 'describe_space',
-           'teacher_run', 'student_run', 'scoring_spec', 'score_genomes', 'proxy_values', 'tabulate_proxies',
-           'assess_proxies', 'judge_interval', 'format_interval', 'describe_proxy', 'describe_proxies', 'proxy_table',
-           'judge_proxies', 'draw_proxies']
+           'add_mismatch', 'study_weights', 'describe_pilot', 'choose_weights', 'tabulate_arms', 'compare_with',
+           'advise', 'proxy_space', 'draw_genomes', 'describe_space', 'teacher_run', 'student_run', 'scoring_spec',
+           'score_genomes', 'proxy_values', 'tabulate_proxies', 'assess_proxies', 'judge_interval', 'format_interval',
+           'describe_proxy', 'describe_proxies', 'proxy_table', 'judge_proxies', 'draw_proxies']
 
 # %% ../../nbs/lib/89_papers.studies.ipynb #a7efbb16
 import functools
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
@@ -21,7 +22,9 @@ import numpy as np
 from ..core import cache_dir, renamed
 from ..data.images import load_spec
 from snnkd_nb.metrics.statistics import (
+    Verdict,
     draw_resamples,
+    judge_claims,
     kendall_tau,
     pair_signs,
     partial_tau,
@@ -179,6 +182,207 @@ def describe_pilot(
             line += ", which was chosen at small scale"
         lines.append(f"{line}.")
     return "\n".join(lines)
+
+# %% ../../nbs/lib/89_papers.studies.ipynb #9c43762d
+def choose_weights(
+    pilot: "pd.DataFrame",  # `reports.tables.tabulate_by_seed` of studies/weights
+) -> dict[str, float]:
+    "Return `{method: weight with the highest mean}`; of equal means the smaller weight."
+    means = pilot.assign(weight=pilot.weight.astype(float))
+    means = means.groupby(["method", "weight"]).value.mean()
+    return {
+        method: float(of_method[method].idxmax())
+        for method, of_method in means.groupby(level="method", sort=False)
+    }
+
+# %% ../../nbs/lib/89_papers.studies.ipynb #5c0fd7b8
+# column of the table -> column of a history, read in the last epoch
+_LAST_EPOCH = {
+    "energy (µJ)": "microjoules_45nm",
+    "map correlation": "maps_pearson",
+    "STM": "stm",
+}
+
+
+def _mean_of_records(records: list[Any], read: Any) -> float:
+    "Return the mean of what `read` finds in the records; nan if a record has none."
+    values = [read(record) for record in records]
+    return mean(values) if values and None not in values else float("nan")
+
+
+def _confidence_interval(values: list[float]) -> tuple[float, float]:
+    "Return the 95 % interval of the mean by Student's t; nan for fewer than two values."
+    from scipy import stats
+
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    half_width = stats.t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
+    return mean(values) - half_width, mean(values) + half_width
+
+
+def tabulate_arms(
+    grid: Grid,  # of studies/headline
+    runs: Runs,
+    metric: str = "acc_last",  # a metric of the records
+) -> "pd.DataFrame":
+    """Return one row per cell that has runs.
+
+    Columns: the index, mean (%), from and to (95 % interval), seeds, firing rate, energy of an
+    image by the 45nm convention, likeness of the saliency maps to the teacher's, STM, and the
+    fastest epoch in seconds, which tells what a method costs in training.
+    """
+    import pandas as pd
+
+    rows = []
+    for cell in grid.cells:
+        records = [runs[spec] for spec in cell.specs if runs.get(spec)]
+        if not records:
+            continue
+        values = [record.metrics[metric] for record in records]
+        low, high = _confidence_interval(values)
+        row = {**cell.index, "mean": mean(values), "from": low, "to": high, "seeds": len(values)}
+        row["firing rate"] = _mean_of_records(records, lambda r: r.metrics.get("firing_rate"))
+        for name, column in _LAST_EPOCH.items():
+            row[name] = _mean_of_records(records, lambda r, c=column: r.history.get(c, [None])[-1])
+        fastest = [min(record.history["train_seconds"]) for record in records]
+        row["fastest epoch (s)"] = min(fastest)
+        rows.append(row)
+    numbers = ["mean", "from", "to", "seeds", "firing rate", *_LAST_EPOCH, "fastest epoch (s)"]
+    columns = dict.fromkeys(["method", *(rows[0] if rows else ()), *numbers])
+    return pd.DataFrame(rows, columns=list(columns))
+
+# %% ../../nbs/lib/89_papers.studies.ipynb #3a17b123
+def compare_with(
+    frame: "pd.DataFrame",  # `reports.tables.tabulate_by_seed`: columns method, seed, value
+    reference: str,  # the method that all others are compared with
+    chance: float = 10.0,  # accuracy of guessing, in per cent
+) -> dict[str, Verdict]:
+    "Judge every method against one, with Holm's correction; empty if the one has no runs."
+    by_seed = {
+        method: {int(seed): value for seed, value in zip(arm.seed, arm.value, strict=True)}
+        for method, arm in frame.groupby("method", sort=False)
+    }
+    if reference not in by_seed:
+        return {}
+    claims = {
+        method: (arm, by_seed[reference]) for method, arm in by_seed.items() if method != reference
+    }
+    return judge_claims(claims, chance=chance)
+
+
+def _join(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _list_effects(verdicts: Mapping[str, Verdict], outcome: str) -> list[str]:
+    "Return `method (+1.2 points)` for the methods with an outcome, best first."
+    chosen = [(name, v.effect) for name, v in verdicts.items() if v.outcome == outcome]
+    chosen.sort(key=lambda item: -item[1])
+    return [f"{name} ({effect:+.1f})" for name, effect in chosen]
+
+
+def _advise_choice(table: "pd.DataFrame", verdicts: Mapping[str, Verdict]) -> list[str]:
+    "Which method to take, and what is decided against KD."
+    best = table["mean"].idxmax()
+    line = f"Highest mean: {best} with {table['mean'][best]:.1f} %"
+    if best in verdicts:
+        line += f", {verdicts[best].effect:+.1f} points against KD ({verdicts[best].outcome})"
+    lines = [f"{line}."]
+    better = _list_effects(verdicts, "supported")
+    worse = _list_effects(verdicts, "contradicted")
+    undecided = [name for name, v in verdicts.items() if v.outcome == "undecided"]
+    lines.append(
+        f"Better than KD, in points: {_join(better)}."
+        if better
+        else "No method is better than KD by more than its seeds explain: start with KD."
+    )
+    if worse:
+        lines.append(f"Worse than KD, in points: {_join(worse)}.")
+    if undecided:
+        needed = [verdicts[name].smallest_detectable for name in undecided]
+        line = f"Not told apart from KD: {_join(undecided)}"
+        if all(math.isfinite(value) for value in needed):
+            line += f". A true difference of {max(needed):.1f} points would have been found"
+        lines.append(f"{line}.")
+    return lines
+
+
+def _advise_teacher(
+    table: "pd.DataFrame", frame: "pd.DataFrame", teacher: float | None
+) -> list[str]:
+    "What a teacher is worth, what to do without one, and how much of the gap is closed."
+    lines = []
+    alone = compare_with(frame, "alone")
+    if "KD" in alone:
+        verdict = alone["KD"]
+        low, high = verdict.interval
+        lines.append(
+            f"A teacher is worth {verdict.effect:+.1f} points [{low:.1f}, {high:.1f}]"
+            f" by plain KD ({verdict.outcome})."
+        )
+    if "TET" in alone:
+        lines.append(
+            f"Without a teacher, the TET loss changes {alone['TET'].effect:+.1f} points"
+            f" ({alone['TET'].outcome})."
+        )
+    if teacher is not None and "alone" in table.index and teacher > table["mean"]["alone"]:
+        best = table["mean"].idxmax()
+        start = table["mean"]["alone"]
+        closed = 100 * (table["mean"][best] - start) / (teacher - start)
+        lines.append(
+            f"{best} closes {closed:.0f} % of the gap between a student alone"
+            f" ({start:.1f} %) and the teacher ({teacher:.1f} %)."
+        )
+    return lines
+
+
+def _advise_costs(table: "pd.DataFrame", frame: "pd.DataFrame") -> list[str]:
+    "How far seeds, energy and training time differ."
+    lines = []
+    spread = frame.groupby("method").value.agg(lambda values: values.max() - values.min())
+    if frame.groupby("method").value.count().min() > 1:
+        lines.append(
+            f"Seeds of one method differ by up to {spread.max():.1f} points:"
+            " do not choose by a single run."
+        )
+    for column, unit in (("energy (µJ)", "µJ per image"), ("fastest epoch (s)", "s per epoch")):
+        values = table[column].dropna()
+        if len(values) > 1:
+            lines.append(
+                f"{column.split(' (')[0].capitalize()}: from {values.min():.3g} {unit}"
+                f" ({values.idxmin()}) to {values.max():.3g} ({values.idxmax()})."
+            )
+    return lines
+
+
+def advise(
+    table: "pd.DataFrame",  # `tabulate_arms` of one number of time steps
+    frame: "pd.DataFrame",  # `reports.tables.tabulate_by_seed` of the same students
+    teacher: float | None = None,  # accuracy of the teacher, in per cent
+    pilot: "pd.DataFrame | None" = None,  # `reports.tables.tabulate_by_seed` of studies/weights
+) -> list[str]:
+    "Return sentences that help to choose a method, computed from the runs of studies/headline."
+    students = table.set_index("method").drop(index="Teacher", errors="ignore")
+    frame = frame[frame.method != "Teacher"]
+    if students.empty:
+        return ["No student is trained yet."]
+    lines = _advise_choice(students, compare_with(frame, "KD"))
+    lines += _advise_teacher(students, frame, teacher)
+    lines += _advise_costs(students, frame)
+    if pilot is not None and len(pilot):
+        means = pilot.groupby(["method", "weight"]).value.mean().groupby("method")
+        loss = means.max() - means.min()
+        lines.append(
+            "A weight ten or a hundred times off costs up to"
+            f" {loss.max():.1f} points after three epochs ({loss.idxmax()})."
+        )
+    if len(students) >= 5 and students["map correlation"].notna().all():
+        rank = students["mean"].rank().corr(students["map correlation"].rank())
+        lines.append(
+            "Saliency maps that resemble the teacher's and accuracy: rank correlation"
+            f" {rank:+.2f} over {len(students)} methods."
+        )
+    return lines
 
 # %% ../../nbs/lib/89_papers.studies.ipynb #198c106f
 _GRIDS = ("kd", "ckdsnn", "sastc", "sastc_beta", "eskd", "events")
