@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['rendered_path', 'list_products', 'Row', 'make_row', 'find_stored_scale', 'list_rows', 'format_rows', 'status_text',
-           'write_status', 'adapt_links', 'readme_text', 'write_readme']
+           'write_status', 'status_line', 'adapt_links', 'readme_text', 'write_readme']
 
 # %% ../../nbs/lib/84_runner.status.ipynb #0c354040
 import json
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from snnkd_nb.papers.experiments import (
     specs_for,
     studies,
 )
-from ..reports.claims import count_verdicts
+from ..reports.claims import count_verdicts, load_claims, shorten_verdict
 from ..store import Store
 
 # %% ../../nbs/lib/84_runner.status.ipynb #4364380e
@@ -223,6 +224,32 @@ def write_status(store: Store | None = None, scale: str | None = None) -> Path:
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             atomic_write(path, text)
     return root() / "results" / ("smoke.md" if scale == SCALES[0] else "README.md")
+
+# %% ../../nbs/lib/84_runner.status.ipynb #194afc41
+def status_line(
+    scale: str = "small",  # smoke, small, medium, paper
+) -> str:
+    "Return one line: how much is built, and what became of the papers' claims at a scale."
+    check_scale(scale)
+    counts: Counter[str] = Counter()
+    num_at_paper_scale = 0
+    for paper in papers():
+        saved = load_claims(paper.key)
+        if scale in saved:
+            verdicts = saved[scale][saved[scale].fillna("") != ""]
+            counts.update(shorten_verdict(verdict) for verdict in verdicts)
+        if "paper" in saved:
+            num_at_paper_scale += int((saved["paper"].fillna("") != "").sum())
+    num_hold = counts["holds"] + counts["holds as far as run"]
+    num_fail = counts["fails"] + counts["fails as far as run"]
+    num_open = counts.total() - num_hold - num_fail
+    num_built = sum(found.built for found in artefacts())
+    at_paper_scale = f"{num_at_paper_scale} claims" if num_at_paper_scale else "not run"
+    return (
+        f"{num_built} of {len(artefacts())} tables and figures are built. Of {counts.total()} claims"
+        f" judged at {scale} scale, {num_hold} hold, {num_fail} fail, and {num_open} are undecided,"
+        f" ties, mixed or not run. Paper scale: {at_paper_scale}."
+    )
 
 # %% ../../nbs/lib/84_runner.status.ipynb #dd8a9393
 _LINK = re.compile(r"(\]\()([^)#\s]+)")
