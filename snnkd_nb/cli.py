@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STORED_RUN', 'MEASURES', 'VERBS', 'HIDDEN', 'shorten_error', 'parse', 'list_artefacts', 'run', 'render', 'reproduce',
-           'train', 'search', 'status', 'config', 'export', 'predict', 'notebooks', 'version', 'watch', 'bench', 'book',
-           'measure', 'doctor', 'readme', 'usage', 'main']
+           'train', 'search', 'status', 'config', 'export', 'predict', 'energy', 'draw_maps', 'notebooks', 'version',
+           'watch', 'bench', 'book', 'measure', 'doctor', 'readme', 'usage', 'main']
 
 # %% ../nbs/lib/99_cli.ipynb #19e8036e
 import ast
@@ -844,6 +844,52 @@ def predict(
         print(path, prediction)
 
 
+def energy(
+    run: str,  # id of a stored run, its beginning, or the path of its record
+    images: list[str],  # image files; default: test images of the run's data set
+) -> None:
+    """Print the firing rate of a run's network, and the energy of an image by every convention."""
+    from snnkd_nb.data.images import load_spec
+    from snnkd_nb.deploy.runs import load_run, prepare_images
+    from snnkd_nb.metrics.activity import energies, firing_rates, layer_table, mean_rate
+    from snnkd_nb.training.job import MEASURED_IMAGES
+
+    found = load_run(run)
+    if images:
+        x = prepare_images(found, list(images))
+    else:
+        data = load_spec(found.spec.data)
+        batch_size = min(MEASURED_IMAGES, len(data.test))
+        x, _ = next(iter(data.loader("test", batch_size, shuffle=False)))
+    if found.spec.model.T is not None:
+        rate = mean_rate(firing_rates(found.model, x))
+        print(f"{rate:.3f} spikes per neuron and time step")
+    table = energies(layer_table(found.model, x))
+    whole = dict.fromkeys(("additions", "macs"), "{:,.0f}".format)
+    print(table.to_string(index=False, formatters=whole, float_format="{:.3g}".format))
+
+
+def draw_maps(
+    run: str,  # id of a stored run, its beginning, or the path of its record
+    images: list[str],  # image files
+    to: str = "maps.png",  # the picture
+    stage: str | None = None,  # of the run's network; default: its last
+) -> None:
+    """Draw where a run's network and its teacher look in some images."""
+    import matplotlib.pyplot as plt
+
+    from snnkd_nb.deploy.runs import draw_maps as draw
+    from snnkd_nb.deploy.runs import find_teacher, load_run
+
+    if not images:
+        raise UserError(f"maps of what? give image files, e.g. snnkd maps {run} cat.jpg")
+    found = load_run(run)
+    figure = draw(found, list(images), find_teacher(found), stage)
+    figure.savefig(to, dpi=200, bbox_inches="tight")
+    plt.close(figure)
+    print(os.path.abspath(to))
+
+
 def notebooks(
     to: str = "snnkd_notebooks",  # a folder that does not exist yet, or is empty
 ) -> None:
@@ -956,6 +1002,8 @@ VERBS: dict[str, Callable[..., bool | None]] = {
     "config": config,
     "export": export,
     "predict": predict,
+    "energy": energy,
+    "maps": draw_maps,
     "notebooks": notebooks,
     "bench": bench,
     "measure": measure,

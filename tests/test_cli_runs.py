@@ -9,18 +9,22 @@ import yaml
 from PIL import Image
 from torch import nn
 
-from snnkd_nb import create_distiller, load_run, register_method, register_model
+from snnkd_nb import Foreign, create_distiller, load_run, predict, register_method, register_model
 from snnkd_nb.cli import main
-from snnkd_nb.core import UserError
+from snnkd_nb.core import UserError, source_digest
+from snnkd_nb.data.images import load_spec
+from snnkd_nb.deploy.runs import draw_maps, find_teacher
 from snnkd_nb.losses.base import Method
-from snnkd_nb.losses.zoo import _methods
-from snnkd_nb.metrics.activity import energy, sops
+from snnkd_nb.losses.zoo import _methods, adapt_loss, parse_methods
+from snnkd_nb.metrics.activity import NAMES, energy, sops
 from snnkd_nb.models.blocks import MODELS
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.runner.doctor import check_torchvision
 from snnkd_nb.runner.notebooks import check_parameters, read_choices
 from snnkd_nb.runner.status import find_stored_scale
-from snnkd_nb.spec import RunSpec
+from snnkd_nb.spec import DataSpec, ModelSpec, OptimSpec, RunSpec
+from snnkd_nb.training.job import run_train
+from snnkd_nb.training.loop import _plain_options
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--student", "vggsnn", "--width", "0.0625", "--T", "2", "--epochs", "1", "--subset", "100"]
@@ -95,6 +99,52 @@ def test_a_stored_run_is_printed_exported_and_asked(home, capsys):
     assert capsys.readouterr().out.startswith("digit.png ")
     assert "did you mean 'onnx'" in error_of(capsys, "export", run_id, "--format", "onx")
     assert "unknown run" in error_of(capsys, "export", "none")
+
+
+def test_energy_and_maps_of_a_stored_run(home, capsys):
+    words = ["--student", "resnet20", "--width", "0.25", "--T", "2", "--epochs", "1"]
+    taught = ["--teacher", "resnet20", "--weak-teacher", "--device", "cpu"]
+    options = ["--student-args", "depth=0.34", "--teacher-args", "depth=0.34"]
+    assert main(["train", *words, *taught, *options, "--subset", "100"]) == 0
+    run_id = json.loads(Path(capsys.readouterr().out.split()[-1]).read_text())["id"]
+    assert main(["energy", run_id]) == 0
+    shown = capsys.readouterr().out
+    assert "spikes per neuron and time step" in shown
+    assert all(convention in shown for convention in NAMES)
+    Image.new("L", (8, 8), 99).save(home / "digit.png")
+    assert main(["energy", run_id, "digit.png"]) == 0
+    assert main(["maps", run_id, "digit.png", "--to", "where.png"]) == 0
+    assert Image.open(home / "where.png").width > 100
+    run = load_run(run_id)
+    titles = [ax.get_title() for ax in draw_maps(run, home / "digit.png").axes]
+    assert titles == ["image", "class map", "spikes"]
+    both = draw_maps(run, home / "digit.png", find_teacher(run), stage="stage2").axes
+    assert "teacher" in both[1].get_title() and len(both) == 4
+    assert "maps of what?" in error_of(capsys, "maps", run_id)
+    assert "did you mean 'stage3'" in error_of(
+        capsys, "maps", run_id, "digit.png", "--stage", "stage33"
+    )
+
+
+def test_a_network_with_its_own_normalization_is_loaded(home):
+    args = {"depth": 0.34, "mean": 0.4, "std": 0.2}
+    data = DataSpec(subset=100, val=0.0)
+    spec = RunSpec(data, ModelSpec("own_normal_net", None, args=args), OptimSpec(epochs=1))
+
+    @register_model(spiking=False)
+    def own_normal_net(depth=1.0, mean=None, std=None, **common):
+        plain = create_model("resnet20", depth=depth, **{**common, "T": None})
+        size, channels = common["image_size"], common["in_channels"]
+        return Foreign(plain, None, size, channels, mean=mean, std=std)
+
+    try:
+        record = run_train(spec, on_event=str)
+        test = load_spec(data).test
+        answers = [answer.index for answer in predict(spec, test.images)]
+        accuracy = 100 * (torch.tensor(answers) == test.labels).float().mean()
+        assert accuracy.item() == pytest.approx(record.metrics["acc_last"], abs=1e-3)
+    finally:
+        MODELS.pop("own_normal_net")
 
 
 def test_an_unknown_device_is_one_line(home, capsys):
@@ -243,6 +293,67 @@ def test_a_class_with_terms_is_a_loss(named):
 def test_a_class_without_terms_is_refused():
     with pytest.raises(UserError, match="is no method"):
         create_distiller(nn.Linear, None)
+    with pytest.raises(UserError, match="is no method"):
+        create_distiller(lambda: 0, None)
+
+
+def squared_distance(batch, scale: float = 1.0):
+    return scale * (batch.logits_s.mean(0) - batch.logits_t).square().mean()
+
+
+def two_terms(batch):
+    return {"largest": batch.logits_s.max(), "mean": batch.logits_s.mean()}
+
+
+two_terms.needs_teacher = False
+
+
+def test_a_function_is_a_loss():
+    student = create_model("vgg11_sastc", T=2, width=0.0625, in_channels=1, image_size=8)
+    teacher = create_model("vgg11_sastc", width=0.0625, in_channels=1, image_size=8)
+    x, y = torch.rand(4, 1, 8, 8), torch.arange(4)
+    single = create_distiller(squared_distance, student, teacher)
+    double = create_distiller(squared_distance, student, teacher, scale=2.0)
+    term = single(x, y)[0]["squared_distance"]
+    assert torch.allclose(double(x, y)[0]["squared_distance"], 2 * term, rtol=1e-3)
+    assert set(create_distiller(two_terms, student)(x, y)[0]) == {"ce", "largest", "mean"}
+    with pytest.raises(UserError, match="squared_distance needs a teacher"):
+        create_distiller(squared_distance, student)
+    with pytest.raises(UserError, match="did you mean 'scale'"):
+        create_distiller(squared_distance, student, teacher, scales=2.0)
+    try:
+        register_method("my-distance", squared_distance)
+        weighted = create_distiller("0.5*my-distance", student, teacher, scale=4.0)
+        assert torch.allclose(weighted(x, y)[0]["squared_distance"] * weighted.weights[0], term)
+        with pytest.raises(UserError, match="scale = 'much'"):
+            create_distiller("my-distance", student, teacher, scale="much")
+    finally:
+        _methods.pop("my-distance", None)
+
+
+@pytest.mark.parametrize("loss", [Squared, squared_distance])
+def test_a_record_and_a_checkpoint_tell_code_and_options_of_a_loss(loss):
+    student = create_model("vgg11_sastc", T=2, width=0.0625, in_channels=1, image_size=8)
+    teacher = create_model("vgg11_sastc", width=0.0625, in_channels=1, image_size=8)
+    adapted = adapt_loss(loss)
+    assert source_digest(adapted) == source_digest(loss) != ""
+    once, twice = (_plain_options(adapted(student, teacher, scale=s)) for s in (1.0, 2.0))
+    assert once != twice
+
+
+def test_a_method_of_a_plug_in_is_found_by_its_name(tmp_path, monkeypatch):
+    path = tmp_path / "plugged_loss.py"
+    path.write_text(
+        "from snnkd_nb import register_method\n"
+        "def plugged(batch):\n"
+        "    return batch.logits_s.mean()\n"
+        "register_method('plugged', plugged)\n"
+    )
+    monkeypatch.setenv("SNNKD_PLUGIN", str(path))
+    try:
+        assert parse_methods("0.5*plugged+kd") == [(0.5, "plugged"), (1.0, "kd")]
+    finally:
+        _methods.pop("plugged", None)
 
 
 def test_the_advice_for_a_spikingjelly_student_works():

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EXTENSIONS', 'ListedFile', 'CIFAR', 'SOURCES', 'list_images', 'check_classes', 'folder_splits', 'data_path',
            'listing_key', 'listed_source', 'folder', 'tiny_titles', 'tiny_val', 'tiny_imagenet', 'digits', 'cifar',
-           'plugin', 'import_plugins', 'list_datasets', 'opener', 'load', 'changed', 'label_noise', 'few_shot',
-           'balanced', 'subset', 'split_validation', 'load_spec']
+           'plugin', 'import_plugins', 'list_datasets', 'opener', 'load', 'from_arrays', 'changed', 'label_noise',
+           'few_shot', 'balanced', 'subset', 'split_validation', 'load_spec']
 
 # %% ../../nbs/lib/13_data.images.ipynb #40534497
 import contextlib
@@ -18,7 +18,7 @@ import os
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -38,8 +38,15 @@ from snnkd_nb.core import (
     torchvision,
     unknown,
 )
-from .batches import ImageData, hard_labels, permutation, raw_bits, stratified
-from .decode import Source, cache_folder, prepare
+from snnkd_nb.data.batches import (
+    ImageData,
+    Split,
+    hard_labels,
+    permutation,
+    raw_bits,
+    stratified,
+)
+from .decode import Source, bytes_of_array, cache_folder, moments, prepare
 from ..spec import DataSpec, require
 
 # %% ../../nbs/lib/13_data.images.ipynb #8dc70715
@@ -551,6 +558,62 @@ def load(
     if isinstance(found, Source):
         return prepare(found, size)
     return found
+
+# %% ../../nbs/lib/13_data.images.ipynb #a44a7502
+def _bytes_of_images(images: Any, what: str) -> Tensor:
+    "Return uint8 (N, C, H, W), channels_last, of images in memory."
+    is_tensor = isinstance(images, Tensor)
+    form = "a tensor (N, C, H, W)" if is_tensor else "an array (N, H, W) or (N, H, W, C)"
+    values = images.detach().cpu().numpy() if is_tensor else np.asarray(images)
+    if values.ndim == 3 and not is_tensor:
+        values = values[..., None]
+    require(
+        values.ndim == 4 and values.size > 0,
+        f"{what} of shape {values.shape}: give {form} with at least one image",
+    )
+    rows = values.transpose(0, 2, 3, 1) if is_tensor else values
+    num_images, height, width, num_channels = rows.shape
+    try:
+        # all images at once, so that they share one range of values
+        pixels = bytes_of_array(rows.reshape(num_images * height, width, num_channels))
+    except UserError as error:
+        raise UserError(
+            f"{what}: {error}; give bytes from 0 to 255, or real numbers from 0 to 1"
+        ) from None
+    as_rows = torch.from_numpy(np.array(pixels.reshape(rows.shape)))
+    return as_rows.permute(0, 3, 1, 2)
+
+
+def from_arrays(
+    # (images, labels): images as an array (N, H, W) or (N, H, W, C), or as a tensor (N, C, H, W), of
+    # bytes or real numbers from 0 to 1; labels as in `read_labels`
+    train: tuple[Any, Any],
+    test: tuple[Any, Any],  # likewise
+    val: tuple[Any, Any] | None = None,  # likewise; None: see `split_validation`
+    classes: Sequence[str] | None = None,  # K names; None: the numbers of the classes
+    name: str = "arrays",
+) -> ImageData:
+    """Return images in memory as a data set, with the moments of its training images.
+
+    Raises `UserError` for images of another form or range, and for labels that do not fit."""
+    splits = {}
+    for split, pair in (("train", train), ("test", test), ("val", val)):
+        if pair is None:
+            continue
+        is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2
+        require(is_pair, f"{split} = {type(pair).__name__}: give a pair (images, labels)")
+        images, labels = pair
+        splits[split] = Split(_bytes_of_images(images, f"{split} images"), labels)
+    shapes = {split: tuple(part.images.shape[1:]) for split, part in splits.items()}
+    require(
+        len(set(shapes.values())) == 1,
+        f"images of different shapes (C, H, W), {shapes}: give all splits the same",
+    )
+    labels = splits["train"].labels
+    num_classes = labels.shape[1] if labels.dim() == 2 else int(hard_labels(labels).max()) + 1
+    names = list(map(str, range(num_classes))) if classes is None else list(map(str, classes))
+    mean, std = moments(splits["train"].images.permute(0, 2, 3, 1).numpy())
+    return ImageData(name, names, torch.tensor(mean), torch.tensor(std), **splits)
 
 # %% ../../nbs/lib/13_data.images.ipynb #5a3a6aff
 def changed(

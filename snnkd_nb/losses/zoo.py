@@ -8,12 +8,13 @@ __all__ = ['NETWORKS', 'adapt_loss', 'register_method', 'method_class', 'list_di
 
 # %% ../../nbs/lib/53_losses.zoo.ipynb #5e739b79
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ..core import UserError, float32_by_default, unknown
+from ..data.images import import_plugins
 from .base import Batch, Distiller, Method, prepare_teacher
 from .baselines import BKD, CATKD, E2KD, KDSNN, TET
 from .ckdsnn import CKDSNN, NLD, SAMD
@@ -44,20 +45,48 @@ _methods: dict[str, Any] = {
 NETWORKS = ("student", "teacher", "variant")  # what the constructor of a method may ask for
 
 
+def _class_of_function(
+    function: Callable[..., Any],  # (batch, options by name) -> a loss, or {name: loss}
+) -> type:
+    "Return a class whose `terms` calls a function; a single loss gets the function's name."
+    _, *parameters = inspect.signature(function).parameters.values()
+
+    class FromFunction:
+        needs_teacher = getattr(function, "needs_teacher", True)
+        replaces_ce = getattr(function, "replaces_ce", False)
+
+        def __init__(self, **options: Any) -> None:
+            self.options = options
+
+        def terms(self, batch: Batch) -> dict[str, Tensor]:
+            value = function(batch, **self.options)
+            return dict(value) if isinstance(value, Mapping) else {FromFunction.__name__: value}
+
+    FromFunction.__name__ = function.__name__
+    FromFunction.__module__ = function.__module__
+    options = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    FromFunction.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    return FromFunction
+
+
 def adapt_loss(
-    cls: type,  # a class with a method `terms(batch)`, derived from `Method` or not
+    # a class with a method `terms(batch)`, derived from `Method` or not; or a function of a batch
+    # that returns a loss, or {name: loss}
+    cls: type | Callable[..., Any],
 ) -> type[Method]:
     """Return a class derived from `Method` that computes the terms of `cls`.
 
-    The constructor of `cls` may take `student`, `teacher`, `variant` and options. Its instances may
-    name layers in `student_features` and `teacher_features`. Raises `UserError` for a class
-    without `terms`."""
+    The constructor of a class may take `student`, `teacher`, `variant` and options. Its instances
+    may name layers in `student_features` and `teacher_features`. The parameters of a function after
+    the first are its options. Raises `UserError` for a class without `terms`."""
     if isinstance(cls, type) and issubclass(cls, Method):
         return cls
+    if inspect.isfunction(cls) and inspect.signature(cls).parameters:
+        cls = _class_of_function(cls)
     require(
         isinstance(cls, type) and callable(getattr(cls, "terms", None)),
         f"{cls!r:.60} is no method: give a class with terms(batch) -> {{name: loss}}, "
-        "see losses.base.Method",
+        "see losses.base.Method, or a function of a batch that returns a loss",
     )
     own = inspect.signature(cls).parameters
 
@@ -67,6 +96,8 @@ def adapt_loss(
 
         def __init__(self, student: Any, teacher: Any, variant: str = "paper", **options: Any):
             super().__init__(student, teacher, variant)
+            # the identity of a checkpoint is made of the plain attributes of a method
+            self.options = [f"{name}={options[name]!r}" for name in sorted(options)]
             networks = {"student": student, "teacher": teacher, "variant": variant}
             asked = {name: value for name, value in networks.items() if name in own}
             self.loss = cls(**asked, **options)
@@ -77,6 +108,7 @@ def adapt_loss(
             return self.loss.terms(batch)
 
     Adapted.__name__ = cls.__name__
+    Adapted.__module__ = cls.__module__  # records keep a hash of the code in the user's module
     networks = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in NETWORKS]
     options = [
         parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
@@ -89,7 +121,7 @@ def adapt_loss(
 
 def register_method(
     name: str,  # the name used in specs and on the command line
-    cls: type,  # as in `adapt_loss`
+    cls: type | Callable[..., Any],  # as in `adapt_loss`
 ) -> None:
     "Register your own method under a name. Raises `UserError` for an existing name."
     require(name not in _methods, f"method {name!r} exists already: choose another name")
@@ -129,6 +161,9 @@ def parse_methods(
 
     Raises `UserError` for an unknown name or a wrong weight.
     """
+    names = [part.rpartition("*")[2] for part in text.replace(" ", "").split("+")]
+    if any(name not in _methods for name in names):
+        import_plugins()
     parsed = []
     for part in text.replace(" ", "").split("+"):
         weight, star, name = part.rpartition("*")
@@ -212,18 +247,19 @@ def _check_variant(methods: Sequence[str], variant: str) -> None:
 
 # %% ../../nbs/lib/53_losses.zoo.ipynb #d17b5af2
 def _create_from_class(
-    cls: type, student: Any, teacher: Any, variant: str, options: Mapping[str, Any]
+    cls: Any, student: Any, teacher: Any, variant: str, options: Mapping[str, Any]
 ) -> Distiller:
     "Create the `Distiller` of a class that has no name."
     adapted: Any = adapt_loss(cls)
     require(
         teacher is not None or not adapted.needs_teacher,
-        f"{cls.__name__} needs a teacher; set needs_teacher = False in the class if it does not",
+        f"{adapted.__name__} needs a teacher; set {adapted.__name__}.needs_teacher = False if it "
+        "does not",
     )
     valid = [name for name in inspect.signature(adapted).parameters if name not in NETWORKS]
     for option in options:
         if option not in (*valid, *_COMMON):
-            raise unknown(f"option of {cls.__name__}", option, [*valid, *_COMMON])
+            raise unknown(f"option of {adapted.__name__}", option, [*valid, *_COMMON])
     own = {name: value for name, value in options.items() if name not in _COMMON}
     common = {name: value for name, value in options.items() if name in _COMMON}
     check_network(student, "student")
@@ -234,8 +270,9 @@ def _create_from_class(
 
 @float32_by_default()
 def create_distiller(
-    # "none", a sum of methods such as "kd+0.5*feature", or a class with a method `terms(batch)`
-    name: str | type,
+    # "none", a sum of methods such as "kd+0.5*feature", a class with a method `terms(batch)`, or a
+    # function of a batch
+    name: str | type | Callable[..., Any],
     student: Any,  # the network that is trained
     teacher: Any = None,  # the network it learns from
     variant: str = "paper",  # "paper", "code" or "scaled" (of SAMD): which reading of the methods
