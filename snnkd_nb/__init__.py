@@ -131,7 +131,7 @@ MOVED_MODULES = {
     "reports.hybrids": "reports.diagrams",
     "reports.dots": "reports.figure",
     "reports.searches": "reports.figure",
-    "runner.graph": "runner.planning",
+    "runner.graph": "runner.jobs",
     "runner.networks": "runner.jobs",
     "runner.readme": "runner.status",
     "runner.turns": "runner.timing",
@@ -153,6 +153,14 @@ MOVED_MODULES = {
     "papers.registry": "papers.experiments",
     "reports.curves": "reports.figure",
     "reports.speed": "reports.efficiency",
+    "runner.overhead": "runner.timing",
+    "runner.durations": "runner.timing",
+    "runner.peers": "runner.micro",
+    "kernels.profile": "runner.micro",
+    "runner.numerics": "runner.doctor",
+    "deploy.notebooks": "runner.notebooks",
+    "runner.kernels": "runner.workers",
+    "runner.planning": "runner.jobs",
 }
 
 # %% ../nbs/lib/01_init.ipynb #4e1d72a4

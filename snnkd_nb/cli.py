@@ -894,7 +894,7 @@ def notebooks(
     to: str = "snnkd_notebooks",  # a folder that does not exist yet, or is empty
 ) -> None:
     """Copy the notebooks, with papers and stored runs, into a folder of yours."""
-    from snnkd_nb.deploy.notebooks import copy_notebooks
+    from snnkd_nb.runner.notebooks import copy_notebooks
 
     folder = copy_notebooks(to)
     print(f"{folder}: start with  cd {folder} && snnkd list  or  jupyter lab nbs/index.ipynb")
@@ -945,8 +945,10 @@ def measure(
     """Measure times for a page of a paper, and keep them in results/bench."""
     if what not in MEASURES:
         raise unknown("measurement", what, MEASURES)
-    module = importlib.import_module(f"snnkd_nb.runner.{what}")
-    print("kept in", os.path.relpath(module.measure(), root()), "for", MEASURES[what])
+    from snnkd_nb.runner.timing import measure_durations, measure_overhead
+
+    path = measure_overhead() if what == "overhead" else measure_durations()
+    print("kept in", os.path.relpath(path, root()), "for", MEASURES[what])
 
 
 def doctor(
@@ -960,13 +962,10 @@ def doctor(
     from snnkd_nb.runner import doctor as checks
 
     is_ok = checks.doctor()
-    if gradients or networks:
-        from snnkd_nb.runner.numerics import check_gradients, check_networks
-
-        if gradients and not check_gradients().ok:
-            is_ok = False
-        if networks and not check_networks().ok:
-            is_ok = False
+    if gradients and not checks.check_gradients().ok:
+        is_ok = False
+    if networks and not checks.check_networks().ok:
+        is_ok = False
     if reliability:
         from snnkd_nb.runner.reliability import check_reliability
 

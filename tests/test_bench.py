@@ -8,7 +8,7 @@ from snnkd_nb.core import UserError
 from snnkd_nb.papers.experiments import build_grid
 from snnkd_nb.reports import efficiency
 from snnkd_nb.runner import bench as module
-from snnkd_nb.runner import durations
+from snnkd_nb.runner import timing
 from snnkd_nb.runner.bench import BENCHMARKS, bench
 
 
@@ -78,9 +78,9 @@ def test_the_steps_that_are_timed_are_those_of_the_tables_of_accuracy(scale, mon
         timed.append((alone, arms))
         return []
 
-    monkeypatch.setattr(durations, "measure_group", record)
-    durations.measure_cifar(scale)
-    durations.measure_imagenet(scale)
+    monkeypatch.setattr(timing, "measure_group", record)
+    timing.measure_cifar(scale)
+    timing.measure_imagenet(scale)
     assert len(timed) == 5 * 3 + 2
     known = set(build_grid("sastc/table02", scale).specs + build_grid("sastc/table03", scale).specs)
     for alone, arms in timed:

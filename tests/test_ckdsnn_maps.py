@@ -25,7 +25,7 @@ from snnkd_nb.papers.experiments import SCALES, build_grid
 from snnkd_nb.papers.published import published
 from snnkd_nb.reports import efficiency, maps, overview
 from snnkd_nb.reports.maps import compute_class_map, compute_maps, compute_spike_map
-from snnkd_nb.runner import overhead
+from snnkd_nb.runner import timing
 
 ROOT = Path(__file__).resolve().parents[1]
 VIEWS = ("table05", "figure01", "figure02", "figure03", "figure06", "figure07")
@@ -314,14 +314,14 @@ def test_overview_adds_up(nets):
 
 
 def test_overhead_of_the_smallest_nets():
-    rows = overhead.measure_methods(["kd"], overhead.TINY, 2, memory=True)
+    rows = timing.measure_methods(["kd"], timing.TINY, 2, memory=True)
     assert (
         [r["method"] for r in rows] == ["none", "kd"]
         and rows[0]["time"] == 1
         and rows[1]["time"] > 0
         and rows[1]["mib"] >= 0
     )
-    assert set(overhead.overhead_frame({"rows": rows})) >= {
+    assert set(timing.overhead_frame({"rows": rows})) >= {
         "method",
         "time",
         "low",
@@ -333,7 +333,7 @@ def test_overhead_of_the_smallest_nets():
 def test_a_missing_measurement_says_how_to_make_it(tmp_path, monkeypatch):
     monkeypatch.setenv("SNNKD_ROOT", str(tmp_path))
     with pytest.raises(UserError, match="measure"):
-        overhead.load_measurement("cpu")
+        timing.load_overhead("cpu")
 
 
 @pytest.mark.parametrize("scale", SCALES)

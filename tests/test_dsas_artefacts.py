@@ -37,8 +37,7 @@ from snnkd_nb.papers.experiments import (
 from snnkd_nb.papers.published import claims, published
 from snnkd_nb.reports.claims import judge_cells, judge_records
 from snnkd_nb.reports.tables import Report, tabulate_by_seed
-from snnkd_nb.runner.jobs import Outcome, execute_all
-from snnkd_nb.runner.planning import plan
+from snnkd_nb.runner.jobs import Outcome, execute_all, plan
 from snnkd_nb.search.job import create_engine_options, run_search
 from snnkd_nb.search.score import Scoring
 from snnkd_nb.spec import ModelSpec, RunSpec, SearchSpec, to_dict

@@ -13,8 +13,7 @@ import pytest
 
 from snnkd_nb.cli import main
 from snnkd_nb.core import atomic_write
-from snnkd_nb.runner.jobs import execute, progress_folder
-from snnkd_nb.runner.planning import plan
+from snnkd_nb.runner.jobs import execute, plan, progress_folder
 from snnkd_nb.spec import DataSpec, ModelSpec, OptimSpec, RunSpec, to_dict
 from snnkd_nb.store import Store, weights_path
 

@@ -11,8 +11,8 @@ import torch
 
 from snnkd_nb.kernels.precision import cpu_class
 from snnkd_nb.models.zoo import list_models
-from snnkd_nb.runner import numerics
-from snnkd_nb.runner.numerics import (
+from snnkd_nb.runner import doctor
+from snnkd_nb.runner.doctor import (
     Case,
     Fault,
     NetworkCase,
@@ -135,6 +135,6 @@ def test_small_parts():
     assert describe_ending(signal.SIGALRM) == "hangs"
     assert describe_ending(3 << 8) == "ends with exit status 3"
     assert largest_error(torch.tensor([2.0, 2.0]), torch.tensor([2.0, -4.0]).double()) == 1.5
-    assert numerics.implementation_of("plain") is plain
+    assert doctor.implementation_of("plain") is plain
     with pytest.raises(ValueError, match="AVX3"):
         check_gradients(1, settings=["AVX3"])

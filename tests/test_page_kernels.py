@@ -13,9 +13,9 @@ from jupyter_client.blocking import BlockingKernelClient
 from jupyter_client.connect import write_connection_file
 
 from snnkd_nb.core import atomic_write
-from snnkd_nb.runner import kernels
-from snnkd_nb.runner.kernels import SERVER, kernel_command, kernel_server
+from snnkd_nb.runner import workers
 from snnkd_nb.runner.notebooks import clean_notebook, run_notebook
+from snnkd_nb.runner.workers import SERVER, kernel_command, kernel_server
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux only")
 KERNELSPEC = {"display_name": "python3", "language": "python", "name": "python3"}
@@ -194,7 +194,7 @@ def test_a_kernel_receives_the_signals_of_its_relay(home):
 
 
 def test_without_a_server_kernels_are_ordinary_and_nothing_is_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(kernels, "PRELOADED", ())
+    monkeypatch.setattr(workers, "PRELOADED", ())
     with kernel_server() as variables:
         monkeypatch.setenv(SERVER, variables[SERVER])
         relay, kernel = start_relay(tmp_path)
@@ -206,11 +206,11 @@ def test_without_a_server_kernels_are_ordinary_and_nothing_is_left(tmp_path, mon
 
 OWNER = """
 import os, sys, time
-from snnkd_nb.runner import kernels
+from snnkd_nb.runner import workers
 
-kernels.PRELOADED = ()
-with kernels.kernel_server() as variables:
-    print(variables[kernels.SERVER], flush=True)
+workers.PRELOADED = ()
+with workers.kernel_server() as variables:
+    print(variables[workers.SERVER], flush=True)
     time.sleep(60)
 """
 

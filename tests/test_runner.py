@@ -18,15 +18,19 @@ from snnkd_nb.core import UserError
 from snnkd_nb.papers.experiments import SCALES, artefact, artefacts, match, specs_for
 from snnkd_nb.runner import jobs as runner_jobs
 from snnkd_nb.runner import notebooks as runner_notebooks
-from snnkd_nb.runner.jobs import BarDisplay, ensure, execute, make_tasks, run_tasks
-from snnkd_nb.runner.notebooks import coerce, prepare, read_parameters, render, reproduce
-from snnkd_nb.runner.planning import (
+from snnkd_nb.runner.jobs import (
     START_RUNS,
+    BarDisplay,
     Clock,
+    ensure,
     estimate_page_seconds,
     estimate_seconds,
+    execute,
+    make_tasks,
     plan,
+    run_tasks,
 )
+from snnkd_nb.runner.notebooks import coerce, prepare, read_parameters, render, reproduce
 from snnkd_nb.runner.status import list_rows, rendered_path, status_text
 from snnkd_nb.runner.workers import Task
 from snnkd_nb.spec import DataSpec, ModelSpec, OptimSpec, RunSpec, to_dict

@@ -10,8 +10,7 @@ from snnkd_nb.cli import main
 from snnkd_nb.core import UserError
 from snnkd_nb.papers.dsas import build_search
 from snnkd_nb.papers.experiments import build_run
-from snnkd_nb.runner.jobs import execute
-from snnkd_nb.runner.planning import plan
+from snnkd_nb.runner.jobs import execute, plan
 from snnkd_nb.search import job as module
 from snnkd_nb.search.job import (
     check_search,

@@ -22,21 +22,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core import UserError, atomic_write, canonical_json, renamed, root, unknown
-from .durations import cifar_run, make_run_steps
-from .micro import gram_rows, neuron_rows, profile_rows, roofline_rows, sastc_rows
-from .overhead import SETTING, TINY, make_method_step
-from .peers import build_peer_resnet20, convert_network, has_compiler
+from snnkd_nb.runner.micro import (
+    build_peer_resnet20,
+    convert_network,
+    gram_rows,
+    has_compiler,
+    neuron_rows,
+    profile_rows,
+    roofline_rows,
+    sastc_rows,
+)
 from snnkd_nb.runner.timing import (
+    SETTING,
+    TINY,
     Row,
     Times,
     autocast_ours,
     autocast_theirs,
+    cifar_run,
     compare,
     get_device,
     has_fast_bf16,
     in_channels_last,
     machine_class,
     make_distilling_step,
+    make_method_step,
+    make_run_steps,
     make_step,
     measure_limits,
     measure_peak,
