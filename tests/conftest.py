@@ -16,3 +16,22 @@ def cache(tmp_path_factory):
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    from snnkd_nb.data.images import load
+
+    return load("digits")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    "A store whose records no other module sees, in a project with a cache of its own."
+    from snnkd_nb.store import Store
+
+    top = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SNNKD_CACHE", str(top / "cache"))
+        patch.setenv("SNNKD_ROOT", str(top))
+        yield Store(top / "runs")

@@ -1,15 +1,14 @@
 """CKDSNN's tables and accuracy figures: every scale can be built without training, smoke runs end to end, small scale shares the study's runs."""
 
-import os
 from functools import lru_cache
 
 import pytest
 import torch
+from helpers import create_narrow, create_on_meta, shape_of, shorten
 
 from snnkd_nb.core import UserError
 from snnkd_nb.data.images import list_datasets, opener
 from snnkd_nb.losses.zoo import create_distiller
-from snnkd_nb.models.zoo import create_model, model_info
 from snnkd_nb.papers.experiments import (
     SCALES,
     artefact,
@@ -22,19 +21,12 @@ from snnkd_nb.papers.published import claims, published
 from snnkd_nb.reports.claims import judge_cells
 from snnkd_nb.reports.tables import Report, tabulate_by_seed
 from snnkd_nb.spec import RunSpec
-from snnkd_nb.store import Store
 from snnkd_nb.training.job import run_train
 
 BIG = ("medium", "paper")
 TABLES = ["table01", "table02", "table03", "table04"]
 ARTEFACTS = [*TABLES, "figure04", "figure05"]
 FEWER_STEPS = ("smoke", "small")  # scales at which the paper's 2, 4 and 10 steps are 1, 2 and 4
-CLASSES = {
-    "cifar10": (10, 32, 3),
-    "cifar100": (100, 32, 3),
-    "imagefolder-stream": (1000, 224, 3),
-    "cifar10-dvs": (10, 48, 2),
-}
 
 
 @lru_cache
@@ -51,32 +43,11 @@ def with_teachers(scale):
     return list(dict.fromkeys(t for s in specs(scale) for t in (s, s.teacher) if t))
 
 
-def shape(data):
-    return CLASSES[data.name.partition(":")[0]]
-
-
-@lru_cache
-def on_meta(model, k, size, channels):
-    "The network of a spec at full size, and the edge of its last map; nothing is downloaded."
-    args = {n: v for n, v in model.args.items() if n != "pretrained"}
-    with torch.device("meta"):
-        net = create_model(
-            model.name,
-            k,
-            T=model.T,
-            neuron=model.neuron,
-            width=model.width,
-            in_channels=channels,
-            image_size=size,
-            **args,
-        )
-    return net, net.feature_shapes()[net.stage_names[-1]][-1]
-
-
 @pytest.mark.parametrize("scale", BIG)
 def test_every_network_of_the_large_scales_exists_at_full_size(scale):
     for spec in {(s.model, s.data.name): s for s in with_teachers(scale)}.values():
-        net, size = on_meta(spec.model, *shape(spec.data))
+        net = create_on_meta(spec.model, *shape_of(spec.data))
+        size = net.feature_shapes()[net.stage_names[-1]][-1]
         assert spec.model.width == 1 and net.T == spec.model.T and len(net.stage_names) > 2
         assert size > 1, (
             f"{spec.model.name}: a last map of {size}x{size} has no positions to compare"
@@ -111,24 +82,12 @@ def test_every_method_is_made_and_steps_on_a_narrow_copy(scale):
         for s in specs(scale)
     }
     for s in kinds.values():
-        k, _, channels = shape(s.data)
-        common = {"num_classes": min(k, 10), "in_channels": channels, "image_size": 32}
-        shrunk = (
-            dict(s.model.args.items())
-            | {o: 0.3 for o in model_info(s.model.name)["options"] if o == "depth"}
-            | ({"stem": "small"} if "sew" in s.model.name else {})
-        )
-        net = create_model(
-            s.model.name,
-            T=min(s.model.T, 2),
-            neuron=s.model.neuron,
-            width=0.125,
-            **common,
-            **shrunk,
-        )
-        d = create_distiller(
-            s.method, net, narrow_teacher(s.teacher, common), s.variant, **dict(s.method_args)
-        )
+        k, _, channels = shape_of(s.data)
+        k = min(k, 10)
+        options = {**s.model.args, "T": min(s.model.T, 2), "neuron": s.model.neuron}
+        net = create_narrow(s.model, k, channels, **options)
+        teacher = create_narrow(s.teacher.model, k, channels) if s.teacher else None
+        d = create_distiller(s.method, net, teacher, s.variant, **dict(s.method_args))
         x = (
             torch.randn(2, 2, channels, 32, 32)
             if "frames" in s.data.args
@@ -136,19 +95,6 @@ def test_every_method_is_made_and_steps_on_a_narrow_copy(scale):
         )
         terms, _ = d(x, torch.tensor([1, 3]))
         assert all(v.isfinite() for v in terms.values()), (s.id, terms)
-
-
-def narrow_teacher(spec, common):
-    if spec is None:
-        return None
-    name = {
-        "torchvision:resnet18": "resnet18_imagenet",
-        "torchvision:resnet34": "resnet34_imagenet",
-    }.get(spec.model.name, spec.model.name)
-    small = {"vit_small": {"blocks": 2, "patch": 8}}.get(name, {"depth": 0.3})
-    return create_model(
-        name, width=0.125, **common, **small, **({"stem": "small"} if "imagenet" in name else {})
-    )
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -238,26 +184,6 @@ def test_mistakes_are_named():
             bad()
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    "A store and a cache of their own."
-    top, before = tmp_path_factory.mktemp("alone"), dict(os.environ)
-    os.environ.update(SNNKD_CACHE=str(top / "cache"), SNNKD_ROOT=str(top))
-    yield Store(top / "runs")
-    os.environ.pop("SNNKD_CACHE")
-    os.environ.pop("SNNKD_ROOT")
-    os.environ.update(before)
-
-
-def brief(spec):
-    "The same run for one epoch of 200 images."
-    return spec.replace(
-        data=spec.data.replace(subset=200),
-        optim=spec.optim.replace(epochs=1),
-        **({"teacher": brief(spec.teacher)} if spec.teacher else {}),
-    )
-
-
 ONE_EACH = {
     s.method
     + ("/" + ",".join(f"{k}={v}" for k, v in s.method_args.items()) if s.method_args else ""): s
@@ -267,7 +193,7 @@ ONE_EACH = {
 
 @pytest.mark.parametrize("method", ONE_EACH)
 def test_one_student_of_every_method_runs_to_its_record(method, alone):
-    spec = brief(ONE_EACH[method])
+    spec = shorten(ONE_EACH[method])
     record = run_train(spec, alone, weak_teacher="accept")
     assert (
         record.id == spec.id

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from helpers import create_small, load_golden, quiet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from snnkd_nb.core import UserError, root
+from snnkd_nb.core import UserError
 from snnkd_nb.data.images import load
 from snnkd_nb.losses.base import Batch, Distiller, mean_logits
 from snnkd_nb.losses.baselines import bkd_loss, create_adapter, create_generator
@@ -32,26 +33,6 @@ from snnkd_nb.training.loop import autocast, fit
 METHODS = ("samd", "nld", "ckdsnn", "kdsnn", "bkd", "tet", "e2kd", "catkd")
 
 
-def quiet(event):
-    pass
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load("digits")
-
-
-def golden(name):
-    return {
-        k: torch.from_numpy(np.asarray(v))
-        for k, v in np.load(root() / "tests" / "golden" / f"{name}.npz").items()
-    }
-
-
-def net(name="resnet20", T=None, width=0.125, **kw):
-    return create_model(name, T=T, width=width, in_channels=1, image_size=8, **kw)
-
-
 def untouched(teacher):
     return all(p.grad is None for p in teacher.parameters())
 
@@ -60,7 +41,7 @@ def untouched(teacher):
 
 
 def test_maps_and_samd_are_those_of_the_published_code():
-    g = golden("ckdsnn_published_code")
+    g = load_golden("ckdsnn_published_code")
     spikes = g["spikes"].clone().requires_grad_()
     a, b = (
         rescale_maps(sam(spikes), "batch"),
@@ -80,7 +61,7 @@ def test_maps_and_samd_are_those_of_the_published_code():
 
 
 def test_nld_is_that_of_the_published_code():
-    g = golden("ckdsnn_published_code")
+    g = load_golden("ckdsnn_published_code")
     z = g["student_logits"].clone().requires_grad_()
     loss = nld_loss(z, g["teacher_logits"], mix="probabilities", draw=g["standard_normal_draw"])
     loss.backward()
@@ -89,7 +70,7 @@ def test_nld_is_that_of_the_published_code():
 
 
 def test_the_methods_of_the_code_variant_are_the_published_code(monkeypatch):
-    g = golden("ckdsnn_published_code")
+    g = load_golden("ckdsnn_published_code")
 
     class Teacher(nn.Module):
         def __init__(self):
@@ -100,7 +81,7 @@ def test_the_methods_of_the_code_variant_are_the_published_code(monkeypatch):
         def forward(self, x):
             return self.head(self.conv(x).mean((2, 3)))
 
-    student, teacher = net(T=4), Foreign(Teacher(), {"last": "conv"}, image_size=8)
+    student, teacher = create_small(T=4), Foreign(Teacher(), {"last": "conv"}, image_size=8)
     both = CKDSNN(student, teacher, "code", layers={"student": "stage1", "teacher": "last"})
     batch = Distiller(student, teacher, [(1.0, both)]).run_networks(
         torch.rand(6, 1, 8, 8), torch.arange(6)
@@ -122,7 +103,7 @@ def test_the_methods_of_the_code_variant_are_the_published_code(monkeypatch):
 
 
 def test_the_blurred_loss_is_that_of_the_published_code():
-    g = golden("bkd_loss")
+    g = load_golden("bkd_loss")
     adapt, generate = create_adapter(12, 16), create_generator(16)
     for module, name in ((adapt, "align"), (generate, "generation")):
         module.load_state_dict(
@@ -140,7 +121,7 @@ def test_the_method_is_the_blurred_loss_of_the_published_code_and_its_weighted_l
     monkeypatch, variant
 ):
     g, (s, t) = (
-        golden("bkd_loss"),
+        load_golden("bkd_loss"),
         torch.randn(2, 5, 10, generator=torch.Generator().manual_seed(0)),
     )
     student, teacher = (
@@ -150,7 +131,7 @@ def test_the_method_is_the_blurred_loss_of_the_published_code_and_its_weighted_l
             image_size=8,
             in_channels=1,
         ),
-        net(width=0.25),
+        create_small(width=0.25),
     )
     method = create_distiller(
         "bkd",
@@ -288,7 +269,7 @@ def test_grad_cam_is_cam_over_positions(batch, c, h, w, k, seed):
 @pytest.mark.parametrize("method", METHODS)
 def test_two_steps_of_every_method(digits, method, precision):
     torch.manual_seed(0)
-    student, teacher = net(T=2), net(width=0.25)
+    student, teacher = create_small(T=2), create_small(width=0.25)
     d = create_distiller(method, student, None if method == "tet" else teacher)
     d.train()
     opt, loader = torch.optim.SGD(d.parameters(), 0.05), iter(digits.loader("train", 16))
@@ -322,7 +303,7 @@ def test_two_steps_of_every_method(digits, method, precision):
     ],
 )
 def test_every_switch_trains(digits, variant, kw):
-    student, teacher = net(T=2), net(width=0.25)
+    student, teacher = create_small(T=2), create_small(width=0.25)
     terms, _ = create_distiller("ckdsnn", student, teacher, variant, **kw)(
         *next(iter(digits.loader("train", 8)))
     )
@@ -345,8 +326,8 @@ def test_every_divergence_in_the_losses_is_a_switch(divergence):
     "The letter of the text and the published code, all else equal, give different numbers."
     torch.manual_seed(0)
     student, teacher, x, y = (
-        net(T=2, width=0.5),
-        net(width=0.5),
+        create_small(T=2, width=0.5),
+        create_small(width=0.5),
         torch.randn(6, 1, 8, 8),
         torch.arange(6),
     )
@@ -390,7 +371,7 @@ def test_a_step_changes_nothing_in_the_teacher(digits, method, variant):
     "C11: the published code leaves it in training mode, with a graph; here its statistics stay as they were."
     if method == "tet":
         pytest.skip("has no teacher")
-    student, teacher = net(T=2), net(width=0.25).train()
+    student, teacher = create_small(T=2), create_small(width=0.25).train()
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     d = create_distiller(method, student, teacher, variant).train()
     sum(d(*next(iter(digits.loader("train", 16))))[0].values()).backward()
@@ -414,7 +395,7 @@ def test_a_step_changes_nothing_in_the_teacher(digits, method, variant):
 )
 @pytest.mark.parametrize("teacher", ["resnet20", "wrn16_2"])
 def test_students_and_teachers_of_other_kinds_and_resolutions(digits, student, layers, teacher):
-    student, teacher = net(student, T=2), net(teacher, width=0.25)
+    student, teacher = create_small(student, T=2), create_small(teacher, width=0.25)
     x, y = next(iter(digits.loader("train", 5)))
     d = create_distiller("ckdsnn+e2kd", student, teacher, layers=layers)
     terms, _ = d(x, y)
@@ -427,14 +408,14 @@ def test_students_and_teachers_of_other_kinds_and_resolutions(digits, student, l
 
 
 def test_an_ordinary_student_is_one_step():
-    student, teacher, x = net(), net(width=0.25), torch.rand(3, 1, 8, 8)
+    student, teacher, x = create_small(), create_small(width=0.25), torch.rand(3, 1, 8, 8)
     d = create_distiller("samd", student, teacher)
     batch = d.run_networks(x, torch.arange(3))
     assert d.methods[0].maps(batch)[0].equal(batch.feats_s["stage3"].sum(1))
 
 
 def test_the_teacher_runs_once_even_where_the_gradient_is_needed():
-    student, teacher, calls = net(T=2), net("wrn16_2", width=0.25), []
+    student, teacher, calls = create_small(T=2), create_small("wrn16_2", width=0.25), []
     d = create_distiller("ckdsnn+e2kd", student, teacher)
     handles = [
         teacher.register_forward_hook(lambda *a: calls.append("whole")),
@@ -447,7 +428,7 @@ def test_the_teacher_runs_once_even_where_the_gradient_is_needed():
 
 
 def test_the_gradient_of_the_maps_leaves_nothing_behind():
-    teacher = net("resnet19_tet", width=0.25)
+    teacher = create_small("resnet19_tet", width=0.25)
     state = {k: v.clone() for k, v in teacher.state_dict().items()}
     teacher.train()
     look = ClassMap(teacher, "stage1")
@@ -460,7 +441,7 @@ def test_the_gradient_of_the_maps_leaves_nothing_behind():
 
 
 def test_silent_students_and_teachers_give_finite_gradients():
-    student, teacher = net(T=2), net(width=0.25)
+    student, teacher = create_small(T=2), create_small(width=0.25)
     teacher.head.out.weight.data.zero_()
     d = create_distiller("ckdsnn", student, teacher, rescale="sample")
     batch = d.run_networks(torch.rand(2, 1, 8, 8), torch.arange(2))
@@ -505,7 +486,7 @@ def map_loss_by_hand(spikes, feature, weight, classes, variant):
 @pytest.mark.parametrize("variant", ["paper", "scaled", "code"])
 def test_each_reading_of_samd_is_an_independent_loop(variant):
     torch.manual_seed(0)
-    student, teacher = net(T=3, width=0.5), net(width=0.5)
+    student, teacher = create_small(T=3, width=0.5), create_small(width=0.5)
     distiller = create_distiller("ckdsnn", student, teacher, variant)
     y = torch.tensor([3, 1, 4, 1])
     batch = distiller.run_networks(torch.rand(4, 1, 8, 8), y)
@@ -538,21 +519,21 @@ def test_the_readings_of_samd_are_far_apart():
 @pytest.mark.parametrize("method", ["kd", "nld", "feature+kd", "bkd"])
 def test_scaled_is_a_variant_of_samd_alone(method):
     with pytest.raises(UserError, match="no such reading; it exists for ckdsnn, samd"):
-        create_distiller(method, net(T=2), net(), "scaled")
+        create_distiller(method, create_small(T=2), create_small(), "scaled")
 
 
 def test_the_other_methods_of_a_scaled_sum_follow_the_paper():
-    distiller = create_distiller("samd+nld+kd", net(T=2), net(), "scaled")
+    distiller = create_distiller("samd+nld+kd", create_small(T=2), create_small(), "scaled")
     assert [m.variant for m in distiller.methods] == ["scaled", "paper", "paper"]
     with pytest.raises(UserError, match="did you mean 'scaled'"):
-        create_distiller("samd", net(T=2), net(), "scaledd")
+        create_distiller("samd", create_small(T=2), create_small(), "scaledd")
 
 
 def test_batch_mates_matter_only_in_the_published_code():
     torch.manual_seed(0)
     student, teacher, x, y = (
-        net(T=2, width=0.5),
-        net(width=0.5),
+        create_small(T=2, width=0.5),
+        create_small(width=0.5),
         torch.rand(6, 1, 8, 8),
         torch.arange(6),
     )
@@ -577,7 +558,7 @@ def test_noise_is_the_same_after_a_break(digits, tmp_path):
 
     def run(on_event=quiet, seed=0, **kw):
         torch.manual_seed(seed)
-        student, teacher = net(T=1, depth=0.34), net(depth=0.34)
+        student, teacher = create_small(T=1, depth=0.34), create_small(depth=0.34)
         with torch.no_grad():
             [
                 p.copy_(torch.linspace(-0.3, 0.3, p.numel()).view(p.shape))
@@ -605,7 +586,7 @@ def test_noise_is_the_same_after_a_break(digits, tmp_path):
 
 
 def test_terms_of_a_sum_and_terms_twice(digits):
-    student, teacher = net(T=2), net(width=0.25)
+    student, teacher = create_small(T=2), create_small(width=0.25)
     x, y = next(iter(digits.loader("train", 8)))
     torch.manual_seed(0)
     terms, _ = create_distiller("ckdsnn+0.5*kd+2*bkd", student, teacher, beta=3.0)(x, y)
@@ -634,7 +615,7 @@ def test_terms_of_a_sum_and_terms_twice(digits):
 )
 def test_mistakes_are_one_line(kw, says):
     with pytest.raises(UserError, match=says) as e:
-        create_distiller("ckdsnn", net(T=2), net(), **kw)
+        create_distiller("ckdsnn", create_small(T=2), create_small(), **kw)
     assert "\n" not in str(e.value)
 
 
@@ -642,9 +623,9 @@ def test_mistakes_are_one_line(kw, says):
 def test_maps_of_one_pixel_are_refused(method):
     flat = {"name": "vgg11_sastc"}
     with pytest.raises(UserError, match="the teacher's stage4 is a map of 1×1"):
-        create_distiller(method, net(T=2), net(**flat))
+        create_distiller(method, create_small(T=2), create_small(**flat))
     with pytest.raises(UserError, match="the student's stage4 is a map of 1×1"):
-        create_distiller(method, net(**flat, T=2), net())
+        create_distiller(method, create_small(**flat, T=2), create_small())
 
 
 def test_any_module_teaches_maps_by_path(digits):
@@ -656,7 +637,7 @@ def test_any_module_teaches_maps_by_path(digits):
         nn.Flatten(),
         nn.Linear(6 * 16, 10),
     )
-    student = net(T=2)
+    student = create_small(T=2)
     d = create_distiller("ckdsnn", student, teacher, layers={"student": "stage3", "teacher": "3"})
     terms, _ = d(*next(iter(digits.loader("train", 8))))
     sum(terms.values()).backward()
@@ -678,7 +659,7 @@ def test_a_vit_teaches_from_its_patches(digits, tokens, precision):
     teacher = create_model(
         "vit_small", width=0.1, blocks=3, patch=2, in_channels=1, image_size=8, tokens=tokens
     )
-    student = net(T=2)
+    student = create_small(T=2)
     d = create_distiller("ckdsnn", student, teacher)
     x, y = next(iter(digits.loader("train", 4)))
     with autocast("cpu", precision):
@@ -710,7 +691,7 @@ def test_a_vit_teaches_from_its_patches(digits, tokens, precision):
 
 @pytest.mark.filterwarnings("ignore:no fused neurons")
 def test_maps_of_a_module_of_another_precision():
-    student, teacher = net(T=2).double(), net(width=0.25).double()
+    student, teacher = create_small(T=2).double(), create_small(width=0.25).double()
     d = create_distiller("ckdsnn", student, teacher)
     terms, logits = d(torch.rand(3, 1, 8, 8, dtype=torch.float64), torch.arange(3))
     assert all(torch.isfinite(v) for v in terms.values()) and logits.dtype == torch.float64
@@ -720,7 +701,10 @@ def test_maps_of_a_module_of_another_precision():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("method", METHODS)
 def test_on_a_gpu(method):
-    student, teacher = net(T=2), net("wrn16_2" if method == "e2kd" else "resnet20", width=0.25)
+    student, teacher = (
+        create_small(T=2),
+        create_small("wrn16_2" if method == "e2kd" else "resnet20", width=0.25),
+    )
     d = create_distiller(method, student, None if method == "tet" else teacher).to("cuda")
     with autocast("cuda", "bf16"):
         terms, _ = d(torch.rand(8, 1, 8, 8, device="cuda"), torch.arange(8, device="cuda"))
@@ -734,8 +718,8 @@ def test_on_a_gpu(method):
 def test_maps_of_rates_are_sums_over_the_steps_and_intervals_need_steps():
     torch.manual_seed(0)
     student, teacher, x, y = (
-        net(T=4, depth=0.34),
-        net(depth=0.34),
+        create_small(T=4, depth=0.34),
+        create_small(depth=0.34),
         torch.randn(6, 1, 8, 8),
         torch.arange(6),
     )
@@ -774,7 +758,7 @@ def test_shapes_that_would_broadcast_are_refused(call):
 
 
 def test_a_pooled_linear_head_is_one_in_bfloat16_too():
-    teacher = net(depth=0.34)
+    teacher = create_small(depth=0.34)
     with autocast("cpu", "bf16"):
         assert ClassMap(teacher).linears
-    assert ClassMap(teacher).linears and ClassMap(net(depth=0.34).bfloat16()).linears
+    assert ClassMap(teacher).linears and ClassMap(create_small(depth=0.34).bfloat16()).linears

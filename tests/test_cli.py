@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import error_of, run_command
 from PIL import Image
 
 from snnkd_nb.cli import VERBS, comments_of, main, parse
@@ -24,17 +25,6 @@ def home(tmp_path, monkeypatch):
     (tmp_path / "nbs").symlink_to(ROOT / "nbs")
     monkeypatch.setenv("SNNKD_ROOT", str(tmp_path))
     return tmp_path
-
-
-def fails(capsys, *words):
-    "The one line on stderr of a command that must end with code 2."
-    code = main(words)
-    out = capsys.readouterr()
-    assert code == 2, (words, code, out)
-    assert out.err.startswith("snnkd: "), out.err
-    assert out.err.count("\n") == 1, out.err
-    assert "Traceback" not in out.err
-    return out.err
 
 
 BAD = [
@@ -96,7 +86,7 @@ BAD = [
 
 @pytest.mark.parametrize("words, said", BAD, ids=[" ".join(w) for w, _ in BAD])
 def test_a_mistake_is_one_line_with_the_nearest_names(home, capsys, words, said):
-    assert said in fails(capsys, *words)
+    assert said in error_of(capsys, *words)
     assert not list(home.glob("results/**/*.json"))
 
 
@@ -126,7 +116,9 @@ def test_a_bad_image_folder_is_one_line_that_names_the_place(home, capsys, kind)
     files, said = FOLDERS[kind]
     for f in files:
         picture(home / "images" / f, broken="BAD" in f)
-    assert said in fails(capsys, "train", "--dataset", f"folder:{home / 'images'}", "--epochs", "1")
+    assert said in error_of(
+        capsys, "train", "--dataset", f"folder:{home / 'images'}", "--epochs", "1"
+    )
 
 
 def test_what_is_not_built_yet_is_said_and_is_not_success(home, capsys, monkeypatch):
@@ -137,23 +129,13 @@ def test_what_is_not_built_yet_is_said_and_is_not_success(home, capsys, monkeypa
         assert capsys.readouterr().err == f"snnkd: {absent} not built yet\n"
 
 
-def snnkd(*words, **kw):
-    return subprocess.run(
-        [sys.executable, "-m", "snnkd_nb.cli", *words],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        **kw,
-    )
-
-
 def test_the_process_has_the_exit_code_and_no_traceback(home):
-    done = snnkd("train", "--T", "0")
+    done = run_command("train", "--T", "0")
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"snnkd: T = 0: .+\n", done.stderr)
-    assert snnkd().returncode == 2
-    assert snnkd("--help").returncode == 0
-    assert snnkd("--version").stdout.startswith("snnkd_nb ")
+    assert run_command().returncode == 2
+    assert run_command("--help").returncode == 0
+    assert run_command("--version").stdout.startswith("snnkd_nb ")
 
 
 def test_a_closed_pipe_is_no_error(home):
@@ -178,7 +160,7 @@ def test_ctrl_c_is_130_and_one_line(home, capsys, monkeypatch):
 
 
 def test_list_knows_all_artefacts(home):
-    rows = json.loads(snnkd("list", "--json").stdout)
+    rows = json.loads(run_command("list", "--json").stdout)
     assert len(rows) == len(artefacts())
     assert all(row["needed"] == row["stored"] + row["missing"] for row in rows)
     assert {row["id"] for row in rows if row["built"]} == {a.id for a in artefacts() if a.built}
@@ -231,7 +213,7 @@ def test_every_parameter_is_explained_and_parses_to_its_default(verb, capsys):
     ],
 )
 def test_odd_words_are_usage_errors(home, capsys, words):
-    fails(capsys, *words)
+    error_of(capsys, *words)
 
 
 def test_parse_does_not_leave_a_changed_environment():
@@ -309,7 +291,7 @@ def test_a_plugin_brings_a_network_and_workers_import_it_too(home, capsys, monke
         "my_own_teacher",
         "--weak-teacher",
     ]
-    assert "unknown model 'my_own_teacher'" in fails(capsys, *words)
+    assert "unknown model 'my_own_teacher'" in error_of(capsys, *words)
     try:
         monkeypatch.chdir(home)
         for seed, plugin in enumerate(
@@ -354,7 +336,7 @@ def test_a_teacher_of_a_library_has_no_width(home, capsys):
 def test_a_folder_of_papers_must_hold_a_paper(home, capsys, monkeypatch):
     monkeypatch.setenv("SNNKD_PAPERS", "")
     (home / "empty").mkdir()
-    assert "no paper.toml" in fails(capsys, "--papers", str(home / "empty"), "list")
+    assert "no paper.toml" in error_of(capsys, "--papers", str(home / "empty"), "list")
 
 
 def test_help_names_every_augmentation():

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers import error_of
 from PIL import Image
 from torch import nn
 
@@ -37,13 +38,6 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("SNNKD_ROOT", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def error_of(capsys, *words):
-    code = main([*words])
-    error = capsys.readouterr().err
-    assert code == 2 and error.startswith("snnkd: ") and error.count("\n") == 1, (code, error)
-    return error
 
 
 def test_a_run_prints_itself_as_yaml_and_the_yaml_trains_the_same_run(home, capsys):

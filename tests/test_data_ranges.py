@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers import check_one_line, draw_events
 
 from snnkd_nb.core import UserError
 from snnkd_nb.data import neuromorphic
@@ -17,29 +18,12 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SNNKD_CACHE", str(tmp_path / "cache"))
 
 
-def drawn(n=300, size=128, seed=0):
-    bits = np.random.default_rng(seed)
-    return {
-        "t": np.sort(bits.integers(0, 10**6, n)),
-        "x": bits.integers(0, size, n),
-        "y": bits.integers(0, size, n),
-        "p": bits.integers(0, 2, n),
-    }
-
-
-def one_line(error, *parts):
-    text = str(error.value)
-    assert "\n" not in text
-    for part in parts:
-        assert part in text, text
-
-
 # polarity
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int64, np.float32])
 def test_signed_polarity_in_memory(dtype):
-    events = drawn()
+    events = draw_events()
     signed = {**events, "p": (2 * events["p"] - 1).astype(dtype)}
     expected = frames_of(events, 4, 128)
     assert expected[:, 0].sum() > 0
@@ -47,26 +31,26 @@ def test_signed_polarity_in_memory(dtype):
 
 
 def test_boolean_polarity():
-    events = drawn()
+    events = draw_events()
     assert (frames_of({**events, "p": events["p"] == 1}, 4, 128) == frames_of(events, 4, 128)).all()
 
 
 def test_only_darker_events():
-    events = {**drawn(), "p": np.full(300, -1)}
+    events = {**draw_events(), "p": np.full(300, -1)}
     frames = frames_of(events, 2, 128)
     assert frames[:, 0].sum() == 300 and frames[:, 1].sum() == 0
 
 
 @pytest.mark.parametrize("values", [(1, 2), (-1, 0, 1), (0, 255)])
 def test_other_polarities_are_refused(values):
-    events = {**drawn(), "p": np.resize(values, 300)}
+    events = {**draw_events(), "p": np.resize(values, 300)}
     with pytest.raises(UserError) as error:
         frames_of(events, 2, 128, what="b.npz")
-    one_line(error, "b.npz", "0 and 1, or -1 and 1")
+    check_one_line(error, "b.npz", "0 and 1, or -1 and 1")
 
 
 def test_signed_polarity_in_an_npz(tmp_path):
-    events = drawn()
+    events = draw_events()
     np.savez(tmp_path / "a.npz", **events)
     np.savez(tmp_path / "b.npz", **{**events, "p": 2 * events["p"] - 1})
     plain, signed = (Recorded(tmp_path / f"{n}.npz", None, 2, "number", None)() for n in "ab")
@@ -79,29 +63,29 @@ def test_signed_polarity_in_an_npz(tmp_path):
 
 @pytest.mark.parametrize("slicing", ["number", "time"])
 def test_seconds_are_refused(slicing):
-    events = drawn()
+    events = draw_events()
     with pytest.raises(UserError) as error:
         frames_of({**events, "t": events["t"] / 1e6}, 4, 128, slicing)
-    one_line(error, "whole microseconds")
+    check_one_line(error, "whole microseconds")
 
 
 def test_whole_seconds_are_refused_for_frames_of_equal_time():
-    events = drawn()
+    events = draw_events()
     with pytest.raises(UserError, match="too short for frames=4 of equal time"):
         frames_of({**events, "t": events["t"] // 10**6 + 2}, 4, 128, "time")
 
 
 def test_seconds_in_an_npz_are_refused(tmp_path):
-    events = drawn()
+    events = draw_events()
     np.savez(tmp_path / "a.npz", **{**events, "t": events["t"] / 1e6})
     with pytest.raises(UserError) as error:
         read_events(tmp_path / "a.npz", None)
-    one_line(error, "a.npz", "whole microseconds")
+    check_one_line(error, "a.npz", "whole microseconds")
 
 
 @pytest.mark.parametrize("dtype", [np.uint32, np.uint64, np.int32, np.float64])
 def test_types_of_times(dtype):
-    events = drawn()
+    events = draw_events()
     events["t"] -= events["t"][0]  # an unsigned difference below 0 must not wrap around
     typed = {**events, "t": events["t"].astype(dtype)}
     for slicing in ("number", "time"):
@@ -122,19 +106,19 @@ def test_floats_of_the_simulator_can_be_rounded():
 
 @pytest.mark.parametrize("value", [0.5, np.nan, np.inf])
 def test_fractions_of_a_pixel_are_refused(value):
-    events = drawn()
+    events = draw_events()
     x = events["x"].astype(float)
     x[7] = value
     with pytest.raises(UserError) as error:
         frames_of({**events, "x": x}, 2, 128)
-    one_line(error, "x has values")
+    check_one_line(error, "x has values")
 
 
 def test_names_and_lengths():
-    events = drawn()
+    events = draw_events()
     with pytest.raises(UserError) as error:
         frames_of({"timestamp": events["t"], "x": events["x"], "y": events["y"]}, 2, 128)
-    one_line(error, "no t, p", "timestamp")
+    check_one_line(error, "no t, p", "timestamp")
     with pytest.raises(UserError, match="different lengths"):
         frames_of({**events, "x": events["x"][:-1]}, 2, 128)
     with pytest.raises(UserError, match="not one number per event"):
@@ -142,7 +126,7 @@ def test_names_and_lengths():
 
 
 def test_array_with_named_fields():
-    events = drawn()
+    events = draw_events()
     table = np.zeros(300, [("x", "i2"), ("y", "i2"), ("t", "i8"), ("p", "?")])
     for name, values in events.items():
         table[name] = values
@@ -151,14 +135,14 @@ def test_array_with_named_fields():
 
 @pytest.mark.parametrize("size, fits", [(34, False), (64, False), (128, True), (240, False)])
 def test_sensors_of_other_sizes(tmp_path, size, fits):
-    np.savez(tmp_path / "a.npz", **drawn(size=size))
+    np.savez(tmp_path / "a.npz", **draw_events(size=size))
     recording = Recorded(tmp_path / "a.npz", None, 2, "number", None)
     if fits:
         assert recording().sum() == 300
         return
     with pytest.raises(UserError) as error:
         recording()
-    one_line(error, "a.npz", "another camera")
+    check_one_line(error, "a.npz", "another camera")
 
 
 def test_old_caches_of_events_are_not_used():
@@ -203,7 +187,7 @@ def test_whole_labels_of_any_type():
 def test_other_labels_are_refused(labels, part):
     with pytest.raises(UserError) as error:
         prepare(source(labels))
-    one_line(error, "labelled: the train split", part)
+    check_one_line(error, "labelled: the train split", part)
 
 
 def made(labels=(0, 1), classes="ab", mean=0.5, std=0.25, channels=1):
@@ -229,4 +213,4 @@ def test_data_in_memory(options, part):
     assert made().num_classes == 2
     with pytest.raises(UserError) as error:
         made(**options)
-    one_line(error, part)
+    check_one_line(error, part)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from helpers import create_on_meta, shape_of, shorten
 
 from snnkd_nb.core import UserError, canonical_json, sha256_of
 from snnkd_nb.data.images import list_datasets, opener
@@ -48,14 +49,8 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "dsas_grids.json").read_
 BIG = ("medium", "paper")
 EVENTS, GESTURE = "CIFAR10-DVS", "DVS128-Gesture"
 IMAGES = ("Tiny-ImageNet", "CIFAR-10", "CIFAR-100")
-SHAPES = {  # classes, pixels per edge, channels
-    "cifar10": (10, 32, 3),
-    "cifar100": (100, 32, 3),
-    "imagefolder-stream": (1000, 224, 3),
-    "tiny-imagenet": (200, 64, 3),
-    "cifar10-dvs": (10, 48, 2),
-    "dvs-gesture": (11, 64, 2),
-}
+
+
 EXAMPLE_OF = {  # search space -> data set
     "imagenet": "ImageNet",
     "tiny-imagenet": "Tiny-ImageNet",
@@ -121,26 +116,6 @@ def runs(scale: str) -> tuple[RunSpec, ...]:
     return tuple(dict.fromkeys(specs))
 
 
-def shape(data):
-    return SHAPES[data.name.partition(":")[0]]
-
-
-@lru_cache
-def on_meta(model, num_classes, size, channels):
-    "The network of a spec at full size, without memory."
-    with torch.device("meta"):
-        return create_model(
-            model.name,
-            num_classes,
-            T=model.T,
-            neuron=model.neuron,
-            width=model.width,
-            in_channels=channels,
-            image_size=size,
-            **model.args,
-        )
-
-
 def count_parameters(net) -> int:
     return sum(p.numel() for p in net.parameters())
 
@@ -201,10 +176,10 @@ def test_every_network_of_the_large_scales_exists_at_full_size(scale, pretended)
     trained = [*runs(scale), *(spec.teacher for spec in (*runs(scale), *searches(scale)))]
     networks = {(s.model.canonical(), s.data.name): s for s in trained if s is not None}
     for spec in networks.values():
-        net = on_meta(spec.model, *shape(spec.data))
+        net = create_on_meta(spec.model, *shape_of(spec.data))
         assert spec.model.width == 1 and net.T == spec.model.T
         if spec.model.name == "dsas":
-            num_classes, _, channels = shape(spec.data)
+            num_classes, _, channels = shape_of(spec.data)
             wanted = genome_parameters(spec.model.args["genome"], num_classes, channels)
             assert count_parameters(net) == wanted
 
@@ -222,7 +197,7 @@ def test_every_network_of_the_large_scales_exists_at_full_size(scale, pretended)
 def test_the_examples_have_the_papers_parameters(table, dataset, pretended):
     student = build_run("dsas", "student", "paper", dataset=dataset)
     assert student in grid(table, "paper").specs
-    ours = count_parameters(on_meta(student.model, *shape(student.data))) / 1e6
+    ours = count_parameters(create_on_meta(student.model, *shape_of(student.data))) / 1e6
     printed = [
         record["text"]
         for record in published(f"dsas/{table}").records
@@ -238,7 +213,7 @@ def test_every_search_can_be_run(scale):
         options = to_dict(spec)
         how = Scoring(spec.metric, T=spec.T, neuron=spec.neuron, **options.get("metric_args", {}))
         if scale in BIG:
-            num_classes, size, _ = shape(spec.data)
+            num_classes, size, _ = shape_of(spec.data)
         else:
             num_classes = 20 if "tiny" in spec.data.name else 10
             size = spec.data.size or small_sizes[spec.data.name]
@@ -528,14 +503,6 @@ def alone(tmp_path, monkeypatch):
     return Store()
 
 
-def shorten(spec: RunSpec) -> RunSpec:
-    "The same run for one epoch of 200 images."
-    changes = {"data": spec.data.replace(subset=200), "optim": spec.optim.replace(epochs=1)}
-    if spec.teacher:
-        changes["teacher"] = shorten(spec.teacher)
-    return spec.replace(**changes)
-
-
 @pytest.mark.parametrize("dataset", ["CIFAR-10", EVENTS])
 def test_a_search_and_then_its_student(dataset, alone):
     "From nothing: a short search, then the training of what it found."
@@ -564,7 +531,7 @@ def test_a_search_and_then_its_student(dataset, alone):
 def test_the_student_and_every_teacher_step_together(T, pretended):
     "Logits of one shape, a finite loss, on narrow copies of the paper's networks."
     for spec in {run.teacher.model.name: run for run in runs("paper") if run.teacher}.values():
-        num_classes, _, channels = shape(spec.data)
+        num_classes, _, channels = shape_of(spec.data)
         name = spec.teacher.model.name
         common = {"num_classes": min(num_classes, 10), "in_channels": channels, "image_size": 32}
         small = {"depth": 0.05} if "depth" in model_info(name)["options"] else {}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import quiet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spikingjelly.activation_based import neuron as sj_neuron
@@ -50,10 +51,6 @@ from snnkd_nb.training.job import run_train
 from snnkd_nb.training.loop import create_optimizer, evaluate, fit
 
 SMALL = {"width": 0.25, "depth": 0.34, "image_size": 8}
-
-
-def quiet(e):
-    return None
 
 
 def pair(T=2, seed=0, **kw):

@@ -6,11 +6,12 @@ from functools import lru_cache
 import pandas as pd
 import pytest
 import torch
+from helpers import create_narrow, create_on_meta, shape_of, shorten
 
 from snnkd_nb.core import UserError
 from snnkd_nb.data.images import list_datasets, opener
 from snnkd_nb.losses.zoo import create_distiller
-from snnkd_nb.models.zoo import create_model, model_info
+from snnkd_nb.models.zoo import create_model
 from snnkd_nb.papers.eskd import (
     compare_rate_gradients,
     compare_settings,
@@ -47,12 +48,6 @@ TABLES = ("table01", "table02", "table03", "table04", "table05", "table06")
 FIGURES = ("figure01", "figure02", "figure03", "figure05")
 EVENTS = "CIFAR10-DVS"
 IMAGENET = "ImageNet"
-CLASSES = {
-    "cifar10": (10, 32, 3),
-    "cifar100": (100, 32, 3),
-    "imagefolder-stream": (1000, 224, 3),
-    "cifar10-dvs": (10, 48, 2),
-}
 
 
 def student(scale, network, dataset, T=4, method="eskd", **options):
@@ -81,38 +76,19 @@ def with_teachers(scale):
     return tuple(dict.fromkeys(t for s in specs(scale) for t in (s, s.teacher) if t))
 
 
-def shape(data):
-    return CLASSES[data.name.partition(":")[0]]
-
-
-@lru_cache
-def on_meta(model, k, size, channels):
-    "The network of a spec at full size; nothing is downloaded."
-    args = {n: v for n, v in model.args.items() if n != "pretrained"}
-    with torch.device("meta"):
-        return create_model(
-            model.name,
-            k,
-            T=model.T,
-            neuron=model.neuron,
-            width=model.width,
-            in_channels=channels,
-            image_size=size,
-            **args,
-        )
-
-
 @pytest.mark.parametrize("scale", BIG)
 def test_every_network_of_the_large_scales_exists_at_full_size(scale):
     for spec in {(s.model.canonical(), s.data.name): s for s in with_teachers(scale)}.values():
-        network = on_meta(spec.model, *shape(spec.data))
+        network = create_on_meta(spec.model, *shape_of(spec.data))
         assert spec.model.width == 1
         assert network.T == spec.model.T
 
 
 def hybrids_of(spec):
     "The hybrid models of a run at full size, without memory for their weights."
-    networks = [on_meta(model, *shape(spec.data)) for model in (spec.model, spec.teacher.model)]
+    networks = [
+        create_on_meta(model, *shape_of(spec.data)) for model in (spec.model, spec.teacher.model)
+    ]
     with torch.device("meta"):
         distiller = create_distiller("eskd", *networks, **dict(spec.method_args))
     return distiller.methods[0].hybrids
@@ -548,15 +524,6 @@ def alone(folder, monkeypatch):
     return Store(folder / "runs")
 
 
-def brief(spec):
-    "The same run for one epoch of 100 images."
-    return spec.replace(
-        data=spec.data.replace(subset=100),
-        optim=spec.optim.replace(epochs=1, warmup=0),
-        **({"teacher": brief(spec.teacher)} if spec.teacher else {}),
-    )
-
-
 def through_time(spec):
     return spec.replace(optim=spec.optim.replace(gradient="bptt"))
 
@@ -576,7 +543,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_student_of_every_kind_runs_to_its_record(kind, alone):
-    spec = brief(KINDS[kind])
+    spec = shorten(KINDS[kind], images=100, warmup=0)
     record = run_train(spec, alone, weak_teacher="accept")
     assert (
         record.id == spec.id
@@ -590,23 +557,6 @@ def test_one_student_of_every_kind_runs_to_its_record(kind, alone):
     )
 
 
-def create_narrow(model, num_classes, channels, **options):
-    "The network of a spec at an eighth of its width, with few blocks, for images of 32 pixels."
-    name = {"timm:resnet34": "resnet34_imagenet", "timm:resnet50": "resnet50_imagenet"}.get(
-        model.name, model.name
-    )
-    if name == "spikingformer":
-        options |= {"blocks": 2, "heads": 4}
-    elif name == "vit_small":
-        options |= {"blocks": 2, "patch": 8}
-    else:
-        options |= {"depth": 0.2}
-    if "stem" in model_info(name)["options"]:
-        options["stem"] = "small"
-    sizes = {"in_channels": channels, "image_size": 32}
-    return create_model(name, num_classes, width=0.125, **sizes, **options)
-
-
 @pytest.mark.filterwarnings("error:snnkd_nb:DeprecationWarning")  # a name that the package gave up
 def test_every_method_steps_on_a_narrow_copy():
     "Student, teacher and options of every kind of run."
@@ -618,7 +568,7 @@ def test_every_method_steps_on_a_narrow_copy():
         if s.teacher
     }
     for spec in kinds.values():
-        num_classes, _, channels = shape(spec.data)
+        num_classes, _, channels = shape_of(spec.data)
         num_classes = min(num_classes, 10)
         narrow = create_narrow(spec.model, num_classes, channels, T=2, neuron=spec.model.neuron)
         ordinary = create_narrow(spec.teacher.model, num_classes, channels)

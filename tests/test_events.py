@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers import draw_events
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -39,16 +40,6 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "decoded"
 
 
-def drawn(n, size=128, seed=0, last=10**6):
-    bits = np.random.default_rng(seed)
-    return {
-        "t": np.sort(bits.integers(0, last, n)),
-        "x": bits.integers(0, size, n),
-        "y": bits.integers(0, size, n),
-        "p": bits.integers(0, 2, n),
-    }
-
-
 @pytest.fixture
 def shapes(tmp_path):
     "Six small images a split, of two classes."
@@ -77,7 +68,7 @@ def shapes(tmp_path):
     st.sampled_from(("number", "time")),
 )
 def test_frames_are_spikingjellys(n, T, size, seed, slicing):
-    e = drawn(n, size, seed, 5000)
+    e = draw_events(n, size, seed, 5000)
     if n < T:
         with pytest.raises(UserError, match=f"fewer than frames={T}"):
             frames_of(e, T, size, slicing)
@@ -299,7 +290,7 @@ def dvs(tmp_path):
         for i in (0, 1, 99, 100, 101):
             write_aedat2(
                 tmp_path / "dvs" / "extract" / c / f"cifar10_{c}_{i}.aedat",
-                drawn(200, seed=10 * i + k),
+                draw_events(200, seed=10 * i + k),
             )
     return tmp_path
 
@@ -310,7 +301,7 @@ def gesture(tmp_path):
     for k, (user, s) in enumerate(
         (("user01_lab", "train"), ("user23_led", "train"), ("user24_led", "test"))
     ):
-        write_aedat3(home / f"{user}.aedat", drawn(3000, seed=k))
+        write_aedat3(home / f"{user}.aedat", draw_events(3000, seed=k))
         rows = [f"{c},{80000 * i},{80000 * i + 75000}" for i, c in enumerate((*range(1, 12), 8))]
         (home / f"{user}_labels.csv").write_text(
             "\n".join(["class,startTime_usec,endTime_usec", *rows, ""])
@@ -343,7 +334,9 @@ def test_cifar10_dvs_is_spikingjellys(dvs):
 def test_splits_have_names(dvs, cache):
     def write(i):
         return [
-            write_aedat2(dvs / "dvs" / "extract" / c / f"cifar10_{c}_{i}.aedat", drawn(200, seed=i))
+            write_aedat2(
+                dvs / "dvs" / "extract" / c / f"cifar10_{c}_{i}.aedat", draw_events(200, seed=i)
+            )
             for c in neuromorphic.CLASSES
         ]
 
@@ -423,7 +416,7 @@ def test_bad_cifar10_dvs(dvs, cache):
     ):
         file.write_bytes(wrong)
         assert "cifar10_dog_1.aedat is no recording: it begins with" in error(cache, *at, **kw)
-    e = drawn(200)
+    e = draw_events(200)
     write_aedat2(file, {**e, "t": np.append(e["t"][100:], e["t"][:100])})
     assert "cifar10_dog_1.aedat goes back in time 1 times, first at event 100" in error(
         cache, *at, **kw
@@ -470,9 +463,10 @@ def test_too_many_recordings_are_refused():
 def test_a_file_written_again_is_read_again(dvs):
     file = dvs / "dvs" / "extract" / "dog" / "cifar10_dog_1.aedat"
     first = neuromorphic.read_events(file, neuromorphic.read_aedat2)
-    write_aedat2(file, drawn(150, seed=9))
+    write_aedat2(file, draw_events(150, seed=9))
     assert (
-        neuromorphic.read_events(file, neuromorphic.read_aedat2)["t"] == drawn(150, seed=9)["t"]
+        neuromorphic.read_events(file, neuromorphic.read_aedat2)["t"]
+        == draw_events(150, seed=9)["t"]
     ).all() and len(first["t"]) == 200
     with pytest.raises(UserError, match="is no recording"):
         neuromorphic.read_events(file, neuromorphic.read_aedat3)

@@ -5,11 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import warnings
-from pathlib import Path
 
 import pytest
+from helpers import has_ended, run_command, wait_for
 
 from snnkd_nb.cli import main
 from snnkd_nb.core import atomic_write
@@ -31,20 +30,6 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("SNNKD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     return tmp_path
-
-
-def gone(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
-def wait_for(condition, seconds=20):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.05)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -333,7 +318,7 @@ def test_when_the_parent_ends_its_workers_end_and_the_next_start_finishes(standi
     workers = [p for s in SEEDS for p in pids(standin, s)]
     parent.send_signal(how)
     out = parent.communicate(timeout=20)[0]
-    wait_for(lambda: all(map(gone, workers)))
+    wait_for(lambda: all(map(has_ended, workers)))
     if how == signal.SIGINT:
         assert (
             parent.returncode == 130
@@ -382,18 +367,6 @@ def test_two_executors_asked_for_the_same_runs_make_each_once(standin):
 # --- places that cannot be written ------------------------------------------------------------------------------------
 
 
-def snnkd(*words, prepare=None, **env):
-    full = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run(
-        [sys.executable, "-m", "snnkd_nb.cli", *words],
-        env=full,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        preexec_fn=prepare,
-    )
-
-
 def test_a_full_disk_is_one_line_and_nothing_half_written(home):
     def small_files():
         import resource
@@ -415,7 +388,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(home):
     )
     assert main([*words, "--seed", "1"]) == 0, "the images are decoded"
     before = sorted(home.rglob("*"))
-    r = snnkd(*words, prepare=small_files, PYTHONDONTWRITEBYTECODE="1")
+    r = run_command(*words, prepare=small_files, PYTHONDONTWRITEBYTECODE="1")
     assert (
         r.returncode == 1
         and r.stderr.startswith("snnkd: ")
@@ -429,7 +402,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(home):
 
 def test_a_place_that_cannot_be_written_is_one_line(home):
     (home / "project").write_text("not a folder")
-    r = snnkd("status")
+    r = run_command("status")
     assert (
         r.returncode == 1
         and r.stderr.startswith("snnkd: cannot use ")
@@ -440,5 +413,5 @@ def test_a_place_that_cannot_be_written_is_one_line(home):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_project_is_one_line(home):
     (home / "project").mkdir(mode=0o555)
-    r = snnkd("status")
+    r = run_command("status")
     assert r.returncode == 1 and "Permission denied" in r.stderr and r.stderr.count("\n") == 1

@@ -5,6 +5,7 @@ import inspect
 
 import pytest
 import torch
+from helpers import quiet
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -16,11 +17,6 @@ from snnkd_nb.losses.zoo import create_distiller
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.spec import OptimSpec, RunSpec
 from snnkd_nb.training.loop import create_optimizer, evaluate, fit, train_step
-
-
-def quiet(event):
-    pass
-
 
 QUICK = {"epochs": 1, "batch_size": 32, "on_event": quiet, "device": "cpu"}
 

@@ -1,14 +1,13 @@
 """One import for everything, trained runs, and files for other programs."""
 
 import json
-import subprocess
 import sys
-import textwrap
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from helpers import run_python
 from PIL import Image
 
 import snnkd_nb
@@ -21,13 +20,6 @@ from snnkd_nb.models.zoo import create_model
 from snnkd_nb.spec import DataSpec, ModelSpec, OptimSpec, RunSpec
 from snnkd_nb.store import Store, dump, weights_path
 from snnkd_nb.training.job import run_train
-
-
-def run_python(code, *flags):
-    words = [sys.executable, *flags, "-c", textwrap.dedent(code)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_the_package_loads_nothing_until_it_is_asked():

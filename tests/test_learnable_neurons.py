@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from helpers import check_one_line
 from torch import nn
 
 from snnkd_nb.core import UserError
@@ -204,20 +205,13 @@ def test_fit_trains_threshold_and_leak():
 # what is refused
 
 
-def one_line(error, *parts):
-    text = str(error.value)
-    assert "\n" not in text
-    for part in parts:
-        assert part in text, text
-
-
 def test_a_kernel_that_is_asked_for_refuses_a_learnable_number():
     with pytest.raises(UserError) as error:
         LIF(4, v_threshold=nn.Parameter(torch.tensor(1.0)), backend="fused")(CURRENT)
-    one_line(error, "learnable v_threshold", "backend='auto'")
+    check_one_line(error, "learnable v_threshold", "backend='auto'")
     with pytest.raises(UserError) as error:
         lif(CURRENT, T=4, decay=torch.full((200,), 0.5), backend="fused")
-    one_line(error, "decay of shape (200,)")
+    check_one_line(error, "decay of shape (200,)")
 
 
 def test_training_on_rates_refuses_a_learnable_number():
@@ -231,7 +225,7 @@ def test_training_on_rates_refuses_a_learnable_number():
             epochs=1,
             gradient="rate",
         )
-    one_line(error, "learnable", "gradient='bptt'")
+    check_one_line(error, "learnable", "gradient='bptt'")
 
 
 def test_a_learnable_slope_is_refused():
@@ -239,7 +233,7 @@ def test_a_learnable_slope_is_refused():
     for call in (LIF(4, surrogate=slope), lambda x: lif(x, T=4, surrogate=slope)):
         with pytest.raises(UserError) as error:
             call(CURRENT)
-        one_line(error, "slope of Sigmoid", "detach()")
+        check_one_line(error, "slope of Sigmoid", "detach()")
 
 
 @pytest.mark.parametrize(
@@ -253,7 +247,7 @@ def test_a_learnable_slope_is_refused():
 def test_tensors_that_would_not_be_trained_are_refused(options, part):
     with pytest.raises(UserError) as error:
         LIF(4, **options)
-    one_line(error, next(iter(options)), part)
+    check_one_line(error, next(iter(options)), part)
 
 
 def test_values_out_of_range_are_refused():

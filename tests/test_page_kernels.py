@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import has_ended, wait_for
 from jupyter_client.blocking import BlockingKernelClient
 from jupyter_client.connect import write_connection_file
 
@@ -47,20 +48,6 @@ def printed(notebook: dict) -> str:
     """Return what all cells of an executed notebook wrote to standard output."""
     outputs = [o for c in notebook["cells"] for o in c.get("outputs", [])]
     return "".join(o["text"] for o in outputs if o.get("name") == "stdout")
-
-
-def gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
-def wait_for(condition, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +166,7 @@ def test_a_kernel_does_not_outlive_its_relay(home):
     relay, kernel = start_relay(home)
     relay.kill()
     relay.wait(20)
-    wait_for(lambda: gone(kernel))
+    wait_for(lambda: has_ended(kernel))
 
 
 def test_a_kernel_receives_the_signals_of_its_relay(home):
@@ -187,10 +174,10 @@ def test_a_kernel_receives_the_signals_of_its_relay(home):
     wait_until_ready(home)  # before that, an interrupt ends a kernel
     relay.send_signal(signal.SIGINT)  # an idle kernel survives an interrupt
     time.sleep(0.5)
-    assert relay.poll() is None and not gone(kernel)
+    assert relay.poll() is None and not has_ended(kernel)
     relay.terminate()
     relay.wait(20)
-    wait_for(lambda: gone(kernel))
+    wait_for(lambda: has_ended(kernel))
 
 
 def test_without_a_server_kernels_are_ordinary_and_nothing_is_left(tmp_path, monkeypatch):
@@ -199,7 +186,7 @@ def test_without_a_server_kernels_are_ordinary_and_nothing_is_left(tmp_path, mon
         monkeypatch.setenv(SERVER, variables[SERVER])
         relay, kernel = start_relay(tmp_path)
     assert relay.wait(20) != 0
-    wait_for(lambda: gone(kernel))
+    wait_for(lambda: has_ended(kernel))
     assert not Path(variables[SERVER]).exists()
     assert kernel_command()[1:3] == ["-m", "ipykernel_launcher"]
 
@@ -225,4 +212,4 @@ def test_kernels_end_when_the_process_that_started_the_server_ends(tmp_path, mon
     owner.send_signal(how)
     owner.wait(20)
     assert relay.wait(20) != 0
-    wait_for(lambda: gone(kernel))
+    wait_for(lambda: has_ended(kernel))

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers import run_command
 
 from snnkd_nb.core import UserError, canonical_json, sha256_of
 from snnkd_nb.papers.experiments import (
@@ -88,30 +89,20 @@ def test_its_cells_are_runs(fifth):
     assert grid.specs == build_grid("example_paper/figure01", "smoke").specs
 
 
-def snnkd(*args, **env):
-    return subprocess.run(
-        [sys.executable, "-m", "snnkd_nb.cli", *args],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-
-
 def test_it_is_listed_trained_and_rendered_without_an_edit(fifth, tmp_path):
     root = tmp_path / "project"
     (root / "nbs").mkdir(parents=True)
     env = {"SNNKD_ROOT": str(root), "SNNKD_CACHE": str(tmp_path / "cache")}
-    listed = snnkd("list", "example_paper", **env)
+    listed = run_command("list", "example_paper", **env)
     assert "example_paper/table01   table    0/4 runs" in listed.stdout, listed.stderr
-    done = snnkd("reproduce", "example_paper", "--scale", "smoke", "-j", "1", **env)
+    done = run_command("reproduce", "example_paper", "--scale", "smoke", "-j", "1", **env)
     assert done.returncode == 0, done.stdout + done.stderr
     table = (root / "results/tables/example_paper/table01-smoke.csv").read_text()
     ids = [spec.id for spec in build_grid("example_paper/table01", "smoke").specs]
     assert all(run in table for run in ids)
     assert "Δ" in (root / "results/tables/example_paper/table01-smoke.md").read_text()
     assert (root / "figures/example_paper/figure01-smoke.png").stat().st_size > 1000
-    assert "4/4 runs, rendered" in snnkd("list", "example_paper", **env).stdout
+    assert "4/4 runs, rendered" in run_command("list", "example_paper", **env).stdout
 
 
 MISTAKES = [

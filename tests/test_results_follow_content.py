@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers import check_one_line
 from PIL import Image
 
 from snnkd_nb import spec as specs
@@ -71,13 +72,6 @@ def write_plugin(place, width=0.1, helper="", name="mine"):
     return path
 
 
-def one_line(error, *parts):
-    text = str(error.value)
-    assert "\n" not in text
-    for part in parts:
-        assert part in text, text
-
-
 # plug-ins
 
 
@@ -90,7 +84,7 @@ def test_an_edited_network_is_not_shown_with_the_old_result(place):
     write_plugin(place, width=0.2)
     with pytest.raises(UserError) as error:
         run_train(run, store)
-    one_line(error, run.id, "model my_net", "remove", str(store.path(run.id)))
+    check_one_line(error, run.id, "model my_net", "remove", str(store.path(run.id)))
     store.path(run.id).unlink()
     assert run_train(run, store).metrics["params"] > record.metrics["params"]
 
@@ -104,7 +98,7 @@ def test_an_edited_teacher_is_not_used_with_the_old_weights(place):
     run = RunSpec(DIGITS, TINY, SHORT, "kd", teacher=teacher)
     with pytest.raises(UserError) as error:
         run_train(run, store, weak_teacher="accept")
-    one_line(error, teacher.id, "model my_net")
+    check_one_line(error, teacher.id, "model my_net")
 
 
 def test_a_helper_of_the_plugin_counts(place):
@@ -121,7 +115,7 @@ def test_a_plugin_that_changed_under_a_running_process_is_refused(place):
     path.write_text(path.read_text() + "\n# edited\n")
     with pytest.raises(UserError) as error:
         import_plugins([str(path)])
-    one_line(error, "mine.py", "has changed")
+    check_one_line(error, "mine.py", "has changed")
 
 
 def test_a_plugin_with_a_taken_name_is_refused(place):
@@ -218,7 +212,7 @@ def test_changed_images_are_not_shown_with_the_old_result(place):
     paint(place / "pets" / "train" / "cat", 60)
     with pytest.raises(UserError) as error:
         run_train(run, store)
-    one_line(error, run.id, "images or labels of folder:")
+    check_one_line(error, run.id, "images or labels of folder:")
 
 
 def test_data_that_are_not_here_stop_nobody(place, monkeypatch):
@@ -297,7 +291,7 @@ def test_another_teacher_under_the_same_name_is_noticed(place):
     store.put(other, replace=True)
     with pytest.raises(UserError) as error:
         run_train(run, store)
-    one_line(error, "weights of the teacher")
+    check_one_line(error, "weights of the teacher")
 
 
 # revisions

@@ -1,16 +1,15 @@
 """SASTC's accuracy artefacts: every scale can be built without training, smoke runs end to end, what is in several tables is one run."""
 
-import os
 from functools import lru_cache
 
 import pandas as pd
 import pytest
 import torch
+from helpers import create_narrow, create_on_meta, shape_of, shorten
 
 from snnkd_nb.core import UserError
 from snnkd_nb.data.images import list_datasets, opener
 from snnkd_nb.losses.zoo import create_distiller
-from snnkd_nb.models.zoo import create_model, model_info
 from snnkd_nb.papers.experiments import (
     SCALES,
     artefact,
@@ -29,7 +28,6 @@ from snnkd_nb.reports.layers import (
 )
 from snnkd_nb.reports.tables import Report, tabulate_by_seed
 from snnkd_nb.spec import RunSpec, to_dict
-from snnkd_nb.store import Store
 from snnkd_nb.training.job import run_train
 
 BIG = ("medium", "paper")
@@ -37,13 +35,6 @@ TABLES = ["table02", "table03", "table04", "table06", "table07", "table08", "tab
 FIGURES = ["figure02", "figure05"]
 PANELS = ["VGG-11 & ResNet-19", "ResNet-18 & Pyramidnet-20", "WRN-16-2 & WRN-28-4"]
 STUDENTS = {"VGG-11": 34.4, "ResNet-18": 12.6, "WRN-16-2": 20.5}  # millions of parameters
-CLASSES = {
-    "cifar10": (10, 32, 3),
-    "cifar100": (100, 32, 3),
-    "imagefolder-stream": (1000, 224, 3),
-    "cifar10-dvs": (10, 48, 2),
-    "dvs-gesture": (11, 64, 2),
-}
 
 
 @lru_cache
@@ -61,37 +52,17 @@ def with_teachers(scale):
     return tuple(dict.fromkeys(t for s in specs(scale) for t in (s, s.teacher) if t))
 
 
-def shape(data):
-    return CLASSES[data.name.partition(":")[0]]
-
-
-@lru_cache
-def on_meta(model, k, size, channels):
-    "The network of a spec at full size; nothing is downloaded."
-    args = {n: v for n, v in model.args.items() if n != "pretrained"}
-    with torch.device("meta"):
-        return create_model(
-            model.name,
-            k,
-            T=model.T,
-            neuron=model.neuron,
-            width=model.width,
-            in_channels=channels,
-            image_size=size,
-            **args,
-        )
-
-
 @pytest.mark.parametrize("scale", BIG)
 def test_every_network_of_the_large_scales_exists_at_full_size_and_has_the_layers_that_are_distilled(
     scale,
 ):
     for spec in {(s.model.canonical(), s.data.name): s for s in with_teachers(scale)}.values():
-        net = on_meta(spec.model, *shape(spec.data))
+        net = create_on_meta(spec.model, *shape_of(spec.data))
         assert spec.model.width == 1 and net.T == spec.model.T, spec.model
     for s in specs(scale):
         mine, theirs = (
-            on_meta(m.model, *shape(m.data)).stage_names if m else () for m in (s, s.teacher)
+            create_on_meta(m.model, *shape_of(m.data)).stage_names if m else ()
+            for m in (s, s.teacher)
         )
         assert all(a in mine and b in theirs for a, b in s.method_args.get("pairs", ())), s.id
 
@@ -101,7 +72,9 @@ def test_feature_kd_of_the_paper_is_the_mean_over_all_pairs_of_layers():
         if cell.column != "Feature KD":
             continue
         spec = cell.specs[0]
-        mine, theirs = (on_meta(m.model, *shape(m.data)).stage_names for m in (spec, spec.teacher))
+        mine, theirs = (
+            create_on_meta(m.model, *shape_of(m.data)).stage_names for m in (spec, spec.teacher)
+        )
         if spec.teacher.model.name == "pyramidnet20":  # its published code never records this stage
             theirs = [name for name in theirs if name != "stage2"]
         pairs = [[[a, b]] for a in mine for b in theirs]
@@ -112,7 +85,7 @@ def test_feature_kd_of_the_paper_is_the_mean_over_all_pairs_of_layers():
 def test_the_students_have_the_sizes_that_are_told():
     def count(name):
         model = build_spec("sastc", "model", name, "paper").replace(T=2)
-        return round(sum(p.numel() for p in on_meta(model, 10, 32, 3).parameters()) / 1e6, 1)
+        return round(sum(p.numel() for p in create_on_meta(model, 10, 32, 3).parameters()) / 1e6, 1)
 
     assert {name: count(name) for name in STUDENTS} == STUDENTS
     told = "\n".join(grids("paper")["table02"].deviations)
@@ -204,18 +177,12 @@ def kinds_of_runs():
 def test_every_method_is_made_and_steps_on_a_narrow_copy(kind):
     "Student, teacher, method and options, at an eighth of the width and on small images."
     s = kinds_of_runs()[kind]
-    k, _, channels = shape(s.data)
-    common = {"num_classes": min(k, 10), "in_channels": channels, "image_size": 32}
-    net = (
-        create_model(
-            s.model.name, T=2, neuron=s.model.neuron, width=0.125, **common, **narrow(s.model.name)
-        )
-        if s.model.T
-        else narrow_teacher(s, common)
-    )
-    d = create_distiller(
-        s.method, net, narrow_teacher(s.teacher, common), s.variant, **dict(s.method_args)
-    )
+    k, _, channels = shape_of(s.data)
+    k = min(k, 10)
+    options = {"T": 2, "neuron": s.model.neuron} if s.model.T else {}
+    net = create_narrow(s.model, k, channels, **options)
+    teacher = create_narrow(s.teacher.model, k, channels) if s.teacher else None
+    d = create_distiller(s.method, net, teacher, s.variant, **dict(s.method_args))
     x = (
         torch.randn(2, 2, channels, 32, 32)
         if "frames" in s.data.args
@@ -223,23 +190,6 @@ def test_every_method_is_made_and_steps_on_a_narrow_copy(kind):
     )
     terms, _ = d(x, torch.tensor([1, 3]))
     assert all(v.isfinite() for v in terms.values()), (s.id, terms)
-
-
-def narrow(name):
-    return {"depth": 0.2} if "depth" in model_info(name)["options"] else {}
-
-
-def narrow_teacher(spec, common):
-    if spec is None:
-        return None
-    name = {"torchvision:resnet34": "resnet34_imagenet"}.get(spec.model.name, spec.model.name)
-    return create_model(
-        name,
-        width=0.125,
-        **common,
-        **narrow(name),
-        **({"stem": "small"} if "imagenet" in name else {}),
-    )
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -474,26 +424,6 @@ def test_mistakes_are_named():
             bad()
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    "A store and a cache of their own."
-    top, before = tmp_path_factory.mktemp("alone"), dict(os.environ)
-    os.environ.update(SNNKD_CACHE=str(top / "cache"), SNNKD_ROOT=str(top))
-    yield Store(top / "runs")
-    os.environ.pop("SNNKD_CACHE")
-    os.environ.pop("SNNKD_ROOT")
-    os.environ.update(before)
-
-
-def brief(spec):
-    "The same run for one epoch of 200 images."
-    return spec.replace(
-        data=spec.data.replace(subset=200),
-        optim=spec.optim.replace(epochs=1),
-        **({"teacher": brief(spec.teacher)} if spec.teacher else {}),
-    )
-
-
 def kinds():
     return {
         f"{s.data.name}-{s.model.name}-{s.method}": s
@@ -515,7 +445,7 @@ def kinds():
     ],
 )
 def test_one_student_of_every_kind_runs_to_its_record(kind, alone):
-    spec = brief(kinds()[kind])
+    spec = shorten(kinds()[kind])
     record = run_train(spec, alone, weak_teacher="accept")
     assert (
         record.id == spec.id

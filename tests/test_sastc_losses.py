@@ -6,15 +6,15 @@ import textwrap
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import create_small, load_golden, quiet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from snnkd_nb.core import UserError, root
+from snnkd_nb.core import UserError
 from snnkd_nb.data.images import load
 from snnkd_nb.kernels import projection
 from snnkd_nb.kernels.projection import Winograd
@@ -34,19 +34,6 @@ from snnkd_nb.models.zoo import create_model
 from snnkd_nb.training.loop import autocast, fit
 
 
-def quiet(event):
-    pass
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load("digits")
-
-
-def net(name="resnet20", T=None, width=0.125, **kw):
-    return create_model(name, T=T, width=width, in_channels=1, image_size=8, **kw)
-
-
 def seen(B=4, T=None):
     return torch.rand(B, 1, 8, 8), torch.arange(B) % 10
 
@@ -54,16 +41,9 @@ def seen(B=4, T=None):
 # published numbers
 
 
-def golden():
-    return {
-        k: torch.from_numpy(np.asarray(v))
-        for k, v in np.load(root() / "tests" / "golden" / "sastc_loss.npz").items()
-    }
-
-
 def published(g):
     "The method of the code variant with the parameters of the golden file, and its batch."
-    student, teacher = (net(T=T) for T in (3, None))
+    student, teacher = (create_small(T=T) for T in (3, None))
     method = SASTC(
         student, teacher, "code", batch_size=8, beta=1.0, layers={"teacher": ["stage1", "stage2"]}
     )
@@ -89,7 +69,7 @@ def published(g):
 
 
 def test_attention_loss_and_gradients_are_those_of_the_published_code():
-    g = golden()
+    g = load_golden("sastc_loss")
     method, batch = published(g)
     torch.testing.assert_close(
         method.attention(batch).transpose(1, 2), g["attention"], atol=1e-5, rtol=1e-5
@@ -108,7 +88,7 @@ def test_attention_loss_and_gradients_are_those_of_the_published_code():
 
 
 def test_statistics_of_all_steps_give_another_loss_than_the_published_one():
-    g = golden()
+    g = load_golden("sastc_loss")
     method, batch = published(g)
     method.calibration.norm = "all"
     assert (method.terms(batch)["sastc"].detach() - g["loss"]).abs() > 1e-5
@@ -660,7 +640,7 @@ def test_the_loss_is_zero_where_projections_give_the_teacher():
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_small_batches_work(size):
-    student, teacher = net(T=2), net()
+    student, teacher = create_small(T=2), create_small()
     d = create_distiller("kd+sastc", student, teacher, batch_size=size)
     for B in (1, size, 2 * size + 1):
         terms, _ = d(*seen(B))
@@ -720,7 +700,7 @@ def test_layers_by_module_path_of_anybodys_networks():
         nn.Linear(45, 10),
     )
     for T in (1, 2):
-        student = net(T=T)
+        student = create_small(T=T)
         d = create_distiller(
             "sastc",
             student,
@@ -752,13 +732,13 @@ class Tokens(nn.Module):
 
 def test_tokens_are_compared_on_their_grid_or_refused():
     with pytest.raises(UserError, match="tokens='map'"):
-        SASTC(net(T=2), Tokens(), layers={"teacher": ["blocks.0"]}, input_shape=(1, 8, 8))
+        SASTC(create_small(T=2), Tokens(), layers={"teacher": ["blocks.0"]}, input_shape=(1, 8, 8))
     raw = Foreign(Tokens(), ["blocks.0"], image_size=8, in_channels=1, tokens="raw")
     with pytest.raises(UserError, match="puts out"):
-        SASTC(net(T=2), raw)
+        SASTC(create_small(T=2), raw)
     d = create_distiller(
         "sastc",
-        net(T=2),
+        create_small(T=2),
         Foreign(Tokens(), ["blocks.0"], image_size=8, in_channels=1),
         batch_size=4,
     )
@@ -780,7 +760,7 @@ def test_tokens_are_compared_on_their_grid_or_refused():
 )
 def test_what_cannot_be_is_an_error_of_one_line(kw, message):
     with pytest.raises(UserError, match=message) as e:
-        SASTC(net(T=2), net(), **kw)
+        SASTC(create_small(T=2), create_small(), **kw)
     assert "\n" not in str(e.value)
 
 
@@ -794,7 +774,7 @@ def test_maps_that_do_not_fit_are_an_error_of_one_line():
 
 
 def test_a_term_counts_once():
-    student, teacher = net(T=2), net()
+    student, teacher = create_small(T=2), create_small()
     x, y = seen()
     assert set(create_distiller("sastc", student, teacher, batch_size=4)(x, y)[0]) == {
         "ce",
@@ -874,7 +854,7 @@ def test_embeddings_and_projections_learn_are_kept_and_leave_with_the_teacher(di
     from snnkd_nb.training.loop import create_optimizer, load_checkpoint
 
     torch.manual_seed(0)
-    student, teacher = (net(T=T, depth=0.34) for T in (2, None))
+    student, teacher = (create_small(T=T, depth=0.34) for T in (2, None))
     d = create_distiller("kd+sastc", student, teacher, batch_size=64, beta=10.0)
     method = d.methods[1]
     before = {k: v.clone() for k, v in d.state_dict().items()}
@@ -906,7 +886,7 @@ def test_embeddings_and_projections_learn_are_kept_and_leave_with_the_teacher(di
     assert sum(method.count().values()) + sum(p.numel() for p in student.parameters()) == sum(
         p.numel() for p in d.parameters()
     )
-    assert set(student.state_dict()) == set(net(T=2, depth=0.34).state_dict())
+    assert set(student.state_dict()) == set(create_small(T=2, depth=0.34).state_dict())
     again = create_distiller("kd+sastc", student, teacher, batch_size=64, beta=10.0)
     assert (
         load_checkpoint(tmp_path / "x.ckpt", again, create_optimizer(again, OptimSpec()))
@@ -916,7 +896,7 @@ def test_embeddings_and_projections_learn_are_kept_and_leave_with_the_teacher(di
 
 
 def test_a_picture_of_attention_leaves_no_trace():
-    student, teacher = net(T=2), net()
+    student, teacher = create_small(T=2), create_small()
     d = create_distiller("sastc+nld", student, teacher, batch_size=4).train()
     x, _ = seen(9)
     before, state = {k: v.clone() for k, v in d.state_dict().items()}, torch.get_rng_state()
@@ -1022,7 +1002,7 @@ def test_what_sastc_cannot_do_is_said():
 
 
 def test_a_weight_for_each_part_of_the_epochs(digits, tmp_path):
-    student, teacher = net(T=2, depth=0.34), net(depth=0.34)
+    student, teacher = create_small(T=2, depth=0.34), create_small(depth=0.34)
     d = create_distiller("kd+sastc", student, teacher, batch_size=64, beta=[0.0, 1.0, 2.0])
     terms = [
         row["sastc"]
@@ -1048,7 +1028,7 @@ def test_a_weight_for_each_part_of_the_epochs(digits, tmp_path):
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 7, 300])
 def test_parts_of_the_epochs_are_equally_long(epochs):
-    method = SASTC(net(T=2), net(), beta=(0.01, 0.1, 1.0))
+    method = SASTC(create_small(T=2), create_small(), beta=(0.01, 0.1, 1.0))
     seen = [method.begin_epoch(e, epochs) or method.beta for e in range(epochs)]
     assert (
         seen == sorted(seen)
@@ -1082,7 +1062,7 @@ def test_a_weight_by_epochs_is_part_of_a_run():
 @pytest.mark.parametrize("variant", ["paper", "code"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_on_a_gpu(variant, precision):
-    student, teacher = net(T=2), net(width=0.25)
+    student, teacher = create_small(T=2), create_small(width=0.25)
     d, x, y = (
         create_distiller(
             "kd+sastc", student, teacher, variant=variant, batch_size=8, beta=[0.1, 1.0]

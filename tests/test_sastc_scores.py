@@ -1,7 +1,6 @@
 """SASTC's scores and maps: every scale can be built without training, watched runs end to end, what is in several artefacts is one run."""
 
 import math
-import os
 from functools import lru_cache
 from types import SimpleNamespace
 
@@ -9,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import create_on_meta, shape_of, shorten
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -39,14 +39,12 @@ from snnkd_nb.reports.layers import (
 from snnkd_nb.reports.maps import attention_history, load_picture, load_test_images
 from snnkd_nb.reports.tables import Measure, Report, tabulate_by_epoch
 from snnkd_nb.runner.jobs import load_network
-from snnkd_nb.store import Store
 from snnkd_nb.training.job import run_train
 
 BIG = ("medium", "paper")
 TABLES = ("table01", "table05")
 FIGURES = ("figure01", "figure03", "figure04")
 PAPER_TEACHERS = {"CIFAR-100": ("resnet32x4", 32), "ImageNet": ("resnet34_imagenet", 224)}
-CLASSES = {"cifar10": (10, 32, 3), "cifar100": (100, 32, 3), "imagefolder-stream": (1000, 224, 3)}
 
 
 @lru_cache
@@ -79,38 +77,18 @@ def every_network(scale):
     return tuple(dict.fromkeys(t for s in specs(scale) for t in (s, s.teacher, s.reference) if t))
 
 
-def shape(data):
-    return CLASSES[data.name.partition(":")[0]]
-
-
-@lru_cache
-def on_meta(model, k, size, channels):
-    "The network of a spec at full size; nothing is downloaded."
-    args = {n: v for n, v in model.args.items() if n != "pretrained"}
-    with torch.device("meta"):
-        return create_model(
-            model.name,
-            k,
-            T=model.T,
-            neuron=model.neuron,
-            width=model.width,
-            in_channels=channels,
-            image_size=size,
-            **args,
-        )
-
-
 @pytest.mark.parametrize("scale", BIG)
 def test_every_network_of_the_large_scales_exists_at_full_size_with_the_layers_it_needs(scale):
     for spec in {(s.model, s.data.name): s for s in every_network(scale)}.values():
-        net = on_meta(spec.model, *shape(spec.data))
+        net = create_on_meta(spec.model, *shape_of(spec.data))
         assert spec.model.width == 1 and net.T == spec.model.T, spec.model
     for s in specs(scale):
         mine, theirs = (
-            on_meta(m.model, *shape(m.data)).stage_names if m else () for m in (s, s.teacher)
+            create_on_meta(m.model, *shape_of(m.data)).stage_names if m else ()
+            for m in (s, s.teacher)
         )
         assert all(a in mine and b in theirs for a, b in s.method_args.get("pairs", ())), s.id
-    last = on_meta(grids(scale)["figure03"].specs[1].model, 1000, 224, 3)
+    last = create_on_meta(grids(scale)["figure03"].specs[1].model, 1000, 224, 3)
     assert last.feature_shapes(224)[last.stage_names[-1]][-2:] == (7, 7), (
         "a map that can be looked at"
     )
@@ -275,25 +253,6 @@ def narrow(model, T):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    "A store and a cache of their own."
-    top, before = tmp_path_factory.mktemp("alone"), dict(os.environ)
-    os.environ.update(SNNKD_CACHE=str(top / "cache"), SNNKD_ROOT=str(top))
-    yield Store(top / "runs")
-    os.environ.pop("SNNKD_CACHE")
-    os.environ.pop("SNNKD_ROOT")
-    os.environ.update(before)
-
-
-def brief(spec):
-    "The same run for two epochs of 150 images."
-    fewer = {k: brief(v) for k in ("teacher", "reference") if (v := getattr(spec, k))}
-    return spec.replace(
-        data=spec.data.replace(subset=150), optim=spec.optim.replace(epochs=2), **fewer
-    )
-
-
-@pytest.fixture(scope="module")
 def watched_runs(alone):
     "{(key, method): (brief spec, record)} of one student alone and one under SASTC, scored, and one with Fisher information."
     row = {
@@ -304,9 +263,8 @@ def watched_runs(alone):
         "SASTC": row["SASTC"][0],
         "fisher": grids("smoke")["figure04"].specs[1],
     }
-    return {
-        k: (brief(s), run_train(brief(s), alone, weak_teacher="accept")) for k, s in chosen.items()
-    }
+    briefly = {k: shorten(s, images=150, epochs=2) for k, s in chosen.items()}
+    return {k: (s, run_train(s, alone, weak_teacher="accept")) for k, s in briefly.items()}
 
 
 def test_scores_of_a_run_are_those_of_its_network(watched_runs, alone):

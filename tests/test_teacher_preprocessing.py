@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from helpers import check_one_line
 from torch import nn
 
 from snnkd_nb.core import UserError
@@ -66,13 +67,6 @@ def distil(data, teacher, **options):
     distiller = create_distiller("kd", learner, teacher)
     few = subset(data, 60)
     return fit(learner, few, distiller, epochs=1, lr=0.01, **{"on_event": len} | options)
-
-
-def one_line(error, *parts):
-    text = str(error.value)
-    assert "\n" not in text
-    for part in parts:
-        assert part in text, text
 
 
 # the network's own normalization
@@ -148,7 +142,7 @@ def test_size_is_the_edge_that_the_network_sees():
 def test_wrong_normalizations_are_refused(raw_net, options, part):
     with pytest.raises(UserError) as error:
         foreign(raw_net, **options)
-    one_line(error, part)
+    check_one_line(error, part)
 
 
 def test_a_distiller_does_not_guess_the_data(data, raw_net):
@@ -156,7 +150,7 @@ def test_a_distiller_does_not_guess_the_data(data, raw_net):
     x, y = next(iter(data.loader("test", 20)))
     with pytest.raises(UserError) as error:
         distiller(x, y)
-    one_line(error, "set_data")
+    check_one_line(error, "set_data")
     distiller.teacher.set_data(data)
     distiller(x, y)
 
@@ -191,7 +185,9 @@ def test_a_teacher_with_a_wrong_normalization_is_refused(data, raw_net):
     dark = foreign(raw_net, mean=0.5, std=2000.0)
     with pytest.raises(UserError) as error:
         distil(data, dark)
-    one_line(error, "the teacher reaches", "near the 10.00 %", "mean, std", "weak_teacher='accept'")
+    check_one_line(
+        error, "the teacher reaches", "near the 10.00 %", "mean, std", "weak_teacher='accept'"
+    )
     history = distil(data, foreign(raw_net, mean=0.5, std=2000.0), weak_teacher="accept")
     assert history.teacher_acc < 15
 
@@ -201,7 +197,7 @@ def test_a_teacher_far_below_its_record_is_refused(data, raw_net):
     acc = evaluate(teacher, data)
     with pytest.raises(UserError) as error:
         distil(data, teacher, recorded=acc + 6)
-    one_line(error, f"{acc:.2f} %", f"{acc + 6:.2f} % in its record")
+    check_one_line(error, f"{acc:.2f} %", f"{acc + 6:.2f} % in its record")
     assert len(distil(data, teacher, recorded=acc + 4)) == 1
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import error_of
 
 from snnkd_nb.cli import main
 from snnkd_nb.core import UserError, sha256_of, torchvision
@@ -25,13 +26,6 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path
-
-
-def error_of(capsys, *words):
-    assert main([*words]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("snnkd: ") and error.count("\n") == 1, error
-    return error
 
 
 def last_record(capsys):

@@ -6,10 +6,10 @@ import textwrap
 
 import pytest
 import torch
+from helpers import quiet
 from torch import nn
 
 from snnkd_nb.core import UserError
-from snnkd_nb.data.images import load
 from snnkd_nb.losses.base import Method
 from snnkd_nb.losses.zoo import create_distiller, list_distillers, register_method
 from snnkd_nb.models.zoo import create_model
@@ -25,15 +25,6 @@ from snnkd_nb.training.loop import (
     train_step,
     update_weights,
 )
-
-
-def quiet(event):
-    pass
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load("digits")
 
 
 class Plain(nn.Sequential):
