@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from scripts import ScriptServer
 
 import snnkd_nb
 from snnkd_nb.runner.notebooks import LANGUAGE_INFO
@@ -202,12 +203,19 @@ def test_settings_name_every_third_party_import():
     assert [u for u in third if known.get(u, u) not in said] == []
 
 
+@pytest.fixture(scope="module")
+def scripts():
+    server = ScriptServer()
+    yield server
+    server.close()
+
+
 @pytest.mark.parametrize(
     "path",
     [p for p in ALL if p in LIB or p.name in ("index.ipynb", "export.ipynb")],
     ids=lambda p: p.stem,
 )
-def test_notebook_runs_from_top_to_bottom(path, tmp_path):
+def test_notebook_runs_from_top_to_bottom(path, tmp_path, scripts):
     "Its cells, in order, in a fresh process and with a cache of their own."
     cells = [s for s in code(path) if not re.search(r"^#\|\s*eval: false", s, re.M)]
     script = tmp_path / "notebook.py"
@@ -218,12 +226,6 @@ def test_notebook_runs_from_top_to_bottom(path, tmp_path):
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
     }
-    r = subprocess.run(
-        [sys.executable, script],
-        cwd=path.parent,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert r.returncode == 0, r.stderr[-3000:]
+    output = tmp_path / "output"
+    code_of_exit = scripts.run(script, path.parent, output, env)
+    assert code_of_exit == 0, output.read_text(errors="replace")[-3000:]
