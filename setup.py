@@ -27,12 +27,12 @@ class BuildWithPapers(build_py):
             return
         papers = Path(self.build_lib) / cfg["lib_path"] / "papers"
         copies = [(here / "nbs", papers / "data", (".ipynb", ".toml", ".csv", ".md"))]
-        for name in ("runs", "bench", "measured", "tables"):
+        for name in ("runs", "bench", "measured", "tables", "weights"):
             copies.append(
                 (
                     here / "results" / name,
                     papers / "results" / name,
-                    (".json", ".md", ".csv", ".png"),
+                    (".json", ".md", ".csv", ".png", ".safetensors"),
                 )
             )
         for folder, target, suffixes in copies:

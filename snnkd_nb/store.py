@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'KINDS', 'EXTRA_KEY', 'EXTRA_PREFIX', 'PACKAGES', 'Record', 'SearchRecord', 'dump', 'BadRecord', 'parse',
            'complete_id', 'Store', 'split_state', 'dump_state', 'parse_state', 'weights_path', 'save_weights',
-           'MissingWeights', 'load_weights', 'twins', 'with_weights', 'environment', 'peak_memory']
+           'MissingWeights', 'shipped_weights_path', 'load_weights', 'twins', 'with_weights', 'environment',
+           'peak_memory']
 
 # %% ../nbs/lib/03_store.ipynb #1930672e
 import contextlib
@@ -370,23 +371,33 @@ class MissingWeights(UserError):
     "The weights of a run are not on this machine."
 
 
+def shipped_weights_path(
+    record: Record,
+) -> Path:
+    "Return where the weights of a record are if they come with the project: results/weights."
+    return root() / "results" / "weights" / f"{record.id}.safetensors"
+
+
 def load_weights(
     record: Record,
 ) -> "dict[str, Tensor] | None":
-    "Read the state dict of a record; None if the file is missing or has another hash."
+    """Read the state dict of a record, from the cache or from the weights of the project.
+
+    None if there is no file, or only files with another hash.
+    """
     if not record.weights:
         return None
-    path = weights_path(record)
-    try:
-        blob = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    if sha256_of(blob) == record.weights["sha256"]:
-        return parse_state(blob)[0]
-    warnings.warn(
-        f"{path.name} is damaged (its hash is not the recorded one); it will be made again",
-        stacklevel=2,
-    )
+    for path in (weights_path(record), shipped_weights_path(record)):
+        try:
+            blob = path.read_bytes()
+        except FileNotFoundError:
+            continue
+        if sha256_of(blob) == record.weights["sha256"]:
+            return parse_state(blob)[0]
+        warnings.warn(
+            f"{path.name} is damaged (its hash is not the recorded one); it will be made again",
+            stacklevel=2,
+        )
     return None
 
 # %% ../nbs/lib/03_store.ipynb #b7886797

@@ -535,7 +535,7 @@ def copy_notebooks(
             f"{source} has no notebooks: install the package again, or clone the project"
         )
     shutil.copytree(source, folder / "nbs", ignore=HIDDEN)
-    for name in ("runs", "bench", "measured", "tables"):
+    for name in ("runs", "bench", "measured", "tables", "weights"):
         results = packaged_results() / name
         if results.is_dir():
             shutil.copytree(results, folder / "results" / name)
