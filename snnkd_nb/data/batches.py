@@ -159,7 +159,7 @@ def auto_augment(
     x: Tensor,  # uint8 images (B, C, H, W), one or three channels
     generator: Generator | None = None,  # on the CPU
 ) -> Tensor:
-    "Apply AutoAugment's CIFAR-10 policy to each image; another number of channels is a `UserError`."
+    "Apply AutoAugment's CIFAR-10 policy to images of 1 or 3 channels, else raise `UserError`."
     if x.shape[1] not in (1, 3):
         raise UserError(
             f"autoaugment works on images of 1 or 3 channels, these have {x.shape[1]}: leave it out"

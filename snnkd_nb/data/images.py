@@ -585,8 +585,8 @@ def _bytes_of_images(images: Any, what: str) -> Tensor:
 
 
 def from_arrays(
-    # (images, labels): images as an array (N, H, W) or (N, H, W, C), or as a tensor (N, C, H, W), of
-    # bytes or real numbers from 0 to 1; labels as in `read_labels`
+    # (images, labels): images as an array (N, H, W) or (N, H, W, C), or as a tensor (N, C, H, W),
+    # of bytes or real numbers from 0 to 1; labels as in `read_labels`
     train: tuple[Any, Any],
     test: tuple[Any, Any],  # likewise
     val: tuple[Any, Any] | None = None,  # likewise; None: see `split_validation`

@@ -232,7 +232,7 @@ def read_dynamics(record):
 
 @njit(**STRICT_MATH)
 def step_forward(v, current, dynamics):
-    """Charge, fire and reset: return the membrane, whether it fires, and the state after the reset."""
+    """Charge, fire and reset: return the membrane, whether it fires, and the next state."""
     decay, gain, shift, fire, factor_of_spike, jump, no_jump = dynamics
     m = decay * v + (gain * current + shift)
     fired = m >= fire
@@ -279,7 +279,7 @@ def block_size(T):
 
 @njit(**STRICT_MATH)
 def fire_steps(x, s, v, at_x, at, dx, n, T, dynamics, j, like):
-    """Take the neurons `j` of a block through `T` steps; write spikes to `s` and the state to `v`."""
+    """Take the neurons `j` of a block through `T` steps; write spikes to `s`, the state to `v`."""
     state = load_at(v, j, like)
     for t in range(T):
         current = load_at(x, at_x + j + t * dx, like)

@@ -154,7 +154,8 @@ def lif_backward(
     for t in tl.static_range(T):
         current = tl.load(x + (0 if STATIC else t * n) + i, i < n, 0.0).to(tl.float32)
         m, _spike, v = step_forward(current, v, decay, gain, shift, fire, jump, HARD)
-        membranes = membranes + (m,)  # type: ignore[assignment]  # noqa: RUF005  Triton has no stars
+        # Triton has no stars
+        membranes = membranes + (m,)  # type: ignore[assignment]  # noqa: RUF005
     w = tl.zeros((BLOCK,), tl.float32)  # gradient of the state
     total = tl.zeros((BLOCK,), tl.float32)
     for s in tl.static_range(T):
@@ -205,7 +206,7 @@ def launch(
 # %% ../../nbs/lib/27_kernels.gpu.ipynb #73a66a51
 @triton.jit
 def channel_tile(C, P: tl.constexpr, W: tl.constexpr, pixels):
-    """Return offsets, mask, channels and their mask of a program's tile of P pixels × W channels."""
+    """Return offsets, mask, channels and their mask of a tile of P pixels × W channels."""
     p = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
     c = tl.program_id(1) * W + tl.arange(0, W)
     mask = (p[:, None] < pixels) & (c[None, :] < C)
@@ -214,7 +215,7 @@ def channel_tile(C, P: tl.constexpr, W: tl.constexpr, pixels):
 
 @triton.jit
 def moments(x, near, sums, rows, C, P: tl.constexpr, W: tl.constexpr, LOOP: tl.constexpr):
-    """Write the sums of `x - near` and of its square, one row of sums (2, blocks, C) per program."""
+    """Write the sums of `x - near` and its square, one row of sums (2, blocks, C) per program."""
     c = tl.program_id(1) * W + tl.arange(0, W)
     base = tl.load(near + c, c < C, 0.0)
     s1 = tl.zeros((W,), tl.float32)
@@ -315,7 +316,8 @@ def norm_neuron(
         if ADD:
             current += tl.load(r + i + t * step_size, inside, 0.0).to(tl.float32)
         m, _spike, v = step_forward(current, v, decay, gain, shift, fire, jump, HARD)
-        membranes = membranes + (m,)  # type: ignore[assignment]  # noqa: RUF005  Triton has no stars
+        # Triton has no stars
+        membranes = membranes + (m,)  # type: ignore[assignment]  # noqa: RUF005
         inputs = inputs + (value,)  # type: ignore[assignment]  # noqa: RUF005  Triton has no stars
 
     # backward: from the last step to the first
@@ -417,7 +419,10 @@ def neuron_pass(
     T: int,
     neuron: dict[str, Any],  # of `encode_neuron`
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient of the current, its sum, and the sum of its product with x, float64 (C,)."""
+    """Return the gradient of the current and two sums, float64 (C,).
+
+    The sums are over the gradient, and over its product with `x`.
+    """
     gy = torch.empty_like(x)
     C = x.shape[1]
     pixels = x.numel() // (T * C)

@@ -369,7 +369,7 @@ def select_kernel(
 
 
 def surrogate_kind(surrogate: Surrogate) -> int | None:
-    """Return the formula of a surrogate; None for a user's class, even a subclass of one of ours."""
+    """Return the formula of a surrogate, None for a user's class, even a subclass of ours."""
     return type(surrogate).__dict__.get("kind")
 
 

@@ -88,7 +88,7 @@ def sum_lanes(part, total):
 # %% ../../nbs/lib/22_kernels.norm.ipynb #9984e70f
 @njit(**STRICT_MATH)
 def worker_blocks(record):
-    """Return the number of this worker, its first neuron and the one after its last: whole blocks."""
+    """Return this worker's number, its first neuron and the one after its last: whole blocks."""
     worker, workers = worker_of(record)
     blocks = (record.n + record.lanes - 1) // record.lanes
     each = (blocks + workers - 1) // workers * record.lanes
@@ -153,7 +153,7 @@ def input_current(x, r, at, scale, offset, has_shortcut, like):
 
 @njit(**STRICT_MATH)
 def fire_steps(x, r, s, ab, v, at, n, T, dynamics, has_shortcut, j, like):
-    """Take the neurons `j` of a block through `T` steps; write spikes to `s` and the state to `v`."""
+    """Take the neurons `j` of a block through `T` steps; write spikes to `s`, the state to `v`."""
     scale = load_at(ab, j, like)
     offset = load_at(ab, LANE_STRIDE + j, like)
     state = load_at(v, j, like)
@@ -297,7 +297,7 @@ def backward_block(x, g, gy, m, w, geometry, size, record, is_last):
 # %% ../../nbs/lib/22_kernels.norm.ipynb #0c3bddcc
 @njit(**STRICT_MATH)
 def backward_neuron(x, r, g, gy, ab, sums, record, first, last):
-    """Write the gradient of the neuron's current to gy (T, n), and add its sums to sums (2, lanes)."""
+    """Write the gradient of the neuron's current to gy (T, n); add its sums to sums (2, lanes)."""
     T, n = x.shape
     lanes = record.lanes
     v = np.empty(lanes, np.float32)
@@ -499,7 +499,10 @@ def neuron_pass(
     T: int,
     neuron: np.ndarray,  # a `NEURON_RECORD`
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient of the current, its sum, and the sum of its product with x, float64 (C,)."""
+    """Return the gradient of the current and two sums, float64 (C,).
+
+    The sums are over the gradient, and over its product with `x`.
+    """
     gy = torch.empty_like(x)
     sums = torch.zeros(team_size(x.numel()), 2, x.shape[1], dtype=torch.float64)
     record = norm_record(
@@ -619,7 +622,8 @@ def batch_statistics(
     return mean, var, True
 
 
-# Below this size the fused pass is not worth its compilation (seconds, once per machine) and its call.
+# Below this size the fused pass is not worth its compilation (seconds, once per machine) and
+# its call.
 MIN_FUSED_SIZE = 2**18
 
 

@@ -47,7 +47,7 @@ def cpu_flags() -> frozenset[str]:
 
 
 def onednn_limit() -> str:
-    """Return the instruction set to which the environment restricts oneDNN, in upper case, or ""."""
+    """Return the instruction set to which the environment limits oneDNN, in upper case, or ""."""
     value = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
     return value.upper()
 
@@ -121,7 +121,8 @@ def bf16_route() -> str:
     return "native" if has_native_bf16() else "emulated"
 
 
-# torch.compile must not trace into this function: its result is a constant (as assume_constant_result declares).
+# torch.compile must not trace into this function: its result is a constant, as
+# assume_constant_result declares.
 bf16_route._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -149,7 +150,7 @@ def round_to_bf16(x: Any) -> Any:
 
 
 def emulate(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """Call `function` in float32 on operands rounded to bfloat16, and round the result to bfloat16."""
+    """Call `function` in float32 on operands rounded to bfloat16, and round the result, too."""
     rounded_args = round_to_bf16(args)
     rounded_kwargs = {name: round_to_bf16(value) for name, value in kwargs.items()}
     with torch.autocast("cpu", enabled=False):
@@ -234,7 +235,7 @@ def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
 
 @functools.cache
 def route_convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return `convolve` for one of PyTorch's convolutions, with that function's name and signature."""
+    """Return `convolve` for one of PyTorch's convolutions, with its name and signature."""
 
     @functools.wraps(function)
     def convolution(*args: Any, **kwargs: Any) -> Tensor:
@@ -368,7 +369,7 @@ class SafeProducts(TorchFunctionMode):
 
 
 def kwargs_of_convolution(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the keyword arguments of a convolution with `input` named `x`, as `convolve` has it."""
+    """Return the keyword arguments of a convolution with `input` named `x`, as in `convolve`."""
     return {"x" if name == "input" else name: value for name, value in kwargs.items()}
 
 

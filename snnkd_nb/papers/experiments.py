@@ -864,7 +864,10 @@ def _artefacts_in(folder: Path) -> tuple[Artefact, ...]:
 
 
 def artefacts() -> list[Artefact]:
-    "All artefacts, in the papers' order; raises `UserError` with file and key for a mistake in a paper.toml."
+    """Return all artefacts, in the papers' order.
+
+    Raises `UserError` with file and key for a mistake in a paper.toml.
+    """
     return [found for folder in paper_folders().values() for found in _artefacts_in(folder)]
 
 # %% ../../nbs/lib/72_papers.experiments.ipynb #7cafc58b
@@ -896,7 +899,10 @@ def artefact(
 def match(
     patterns: str | Iterable[str],  # keys, globs, paper keys, "all"
 ) -> list[Artefact]:
-    "The artefacts that are meant, each once, in the papers' order; raises `UserError` for a pattern that fits none."
+    """Return the artefacts that are meant, each once, in the papers' order.
+
+    Raises `UserError` for a pattern that fits none.
+    """
     if isinstance(patterns, str):
         patterns = [patterns]
     everything = [*artefacts(), *studies()]
@@ -934,7 +940,9 @@ def specs_for(
     scale: str = "smoke",  # smoke, small, medium, paper
 ) -> list[RunSpec | SearchSpec]:
     """
-    The specs an artefact needs at a scale, each once; raises `UserError` for an unknown key or scale.
+    Return the specs an artefact needs at a scale, each once.
+
+    Raises `UserError` for an unknown key or scale.
 
     Runs of a network that a search finds are known when the search is stored.
     """

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # %% ../../nbs/lib/70_papers.published.ipynb #250d4b98
 @functools.cache
 def packaged_folder() -> Path:
-    "The folder that holds `papers` and `studies`: the data of an installed wheel, else `nbs` of the clone."
+    "Return the folder of `papers` and `studies`: in an installed wheel, else `nbs` of the clone."
     package = Path(snnkd_nb.__file__).parent
     copied = package / "papers" / "data"
     return copied if copied.is_dir() else package.parent / "nbs"
@@ -69,7 +69,7 @@ def _paper_folders(packaged: Path, variable: str) -> dict[str, Path]:
 
 
 def paper_folders() -> dict[str, Path]:
-    "Key of a paper -> its folder: the papers of the project in their order, then those of `$SNNKD_PAPERS`."
+    "Return key -> folder: the papers of the project in their order, then `$SNNKD_PAPERS`."
     return dict(_paper_folders(packaged_folder(), os.environ.get("SNNKD_PAPERS", "")))
 
 
@@ -87,7 +87,7 @@ def paper_folder(
 def read_toml(
     path: Path,  # a file; read once per process, so do not change the result
 ) -> dict[str, Any]:
-    "The content of a TOML file; `{}` if there is none; raises `UserError` with file and line if it is not TOML."
+    "Return the content of a TOML file, `{}` without a file; raise `UserError` with file and line."
     if not path.is_file():
         return {}
     try:
@@ -102,7 +102,7 @@ def check_keys(
     allowed: Iterable[str],  # names that may occur
     required: Iterable[str] = (),  # names that must occur
 ) -> None:
-    "Raise `UserError` unless `table` is a TOML table with allowed keys only and with every required one."
+    "Raise `UserError` unless `table` has every required key and only allowed ones."
     if not isinstance(table, Mapping):
         raise UserError(f"{where}: expected a table of keys and values, got {table!r}")
     allowed = [*allowed, *required]
@@ -123,7 +123,10 @@ def parse_cell(
     text: str,  # as printed
     words: bool = False,  # whether the column may hold words
 ) -> dict[str, Any]:
-    "Split a cell into `value`, `std`, `extra` (each a float or None) and `text`; raises `UserError` for any other form."
+    """Split a cell into `value`, `std`, `extra` (each a float or None) and `text`.
+
+    Raises `UserError` for any other form.
+    """
     match = _CELL.fullmatch(text)
     if match:
         numbers = [None if group is None else float(group) for group in match.groups()]
@@ -148,8 +151,9 @@ def parse_table(
     """
     Value columns and records of a published table, in the order of the print.
 
-    A record holds its index (whole numbers as `int`), `column`, `value`, `std`, `extra` and `text`. Raises `UserError` with
-    the line for a line of the wrong width, a cell that is no number, and a place that occurs twice.
+    A record holds its index (whole numbers as `int`), `column`, `value`, `std`, `extra` and
+    `text`. Raises `UserError` with the line for a line of the wrong width, a cell that is no
+    number, and a place that occurs twice.
     """
     index, words = list(index), set(words)
     header, *lines = csv.reader(text.splitlines())
@@ -212,7 +216,8 @@ class PublishedTable:
         """
         The number at a place; names that are not needed to tell it apart may be left out.
 
-        Raises `UserError` for a name the table does not have and for a place with no cell or several.
+        Raises `UserError` for a name the table does not have, and for a place with no cell or
+        several.
         """
         for name in at:
             if name not in (*self.index, "column"):
@@ -396,9 +401,10 @@ def evaluate_claim(
     records: list[Mapping],  # with the table's index names, `column` and `value` (None: missing)
 ) -> str:
     """
-    Return the verdict of printed numbers on a claim, compared as they are: "holds", "fails" or "partly 2/3".
+    Return the verdict of printed numbers on a claim: "holds", "fails" or "partly 2/3".
 
-    It is "not run" without a number. Comparisons with a missing number are left out and "(k of n run)" is added.
+    The numbers are compared as they are. The verdict is "not run" without a number. Comparisons
+    with a missing number are left out and "(k of n run)" is added.
     `reports.claims` judges our numbers.
     """
     gaps = _rises(claim, records) if claim.over else _gaps(claim, records)
@@ -481,7 +487,10 @@ def failing(
 
 # %% ../../nbs/lib/70_papers.published.ipynb #2e7a281a
 def _selection(paper: str, name: str, at: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    "A selector as written in claims.toml: lists become tuples, `not` is replaced by all other values of the table."
+    """Return a selector of claims.toml: lists become tuples.
+
+    `not` is replaced by all other values of the table.
+    """
     if at is None:
         return None
     made: dict[str, Any] = {}

@@ -252,7 +252,7 @@ def draw_ckdsnn_overview(
     variant: str = "paper",  # reading of the method: "paper", "scaled" or "code"
 ) -> "tuple[Figure, pd.DataFrame]":
     """
-    Draw both networks, the maps and probabilities of the first image, and the loss terms of the batch.
+    Draw both networks, maps and probabilities of the first image, and the batch's loss terms.
 
     Returns the figure and its numbers: row, module, made of, puts out.
     """
@@ -442,7 +442,7 @@ def draw_sastc_overview(
     beta: float = 700.0,  # factor of the calibrated loss
 ) -> "tuple[Figure, pd.DataFrame]":
     """
-    Draw both networks, the attention between their layers, and how the weight of a pair of layers is computed.
+    Draw both networks, the attention between their layers, and how a pair's weight is computed.
 
     Returns the figure and its numbers: row, module, made of, puts out.
     """
@@ -538,7 +538,7 @@ def draw_eskd_overview(
     image: np.ndarray,  # the first of them as matplotlib shows it
 ) -> "tuple[Figure, pd.DataFrame]":
     """
-    Draw teacher, hybrid models and student as one training step runs them, with the terms of its loss.
+    Draw teacher, hybrid models and student as one training step runs them, and its loss terms.
 
     Returns the figure and its numbers: row, module, made of, puts out, gradients.
     """

@@ -39,7 +39,7 @@ def load_test_batch(
     spec: RunSpec,
     max_images: int = 256,
 ) -> torch.Tensor:
-    "Return the first test images of a run, (B, C, H, W) or frames; `training.job.measure` uses the same."
+    "Return the first test images of a run, (B, C, H, W) or frames, as `training.job.measure`."
     data = load_spec(spec.data)
     num_images = min(max_images, len(data.test))
     images, _ = next(iter(data.loader("test", num_images, shuffle=False)))
@@ -50,7 +50,7 @@ def measure_costs(
     model: nn.Module,
     x: torch.Tensor,  # test images
 ) -> dict[str, float]:
-    "Return sops, acs and macs of one image over all its steps, and its microjoules under each convention."
+    "Return sops, acs, macs of one image over all steps, and microjoules under each convention."
     table = layer_table(model, x)
     energy = energies(table)
     counts = {
@@ -70,8 +70,8 @@ def measure_efficiency(
     """
     Return one row per run.
 
-    Columns: the cell's index, ours T, seed, accuracy and fire rate (%), sops, acs and macs of one image, its microjoules under each
-    convention, and the id of the run.
+    Columns: the cell's index, ours T, seed, accuracy and fire rate (%), sops, acs and macs of one
+    image, its microjoules under each convention, and the id of the run.
     """
     import pandas as pd
 
@@ -103,7 +103,7 @@ def layer_costs(
     grid: Grid,
     nets: Mapping[RunSpec, nn.Module],
 ) -> "pd.DataFrame":
-    "Return the `layer_table` of the last arm that has a network, first seed; empty where none has one."
+    "Return the `layer_table` of the last arm that has a network, first seed; empty without one."
     import pandas as pd
 
     first_with_network = [
@@ -147,7 +147,7 @@ def summarize_efficiency(
     frame: "pd.DataFrame",  # from `measure_efficiency`
     by: Sequence[str] = ("method",),  # columns that tell the rows apart
 ) -> "pd.DataFrame":
-    "Return one row per arm: mean ± std (seeds) of every count, and of the energy under every convention."
+    "Return one row per arm: mean ± std (seeds) of every count and of every energy."
     import pandas as pd
 
     rows = []
@@ -210,7 +210,8 @@ def implied_energy(
     """
     Return the energy that the published power implies.
 
-    Columns: pJ per SOP; the rest in mJ if every SOP costs 0.9 pJ; and the number of MACs that this rest would pay for at 4.6 pJ each.
+    Columns: pJ per SOP; the rest in mJ if every SOP costs 0.9 pJ; and the number of MACs that this
+    rest would pay for at 4.6 pJ each.
     """
     frame = published(key).frame("value")[["SOPs", "power"]].astype(float)
     rest = frame.power - 0.9 * frame.SOPs
@@ -229,7 +230,7 @@ def save_efficiency(
     verdicts: "pd.DataFrame",  # from `judge_efficiency`
     metric: str = "acc_last",  # one of `reports.tables.METRICS`
 ) -> Path:
-    "Write results/tables/<key>-<scale>.csv (one row per run) and .md (means); return the path of the CSV."
+    "Write results/tables/<key>-<scale>.csv (per run) and .md (means); return the path of the CSV."
     path = artefact_path(grid.key, grid.scale, "results/tables")
     paper = published(grid.key)
     parts = [
@@ -264,14 +265,18 @@ def measured_classes() -> list[str]:
 def load_measurement(
     machine: str = "cpu",  # a class of machines, e.g. cpu-avx2; cpu: the first measured CPU class
 ) -> dict[str, Any]:
-    "Return the measurement of a class of machines: environment, machine and rows; `UserError` if there is none."
+    """Return the measurement of a class of machines: environment, machine and rows.
+
+    Raises `UserError` if there is none.
+    """
     classes = measured_classes()
     if machine == "cpu":
         machine = next((name for name in classes if name.startswith("cpu")), machine)
     if machine not in classes:
         measured = f" (measured: {', '.join(classes)})" if classes else ""
         raise UserError(
-            f"nothing was measured on {machine!r}{measured}: run `snnkd bench all --save` on such a machine"
+            f"nothing was measured on {machine!r}{measured}: "
+            "run `snnkd bench all --save` on such a machine"
         )
     return json.loads(_measurement_path(machine).read_text(encoding="utf-8"))
 
@@ -295,7 +300,8 @@ def tabulate_speed(
     """
     Return the rows of some benchmarks.
 
-    Columns: benchmark, compared, ratio (median), its quartiles from and to, n, to reach, and whether the median reaches it.
+    Columns: benchmark, compared, ratio (median), its quartiles from and to, n, to reach, and
+    whether the median reaches it.
     """
     import pandas as pd
 
@@ -349,7 +355,7 @@ def draw_roofline(
     measurement: dict[str, Any],  # from `load_measurement`
     size: tuple[float, float] = (PAGE_WIDTH, 3.6),  # inches
 ) -> "tuple[Figure, pd.DataFrame]":
-    "Draw attained operations per second over operations per byte; return the figure and its numbers."
+    "Draw attained operations per second over operations per byte; return figure and numbers."
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
@@ -386,7 +392,10 @@ WORK_COLORS = {
 def draw_time_by_kind(
     measurement: dict[str, Any],  # from `load_measurement`
 ) -> "tuple[Figure, pd.DataFrame]":
-    "Draw the milliseconds per step by kind of work, one bar per profiled library; return the figure and its numbers."
+    """Draw the milliseconds per step by kind of work, one bar per profiled library.
+
+    Returns the figure and its numbers.
+    """
     import matplotlib.pyplot as plt
     import pandas as pd
 

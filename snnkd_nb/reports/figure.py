@@ -383,7 +383,7 @@ def draw_film_strips(
     max_events: int = 4,  # number of events with full color
 ) -> "tuple[Figure, pd.DataFrame]":
     """
-    Draw event recordings, one row per recording and one column per frame; red is brighter, blue is darker.
+    Draw event recordings, a row per recording, a column per frame; red is brighter, blue darker.
 
     Returns the figure and the number of events in each frame.
     """
@@ -433,7 +433,7 @@ def draw_by_seed(
     ylabel: str = "test accuracy (%)",
     width: float = 1.05,  # inches per arm, less where the page is too narrow
 ) -> "tuple[Figure, pd.DataFrame]":
-    "Draw every seed of every arm, one panel per value of `panel`; return the figure and the numbers drawn."
+    "Draw every seed of every arm, one panel per value of `panel`; return figure and numbers."
     import matplotlib.pyplot as plt
 
     arms = {
@@ -495,7 +495,10 @@ def draw_by_epoch(
     ylabel: str = "STM score (ln)",
     colors: dict[str, str] | None = None,  # method -> color
 ) -> "tuple[Figure, pd.DataFrame]":
-    "Draw a quantity by epoch, one color per method; return the figure and method, epoch, mean, std, n, last."
+    """Draw a quantity by epoch, one color per method.
+
+    Returns the figure and a table: method, epoch, mean, std, n, last.
+    """
     import matplotlib.pyplot as plt
 
     fig, ax = plt.subplots(figsize=(PAGE_WIDTH, 2.8))
@@ -531,7 +534,10 @@ def draw_fisher(
     frame: "pd.DataFrame",  # from `tabulate_by_epoch`: method, epoch, part (number of steps), value
     colors: dict[str, str] | None = None,  # method -> color
 ) -> "tuple[Figure, pd.DataFrame]":
-    "Draw temporal Fisher information by epoch and by step; return the figure and method, t, epoch, mean, std, n."
+    """Draw temporal Fisher information by epoch and by step.
+
+    Returns the figure and a table: method, t, epoch, mean, std, n.
+    """
     import matplotlib.pyplot as plt
 
     numbers = summarize_values(frame.assign(t=frame.part.astype(int)), ["method", "t", "epoch"])
@@ -601,7 +607,7 @@ def draw_depths(
     frame: "pd.DataFrame",  # method, seed, when (of `MOMENTS`), blocks, networks
     methods: Sequence[str] = ("AS", "MAS"),  # one panel each
 ) -> "Figure":
-    "Draw the share of the networks by their number of blocks, at the start and the end of searches."
+    "Draw the share of networks by their number of blocks, at the start and the end of searches."
     import matplotlib.pyplot as plt
 
     size = (min(0.6 + 3.2 * len(methods), PAGE_WIDTH), 2.6)

@@ -310,8 +310,9 @@ def trace(
     """
     Run a module once and return its `Node`s in the order of execution.
 
-    Without `x` the input has as many channels as the first convolution takes. Weights, statistics, hooks and modes of the module
-    are the same afterwards. Raises `UserError` for an unknown level, and where the shape of the input cannot be guessed.
+    Without `x` the input has as many channels as the first convolution takes. Weights, statistics,
+    hooks and modes of the module are the same afterwards. Raises `UserError` for an unknown level,
+    and where the shape of the input cannot be guessed.
     """
     level = level or ("blocks" if hasattr(module, "stage_names") else "layers")
     if level not in LEVELS:
@@ -343,7 +344,8 @@ def as_nodes(graph: nn.Module | list[Node], **options: Any) -> list[Node]:
     "Return the nodes of a graph; a module is traced with the options `level` and `x` of `trace`."
     if isinstance(graph, str):
         raise UserError(
-            f"{graph!r} is the name of a network: give the network, create_model({graph!r}), or its nodes"
+            f"{graph!r} is the name of a network: "
+            f"give the network, create_model({graph!r}), or its nodes"
         )
     if isinstance(graph, nn.Module):
         return trace(graph, **options)
@@ -520,7 +522,7 @@ def _box_width(nodes: list[Node]) -> float:
 
 
 def _trunk_heights(nodes: list[Node], trunk: list[int]) -> list[float]:
-    "Return y of every row: of the trunk's boxes, then of rows below it for branches that end there."
+    "Return y of every row: of the trunk's boxes, then of the rows below for branches that end."
     ys = [-box_height(nodes[trunk[0]]) / 2]
     for above, below in itertools.pairwise(trunk):
         ys.append(ys[-1] - (box_height(nodes[above]) + box_height(nodes[below])) / 2 - GAP)
@@ -632,7 +634,7 @@ NAME_WIDTH = 0.068  # of a letter of that size, inches
 
 
 def _draw_notes(ax: "Axes", nodes: list[Node], place: Layout) -> None:
-    "Write the paths of the modules left of the trunk, and the shapes at its arrows where they change."
+    "Write the paths of the modules left of the trunk, and shapes at its arrows where they change."
     style: dict[str, Any] = {
         "fontsize": NOTE_SIZE,
         "color": "#666666",

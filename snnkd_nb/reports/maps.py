@@ -130,7 +130,8 @@ def compute_maps(
     "Return `{'teacher CAM': (B, h, w), 'SAM, <method>': …}`."
     require(
         "Teacher" in nets,
-        "the teacher has not been run, so there is no map to compare with: run `snnkd run` for this artefact first",
+        "the teacher has not been run, so there is no map to compare with: "
+        "run `snnkd run` for this artefact first",
     )
     class_map_of_teacher = partial(compute_class_map, nets["Teacher"])
     maps = {"teacher CAM": _in_parts(class_map_of_teacher, x, y, batch_size)}
@@ -148,7 +149,10 @@ def compute_stage_maps(
     x: torch.Tensor,  # images (B, C, H, W)
     y: torch.Tensor,  # labels (B,)
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    "Return `({title: (B, h, w)}, {title: title of its reference})`: CAM of both and SAM, stage by stage."
+    """Return CAM of both networks and SAM, stage by stage, and the reference of each.
+
+    They are `{title: (B, h, w)}` and `{title: title of its reference}`.
+    """
     maps = {}
     reference = {}
     for stage in stages:
@@ -224,10 +228,11 @@ def mean_likeness(
     reference: str | dict[str, str],  # as for `measure_likeness`
 ) -> "pd.DataFrame":
     """
-    Return one row per map: mean Pearson and IoU with the reference, and with the reference of another image.
+    Return one row per map: mean Pearson and IoU with the same image's reference, and another's.
 
-    The other image is half the list away, so of another class where the images are sorted by class. Its likeness is the level of chance,
-    which is above zero because objects tend to be in the middle.
+    The other image is half the list away, so of another class where the images are sorted by
+    class. Its likeness is the level of chance, which is above zero because objects tend to be in
+    the middle.
     """
     import pandas as pd
 
@@ -278,7 +283,7 @@ def mask_outline(
     mask: Any,  # bool (h, w)
     size: Sequence[int],  # (H, W) of the picture it is drawn on
 ) -> np.ndarray:
-    "Return the edges between a mask's cells and all others, (n, 2, 2): two points (x, y) in pixels each."
+    "Return the edges between a mask's cells and all others, (n, 2, 2): two points (x, y) each."
     padded = np.pad(np.asarray(mask, dtype=int), 1)
     horizontal = [((x - 1, y), (x, y)) for y, x in np.argwhere(np.diff(padded, axis=0))]
     vertical = [((x, y - 1), (x, y)) for y, x in np.argwhere(np.diff(padded, axis=1))]
@@ -305,7 +310,7 @@ def draw_map_panels(
     names: Sequence[str],  # class of each image
     edge: float | None = None,  # inches per picture; None: as the page allows
 ) -> "Figure":
-    "Draw one row per image: the image and its maps, with r and IoU against the reference below each map."
+    "Draw one row per image: the image and its maps, r and IoU with the reference below each."
     import matplotlib.pyplot as plt
 
     found = measure_likeness(maps, reference)
@@ -337,7 +342,10 @@ def channel_effects(
     x: torch.Tensor,  # images (B, C, H, W)
     y: torch.Tensor,  # classes (B,)
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "Return `(predicted, true)`, (B, C) each: the loss of the class logit without a channel, by gradient and by trial."
+    """Return `(predicted, true)`, (B, C) each: what the class logit loses without a channel.
+
+    The first is predicted by the gradient; the second is found by trial.
+    """
     feature = extract_features(model, x)[1][stage]
     channels, height, width = x.shape[-3:]
     gradient = class_gradients(model, stage, feature, y, (channels, height, width))
@@ -366,7 +374,7 @@ def gradient_accuracy(
     x: torch.Tensor,  # images (B, C, H, W)
     y: torch.Tensor,  # classes (B,)
 ) -> torch.Tensor:
-    "Return the correlation over channels of predicted and true effects, (B,); 0 where either is constant."
+    "Return the correlation over channels of two effects, (B,); 0 where either is constant."
     predicted, true = channel_effects(model, stage, x, y)
     return pearson(predicted[:, None], true[:, None])
 
@@ -377,7 +385,7 @@ def tabulate_attention(
     teacher: Sequence[str],  # names of the L teacher layers
     **columns: Any,  # further columns, e.g. epoch=3
 ) -> "pd.DataFrame":
-    "Return one row per student layer, step t (from 1) and teacher layer, with the mean weight over images."
+    "Return one row per student layer, step t (from 1) and teacher layer: the mean weight."
     import pandas as pd
 
     if eta.dim() == 4:
@@ -403,7 +411,8 @@ def _complete_reading(heads: list[str], teachers: list[str], names: Sequence[str
     """
     Return the reading in which the heads `<student layer>_<step>` meet all teacher layers.
 
-    Empty unless it explains exactly the given names, with steps from 1 to T for every student layer.
+    Empty unless it explains exactly the given names, with steps from 1 to T for every student
+    layer.
     """
     rows = [head.rpartition("_")[::2] for head in heads]
     students = {student for student, _ in rows}
@@ -452,7 +461,8 @@ def _split_names(frame: "pd.DataFrame") -> "pd.DataFrame":
     readings = find_readings(list(weight.index))
     require(
         readings,
-        f"not a column of attention: {weight.index[0]!r} is not <student layer>_<step>_<teacher layer>",
+        f"not a column of attention: {weight.index[0]!r} "
+        "is not <student layer>_<step>_<teacher layer>",
     )
 
     def distance_from_one(reading: Reading) -> float:
@@ -591,7 +601,7 @@ def embed_features(
     names: Sequence[str],  # of the classes
     seed: int = 0,
 ) -> "pd.DataFrame":
-    "Return one row per method and image: image, class, x, y, silhouette, and silhouette of the plane."
+    "Return one row per method and image: image, class, x, y, silhouette, that of the plane."
     import pandas as pd
     from sklearn.metrics import silhouette_score
 
@@ -630,7 +640,7 @@ def draw_embeddings(
     frame: "pd.DataFrame",  # from `embed_features`
     edge: float | None = None,  # inches per panel; None: as the page allows
 ) -> "Figure":
-    "Draw one panel per method with the silhouette of its features in the title; at most ten classes."
+    "Draw one panel per method, the silhouette of its features in the title; at most ten classes."
     import matplotlib.pyplot as plt
 
     methods = frame.method.unique()

@@ -207,8 +207,8 @@ def compare_outputs(
     """
     Return one row per network, and one per student with noise.
 
-    Columns: zeros (%) and distinct values of the feature, standard deviation and excess kurtosis of the logits, mean entropy (nats) and
-    largest probability of their softmax.
+    Columns: zeros (%) and distinct values of the feature, standard deviation and excess kurtosis
+    of the logits, mean entropy (nats) and largest probability of their softmax.
     """
     import pandas as pd
 
@@ -230,7 +230,7 @@ def compare_outputs(
 
 # %% ../../nbs/lib/86_reports.snapshots.ipynb #4c42d4d9
 def _histogram(values: Tensor, edges: np.ndarray) -> list[tuple[float, float]]:
-    "Return [(value, share), …]: the middle of each bin, or each value if there are fewer than four."
+    "Return [(value, share), …]: the middle of each bin, or each value if there are at most three."
     distinct, counts = values.double().unique(return_counts=True)
     if len(distinct) < 4:
         pairs = zip(distinct, counts, strict=True)
@@ -256,7 +256,10 @@ def tabulate_distributions(
     outputs: Mapping[str, BatchOutputs],  # from `record_outputs`
     num_bins: int = 24,
 ) -> "pd.DataFrame":
-    "Return the distributions of features, logits, maps and class probabilities: panel, network, value, share."
+    """Return the distributions of features, logits, maps and class probabilities.
+
+    Columns: panel, network, value, share.
+    """
     import pandas as pd
 
     features = {name: o.feature for name, o in outputs.items()}
@@ -310,7 +313,7 @@ def _draw_distribution(ax: "Axes", frame: "pd.DataFrame", name: str, panel: str)
 def draw_distributions(
     frame: "pd.DataFrame",  # from `tabulate_distributions`
 ) -> "Figure":
-    "Draw four panels: raw features and logits, and the maps and probabilities that CKDSNN compares."
+    "Draw four panels: raw features, logits, and the maps and probabilities that CKDSNN compares."
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(2, 2, figsize=(PAGE_WIDTH, 4.6))
@@ -344,7 +347,7 @@ def fit_calibration(
     lr: float = 0.1,
     seed: int = 0,
 ) -> tuple[Calibration, list[float]]:
-    "Return `(calibration in evaluation mode, losses)` trained for two networks that stay as they are."
+    "Return `(calibration in evaluation mode, losses)`, trained for two fixed networks."
     torch.manual_seed(seed_for(seed, "calibration"))
     student_widths = [student.widths[name] for name in student.stage_names]
     teacher_widths = [teacher.widths[name] for name in teacher.stage_names]
@@ -420,7 +423,10 @@ def fit_adapters(
     seed: int = 0,
     **options: Any,  # of the method "eskd"
 ) -> tuple[Any, list[float]]:
-    '`(distiller, losses)`: student, teacher and method "eskd" with trained adapters, in evaluation mode.'
+    """Return `(distiller, losses)`: student, teacher and method "eskd" with trained adapters.
+
+    The distiller is in evaluation mode.
+    """
     torch.manual_seed(seed_for(seed, "adapters"))
     distiller = create_distiller("eskd", student, teacher, **options)
     method: Any = distiller.methods[0]
@@ -502,7 +508,7 @@ def record_step(
     x: Tensor,  # images (B, C, H, W)
     y: Tensor,  # labels (B,)
 ) -> tuple[list[ModuleCall], dict[str, float]]:
-    "Return the calls and the loss terms of one training step on rates; the distiller stays as it is."
+    "Return calls and loss terms of one training step on rates; the distiller stays as it is."
     distiller = copy.deepcopy(distiller).train()
     distiller.student.gradient = "rate"
     # The first access runs the teacher to measure its widths; it must not be recorded.
@@ -701,7 +707,7 @@ def record_scores(
     y: Tensor,  # labels (B,)
     how: Scoring | None = None,  # of the search; only its first seed is used
 ) -> SearchSnapshot:
-    "Return the scores of a candidate; their sum is the fitness of a `Scorer` with the same options."
+    "Return the scores of a candidate; their sum is the fitness of a `Scorer` with these options."
     how = how or Scoring()
     asked = teacher_gradients(prepare_teacher(teacher, how.teacher_mode), x, y, how.gradients)
     kit = get_kit(how.T, how.neuron, how.neuron_args)

@@ -38,12 +38,14 @@ if TYPE_CHECKING:
 METRICS = {
     "acc_last": "test accuracy after the last epoch (%), mean ± std (seeds)",
     "acc_best_val": "test accuracy at the best validation epoch (%), mean ± std (seeds)",
-    "acc_best_test": "best test accuracy of any epoch (%), the papers' convention, mean ± std (seeds)",
+    "acc_best_test": (
+        "best test accuracy of any epoch (%), the papers' convention, mean ± std (seeds)"
+    ),
 }
 
 
 def check_metric(metric: str) -> str:
-    "Return the name of a metric; raise `UserError` with the nearest one if there is no such metric."
+    "Return the name of a metric; raise `UserError` with the nearest name if there is none."
     if metric not in METRICS:
         raise unknown("metric", metric, METRICS)
     return metric
@@ -59,7 +61,7 @@ class Measure:
     digits: int = 2  # printed digits after the point
 
     def apply(self, runs: Runs) -> dict[RunSpec, Any]:
-        "Return the runs with this quantity as their only metric; runs without a number are left out."
+        "Return the runs with this quantity as their only metric, without runs that lack a number."
         measured = {}
         for spec, record in runs.items():
             value = self.function(record) if record else float("nan")
@@ -103,10 +105,11 @@ def join_published(
     """
     Return one row per published value.
 
-    A row has the index and column of the published table, and: paper and paper_std, the published numbers; ours, std and n, mean and standard
-    deviation over n seeds; delta, ours minus paper; note, why there is no number; runs, the ids; between, the lowest and highest of several
-    trainings that are averaged under each seed; steps, our T where it is not the row's T; values, our number for each seed; and chance, the
-    accuracy of guessing.
+    A row has the index and column of the published table, and: paper and paper_std, the published
+    numbers; ours, std and n, mean and standard deviation over n seeds; delta, ours minus paper;
+    note, why there is no number; runs, the ids; between, the lowest and highest of several
+    trainings that are averaged under each seed; steps, our T where it is not the row's T; values,
+    our number for each seed; and chance, the accuracy of guessing.
     """
     paper = published(grid.key)
     cells = {(_place(cell.index, paper.index), cell.column): cell for cell in grid.cells}
@@ -217,7 +220,7 @@ class Report:
         return self.description
 
     def table(self) -> "pd.DataFrame":
-        "Return the table: for every column of the paper its number, ours ± std (n), and the difference."
+        "Return the table: the paper's number, ours ± std (n), and the difference, by column."
         import pandas as pd
 
         pd.set_option("display.max_rows", None)
@@ -308,7 +311,7 @@ def history_frame(
     grid: Grid,  # of a study
     runs: Runs,
 ) -> "pd.DataFrame":
-    "Return the histories of all stored runs in one frame: method, seed, epoch and the recorded columns."
+    "Return the histories of all stored runs: method, seed, epoch and the recorded columns."
     import pandas as pd
 
     histories = []
@@ -367,7 +370,7 @@ def tabulate_by_seed(
 
 
 def _probe_values(history: dict[str, list], probe: str) -> list[tuple[str, int, float]]:
-    "Return `(part, epoch, value)` of all columns of a probe; a value that was not recorded is left out."
+    "Return `(part, epoch, value)` of all columns of a probe, without values not recorded."
     found = []
     for name, values in history.items():
         if name != probe and not name.startswith(f"{probe}_"):
@@ -389,7 +392,8 @@ def tabulate_by_epoch(
     """
     Return one row for every run, epoch (from 1) and value of a probe.
 
-    Columns: the index of the cell, seed, epoch, part (what follows the probe's name; "" for a single number), value, and the id of the run.
+    Columns: the index of the cell, seed, epoch, part (what follows the probe's name; "" for a
+    single number), value, and the id of the run.
     """
     import pandas as pd
 

@@ -246,7 +246,8 @@ def status_line(
     num_built = sum(found.built for found in artefacts())
     at_paper_scale = f"{num_at_paper_scale} claims" if num_at_paper_scale else "not run"
     return (
-        f"{num_built} of {len(artefacts())} tables and figures are built. Of {counts.total()} claims"
+        f"{num_built} of {len(artefacts())} tables and figures are built. "
+        f"Of {counts.total()} claims"
         f" judged at {scale} scale, {num_hold} hold, {num_fail} fail, and {num_open} are undecided,"
         f" ties, mixed or not run. Paper scale: {at_paper_scale}."
     )
