@@ -70,6 +70,13 @@ def test_every_library_notebook_is_one_module_with_title_and_subtitle():
         assert re.match(rf"# {re.escape(title)}\n+> \S", source(CELLS[p][0])), p.name
 
 
+def test_library_pages_are_few_and_their_numbers_unique():
+    "A reader finds a page by its number. A new page needs a subject that no other page has."
+    numbers = [p.name[:2] for p in LIB]
+    assert len(set(numbers)) == len(numbers), sorted(n for n in numbers if numbers.count(n) > 1)
+    assert len(LIB) <= 80
+
+
 def test_nothing_outside_lib_exports():
     assert [
         p.name for p in ALL if p not in LIB for s in code(p) if re.search(r"^#\|\s*export", s, re.M)
@@ -96,11 +103,11 @@ def test_imports_point_down():
     numbers = {f"snnkd_nb.{module(p)}": p.name[:2] for p in LIB}
     upwards = []
     for p in LIB:
-        own = (p.name[:2], f"snnkd_nb.{module(p)}")
+        own = p.name[:2]
         for s in code(p):
             if re.search(r"^#\|\s*export", s, re.M):
                 for name in imported_modules(s, set(numbers)):
-                    if (numbers[name], name) >= own:
+                    if numbers[name] >= own:
                         upwards.append(f"{p.name} imports {name} of number {numbers[name]}")
     assert not upwards, "\n".join(upwards)
 
