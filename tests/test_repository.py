@@ -219,7 +219,7 @@ def scripts():
 
 @pytest.mark.parametrize(
     "path",
-    [p for p in ALL if p in LIB or p.name in ("index.ipynb", "export.ipynb")],
+    [p for p in ALL if p in LIB or p.name == "index.ipynb" or p.parent.name == "guides"],
     ids=lambda p: p.stem,
 )
 def test_notebook_runs_from_top_to_bottom(path, tmp_path, scripts):
