@@ -23,7 +23,7 @@ from snnkd_nb.models.spikformer import Products
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.papers.experiments import SCALES, build_grid
 from snnkd_nb.papers.published import published
-from snnkd_nb.reports import efficiency, maps, overview
+from snnkd_nb.reports import diagrams, efficiency, maps, snapshots
 from snnkd_nb.reports.maps import compute_class_map, compute_maps, compute_spike_map
 from snnkd_nb.runner import timing
 
@@ -302,14 +302,16 @@ def test_features_keep_no_trace_of_order_or_batch(nets):
 
 
 def test_overview_adds_up(nets):
-    _fig, numbers = overview.pipeline(nets["CKDSNN"], nets["Teacher"], X, Y, X[0, 0].numpy())
+    _fig, numbers = diagrams.draw_ckdsnn_overview(
+        nets["CKDSNN"], nets["Teacher"], X, Y, X[0, 0].numpy()
+    )
     said = {r["module"]: float(r["puts out"]) for _, r in numbers[numbers.row == "loss"].iterrows()}
     with eval_mode(nets["CKDSNN"]):
         logits = nets["CKDSNN"](X).mean(0)
     assert said["ce"] == pytest.approx(
         float(nn.functional.cross_entropy(logits, Y)), rel=1e-4
     ) and set(said) == {"ce", "samd", "nld"}
-    frame = overview.shares(overview.looks(nets, X, Y))
+    frame = snapshots.tabulate_distributions(snapshots.record_outputs(nets, X, Y))
     assert np.allclose(frame.groupby(["panel", "network"]).share.sum(), 1, atol=1e-4)
 
 

@@ -598,7 +598,7 @@ def test_the_gpu_kernel_has_the_same_numbers():
             "strict": True,
         }
         x = torch.randn(T * 3, 101)
-        s, rate, g = triton_pass(x.to(device), None, None, None, T, gpu.neuron(*kw.values()))
+        s, rate, g = triton_pass(x.to(device), None, None, None, T, gpu.encode_neuron(*kw.values()))
         for a, b in zip((s, rate, g), lif_rates(x, T, **kw)):
             assert torch.allclose(a.cpu(), b, atol=1e-6)
 

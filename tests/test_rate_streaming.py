@@ -121,7 +121,7 @@ def test_in_parts_or_at_once_is_the_same(name, images_at_a_time):
 @pytest.mark.parametrize("name", ["resnet20", "resnet19_ckd", "vgg11_rate", "sew_resnet18"])
 def test_the_kernels_in_parts(name, images_at_a_time, monkeypatch):
     "Single precision, BatchNorm, sum and neuron in one pass, frames; ten steps take two planes of bits. PyTorch's variance is off by 1e-5, so a spike may flip now and then."
-    monkeypatch.setattr(norm_module, "WORTH", 0)
+    monkeypatch.setattr(norm_module, "MIN_FUSED_SIZE", 0)
     exact = 0
     for T, k in ((2, 3), (4, 2), (8, 3), (10, 2)):
         images_at_a_time(k)

@@ -22,7 +22,7 @@ from snnkd_nb.metrics.likeness import NORMALISE, fixed_batch, mean_of_last_epoch
 from snnkd_nb.models.blocks import eval_mode
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.neurons.lif import LIF
-from snnkd_nb.reports import attention, calibration
+from snnkd_nb.reports import diagrams, figure, maps, snapshots
 from snnkd_nb.training.loop import History
 
 SMALL = {"in_channels": 1, "image_size": 8, "width": 0.25, "depth": 0.34}
@@ -489,17 +489,17 @@ def png(fig):
 
 def test_pictures_give_back_what_they_draw_and_are_the_same_bytes_twice():
     by_step, scores = frame(parts=("1", "2", "3")), frame()
-    eta = attention.attention_frame(
+    eta = maps.tabulate_attention(
         torch.rand(3, 2, 4, 5).softmax(-1), ["a", "b"], list("vwxyz"), epoch=1
     )
     for draw, f, rows in (
-        (attention.stm_lines, scores, 10),
-        (attention.fisher_curves, by_step, 30),
-        (attention.attention_maps, eta, 30),
+        (figure.draw_by_epoch, scores, 10),
+        (figure.draw_fisher, by_step, 30),
+        (maps.draw_attention, eta, 30),
     ):
         (fig, drawn), (again, _) = draw(f), draw(f)
         assert len(drawn) == rows and png(fig) == png(again)
-    drawn = attention.fisher_curves(by_step)[1]
+    drawn = figure.draw_fisher(by_step)[1]
     one = by_step[(by_step.method == "SASTC") & (by_step.part == "2") & (by_step.epoch == 4)].value
     row = drawn[(drawn.method == "SASTC") & (drawn.t == 2) & (drawn.epoch == 4)].iloc[0]
     assert (
@@ -512,7 +512,7 @@ def test_pictures_give_back_what_they_draw_and_are_the_same_bytes_twice():
 def test_attention_rows_keep_their_place_and_sum_to_one(T, S, B, L):
     eta = torch.rand(T, S, B, L).softmax(-1)
     names = [f"s_{i}" for i in range(S)], [f"a.{j}" for j in range(L)]
-    rows = attention.attention_frame(eta, *names)
+    rows = maps.tabulate_attention(eta, *names)
     assert np.allclose(
         rows.weight.to_numpy().reshape(T, S, L), eta.mean(2), atol=1e-6
     ) and np.allclose(rows.groupby(["student", "t"]).weight.sum(), 1, atol=1e-5)
@@ -522,24 +522,24 @@ def test_attention_rows_keep_their_place_and_sum_to_one(T, S, B, L):
             for r in rows.itertuples()
         ]
     )
-    assert attention.attention_history(flat).drop(columns="epoch").equals(rows)
+    assert maps.attention_history(flat).drop(columns="epoch").equals(rows)
     with pytest.raises(UserError, match="layers"):
-        attention.attention_frame(eta, [*names[0], "more"], names[1])
+        maps.tabulate_attention(eta, [*names[0], "more"], names[1])
 
 
 def test_attention_maps_choose_panels_evenly():
     many = pd.concat(
         [
-            attention.attention_frame(torch.rand(1, 2, 3, 2), ["a", "b"], ["c", "d"], epoch=e)
+            maps.tabulate_attention(torch.rand(1, 2, 3, 2), ["a", "b"], ["c", "d"], epoch=e)
             for e in range(1, 12)
         ]
     )
-    fig, drawn = attention.attention_maps(many, panels=3)
+    fig, drawn = maps.draw_attention(many, panels=3)
     assert drawn.epoch.unique().tolist() == [1, 6, 11] and [
         ax.get_title() for ax in fig.axes[:3]
     ] == ["epoch 1", "epoch 6", "epoch 11"]
     with pytest.raises(UserError, match="did you mean 'epoch'"):
-        attention.attention_maps(many, by="epok")
+        maps.draw_attention(many, by="epok")
 
 
 def test_the_overview_is_drawn_from_what_the_modules_put_out(data):
@@ -550,18 +550,19 @@ def test_the_overview_is_drawn_from_what_the_modules_put_out(data):
         ),
         create_model("vgg13", in_channels=1, image_size=8, width=0.05),
     )
-    module, losses = calibration.calibrate(student, teacher, data, 8, steps=2)
+    module, losses = snapshots.fit_calibration(student, teacher, data, 8, steps=2)
     assert (
-        len(losses) == 2 and calibration.calibrate(student, teacher, data, 8, steps=2)[1] == losses
+        len(losses) == 2
+        and snapshots.fit_calibration(student, teacher, data, 8, steps=2)[1] == losses
     )
     x, y = fixed_batch(data, 8)
-    seen = calibration.seen_by(module, student, teacher, x, y, beta=10.0)
+    seen = snapshots.record_calibration(module, student, teacher, x, y, beta=10.0)
     assert torch.allclose(seen.mean_attention.sum(-1), torch.ones(2, 5)) and math.isclose(
         seen.total, seen.terms["ce"] + seen.terms["kd"] + 10 * seen.terms["sastc"]
     )
 
     def draw():
-        return calibration.calibration_figure(module, student, teacher, x, y, x[0, 0].numpy(), 10.0)
+        return diagrams.draw_sastc_overview(module, student, teacher, x, y, x[0, 0].numpy(), 10.0)
 
     (fig, numbers), (again, _) = draw(), draw()
     assert png(fig) == png(again)
