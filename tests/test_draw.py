@@ -2,8 +2,10 @@
 
 import itertools
 import re
+import sys
 
 import matplotlib
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +19,8 @@ from snnkd_nb.models.blocks import MODELS, BasicBlock, Bottleneck, activation
 from snnkd_nb.models.genome import dsas
 from snnkd_nb.models.zoo import create_model, list_models
 from snnkd_nb.neurons.lif import FromSpikingJelly
+from snnkd_nb.reports import figure as figure_module
+from snnkd_nb.reports.figure import explore
 from snnkd_nb.reports.graph import (
     box_height,
     draw_graph,
@@ -247,3 +251,34 @@ def test_old_names_still_work():
 
     with pytest.warns(DeprecationWarning, match="draw_graph"):
         assert graph.draw is draw_graph
+
+
+def draw_line(slope=2, name="a"):
+    figure, ax = plt.subplots()
+    ax.plot([0, 1], [0, slope])
+    ax.set_title(name)
+    return figure
+
+
+def test_a_picture_to_explore_is_static_without_a_person(monkeypatch):
+    monkeypatch.delenv("SNNKD_STATIC", raising=False)
+    title = explore(draw_line, slope=(1, 5)).axes[0].get_title()
+    assert title == "a"
+    monkeypatch.setattr(figure_module, "in_notebook", lambda: True)
+    monkeypatch.setenv("SNNKD_STATIC", "1")
+    assert explore(draw_line, slope=(1, 5)).axes[0].get_title() == "a"
+    monkeypatch.delenv("SNNKD_STATIC")
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)  # it cannot be imported
+    assert explore(draw_line, slope=(1, 5)).axes[0].get_title() == "a"
+    with pytest.raises(UserError, match="did you mean 'slope'"):
+        explore(draw_line, slop=(1, 5))
+
+
+def test_a_person_at_a_notebook_gets_sliders_with_the_defaults(monkeypatch):
+    pytest.importorskip("ipywidgets")
+    monkeypatch.delenv("SNNKD_STATIC", raising=False)
+    monkeypatch.setattr(figure_module, "in_notebook", lambda: True)
+    shown = explore(draw_line, slope=(1, 5), name=["b", "a"])
+    slider, menu, _ = shown.widget.children
+    assert (slider.min, slider.value, slider.max) == (1, 2, 5)
+    assert (menu.options, menu.value) == (("b", "a"), "a")

@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['METHOD_COLORS', 'OTHER_COLOR', 'PAGE_WIDTH', 'Result', 'MEASURED', 'MOMENTS', 'method_color', 'use_style',
            'integer_axis', 'artefact_path', 'format_csv', 'format_png', 'save_figure', 'markdown_table', 'save_table',
-           'PageText', 'bullet_list', 'PageTable', 'show_table', 'measure_or_read', 'draw_or_copy', 'draw_film_strips',
-           'draw_by_seed', 'summarize_values', 'draw_by_epoch', 'draw_fisher', 'draw_by_steps', 'draw_depths',
-           'draw_search']
+           'PageText', 'bullet_list', 'PageTable', 'show_table', 'measure_or_read', 'draw_or_copy', 'explore',
+           'draw_film_strips', 'draw_by_seed', 'summarize_values', 'draw_by_epoch', 'draw_fisher', 'draw_by_steps',
+           'draw_depths', 'draw_search']
 
 # %% ../../nbs/lib/73_reports.figure.ipynb #1f44dced
 import contextlib
+import functools
+import inspect
 import itertools
 import os
 import re
@@ -21,8 +23,9 @@ from statistics import mean, stdev
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..core import atomic_write, renamed, renamed_arguments, root
+from ..core import atomic_write, renamed, renamed_arguments, root, unknown
 from ..store import MissingWeights
+from ..training.progress import in_notebook
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -360,6 +363,31 @@ def draw_or_copy(
     atomic_write(picture, stored_picture.read_bytes())
     display(Image(data=stored_picture.read_bytes()))
     return picture
+
+# %% ../../nbs/lib/73_reports.figure.ipynb #5e1f0a02
+def explore(
+    draw: Callable[..., "Figure"],  # draws a picture; its parameters have defaults
+    # name of a parameter -> the values it may have: (low, high), (low, high, step), or a list
+    **controls: Any,
+) -> Any:
+    """Show a picture with sliders for its parameters; without a person at a notebook, the picture.
+
+    Sliders need ipywidgets (`pip install "snnkd_nb[lab]"`). `SNNKD_STATIC` turns them off, which
+    `run_notebook` does. Raises `UserError` for a control that is no parameter of `draw`."""
+    parameters = inspect.signature(draw).parameters
+    for name in controls:
+        if name not in parameters:
+            raise unknown(f"parameter of {draw.__name__}", name, parameters)
+    if "SNNKD_STATIC" not in os.environ and in_notebook():
+        with contextlib.suppress(ImportError):
+            from ipywidgets import interact
+
+            @functools.wraps(draw)
+            def show(**chosen: Any) -> None:
+                draw(**chosen)  # returned, the picture would be shown a second time
+
+            return interact(show, **controls)
+    return draw()
 
 # %% ../../nbs/lib/73_reports.figure.ipynb #23075447
 def _draw_film_strip(axes, frames, image, max_events: int):

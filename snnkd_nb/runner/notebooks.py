@@ -213,7 +213,12 @@ def run_notebook(
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="snnkd-"))
         # an empty profile: the user's start-up files of IPython could change the numbers
         profile = os.path.join(folder, "ipython")
-        variables = {"SNNKD_MISSING": missing, "MPLBACKEND": INLINE_BACKEND, "IPYTHONDIR": profile}
+        variables = {
+            "SNNKD_MISSING": missing,
+            "SNNKD_STATIC": "1",  # pictures without sliders, see `reports.figure.explore`
+            "MPLBACKEND": INLINE_BACKEND,
+            "IPYTHONDIR": profile,
+        }
         stack.enter_context(_environment(**variables))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
