@@ -10,7 +10,7 @@ from snnkd_nb.data import neuromorphic
 from snnkd_nb.data.batches import ImageData, Split
 from snnkd_nb.data.decode import Source, prepare
 from snnkd_nb.data.events import PROTOCOLS, Camera, Recording, frames_of, sense
-from snnkd_nb.data.neuromorphic import Recorded, read_events
+from snnkd_nb.data.neuromorphic import Recorded, read_event_file
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +79,7 @@ def test_seconds_in_an_npz_are_refused(tmp_path):
     events = draw_events()
     np.savez(tmp_path / "a.npz", **{**events, "t": events["t"] / 1e6})
     with pytest.raises(UserError) as error:
-        read_events(tmp_path / "a.npz", None)
+        read_event_file(tmp_path / "a.npz", None)
     check_one_line(error, "a.npz", "whole microseconds")
 
 

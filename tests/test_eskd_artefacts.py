@@ -13,8 +13,8 @@ from snnkd_nb.data.images import list_datasets, opener
 from snnkd_nb.losses.zoo import create_distiller
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.papers.eskd import (
+    compare_printed_settings,
     compare_rate_gradients,
-    compare_settings,
     cost_growth,
     curve_records,
     draw_curves,
@@ -37,7 +37,7 @@ from snnkd_nb.papers.experiments import (
 from snnkd_nb.papers.published import claims, published
 from snnkd_nb.reports.claims import judge_cells, judge_records
 from snnkd_nb.reports.diagrams import draw_eskd_overview
-from snnkd_nb.reports.snapshots import compute_hybrid_maps, fit_adapters, record_step
+from snnkd_nb.reports.snapshots import compute_hybrid_maps, fit_adapters, snapshot_step
 from snnkd_nb.reports.tables import Report, summarize_grid, tabulate_by_epoch
 from snnkd_nb.spec import RunSpec
 from snnkd_nb.store import Store
@@ -137,7 +137,7 @@ def test_every_data_set_has_a_known_name_and_teachers_see_what_their_students_se
 def test_the_printed_settings_are_ours_at_paper_scale():
     settings = training_settings("paper")
     assert len(settings) == 8
-    assert compare_settings(settings).agree.all()
+    assert compare_printed_settings(settings).agree.all()
 
 
 def budget(spec):
@@ -428,7 +428,7 @@ def test_the_overview_has_a_box_for_everything_that_runs_and_nothing_else(pair, 
     d = create_distiller("eskd", student, teacher, positions=positions)
     before = {k: v.clone() for k, v in student.state_dict().items()}
     x, y = torch.randn(4, 1, 16, 16), torch.arange(4)
-    calls, terms = record_step(d, x, y)
+    calls, terms = snapshot_step(d, x, y)
     stages = [*teacher.stage_names, "head"]
     for b in d.methods[0].hybrids.branches:
         own = [c.name for c in calls if c.row == b.name]

@@ -462,14 +462,14 @@ def test_too_many_recordings_are_refused():
 
 def test_a_file_written_again_is_read_again(dvs):
     file = dvs / "dvs" / "extract" / "dog" / "cifar10_dog_1.aedat"
-    first = neuromorphic.read_events(file, neuromorphic.read_aedat2)
+    first = neuromorphic.read_event_file(file, neuromorphic.read_aedat2)
     write_aedat2(file, draw_events(150, seed=9))
     assert (
-        neuromorphic.read_events(file, neuromorphic.read_aedat2)["t"]
+        neuromorphic.read_event_file(file, neuromorphic.read_aedat2)["t"]
         == draw_events(150, seed=9)["t"]
     ).all() and len(first["t"]) == 200
     with pytest.raises(UserError, match="is no recording"):
-        neuromorphic.read_events(file, neuromorphic.read_aedat3)
+        neuromorphic.read_event_file(file, neuromorphic.read_aedat3)
 
 
 def test_a_damaged_npz_is_named(tmp_path):
@@ -484,13 +484,15 @@ def test_a_bug_of_ours_is_no_damaged_file(dvs):
         raise ZeroDivisionError("a bug")
 
     with pytest.raises(ZeroDivisionError):
-        neuromorphic.read_events(dvs / "dvs" / "extract" / "dog" / "cifar10_dog_1.aedat", broken)
+        neuromorphic.read_event_file(
+            dvs / "dvs" / "extract" / "dog" / "cifar10_dog_1.aedat", broken
+        )
 
     def unreadable(path):
         raise OSError("disk. on fire")
 
     with pytest.raises(UserError, match="disk; fetch") as e:
-        neuromorphic.read_events(
+        neuromorphic.read_event_file(
             dvs / "dvs" / "extract" / "dog" / "cifar10_dog_1.aedat", unreadable
         )
     assert isinstance(e.value.__cause__, OSError)

@@ -15,8 +15,8 @@ from snnkd_nb.runner import doctor
 from snnkd_nb.runner.doctor import (
     Case,
     Fault,
+    GradientReport,
     NetworkCase,
-    Report,
     check_gradients,
     check_networks,
     describe_ending,
@@ -118,13 +118,13 @@ def test_a_network_fails_where_nothing_is_tolerated_and_a_dear_one_is_left_out()
     found = check_networks(cases, 30, tolerance=-1.0)
     assert [fault.case for fault in found.faults] == cases[:1]
     assert found.left_out == {"default": 1}
-    assert not Report((), {"default": ()}).ok  # nothing was checked
+    assert not GradientReport((), {"default": ()}).ok  # nothing was checked
 
 
 def test_faults_are_grouped_with_their_conditions():
     narrow = [of_width(c_in, threads=threads) for c_in in (2, 5) for threads in (1, 2)]
     faults = [Fault("default", case, "dies (SIGSEGV)", float("inf")) for case in narrow[:3]]
-    (row,) = group_faults(Report(tuple(faults), {"default": tuple(narrow)}))
+    (row,) = group_faults(GradientReport(tuple(faults), {"default": tuple(narrow)}))
     assert (row["faulty"], row["run"], row["c_in"], row["threads"]) == (3, 4, [2, 5], [1, 2])
     assert row["operation"] == "conv2d 3×3/1"
 

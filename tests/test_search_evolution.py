@@ -29,8 +29,8 @@ from snnkd_nb.search.evolution import (
     create_rates,
     crossover,
     evolve,
-    load_state,
     mutate,
+    read_search_state,
     save_state,
     search,
     select_survivors,
@@ -307,7 +307,7 @@ def test_a_damaged_or_foreign_file_is_not_used(tmp_path):
     with pytest.warns(UserWarning, match="another search"):
         assert evolve(SMALL, toy, 6, 2, seed=1, checkpoint=path) != whole
     save_state(path, "x", {"a": 1})
-    assert load_state(path, "x")["a"] == 1
+    assert read_search_state(path, "x")["a"] == 1
 
 
 # --- processes --------------------------------------------------------------------------------------------------------

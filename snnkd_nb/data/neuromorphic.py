@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SENSOR', 'Events', 'READER', 'BROKEN', 'CLASSES', 'CIFAR10_DVS', 'GESTURES', 'GESTURE', 'resized', 'read_aedat2',
-           'read_aedat3', 'read_events', 'cut_out', 'check_camera', 'Recorded', 'check_options', 'check_count', 'stat',
-           'number_of', 'numbered', 'dvs_files', 'dvs_split', 'cifar10_dvs', 'gestures', 'trials', 'dvs_gesture']
+           'read_aedat3', 'read_event_file', 'cut_out', 'check_camera', 'Recorded', 'check_options', 'check_count',
+           'stat', 'number_of', 'numbered', 'dvs_files', 'dvs_split', 'cifar10_dvs', 'gestures', 'trials',
+           'dvs_gesture']
 
 # %% ../../nbs/lib/16_data.neuromorphic.ipynb #dfe6bf05
 import itertools
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..core import UserError, unknown
+from ..core import UserError, renamed, unknown
 from .batches import stratified
 from .decode import Source
 from .events import as_row, check_frames, frames_of, normal, standard_events
@@ -150,7 +151,7 @@ def _read_npz(path: Path) -> Events:
         return standard_events(archive, str(path))
 
 
-def read_events(
+def read_event_file(
     path: Path,  # .aedat, or .npz of SpikingJelly
     read: Callable[[Path], Events] | None,  # reads an .aedat
 ) -> Events:
@@ -230,7 +231,7 @@ class Recorded:
 
     def __call__(self) -> np.ndarray:
         "Return the recording, uint8 (H, W, T·2)."
-        events = read_events(self.path, self.read)
+        events = read_event_file(self.path, self.read)
         check_camera(events, self)
         if self.span:
             events = cut_out(events, self.span, self)
@@ -553,3 +554,6 @@ def dvs_gesture(
 
     scale = 1 if size is None else steps
     return Source(f"dvs-gesture:{arg}", key, read, normal(scale), frames)
+
+# %% ../../nbs/lib/16_data.neuromorphic.ipynb #1d0cdbb2
+__getattr__ = renamed(__name__, {"read_events": "read_event_file"})

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['Number', 'BACKENDS', 'DYNAMICS', 'MAX_GPU_STEPS', 'SURROGATE_KINDS', 'Spike', 'state_at_rest', 'reset_membrane',
            'lif_reference', 'is_dense', 'copy_dense', 'make_dense', 'load_kernels', 'encode_cached', 'SurrogateNumbers',
-           'neuron_parameters', 'empty_spikes', 'FusedLIF', 'check_number', 'is_leak', 'is_moderate', 'check_arguments',
-           'unsupported_reason', 'kernel_module_name', 'warn_fallback', 'select_kernel', 'surrogate_kind',
-           'reason_of_numbers', 'check_surrogate', 'select_kernel_for', 'has_kernel', 'kernels_from_numbers', 'lif_op',
-           'lif_backward_op', 'fake_lif', 'fake_lif_backward', 'save_inputs', 'lif_gradient', 'call_custom_op', 'lif']
+           'neuron_parameters', 'empty_spikes', 'FusedLIF', 'check_number', 'is_leak', 'is_moderate',
+           'check_lif_arguments', 'unsupported_reason', 'kernel_module_name', 'warn_fallback', 'select_kernel',
+           'surrogate_kind', 'reason_of_numbers', 'check_surrogate', 'select_kernel_for', 'has_kernel',
+           'kernels_from_numbers', 'lif_op', 'lif_backward_op', 'fake_lif', 'fake_lif_backward', 'save_inputs',
+           'lif_gradient', 'call_custom_op', 'lif']
 
 # %% ../../nbs/lib/21_kernels.lif.ipynb #6212cde2
 import functools
@@ -277,7 +278,7 @@ def is_moderate(value: Any) -> Any:
     return abs(value) < 1e30
 
 
-def check_arguments(
+def check_lif_arguments(
     x: Any,
     T: Any,
     static: bool,
@@ -577,7 +578,7 @@ def lif(
     be tensors: one number, or a shape that broadcasts to an image such as (C, 1, 1). Those that
     require a gradient get it from the reference. Raises `UserError` for invalid arguments.
     """
-    steps = check_arguments(x_seq, T, static, decay, v_threshold, v_reset, backend)
+    steps = check_lif_arguments(x_seq, T, static, decay, v_threshold, v_reset, backend)
     surrogate = create_surrogate(surrogate)
     check_surrogate(surrogate)
     numbers = {"decay": decay, "v_threshold": v_threshold, "v_reset": v_reset}
@@ -608,11 +609,12 @@ def lif(
 __getattr__ = renamed(
     __name__,
     {
+        "check_arguments": "check_lif_arguments",
         "GPU_STEPS": "MAX_GPU_STEPS",
         "Plain": "SurrogateNumbers",
         "arranged": "copy_dense",
         "by_numbers": "kernels_from_numbers",
-        "check": "check_arguments",
+        "check": "check_lif_arguments",
         "chosen": "select_kernel",
         "compiles": "has_kernel",
         "engine_for": "select_kernel_for",

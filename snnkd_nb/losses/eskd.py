@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALPHA_SCHEDULES', 'BETA_RULES', 'Shapes', 'ADVICE', 'hybrid_loss', 'is_weight', 'check_alpha', 'alpha_at',
-           'compute_betas', 'to_full_precision', 'mean_rates', 'find_shapes', 'describe_shapes', 'find_branches',
+           'compute_betas', 'to_full_precision', 'mean_rates', 'find_shapes', 'list_shapes', 'find_branches',
            'create_hybrids', 'HybridNet', 'ESKD']
 
 # %% ../../nbs/lib/52_losses.eskd.ipynb #2f68bc31
@@ -176,7 +176,7 @@ def find_shapes(
     return student_shapes, teacher_shapes
 
 
-def describe_shapes(shapes: Mapping[str, Sequence[int]]) -> str:
+def list_shapes(shapes: Mapping[str, Sequence[int]]) -> str:
     "List stages with their sizes, for error messages."
     described = []
     for name, shape in shapes.items():
@@ -206,8 +206,8 @@ def find_branches(
     found = check_pairs(pairs) if pairs else stage_pairs(student_shapes, teacher_shapes)
     require(
         found,
-        f"no stages pair by resolution: the student has {describe_shapes(student_shapes)},"
-        f" the teacher {describe_shapes(teacher_shapes)}; give {ADVICE}",
+        f"no stages pair by resolution: the student has {list_shapes(student_shapes)},"
+        f" the teacher {list_shapes(teacher_shapes)}; give {ADVICE}",
     )
     if pairs and positions is None:
         positions = "all"
@@ -347,6 +347,7 @@ class ESKD(Method):
 __getattr__ = renamed(
     __name__,
     {
+        "describe_shapes": "list_shapes",
         "is_number": "is_weight",
         "COURSES": "ALPHA_SCHEDULES",
         "RULES": "BETA_RULES",
@@ -354,7 +355,7 @@ __getattr__ = renamed(
         "full": "to_full_precision",
         "rates_of": "mean_rates",
         "shapes_for": "find_shapes",
-        "in_words": "describe_shapes",
+        "in_words": "list_shapes",
         "branches_for": "find_branches",
         "hybrids_for": "create_hybrids",
     },

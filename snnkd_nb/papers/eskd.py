@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HYBRID_COLORS', 'Measurement', 'WAYS', 'curve_records', 'tabulate_curves', 'draw_curves', 'step_costs', 'judge_costs',
            'cost_growth', 'measure_map_likeness', 'map_records', 'teacher_gaps', 'training_settings',
-           'compare_settings', 'compare_rate_gradients']
+           'compare_printed_settings', 'compare_rate_gradients']
 
 # %% ../../nbs/lib/89_papers.eskd.ipynb #f84048c6
 import itertools
@@ -396,7 +396,7 @@ def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else f"{value:g}"
 
 
-def compare_settings(
+def compare_printed_settings(
     settings: "pd.DataFrame",  # of `training_settings`
 ) -> "pd.DataFrame":
     """
@@ -476,6 +476,7 @@ def compare_rate_gradients(
 __getattr__ = renamed(
     __name__,
     {
+        "compare_settings": "compare_printed_settings",
         "curve_rows": "curve_records",
         "curve_table": "tabulate_curves",
         "curve_panels": "draw_curves",
@@ -488,7 +489,7 @@ __getattr__ = renamed(
         "map_rows": "map_records",
         "gaps": "teacher_gaps",
         "settings": "training_settings",
-        "as_printed": "compare_settings",
+        "as_printed": "compare_printed_settings",
         "against_bptt": "compare_rate_gradients",
     },
 )

@@ -41,8 +41,8 @@ from snnkd_nb.reports.snapshots import (
     record_calibration,
     record_outputs,
     record_scores,
-    record_step,
-    tabulate_scores,
+    snapshot_step,
+    tabulate_overview,
 )
 from ..search.job import create_scoring
 from ..search.similarity import pick_layers
@@ -544,7 +544,7 @@ def draw_eskd_overview(
     """
     import pandas as pd
 
-    calls, terms = record_step(distiller, x, y)
+    calls, terms = snapshot_step(distiller, x, y)
     method = distiller.methods[0]
     hybrids = method.hybrids
     columns = _call_columns(calls)
@@ -722,7 +722,7 @@ def draw_dsas_overview(
     _draw_searched_network(canvas, student, x, _DSAS_STUDENT_Y, student_x, title)
     _draw_comparisons(canvas, snapshot, teacher, student_x, teacher_x)
     _draw_consequences(canvas, snapshot, record, terms)
-    return canvas.figure, tabulate_scores(snapshot, record, terms)
+    return canvas.figure, tabulate_overview(snapshot, record, terms)
 
 
 def draw_architecture(
@@ -753,7 +753,7 @@ __getattr__ = renamed(
         "calibration_figure": "draw_sastc_overview",
         "refit": "reports.snapshots:fit_adapters",
         "Call": "reports.snapshots:ModuleCall",
-        "step_calls": "reports.snapshots:record_step",
+        "step_calls": "reports.snapshots:snapshot_step",
         "framework": "draw_eskd_overview",
         "passing": "reports.snapshots:hybrid_features",
         "cams": "reports.snapshots:compute_hybrid_maps",

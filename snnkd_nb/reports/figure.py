@@ -719,6 +719,6 @@ __getattr__ = renamed(
         "seen_of": "reports.snapshots:record_scores",
         "framework": "reports.diagrams:draw_dsas_overview",
         "distilled_terms": "reports.snapshots:logit_loss_terms",
-        "numbers_of": "reports.snapshots:tabulate_scores",
+        "numbers_of": "reports.snapshots:tabulate_overview",
     },
 )

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEVELS', 'FUNCTION_SIGNS', 'REARRANGING_FUNCTIONS', 'KIND_COLORS', 'GAP', 'LANE', 'FONT', 'SIGN_RADIUS', 'NOTE_SIZE',
            'NAME_WIDTH', 'SHAPES_NOTE', 'layer_kind', 'layer_label', 'find_boxes', 'Node', 'chain_label',
-           'describe_box', 'trace', 'shape_text', 'as_nodes', 'graph_table', 'to_dot', 'find_trunk', 'find_branches',
+           'describe_box', 'trace', 'shape_text', 'as_nodes', 'graph_table', 'to_dot', 'find_trunk', 'find_side_paths',
            'assign_columns', 'Layout', 'box_height', 'layout_nodes', 'draw_graph']
 
 # %% ../../nbs/lib/69_reports.graph.ipynb #3ec52c4f
@@ -437,7 +437,7 @@ def _direct_branches(nodes: list[Node], trunk: list[int]) -> list[list[int]]:
     ]
 
 
-def find_branches(nodes: list[Node], trunk: list[int]) -> list[list[int]]:
+def find_side_paths(nodes: list[Node], trunk: list[int]) -> list[list[int]]:
     "Return the paths off the trunk, each a list of ids that begins and ends at a placed node."
     placed = set(trunk)
     branches = _direct_branches(nodes, trunk)
@@ -457,7 +457,7 @@ def find_branches(nodes: list[Node], trunk: list[int]) -> list[list[int]]:
 
 
 def assign_columns(
-    branches: list[list[int]],  # from `find_branches`
+    branches: list[list[int]],  # from `find_side_paths`
     row: dict[int, float],  # id -> row of every node on the trunk; the others are added
 ) -> list[int]:
     "Return the column of each branch, from 1; branches with a common row get different columns."
@@ -533,7 +533,7 @@ def _trunk_heights(nodes: list[Node], trunk: list[int]) -> list[float]:
 def layout_nodes(nodes: list[Node]) -> Layout:
     "Return the `Layout` of a graph from `trace`."
     trunk = find_trunk(nodes)
-    branches = find_branches(nodes, trunk)
+    branches = find_side_paths(nodes, trunk)
     row: dict[int, float] = {i: k for k, i in enumerate(trunk)}
     columns = assign_columns(branches, row)
     width = _box_width(nodes)
@@ -742,6 +742,7 @@ def draw_graph(
 __getattr__ = renamed(
     __name__,
     {
+        "find_branches": "find_side_paths",
         "kind_of": "layer_kind",
         "label_of": "layer_label",
         "boxes": "find_boxes",
@@ -755,7 +756,7 @@ __getattr__ = renamed(
         "COLOURS": "KIND_COLORS",
         "dot": "to_dot",
         "trunk": "find_trunk",
-        "branches": "find_branches",
+        "branches": "find_side_paths",
         "columns": "assign_columns",
         "tall": "box_height",
         "layout": "layout_nodes",

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PANELS', 'Stage', 'describe_layers', 'describe_stage', 'list_stages', 'BatchOutputs', 'record_outputs',
            'add_logit_noise', 'ckdsnn_loss_terms', 'compare_outputs', 'tabulate_distributions', 'draw_distributions',
-           'fit_calibration', 'CalibrationSnapshot', 'record_calibration', 'fit_adapters', 'ModuleCall', 'record_step',
-           'hybrid_features', 'compute_hybrid_maps', 'build_found_network', 'describe_architecture', 'last_map_stage',
-           'compute_distillation_maps', 'LayerScore', 'SearchSnapshot', 'record_scores', 'logit_loss_terms',
-           'tabulate_scores']
+           'fit_calibration', 'CalibrationSnapshot', 'record_calibration', 'fit_adapters', 'ModuleCall',
+           'snapshot_step', 'hybrid_features', 'compute_hybrid_maps', 'build_found_network', 'describe_architecture',
+           'last_map_stage', 'compute_distillation_maps', 'LayerScore', 'SearchSnapshot', 'record_scores',
+           'logit_loss_terms', 'tabulate_overview']
 
 # %% ../../nbs/lib/86_reports.snapshots.ipynb #01345175
 import copy
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import seed_for
+from ..core import renamed, seed_for
 from ..losses.base import cross_entropy, mean_logits
 from ..losses.ckdsnn import nld_noise
 from ..losses.eskd import hybrid_loss, mean_rates
@@ -503,7 +503,7 @@ def _modules_to_observe(distiller: Any) -> list[_Observed]:
     return observed
 
 
-def record_step(
+def snapshot_step(
     distiller: Any,  # with ESKD among its methods; networks of `list_models()`
     x: Tensor,  # images (B, C, H, W)
     y: Tensor,  # labels (B,)
@@ -736,7 +736,7 @@ def logit_loss_terms(
     return {name: float(value) for name, value in terms.items()}
 
 
-def tabulate_scores(
+def tabulate_overview(
     snapshot: SearchSnapshot,
     record: Any,  # of the search
     terms: Mapping[str, float],  # from `logit_loss_terms`
@@ -760,3 +760,8 @@ def tabulate_scores(
     for name, value in terms.items():
         rows.append(("distillation", name, value))
     return pd.DataFrame(rows, columns=["stage", "what", "value"])
+
+# %% ../../nbs/lib/86_reports.snapshots.ipynb #77f31428
+__getattr__ = renamed(
+    __name__, {"tabulate_scores": "tabulate_overview", "record_step": "snapshot_step"}
+)

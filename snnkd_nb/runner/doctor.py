@@ -9,11 +9,11 @@ __all__ = ['OPERATIONS', 'CONVOLUTIONS', 'CHANNELS', 'KERNELS', 'SIZES', 'BATCHE
            'SMALL_GRADIENT', 'SMALLEST_VARIANCE', 'ROUNDING_FACTOR', 'NETWORK_COST', 'TASKS', 'Finding', 'is_in_range',
            'list_requirements', 'check_package', 'check_python', 'check_packages', 'check_torchvision', 'check_torch',
            'check_cpu', 'check_numba', 'check_folder', 'check_data', 'run_checks', 'doctor', 'Case', 'has_weight',
-           'has_window', 'is_strided_pointwise', 'random_case', 'is_degenerate', 'standard_cases', 'tiny_cases',
+           'has_window', 'is_strided_pointwise_case', 'random_case', 'is_degenerate', 'standard_cases', 'tiny_cases',
            'poison_memory', 'operands', 'plain', 'guarded', 'implementation_of', 'names_of', 'with_gradients',
            'reference_of', 'largest_error', 'run_case', 'operation_task', 'run_group', 'run_as_child',
-           'describe_ending', 'serve', 'is_death', 'report', 'report_suspects', 'Fault', 'Report', 'run_job',
-           'list_settings', 'check_gradients', 'max_threads', 'run_settings', 'group_of', 'group_faults',
+           'describe_ending', 'serve_cases', 'is_death', 'report', 'report_suspects', 'Fault', 'GradientReport',
+           'run_job', 'list_settings', 'check_gradients', 'max_threads', 'run_settings', 'group_of', 'group_faults',
            'format_report', 'format_numbers', 'NetworkCase', 'network_cases', 'smooth', 'calibrate', 'gradient_errors',
            'norm_errors', 'network_task', 'check_networks']
 
@@ -390,7 +390,7 @@ def has_window(operation: str) -> bool:
     return operation in (*CONVOLUTIONS, "max_pool", "avg_pool")
 
 
-def is_strided_pointwise(case: Case) -> bool:
+def is_strided_pointwise_case(case: Case) -> bool:
     """Tell whether a case is a strided 1×1 convolution, the shape of oneDNN issue 6035."""
     return case.operation in CONVOLUTIONS and case.kernel == 1 and case.stride > 1
 
@@ -648,7 +648,7 @@ def operation_task(job: dict[str, Any]) -> Callable[[dict, int], dict]:
 
     def run(fields: dict[str, Any], factor: int) -> dict[str, float]:
         case = Case(**fields)
-        repeats = job["pointwise_repeats"] if is_strided_pointwise(case) else job["repeats"]
+        repeats = job["pointwise_repeats"] if is_strided_pointwise_case(case) else job["repeats"]
         return run_case(case, function, repeats * factor)
 
     return run
@@ -715,7 +715,7 @@ def describe_ending(status: int) -> str:
     return f"ends with exit status {number}"
 
 
-def serve() -> None:
+def serve_cases() -> None:
     """Run the job on standard input and print a line of JSON for each of its cases.
 
     The job is JSON: `task` (operation or network), `cases`, `seconds` for all, `case_seconds` for
@@ -793,7 +793,7 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Report:
+class GradientReport:
     """The faults that a check found, and the cases it ran."""
 
     faults: tuple[Fault, ...]
@@ -817,7 +817,11 @@ def run_job(job: dict[str, Any], variables: dict[str, str]) -> Iterator[dict[str
 
     Raises `RuntimeError` if the process ends before the job does.
     """
-    command = [sys.executable, "-c", "from snnkd_nb.runner.doctor import serve; serve()"]
+    command = [
+        sys.executable,
+        "-c",
+        "from snnkd_nb.runner.doctor import serve_cases; serve_cases()",
+    ]
     # autograd has threads for GPUs, which do not survive a fork
     no_devices = {"CUDA_VISIBLE_DEVICES": ""}
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **no_devices, **variables}
@@ -876,7 +880,7 @@ def check_gradients(
     case_seconds: float = CASE_SECONDS,  # a case that takes longer counts as hanging
     environment: dict[str, str] | None = None,  # further environment variables of the children
     on_line: Callable[[str], Any] = print,  # called with every line of the report
-) -> Report:
+) -> GradientReport:
     """Search for operations with a wrong result or gradient, and for those that hang or crash.
 
     Raises `ValueError` for an unknown setting.
@@ -923,7 +927,7 @@ def run_settings(
     settings: Iterable[str],
     judge: Callable[[Any, dict[str, float]], Iterable[tuple[str, float]]],
     environment: dict[str, str],
-) -> Report:
+) -> GradientReport:
     """Run a job under each setting and return the faults.
 
     `judge(case, errors)` yields a description and an error for everything that is wrong.
@@ -948,7 +952,7 @@ def run_settings(
                 continue
             faults += [Fault(setting, case, *wrong) for wrong in judge(case, message["errors"])]
         tried[setting] = tuple(begun)
-    return Report(tuple(faults), tried, left_out)
+    return GradientReport(tuple(faults), tried, left_out)
 
 # %% ../../nbs/lib/97_runner.doctor.ipynb #f1982445
 _GROUP_KEYS = ("setting", "operation", "dtype", "layout")
@@ -961,7 +965,7 @@ def group_of(setting: str, case: Case) -> tuple[str, ...]:
     return setting, f"{case.operation} {window}".strip(), case.dtype, case.layout
 
 
-def group_faults(found: Report) -> list[dict[str, Any]]:
+def group_faults(found: GradientReport) -> list[dict[str, Any]]:
     """Return one row per group of faults: what is wrong, in how many cases, and at which shapes."""
     run: dict[tuple, int] = {}
     for setting, cases in found.tried.items():
@@ -984,7 +988,7 @@ def group_faults(found: Report) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: [row[name] for name in _GROUP_KEYS])
 
 
-def format_report(found: Report) -> Iterator[str]:
+def format_report(found: GradientReport) -> Iterator[str]:
     """Yield the lines of a report on operations."""
     for row in group_faults(found):
         place = "; ".join(f"{name} {format_numbers(row[name])}" for name in _SHAPE_KEYS)
@@ -1177,7 +1181,7 @@ def check_networks(
     tolerance: float = NETWORK_TOLERANCE,
     environment: dict[str, str] | None = None,  # further environment variables of the children
     on_line: Callable[[str], Any] = print,  # called with every line of the report
-) -> Report:
+) -> GradientReport:
     """Compare the weight gradients of networks with double precision.
 
     Networks whose gradients differ, that hang or that crash are reported as faults.
@@ -1214,6 +1218,9 @@ def check_networks(
 __getattr__ = renamed(
     __name__,
     {
+        "is_strided_pointwise": "is_strided_pointwise_case",
+        "serve": "serve_cases",
+        "Report": "GradientReport",
         "satisfies": "is_in_range",
         "needed": "list_requirements",
         "check_vision": "check_torchvision",

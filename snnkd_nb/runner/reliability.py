@@ -277,7 +277,7 @@ def _write_everything(bench: Bench) -> None:
 def full_disk(bench: Bench, folder: Path, draw: random.Random) -> str:
     "Write until the disk is full, then read what is there, then write it with room."
     from snnkd_nb.data.images import load
-    from snnkd_nb.search.evolution import load_state
+    from snnkd_nb.search.evolution import read_search_state
 
     limit = int(10 ** draw.uniform(0, 5.3))
 
@@ -300,7 +300,7 @@ def full_disk(bench: Bench, folder: Path, draw: random.Random) -> str:
     state = load_weights(stored)
     if state is None or not _same_state(state, bench.state):
         return "the weights are lost"
-    if (load_state(state_path, "toy") or {}).get("scores") != {"n8": 1.0}:
+    if (read_search_state(state_path, "toy") or {}).get("scores") != {"n8": 1.0}:
         return "the state of the search is lost"
     return "" if load("digits").fingerprint == bench.images else "the images are lost"
 
@@ -551,7 +551,7 @@ def hostile_file(bench: Bench, folder: Path, draw: random.Random) -> str:
 
     from snnkd_nb.core import sha256_of
     from snnkd_nb.models.foreign import read_state
-    from snnkd_nb.search.evolution import load_state
+    from snnkd_nb.search.evolution import read_search_state
     from snnkd_nb.training.loop import load_checkpoint
 
     marker = folder / "code-has-run"
@@ -577,7 +577,7 @@ def hostile_file(bench: Bench, folder: Path, draw: random.Random) -> str:
         elif how == "cache":
             _offer_cache(folder, marker, draw)
         else:
-            load_state(path, "toy")
+            read_search_state(path, "toy")
     except UserError:
         pass
     except Exception as error:

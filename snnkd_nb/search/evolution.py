@@ -7,7 +7,7 @@ __all__ = ['Genome', 'MUTATIONS', 'PAPER_RATES', 'MAX_TRIES', 'SELECTIONS', 'ALG
            'SECONDS_BETWEEN_SAVES', 'Rates', 'create_rates', 'cross_at', 'is_in_space', 'crossover', 'add_block',
            'delete_block', 'change_channels', 'mutate', 'run_tournament', 'choose_parents', 'create_offspring',
            'check_selection', 'select_survivors', 'get_texts', 'create_algorithm', 'Generation', 'create_event',
-           'SearchResult', 'ScoreCache', 'save_state', 'load_state', 'evolve', 'search']
+           'SearchResult', 'ScoreCache', 'save_state', 'read_search_state', 'evolve', 'search']
 
 # %% ../../nbs/lib/67_search.evolution.ipynb #cb5b97a4
 import json
@@ -571,7 +571,7 @@ def save_state(
     return atomic_write(path, f"{sha256_of(body)}\n{body}\n")
 
 
-def load_state(
+def read_search_state(
     path: str | Path,  # the file
     identity: str,  # names the search that the file must belong to
 ) -> dict[str, Any] | None:
@@ -604,7 +604,7 @@ class _Ledger:
         self.path = path
         self.identity = identity
         self.cache = cache
-        state = load_state(path, identity) if path else None
+        state = read_search_state(path, identity) if path else None
         state = state or {"scores": {}, "done": [], "spent": 0.0}
         # Scores that the cache had. They do not count as evaluated, also after a break.
         self.shared = dict.fromkeys(state.get("shared", ()))
@@ -898,6 +898,7 @@ def _create_scorer(
 __getattr__ = renamed(
     __name__,
     {
+        "load_state": "read_search_state",
         # from search.operators
         "CHANGES": "MUTATIONS",
         "TRIES": "MAX_TRIES",

@@ -49,9 +49,9 @@ from ..store import SearchRecord, Store, environment, with_weights
 from snnkd_nb.training.job import (
     Listener,
     build_model,
-    check_frames,
     check_same_data,
     check_spec,
+    check_time_steps,
     check_unchanged,
     collect_sources,
     load_model,
@@ -179,7 +179,7 @@ def check_search(
     )
     data = load_spec(spec.data)
     check_same_data(spec.teacher.data, spec.data)
-    check_frames(ModelSpec("dsas", spec.T), data)
+    check_time_steps(ModelSpec("dsas", spec.T), data)
     check_batch(scoring, spec.batch, data.num_classes)
     load_batches(spec, data)
     _check_teacher(spec, scoring, data, create_search_space(spec, data))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'METRIC_VERSION', 'CHOICES', 'MEASURES', 'student_gradient', 'Score', 'TeacherTargets', 'fingerprint',
-           'find_silent_block', 'find_mostly_silent_block', 'Scoring', 'check_batch', 'check_classes',
+           'find_silent_block', 'find_mostly_silent_block', 'Scoring', 'check_batch', 'check_scored_classes',
            'compute_targets', 'RunScore', 'score_run', 'Scorer', 'as_score', 'score_to_json', 'score_from_json',
            'ScoringPool']
 
@@ -340,7 +340,7 @@ def check_batch(
     )
 
 
-def check_classes(
+def check_scored_classes(
     scoring: Scoring,  # how candidates are scored
     y: Tensor,  # labels of a batch
     num_classes: int,  # of the teacher
@@ -393,7 +393,7 @@ def compute_targets(
         num_classes = logits.shape[1]
         check_labels(y, num_classes)
     check_batch(scoring, len(y), num_classes)
-    check_classes(scoring, y, num_classes)
+    check_scored_classes(scoring, y, num_classes)
     require(
         len(features) > 0 or not scoring.needs("as", "mas"),
         f"{class_name(teacher)} has no stages to compare: wrap it, Foreign(net, stages=[…]) "
@@ -844,6 +844,7 @@ class ScoringPool:
 __getattr__ = renamed(
     __name__,
     {
+        "check_classes": "check_scored_classes",
         "Facts": "TeacherTargets",
         "silent": "find_silent_block",
         "hardly": "find_mostly_silent_block",
