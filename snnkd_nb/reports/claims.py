@@ -7,7 +7,8 @@ __all__ = ['ClaimRecord', 'Runs', 'OUTCOME_WORDS', 'VERDICT_COLUMNS', 'SCALE_WAR
            'values_by_seed', 'chance_accuracy', 'cell_record', 'records_by_arm', 'Comparison', 'list_comparisons',
            'ClaimVerdict', 'judge_together', 'find_verdict', 'verdict_columns', 'judge_records', 'judge_cells',
            'describe_verdicts', 'compare_verdicts', 'describe_gain', 'report_table', 'scale_warning',
-           'claims_and_deviations', 'save_claims', 'load_claims', 'shorten_verdict', 'count_verdicts', 'answer_page']
+           'claims_and_deviations', 'save_claims', 'read_verdicts', 'load_claims', 'shorten_verdict', 'count_verdicts',
+           'answer_page']
 
 # %% ../../nbs/lib/74_reports.claims.ipynb #3158843e
 import itertools
@@ -21,7 +22,13 @@ from typing import TYPE_CHECKING, Any
 from ..core import UserError, atomic_write, renamed, renamed_arguments, root
 from ..papers.experiments import Cell, Grid, summarise
 from ..papers.published import Claim, evaluate_claim, matches
-from .figure import PageText, artefact_path, format_csv, markdown_table
+from snnkd_nb.reports.figure import (
+    PageText,
+    artefact_path,
+    format_csv,
+    markdown_table,
+    measured_path,
+)
 from ..spec import RunSpec
 
 if TYPE_CHECKING:
@@ -601,6 +608,18 @@ def save_claims(
         parts = [heading, *scale_warning(grid), *claims_and_deviations(frame, grid)]
         atomic_write(path.with_name(f"{path.name}.md"), "\n".join(parts) + "\n")
     return frame
+
+
+def read_verdicts(
+    grid: Grid,  # of an artefact whose numbers were measured on networks
+) -> "pd.DataFrame":
+    "Return the verdicts that `results/measured` has of an artefact; empty if it has none."
+    import pandas as pd
+
+    path = measured_path(grid.key, grid.scale, "verdicts")
+    if not path.exists():
+        return _claims_frame([], ["claim", "place", *VERDICT_COLUMNS])
+    return pd.read_csv(path, dtype=str).fillna("")
 
 
 def load_claims(
