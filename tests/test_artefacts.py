@@ -79,8 +79,10 @@ def test_a_page_that_judges_saves_its_verdicts(page):
         if c["cell_type"] == "code"
     )
     judging = r"(?:judged?|judge_records|judge_cells)\("
-    unsaved = re.findall(rf"(?<!save_claims\()(?<!save_claims\(\n    )\b{judging}", source)
-    assert not unsaved, f"{unsaved[0]}…) is shown and not saved: save_claims(…, grid)"
+    saved = set(re.findall(r"save_claims\((\w+), grid\)", source))
+    for judged in re.finditer(rf"(?:(\w+) = )?\b{judging}", source):
+        is_inside = source[: judged.start()].rstrip().endswith("save_claims(")
+        assert is_inside or judged[1] in saved, f"{judged[0]}…) is not saved: save_claims(…, grid)"
 
 
 @pytest.fixture(scope="module")
@@ -199,21 +201,37 @@ def test_an_executed_notebook_is_the_same_twice(project):
 
 
 def deviations_shown():
-    "`(page, lines of its list)` of every page that prints the deviations of a grid; DSAS's may name what a search found."
+    "`(page, lines of its list)` of every page that lists the deviations of a grid; DSAS's may name what a search found."
     for path in sorted((ROOT / "nbs" / "papers").glob("*/*.ipynb")):
         if path.parent.name == "dsas":
             continue
         for c in json.loads(path.read_text())["cells"]:
-            if c["cell_type"] == "code" and "for d in grid.deviations" in "".join(c["source"]):
-                shown = "".join(t for o in c["outputs"] for t in o.get("text", []))
-                yield path, [line for line in shown.splitlines() if line.startswith("- ")]
+            if c["cell_type"] == "code" and "".join(c["source"]) == "bullet_list(grid.deviations)":
+                shown = "".join(
+                    line for o in c["outputs"] for line in o["data"].get("text/markdown", [])
+                )
+                yield path, shown
 
 
-def test_pages_show_the_deviations_of_today():
+def test_pages_show_the_deviations_of_the_stored_scale():
     pages = list(deviations_shown())
     for path, shown in pages:
-        grid = grid_for(f"{path.parent.name}/{path.stem}", "smoke")
-        assert shown == "\n".join(f"- {d}" for d in grid.deviations).splitlines(), (
-            f"{path}: run it again"
-        )
+        grid = grid_for(f"{path.parent.name}/{path.stem}", "small")
+        assert shown == "\n".join(f"- {d}" for d in grid.deviations), f"{path}: run it again"
     assert len(pages) > 30
+
+
+@pytest.mark.parametrize(
+    "page",
+    sorted((ROOT / "nbs").glob("papers/*/*.ipynb")),
+    ids=lambda p: f"{p.parent.name}/{p.stem}",
+)
+def test_a_page_begins_with_its_answer_at_the_stored_scale(page):
+    cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
+    answering = [c for c in cells if "answer_page(" in "".join(c["source"])]
+    answering += [c for c in cells if "report.answer()" in "".join(c["source"])]
+    for cell in answering:
+        texts = [
+            "".join(o["data"].get("text/markdown", [])) for o in cell["outputs"] if "data" in o
+        ]
+        assert texts[0].startswith("**At small scale"), "run it again with --scale small"

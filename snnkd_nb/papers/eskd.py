@@ -189,7 +189,7 @@ def _compare_with_bptt(row: Mapping[str, Any] | None) -> str:
         return "less than BPTT"
     if row["high"] < 1:
         return "more than BPTT"
-    return "not told apart"
+    return "undecided"
 
 
 def judge_costs(measurement: Measurement) -> "pd.DataFrame":

@@ -718,8 +718,14 @@ def _result_in_words(verdicts: "pd.DataFrame") -> str:
     short = [shorten_verdict(text) for text in verdicts["ours"]]
     counts = Counter(short)
     parts = [_predicate(verdict, counts[verdict]) for verdict in VERDICTS if counts[verdict]]
-    claim_word = "claim" if len(short) == 1 else "claims"
-    lines = [f"of {len(short)} {claim_word}, {', '.join(parts)}."]
+    first_count, _, first = parts[0].partition(" ")
+    if len(short) == 1:
+        parts[0] = f"the claim {first}"
+    elif len(parts) == 1:
+        parts[0] = f"all {len(short)} claims {first}"
+    else:
+        parts[0] = f"{first_count} of {len(short)} claims {first}"
+    lines = [f"{', '.join(parts)}."]
     for text, verdict in zip(verdicts["claim"], short, strict=True):
         if verdict.startswith(("holds", "fails", "mixed")):
             lines.append(f"{verdict.capitalize()}: {text}.")
@@ -769,16 +775,19 @@ def answer_page(
     result: str = "",  # a sentence before the verdicts, or instead of them
 ) -> PageText:
     "Return the first lines of a page: its result in bold, and how far to trust it."
-    answers = [result] if result else []
+    judged = ""
     if verdicts is not None and len(verdicts):
-        answers.append(_result_in_words(verdicts))
-    text = " ".join(answers) or "this page judges no claim."
+        judged = _result_in_words(verdicts)
+    if result and judged:
+        judged = judged[0].upper() + judged[1:]
+    text = f"{result} {judged}".strip() or "this page judges no claim."
+    separator = ":" if result else ","
     stored = sum(record is not None for record in runs.values())
     limits = [SCALE_LIMITS[grid.scale], _seeds_in_words(grid, runs)]
     limits.append(f"{stored} of {len(runs)} runs are stored")
     limits.append(_chance_in_words(grid, runs))
     known = "; ".join(limit for limit in limits if limit)
-    return PageText(f"**At {grid.scale} scale: {text}**\n\nHow far to trust it: {known}.")
+    return PageText(f"**At {grid.scale} scale{separator} {text}**\n\nHow far to trust it: {known}.")
 
 # %% ../../nbs/lib/74_reports.claims.ipynb #99461f2c
 __getattr__ = renamed(

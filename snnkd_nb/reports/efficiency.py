@@ -150,13 +150,15 @@ def summarize_efficiency(
     "Return one row per arm: mean ± std (seeds) of every count and of every energy."
     import pandas as pd
 
+    # Older stored measurements have the energy under one convention only.
+    columns = {name: column for name, column in COLUMNS.items() if name in frame}
     rows = []
     for key, arm in frame.groupby(list(by), sort=False):
         row = dict(zip(by, key, strict=True)) | {"T": arm["ours T"].iloc[0]}
-        for name, column in COLUMNS.items():
+        for name, column in columns.items():
             row[column.title] = _format_mean(arm[name], column)
         rows.append(row)
-    titles = [column.title for column in COLUMNS.values()]
+    titles = [column.title for column in columns.values()]
     return pd.DataFrame(rows, columns=[*by, "T", *titles]).set_index(list(by))
 
 # %% ../../nbs/lib/79_reports.efficiency.ipynb #b49ae462

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['METHOD_COLORS', 'OTHER_COLOR', 'PAGE_WIDTH', 'Result', 'MEASURED', 'MOMENTS', 'method_color', 'use_style',
            'integer_axis', 'artefact_path', 'format_csv', 'format_png', 'save_figure', 'markdown_table', 'save_table',
-           'PageText', 'bullet_list', 'PageTable', 'show_table', 'measure_or_read', 'draw_or_copy', 'explore',
-           'draw_film_strips', 'draw_by_seed', 'summarize_values', 'draw_by_epoch', 'draw_fisher', 'draw_by_steps',
-           'draw_depths', 'draw_search']
+           'PageText', 'bullet_list', 'PageTable', 'show_table', 'measured_path', 'measure_or_read', 'read_measured',
+           'draw_or_copy', 'explore', 'draw_film_strips', 'draw_by_seed', 'summarize_values', 'draw_by_epoch',
+           'draw_fisher', 'draw_by_steps', 'draw_depths', 'draw_search']
 
 # %% ../../nbs/lib/73_reports.figure.ipynb #1f44dced
 import contextlib
@@ -245,6 +245,8 @@ class PageTable:
         return self.frame.round(self.digits).to_string(index=False)
 
     def _repr_html_(self) -> str:
+        if not self.frame.shape[1]:
+            return "<p>no numbers</p>"
         texts = []
         for i in range(self.frame.shape[1]):
             column = self.frame.iloc[:, i]
@@ -312,26 +314,51 @@ def _read_csv(path: Path) -> "pd.DataFrame":
     return pd.read_csv(path, keep_default_na=False, na_values=[""])
 
 
+def measured_path(
+    key: str,  # of the artefact
+    scale: str,
+    name: str = "",  # of the numbers, where an artefact has several tables of them
+) -> Path:
+    "Return the path of numbers that were measured on networks."
+    path = artefact_path(key, scale, MEASURED)
+    return path.with_name(f"{path.name}{'-' if name else ''}{name}.csv")
+
+
 def measure_or_read(
     measure: "Callable[[], pd.DataFrame]",  # measures trained networks
     key: str,  # of the artefact, e.g. "ckdsnn/figure06"
     scale: str,
     name: str = "",  # of these numbers, where an artefact has several tables of them
+    optional: bool = False,  # True: an empty frame where they cannot be had
 ) -> "pd.DataFrame":
     """
     Return what a function measures on networks, or what it measured where their weights were.
 
     The numbers have six significant digits, as in the file. Raises `MissingWeights` if neither the
-    weights nor the numbers are on this machine.
+    weights nor the numbers are on this machine, unless `optional`.
     """
-    path = artefact_path(key, scale, MEASURED)
-    path = path.with_name(f"{path.name}{'-' if name else ''}{name}.csv")
-    frame = _measure(measure, path.exists())
-    if frame is None:
-        print(f"weights are not on this machine: numbers from {path.relative_to(root())}")
-    else:
+    import pandas as pd
+
+    path = measured_path(key, scale, name)
+    frame = _measure(measure, optional or path.exists())
+    if frame is not None:
         atomic_write(path, format_csv(frame))
-    return _read_csv(path)
+        return _read_csv(path)
+    if path.exists():
+        print(f"weights are not on this machine: numbers from {path.relative_to(root())}")
+        return _read_csv(path)
+    print("not stored: this table needs weights that are not on this machine")
+    return pd.DataFrame()
+
+
+def read_measured(
+    key: str,  # of the artefact
+    scale: str,
+    name: str = "",  # of the numbers
+) -> "pd.DataFrame | None":
+    "Return stored numbers of an artefact; None if there are none."
+    path = measured_path(key, scale, name)
+    return _read_csv(path) if path.exists() else None
 
 
 def draw_or_copy(

@@ -508,7 +508,7 @@ def overhead_bars(
 # %% ../../nbs/lib/91_runner.timing.ipynb #61451a52
 def _judge_order(frame: "pd.DataFrame", slower: str, faster: str) -> dict[str, str]:
     a, b = frame.loc[slower], frame.loc[faster]
-    verdict = "not told apart"
+    verdict = "undecided"
     if a.low > b.high:
         verdict = "holds"
     elif a.high < b.low:
