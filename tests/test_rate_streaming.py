@@ -170,7 +170,7 @@ def test_other_kernels_in_parts(backend, images_at_a_time, monkeypatch):
     ):
         pytest.skip("needs a GPU or Triton's interpreter")
     if backend == "triton":
-        monkeypatch.setattr(norm_module, "WORTH", 0)
+        monkeypatch.setattr(norm_module, "MIN_FUSED_SIZE", 0)
     waited = images_at_a_time(2)
     net, x, y = (
         network("resnet20", 2, neuron_args={"backend": backend}),
@@ -189,7 +189,7 @@ def test_frozen_statistics_need_one_sweep(images_at_a_time, monkeypatch):
         if isinstance(m, torch.nn.BatchNorm2d):
             m.eval()
             m.running_var.uniform_(0.5, 2)
-    monkeypatch.setattr(norm_module, "WORTH", 0)
+    monkeypatch.setattr(norm_module, "MIN_FUSED_SIZE", 0)
     images_at_a_time(2)
     monkeypatch.setattr(layers_module, "moments_in_parts", lambda *a, **kw: 1 / 0)
     plain, parted = result(net, x, y), result(net, x, y, 0)
