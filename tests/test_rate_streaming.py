@@ -146,7 +146,7 @@ def test_the_kernels_in_parts(name, images_at_a_time, monkeypatch):
 
 @pytest.mark.parametrize("name", ["resnet20", "vgg11_rate", "wrn16_2"])
 def test_half_precision_in_parts(name, images_at_a_time, monkeypatch):
-    monkeypatch.setattr(norm_module, "WORTH", 0)
+    monkeypatch.setattr(norm_module, "MIN_FUSED_SIZE", 0)
     images_at_a_time(2)
     net, x, y = network(name, 4), torch.randn(5, 3, 16, 16), torch.arange(5)
     plain, (logits, feats, grads, stats) = (
