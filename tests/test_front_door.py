@@ -12,7 +12,7 @@ from PIL import Image
 
 import snnkd_nb
 from snnkd_nb import load_run, predict
-from snnkd_nb.core import UserError
+from snnkd_nb.core import UserError, root, sha256_of
 from snnkd_nb.data.images import load_spec
 from snnkd_nb.deploy.export import compare_logits, export, fold_norm, run_nir_file, to_nir
 from snnkd_nb.deploy.runs import prepare_images
@@ -274,3 +274,28 @@ def test_a_folded_norm_without_weights():
     x = torch.randn(2, 3, 4, 4)
     with warnings.catch_warnings(), torch.no_grad():
         torch.testing.assert_close(fold_norm(norm)(x), norm(x))
+
+
+SHIPPED = sorted((root() / "results" / "weights").glob("*.safetensors"))
+
+
+def test_shipped_weights_belong_to_stored_runs():
+    cards = (root() / "results" / "weights" / "README.md").read_text()
+    assert sum(path.stat().st_size for path in SHIPPED) <= 16 * 2**20
+    assert len(SHIPPED) == cards.count("\n## ")
+    for path in SHIPPED:
+        record = Store().get(path.stem)
+        assert sha256_of(path.read_bytes()) == record.weights["sha256"]
+        assert f"## {path.stem}\n" in cards
+        assert f"{record.metrics['acc_last']:.2f} %" in cards
+
+
+def test_shipped_networks_load_and_answer_without_cache_and_data(tmp_path, monkeypatch):
+    monkeypatch.setenv("SNNKD_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setenv("SNNKD_DATA", str(tmp_path / "nothing"))
+    for path in SHIPPED:
+        run = load_run(path.stem)
+        pixels = torch.randint(0, 256, (3, *run.shape[1:], 3), dtype=torch.uint8)
+        answers = predict(run, list(pixels.numpy()))
+        assert len(answers) == 3
+        assert {answer.label for answer in answers} <= set(run.classes)
