@@ -1,12 +1,28 @@
 """Every test has its own cache; none touches the user's."""
 
 import os
+from types import ModuleType
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
+
+
+_set_attribute = pytest.MonkeyPatch.setattr
+
+
+def _refuse_old_names(self, target, name, *args, **kwargs):
+    "Patch an attribute; a renamed one would be patched without effect, and the test pass always."
+    if isinstance(target, ModuleType) and isinstance(name, str) and kwargs.get("raising", True):
+        assert name in vars(target) or not target.__name__.startswith("snnkd_nb"), (
+            f"{target.__name__} has no {name!r} of its own: patch today's name"
+        )
+    return _set_attribute(self, target, name, *args, **kwargs)
+
+
+pytest.MonkeyPatch.setattr = _refuse_old_names
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -172,7 +172,7 @@ def test_a_network_trains_the_same_either_way(monkeypatch, threads):
             )
             with monkeypatch.context() as m:
                 if not one_pass:
-                    m.setattr(neurons, "watched", lambda *a: True)
+                    m.setattr(neurons, "has_hooks", lambda *a: True)
                 y = net(x)
                 y.square().sum().backward()
             grads[one_pass] = (
