@@ -613,7 +613,15 @@ def from_arrays(
     num_classes = labels.shape[1] if labels.dim() == 2 else int(hard_labels(labels).max()) + 1
     names = list(map(str, range(num_classes))) if classes is None else list(map(str, classes))
     mean, std = moments(splits["train"].images.permute(0, 2, 3, 1).numpy())
-    return ImageData(name, names, torch.tensor(mean), torch.tensor(std), **splits)
+    return ImageData(
+        name,
+        names,
+        torch.tensor(mean),
+        torch.tensor(std),
+        train=splits["train"],
+        test=splits["test"],
+        val=splits.get("val"),
+    )
 
 # %% ../../nbs/lib/13_data.images.ipynb #5a3a6aff
 def changed(

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Networks', 'NUM_GENOMES', 'METRICS', 'SIZES', 'PROXIES', 'NUM_TOP', 'tabulate_loss_shares', 'mismatch_records',
            'add_mismatch', 'study_weights', 'describe_pilot', 'choose_weights', 'tabulate_arms', 'compare_with',
-           'advise', 'proxy_space', 'draw_genomes', 'describe_space', 'teacher_run', 'student_run', 'scoring_spec',
-           'score_genomes', 'proxy_values', 'tabulate_proxies', 'assess_proxies', 'judge_interval', 'format_interval',
-           'describe_proxy', 'describe_proxies', 'proxy_table', 'judge_proxies', 'draw_proxies']
+           'advise', 'headline_advice', 'proxy_space', 'draw_genomes', 'describe_space', 'teacher_run', 'student_run',
+           'scoring_spec', 'score_genomes', 'proxy_values', 'tabulate_proxies', 'assess_proxies', 'judge_interval',
+           'format_interval', 'describe_proxy', 'describe_proxies', 'proxy_table', 'judge_proxies', 'draw_proxies']
 
 # %% ../../nbs/lib/90_papers.studies.ipynb #a7efbb16
 import functools
@@ -39,6 +39,7 @@ from ..search.evolution import ScoreCache
 from ..search.job import load_batches
 from ..search.score import Score, Scorer, ScoringPool
 from ..spec import RunSpec, SearchSpec, require, to_dict
+from ..store import Store
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -291,11 +292,10 @@ def _advise_choice(table: "pd.DataFrame", verdicts: Mapping[str, Verdict]) -> li
     better = _list_effects(verdicts, "supported")
     worse = _list_effects(verdicts, "contradicted")
     undecided = [name for name, v in verdicts.items() if v.outcome == "undecided"]
-    lines.append(
-        f"Better than KD, in points: {_join(better)}."
-        if better
-        else "No method is better than KD by more than its seeds explain: start with KD."
-    )
+    if better:
+        lines.append(f"Better than KD, in points: {_join(better)}.")
+    elif verdicts:
+        lines.append("No method is better than KD by more than its seeds explain: start with KD.")
     if worse:
         lines.append(f"Worse than KD, in points: {_join(worse)}.")
     if undecided:
@@ -383,6 +383,28 @@ def advise(
             f" {rank:+.2f} over {len(students)} methods."
         )
     return lines
+
+
+def headline_advice(
+    scale: str = "small",  # smoke, small, medium, paper
+    metric: str = "acc_last",  # a metric of the records
+    store: Store | None = None,  # None: `results/runs`
+) -> list[str]:
+    "Return the sentences of `advise` for the stored runs of studies/headline."
+    from snnkd_nb.reports.tables import tabulate_by_seed
+
+    store = store or Store()
+    headline, pilot = (
+        build_grid(f"studies/{name}", scale, False) for name in ("headline", "weights")
+    )
+    runs = {spec: store.get(spec) for spec in [*headline.specs, *pilot.specs]}
+    teacher = runs[headline.cells[0].specs[0]]
+    return advise(
+        tabulate_arms(headline, runs, metric),
+        tabulate_by_seed(headline, runs, metric),
+        teacher.metrics[metric] if teacher else None,
+        tabulate_by_seed(pilot, runs, "val_best"),
+    )
 
 # %% ../../nbs/lib/90_papers.studies.ipynb #198c106f
 _GRIDS = ("kd", "ckdsnn", "sastc", "sastc_beta", "eskd", "events")

@@ -226,7 +226,7 @@ class Report:
         if rows is None:
             return self
         print("weights are not on this machine: means and verdicts from results/measured")
-        unsaved = {"between": None, "steps": None, "values": {}, "chance": None}
+        unsaved: dict[str, Any] = {"between": None, "steps": None, "values": {}, "chance": None}
         records = rows.astype(object).where(rows.notna(), None).to_dict("records")
         self.rows = [{**record, "note": record["note"] or "", **unsaved} for record in records]
         self.stored_verdicts = read_verdicts(self.grid)
