@@ -38,7 +38,7 @@ def load_golden(name):
     return {key: torch.from_numpy(np.asarray(array)) for key, array in arrays.items()}
 
 
-def draw_events(n, size=128, seed=0, last=10**6):
+def draw_events(n=300, size=128, seed=0, last=10**6):
     "Draw `n` events of a camera with `size` × `size` pixels."
     bits = np.random.default_rng(seed)
     return {

@@ -380,7 +380,7 @@ def test_table_5_meets_its_published_rows():
 def test_pages_are_short_and_state_what_differs(name):
     nb = json.loads((ROOT / "nbs/papers/ckdsnn" / f"{name}.ipynb").read_text())
     code = ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code"]
-    assert len(nb["cells"]) <= 12 and any("deviations" in s for s in code)
+    assert len(nb["cells"]) <= 13 and any("deviations" in s for s in code)
     assert not any(re.search(r"^\s*(while|class)\s", s, re.M) for s in code)
 
 

@@ -15,8 +15,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..core import renamed, unknown
 from .experiments import Cell, Grid, NotKnownYet, artefacts, build_spec
 from .published import published
@@ -27,6 +25,7 @@ from ..spec import SearchSpec
 from ..store import SearchRecord, Store
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
 # %% ../../nbs/lib/88_papers.dsas.ipynb #63f0cd0e
@@ -348,8 +347,10 @@ def tabulate_depths(
     return by_depth.stack().rename("networks").reset_index()
 
 # %% ../../nbs/lib/88_papers.dsas.ipynb #7705a54b
-def _evenness(shares: np.ndarray) -> float:
+def _evenness(shares: "np.ndarray") -> float:
     "Return the entropy of shares over its largest value."
+    import numpy as np
+
     occurring = shares[shares > 0]
     entropy = -(occurring * np.log(occurring)).sum()
     return float(entropy / np.log(max(2, len(shares))))
