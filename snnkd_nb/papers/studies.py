@@ -272,7 +272,9 @@ def compare_with(
 
 
 def _join(names: list[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    "Return `a, b and c`."
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _list_effects(verdicts: Mapping[str, Verdict], outcome: str) -> list[str]:
