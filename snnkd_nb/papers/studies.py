@@ -249,8 +249,8 @@ def tabulate_arms(
         row["fastest epoch (s)"] = min(fastest)
         rows.append(row)
     numbers = ["mean", "from", "to", "seeds", "firing rate", *_LAST_EPOCH, "fastest epoch (s)"]
-    columns = dict.fromkeys(["method", *(rows[0] if rows else ()), *numbers])
-    return pd.DataFrame(rows, columns=list(columns))
+    indices = dict.fromkeys(name for cell in grid.cells for name in cell.index)
+    return pd.DataFrame(rows, columns=[*indices, *numbers])
 
 # %% ../../nbs/lib/90_papers.studies.ipynb #3a17b123
 def compare_with(
@@ -342,7 +342,7 @@ def _advise_costs(table: "pd.DataFrame", frame: "pd.DataFrame") -> list[str]:
     "How far seeds, energy and training time differ."
     lines = []
     spread = frame.groupby("method").value.agg(lambda values: values.max() - values.min())
-    if frame.groupby("method").value.count().min() > 1:
+    if frame.groupby("method").value.count().min() > 2:
         lines.append(
             f"Seeds of one method differ by up to {spread.max():.1f} points:"
             " do not choose by a single run."
