@@ -285,3 +285,18 @@ def test_a_wheel_has_the_papers(tmp_path):
     listing = [sys.executable, "-m", "snnkd_nb.cli", "list", "sastc/table02"]
     listed = subprocess.run(listing, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert "at scale small: 1 built" in listed.stdout, listed.stdout + listed.stderr
+
+
+def test_headline_takes_the_weight_that_its_pilot_chose():
+    from snnkd_nb.papers.studies import choose_weights
+    from snnkd_nb.reports.tables import tabulate_by_seed
+    from snnkd_nb.store import Store
+
+    pilot = build_grid("studies/weights", "small", False)
+    records = {spec: Store().get(spec) for spec in pilot.specs}
+    chosen = choose_weights(tabulate_by_seed(pilot, records, "val_best"))
+    arms = build_grid("studies/headline", "small", False).cells
+    (method,) = {
+        spec.method for cell in arms for spec in cell.specs if cell.index["method"] == "KD"
+    }
+    assert method == "kd" and chosen["KD"] == 1.0
