@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,6 +23,7 @@ from snnkd_nb.runner.jobs import (
     START_RUNS,
     BarDisplay,
     Clock,
+    Networks,
     ensure,
     estimate_page_seconds,
     estimate_seconds,
@@ -241,6 +243,31 @@ def test_ensure_follows_the_environment(home, monkeypatch, capsys):
     monkeypatch.setenv("SNNKD_MISSING", "error")
     with pytest.raises(UserError, match="2 runs are missing"):
         ensure(TEACHERS)
+
+
+def test_a_page_that_shows_missing_runs_tells_how_to_train_them(home, capsys):
+    runs = ensure(TEACHERS, missing="show")
+    assert runs.missing == TEACHERS and Store().ids() == []
+    assert 'missing = "run" trains the missing runs' in capsys.readouterr().out
+    assert Networks(runs).if_missing == "show"
+
+
+@pytest.mark.parametrize("missing", ["show", "error"])
+def test_a_page_is_told_what_to_do_about_missing_runs_and_keeps_its_own_value(
+    home, monkeypatch, missing
+):
+    told = []
+
+    def note_values(path, values, missing):
+        told.append((values["missing"], missing))
+        return json.loads(json.dumps(nbformat.read(path, as_version=4)))
+
+    monkeypatch.setattr(runner_notebooks, "run_notebook", note_values)
+    page = render("dsas/table15", missing=missing)
+    assert told == [(missing, missing)]
+    assert read_parameters(json.loads(page.read_text()))["missing"] == "show"
+    with pytest.raises(UserError, match="use --missing"):
+        render("dsas/table15", given={"missing": "run"})
 
 
 def test_threads_follow_the_number_asked_for_and_not_what_is_left(home, monkeypatch):

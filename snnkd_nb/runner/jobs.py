@@ -669,6 +669,8 @@ MISSING = ("run", "show", "error")
 class Runs(dict[RunSpec | SearchSpec, Record | None]):
     """The records of some runs: `RunSpec` -> `Record`, or None if it is missing."""
 
+    if_missing = "run"  # what `ensure` did about missing runs: show, run, error
+
     @property
     def missing(self) -> list[RunSpec | SearchSpec]:
         """List the runs that have no record."""
@@ -722,6 +724,7 @@ def _train_missing(
     if display:
         display.clear()
     records = Runs({spec: record or store.get(spec) for spec, record in runs.items()})
+    records.if_missing = runs.if_missing
     return records, {**outcome.failed, **outcome.skipped}
 
 
@@ -743,10 +746,13 @@ def ensure(
     if missing not in MISSING:
         raise unknown("value of missing", missing, MISSING)
     runs = Runs({spec: store.get(spec) for spec in specs})
+    runs.if_missing = missing
     failures: dict[str, str] = {}
     if missing == "run" and runs.missing:
         runs, failures = _train_missing(runs, store, jobs, progress, call)
     print(runs.summary(), *(f"\n{run_id}: {reason}" for run_id, reason in failures.items()))
+    if missing == "show" and runs.missing and "SNNKD_MISSING" not in os.environ:
+        print('missing = "run" trains the missing runs, and so does the command snnkd run')
     if missing == "error" and runs.missing:
         raise UserError(
             f"{len(runs.missing)} runs are missing, e.g. {runs.missing[0].id}: "
@@ -812,12 +818,14 @@ class Networks(Mapping[RunSpec, "nn.Module"]):
         store: Store | None = None,  # the `Store` of the records
     ) -> None:
         self.runs = {spec: record for spec, record in runs.items() if record}
+        self.if_missing = runs.if_missing if isinstance(runs, Runs) else None
         self.store = store
         self.loaded: dict[RunSpec, nn.Module] = {}
 
     def __getitem__(self, spec: RunSpec) -> "nn.Module":
         if spec in self.runs and not self.loaded:
-            self.loaded = load_networks(self.runs, self.store)
+            missing = os.environ.get("SNNKD_MISSING") or self.if_missing
+            self.loaded = load_networks(self.runs, self.store, missing)
         return self.loaded[spec]
 
     def __contains__(self, spec: object) -> bool:

@@ -316,13 +316,23 @@ def prepare(
     check_scale(scale)
     if not found.built:
         raise UserError(f"{key} is not built yet: there is no {found.path.relative_to(root())}")
-    if "scale" in given:
-        raise UserError("the scale is not a parameter to give with -p: use --scale")
+    for option in ("scale", "missing"):
+        if option in given:
+            raise UserError(f"{option} is not a parameter to give with -p: use --{option}")
     nb = json.loads(found.path.read_text(encoding="utf-8"))
     values = dict(found.params)
     if "scale" in read_parameters(nb):
         values["scale"] = scale
     return found, check_parameters(key, nb, {**values, **given})
+
+
+def _policy(path: Path, missing: str) -> dict[str, str]:
+    """Return what a page is told to do about missing runs, if it has this parameter.
+
+    The page that is written keeps its own value: how its runs came about does not change it.
+    """
+    nb = json.loads(path.read_text(encoding="utf-8"))
+    return {"missing": missing} if "missing" in read_parameters(nb) else {}
 
 
 def render(
@@ -338,7 +348,7 @@ def render(
     if missing not in MISSING:
         raise unknown("value of missing", missing, MISSING)
     found, values = prepare(key, scale, given)
-    executed = run_notebook(found.path, values, missing)
+    executed = run_notebook(found.path, {**values, **_policy(found.path, missing)}, missing)
     return atomic_write(rendered_path(key, scale), clean_notebook(executed, values))
 
 # %% ../../nbs/lib/85_runner.notebooks.ipynb #eadf8531
