@@ -294,7 +294,7 @@ def test_damaged_behaviour_of_a_stored_teacher_is_noticed(two_sets, monkeypatch)
 
 
 def test_the_command_line_asks_for_a_weak_teacher(tmp_path, monkeypatch, capsys):
-    from snnkd_nb.cli import train
+    from snnkd_nb.cli import train_command
 
     monkeypatch.setenv("SNNKD_ROOT", str(tmp_path))
     monkeypatch.setenv("SNNKD_CACHE", str(tmp_path / "cache"))
@@ -309,7 +309,7 @@ def test_the_command_line_asks_for_a_weak_teacher(tmp_path, monkeypatch, capsys)
         "subset": 100,
     }
     with pytest.raises(UserError, match="the teacher reaches"):
-        train(**options)
+        train_command(**options)
     train(**options, weak_teacher=True)
     assert " % on the test images" in capsys.readouterr().out
     [path] = (tmp_path / "results" / "runs").glob("*kd*.json")
