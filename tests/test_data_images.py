@@ -9,7 +9,7 @@ from PIL import Image
 
 from snnkd_nb.core import UserError
 from snnkd_nb.data.batches import ImageData
-from snnkd_nb.data.decode import Source, pixels, prepare
+from snnkd_nb.data.decode import Source, pixels, prepare_source
 from snnkd_nb.data.images import load
 
 RAMP = np.arange(0, 256, 17, dtype=np.uint8).reshape(4, 4)
@@ -236,7 +236,7 @@ def test_function_with_another_type_is_refused():
 def test_data_set_of_floats_keeps_its_values(tmp_path, monkeypatch):
     monkeypatch.setenv("SNNKD_CACHE", str(tmp_path))
     parts = {"train": ([RAMP / 255, RAMP[::-1] / 255], [0, 1]), "test": ([RAMP / 255], [0])}
-    data = prepare(Source("floats", "v1", lambda: (["a", "b"], parts)))
+    data = prepare_source(Source("floats", "v1", lambda: (["a", "b"], parts)))
     assert isinstance(data, ImageData)
     assert (data.train.images[0, 0].numpy() == RAMP).all()
 

@@ -8,7 +8,7 @@ from helpers import check_one_line, draw_events
 from snnkd_nb.core import UserError
 from snnkd_nb.data import neuromorphic
 from snnkd_nb.data.batches import ImageData, Split
-from snnkd_nb.data.decode import Source, prepare
+from snnkd_nb.data.decode import Source, prepare_source
 from snnkd_nb.data.events import PROTOCOLS, Camera, Recording, frames_of, sense
 from snnkd_nb.data.neuromorphic import Recorded, read_event_file
 
@@ -171,7 +171,7 @@ def source(labels, num_classes=2):
 
 def test_whole_labels_of_any_type():
     for labels in ([0, 1, 1, 0], np.array([0, 1, 1, 0], np.uint8), np.array([0.0, 1, 1, 0])):
-        assert prepare(source(labels)).train.labels.tolist() == [0, 1, 1, 0]
+        assert prepare_source(source(labels)).train.labels.tolist() == [0, 1, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_whole_labels_of_any_type():
 )
 def test_other_labels_are_refused(labels, part):
     with pytest.raises(UserError) as error:
-        prepare(source(labels))
+        prepare_source(source(labels))
     check_one_line(error, "labelled: the train split", part)
 
 

@@ -17,8 +17,8 @@ from snnkd_nb.losses.base import default_pairs
 from snnkd_nb.losses.zoo import create_distiller
 from snnkd_nb.models.foreign import (
     create_foreign,
-    load_weights,
     patch_size_for,
+    read_weights_into,
     vit_small,
     with_image_channels,
 )
@@ -318,9 +318,9 @@ def test_weights_in_the_data_folder_with_a_hash(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="SHA-256 begins"):
         vit_small(num_classes=7, sha256="0" * 64, **kw)
     renamed = file.rename(file.with_name(f"mine-{digest[:8]}.pth"))
-    assert load_weights(source.net, renamed) and load_weights(source.net, renamed.name)
+    assert read_weights_into(source.net, renamed) and read_weights_into(source.net, renamed.name)
     with pytest.raises(UserError, match="SHA-256 begins"):
-        load_weights(
+        read_weights_into(
             source.net, file.with_name(renamed.name).rename(tmp_path / "mine-01234567.pth")
         )
 
@@ -328,7 +328,7 @@ def test_weights_in_the_data_folder_with_a_hash(tmp_path, monkeypatch):
 def test_a_pickle_with_code_is_not_run(tmp_path):
     torch.save({"w": threading.Lock}, tmp_path / "evil.pt")
     with pytest.raises(UserError, match="cannot be read"):
-        load_weights(nn.Linear(1, 1), tmp_path / "evil.pt")
+        read_weights_into(nn.Linear(1, 1), tmp_path / "evil.pt")
 
 
 # names, sizes and options that cannot be meant
@@ -422,9 +422,9 @@ def test_images_too_small_for_a_network_say_what_to_do():
 def test_a_date_in_a_name_is_no_hash(tmp_path, name):
     net = nn.Linear(2, 2)
     torch.save(net.state_dict(), file := tmp_path / name)
-    assert load_weights(nn.Linear(2, 2), file).weight.equal(net.weight)
+    assert read_weights_into(nn.Linear(2, 2), file).weight.equal(net.weight)
     with pytest.raises(UserError, match="not 20240131;"):
-        load_weights(net, file, "20240131")
+        read_weights_into(net, file, "20240131")
 
 
 def test_a_hash_may_be_in_capitals_and_has_eight_digits(tmp_path):
@@ -432,16 +432,16 @@ def test_a_hash_may_be_in_capitals_and_has_eight_digits(tmp_path):
     torch.save(net.state_dict(), file := tmp_path / "mine.pth")
     digest = sha256_of(file)
     for good in (digest.upper(), digest[:8].upper(), digest[:13], False):
-        assert load_weights(net, file, good) is net
+        assert read_weights_into(net, file, good) is net
     for bad in (digest[:4], digest[:7], "x" * 8, 12345678, True):
         with pytest.raises(UserError, match="give the first eight hexadecimal digits"):
-            load_weights(net, file, bad)
+            read_weights_into(net, file, bad)
     capitals = file.rename(file.with_name(f"mine-{digest[:8].upper()}.pth"))
-    assert load_weights(net, capitals) is net
+    assert read_weights_into(net, capitals) is net
     other = capitals.rename(file.with_name("mine-0badc0de.pth"))
     with pytest.raises(UserError, match="sha256=False if that is no hash"):
-        load_weights(net, other)
-    assert load_weights(net, other, False) is net
+        read_weights_into(net, other)
+    assert read_weights_into(net, other, False) is net
 
 
 def test_weights_behind_activations_do_not_go_before_them(tmp_path):

@@ -11,7 +11,7 @@ from snnkd_nb.kernels.projection import (
     flatten_features,
     gram,
     gram_distance,
-    is_dense,
+    is_dense_behind,
     normalize_gram,
 )
 
@@ -76,8 +76,8 @@ def test_no_copy_of_channels_last_features():
     x = torch.randn(6, 3, 4, 4).contiguous(memory_format=torch.channels_last).unflatten(0, (2, 3))
     assert (
         flatten_features(x).data_ptr() == x.data_ptr()
-        and is_dense(x, 2)
-        and not is_dense(x[..., :3], 2)
+        and is_dense_behind(x, 2)
+        and not is_dense_behind(x[..., :3], 2)
     )
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from snnkd_nb.core import UserError
 from snnkd_nb.losses.base import (
     Distiller,
-    check_classes,
+    check_same_classes,
     feature_shapes,
     label_range,
     layers_from_lists,
@@ -135,10 +135,10 @@ def test_old_options_of_another_form_are_an_error(translate, old):
 def test_classes_of_student_teacher_and_labels():
     zeros = torch.zeros
     assert "3 classes and the student 10" in error_of(
-        check_classes, zeros(2, 10), zeros(2, 3), zeros(2)
+        check_same_classes, zeros(2, 10), zeros(2, 3), zeros(2)
     )
-    assert "num_classes=8" in error_of(check_classes, zeros(2, 3), None, torch.tensor([7, 0]))
-    assert "a label is -1" in error_of(check_classes, zeros(2, 3), None, torch.tensor([-1, 0]))
+    assert "num_classes=8" in error_of(check_same_classes, zeros(2, 3), None, torch.tensor([7, 0]))
+    assert "a label is -1" in error_of(check_same_classes, zeros(2, 3), None, torch.tensor([-1, 0]))
 
 
 def test_labels_on_another_device_are_not_read():
@@ -146,9 +146,9 @@ def test_labels_on_another_device_are_not_read():
     labels = torch.zeros(2, device="meta")
     assert label_range(labels) is None
     assert label_range([1, 2]) is None
-    check_classes(logits, None, labels)
-    assert "num_classes=8" in error_of(check_classes, logits, None, labels, (0, 7))
-    assert "a label is -1" in error_of(check_classes, logits, None, labels, (-1, 2))
+    check_same_classes(logits, None, labels)
+    assert "num_classes=8" in error_of(check_same_classes, logits, None, labels, (0, 7))
+    assert "a label is -1" in error_of(check_same_classes, logits, None, labels, (-1, 2))
 
 
 def test_a_feature_that_is_no_tensor():

@@ -20,7 +20,7 @@ from snnkd_nb.models.blocks import MODELS
 from snnkd_nb.models.resnet import resnet20
 from snnkd_nb.neurons import lif
 from snnkd_nb.spec import DataSpec, ModelSpec, OptimSpec, RunSpec, SearchSpec
-from snnkd_nb.store import Store, dump, parse
+from snnkd_nb.store import Store, dump, parse_record
 from snnkd_nb.training.job import check_unchanged, collect_sources, find_changes, run_train
 
 TINY = ModelSpec("resnet20", 1, 0.1, args={"depth": 0.34})
@@ -286,7 +286,7 @@ def test_another_teacher_under_the_same_name_is_noticed(place):
     record = run_train(run, store, weak_teacher="accept")
     check_unchanged(record, store)
     old = store.get(teacher)
-    other = parse(dump(old))
+    other = parse_record(dump(old))
     other.weights["sha256"] = "0" * 64
     store.put(other, replace=True)
     with pytest.raises(UserError) as error:

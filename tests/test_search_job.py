@@ -21,7 +21,7 @@ from snnkd_nb.search.job import (
     run_search,
 )
 from snnkd_nb.spec import DataSpec, ModelSpec, OptimSpec, RunSpec, SearchSpec, to_dict
-from snnkd_nb.store import SearchRecord, Store, dump, parse
+from snnkd_nb.store import SearchRecord, Store, dump, parse_record
 
 TEACHER = RunSpec(
     model=ModelSpec("resnet20", width=0.25, args={"depth": 0.34}),
@@ -86,7 +86,7 @@ def test_searches_run_beside_trainings_and_once(home, capsys):
     record = store.get(SPEC)
     assert (
         isinstance(record, SearchRecord)
-        and parse(dump(record)) == record
+        and parse_record(dump(record)) == record
         and record.run == SPEC
         and record.teacher["id"] == TEACHER.id
     )
@@ -224,7 +224,7 @@ def test_by_hand(home, capsys):
     assert main(words) == 0
     said = capsys.readouterr().out
     assert "generation   2/2" in said and "12 candidates" in said and "parameters" in said
-    record = parse(Path(said.split()[-1]).read_text())
+    record = parse_record(Path(said.split()[-1]).read_text())
     assert record.run.population == 4 and record.best["genome"] in said
     assert main(words) == 0 and "generation" not in capsys.readouterr().out
     assert main(["watch", record.id]) == 0
@@ -247,7 +247,7 @@ def test_by_hand(home, capsys):
         == 0
     )
     said = capsys.readouterr().out.splitlines()
-    record = parse(Path(said[-1].split()[-1]).read_text())
+    record = parse_record(Path(said[-1].split()[-1]).read_text())
     assert (record.run.batches, dict(record.run.metric_args)) == (2, {"mode": "sample"}) and [
         line.split("  ")[-1] for line in said[said.index("front, from small to fit:") + 1 : -1]
     ] == list(record.front)

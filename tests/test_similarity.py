@@ -20,17 +20,17 @@ from snnkd_nb.models.genome import create_space, set_slopes
 from snnkd_nb.models.taps import Foreign
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.search import score as module
-from snnkd_nb.search.candidate import create_candidate, guided_slopes, prepare_teacher
+from snnkd_nb.search.candidate import copy_for_gradients, create_candidate, guided_slopes
 from snnkd_nb.search.score import METRICS, Scorer, Scoring
 from snnkd_nb.search.similarity import (
     NORMS,
     activation_similarity,
-    align,
     compute_slopes,
     density,
     group_by_depth,
     log_determinant,
     mas,
+    match_density,
     matrix_distance,
     pick_layers,
     similarity_matrix,
@@ -79,7 +79,7 @@ def test_the_aligned_teacher_is_as_dense_as_ties_allow(shape, seed, rho, signed,
     a = features(shape, seed, signed)
     if levels:
         a = (a * levels).round() / levels
-    kept = align(a, rho)
+    kept = match_density(a, rho)
     wanted, order = round(rho * a.numel()), sort_values(a)
     larger = (a > order[wanted]).sum().item()
     assert larger <= wanted and (
@@ -372,7 +372,7 @@ def test_the_key_knows_what_a_teacher_computes_and_the_version(monkeypatch):
 
 def test_batch_statistics_switch_no_dropout_on():
     for mode in ("eval", "train"):
-        made = prepare_teacher(small(), mode)
+        made = copy_for_gradients(small(), mode)
         assert [m.training for m in made.net] == [False, mode == "train", *[False] * 5] and all(
             p.requires_grad for p in made.parameters()
         )

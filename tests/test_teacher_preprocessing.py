@@ -310,7 +310,7 @@ def test_the_command_line_asks_for_a_weak_teacher(tmp_path, monkeypatch, capsys)
     }
     with pytest.raises(UserError, match="the teacher reaches"):
         train_command(**options)
-    train(**options, weak_teacher=True)
+    train_command(**options, weak_teacher=True)
     assert " % on the test images" in capsys.readouterr().out
     [path] = (tmp_path / "results" / "runs").glob("*kd*.json")
     assert json.loads(path.read_text())["teacher"]["acc_here"] < 20

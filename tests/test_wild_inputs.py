@@ -18,7 +18,7 @@ from snnkd_nb.data.batches import ImageData, Split, hard_labels, read_labels
 from snnkd_nb.data.images import few_shot, label_noise, split_validation
 from snnkd_nb.losses.base import cross_entropy
 from snnkd_nb.losses.zoo import create_distiller
-from snnkd_nb.models.foreign import load_weights, read_state
+from snnkd_nb.models.foreign import read_state, read_weights_into
 from snnkd_nb.models.taps import Foreign
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.spec import DataSpec, ModelSpec, OptimSpec, RunSpec
@@ -354,7 +354,7 @@ def test_weights_in_the_files_of_usual_programs(tmp_path, kind):
     for parameter in target.parameters():
         parameter.data.zero_()
     torch.save(wrapped(kind, source.state_dict()), tmp_path / "w.pt")
-    load_weights(target, tmp_path / "w.pt")
+    read_weights_into(target, tmp_path / "w.pt")
     for name, value in source.state_dict().items():
         assert torch.equal(target.state_dict()[name], value), name
 
@@ -364,7 +364,7 @@ def test_a_network_in_a_wrapper_takes_plain_weights(tmp_path):
     torch.save(source.state_dict(), tmp_path / "w.pt")
     source.head.out.weight.data.fill_(3.0)
     torch.save(source.state_dict(), tmp_path / "w.pt")
-    load_weights(target, tmp_path / "w.pt")
+    read_weights_into(target, tmp_path / "w.pt")
     assert target.module.head.out.weight.eq(3).all()
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WIDE_RANGES', 'TRANSPARENT_MODES', 'BITS_PER_SAMPLE', 'PHOTOMETRIC', 'SAMPLE_FORMAT', 'LAYOUT', 'fit_image',
-           'scale_to_bytes', 'to_rgb', 'bytes_of_array', 'pixels', 'progress', 'decode', 'moments', 'Source',
-           'cache_folder', 'checksum', 'write_cache', 'read_cache', 'prepare']
+           'scale_to_bytes', 'to_rgb', 'bytes_of_array', 'pixels', 'progress', 'decode', 'channel_moments', 'Source',
+           'cache_folder', 'checksum', 'write_cache', 'read_cache', 'prepare_source']
 
 # %% ../../nbs/lib/11_data.decode.ipynb #86c18c22
 import contextlib
@@ -253,7 +253,7 @@ def decode(
             yield image
 
 # %% ../../nbs/lib/11_data.decode.ipynb #d8ad985e
-def moments(
+def channel_moments(
     images: np.ndarray,  # uint8 (N, H, W, C)
 ) -> tuple[list[float], list[float]]:
     """Compute mean and standard deviation of every channel, in units of full brightness.
@@ -373,7 +373,7 @@ def write_cache(
     meta: dict[str, Any] = {
         "classes": list(classes),
         "splits": split_records,
-        "normal": [list(values) for values in source.normal or moments(by_split["train"])],
+        "normal": [list(values) for values in source.normal or channel_moments(by_split["train"])],
         "sums": [checksum(images), checksum(labels)],
     }
     if source.frames:
@@ -443,7 +443,7 @@ def _make_cache(source: Source, size: int | None, folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def prepare(
+def prepare_source(
     source: Source,
     size: int | None = None,  # as in `fit_image`
 ) -> ImageData:

@@ -46,7 +46,13 @@ from snnkd_nb.data.batches import (
     raw_bits,
     stratified,
 )
-from .decode import Source, bytes_of_array, cache_folder, moments, prepare
+from snnkd_nb.data.decode import (
+    Source,
+    bytes_of_array,
+    cache_folder,
+    channel_moments,
+    prepare_source,
+)
 from ..spec import DataSpec, require
 
 # %% ../../nbs/lib/13_data.images.ipynb #8dc70715
@@ -556,7 +562,7 @@ def load(
             raise unknown(f"option of {name}", option, valid)
     found = open_source(arg, root, download, size, **options)
     if isinstance(found, Source):
-        return prepare(found, size)
+        return prepare_source(found, size)
     return found
 
 # %% ../../nbs/lib/13_data.images.ipynb #a44a7502
@@ -612,7 +618,7 @@ def from_arrays(
     labels = splits["train"].labels
     num_classes = labels.shape[1] if labels.dim() == 2 else int(hard_labels(labels).max()) + 1
     names = list(map(str, range(num_classes))) if classes is None else list(map(str, classes))
-    mean, std = moments(splits["train"].images.permute(0, 2, 3, 1).numpy())
+    mean, std = channel_moments(splits["train"].images.permute(0, 2, 3, 1).numpy())
     return ImageData(
         name,
         names,

@@ -31,7 +31,7 @@ from snnkd_nb.store import (
     BadRecord,
     Record,
     Store,
-    parse,
+    parse_record,
     shipped_weights_path,
     weights_path,
     with_weights,
@@ -81,7 +81,7 @@ class TrainedRun:
 
 def _read_record_file(path: Path) -> Record:
     try:
-        record = parse(path.read_text(encoding="utf-8"))
+        record = parse_record(path.read_text(encoding="utf-8"))
     except (BadRecord, OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path} is no record of a run ({error}); give results/runs/ID.json"

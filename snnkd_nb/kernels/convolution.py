@@ -10,10 +10,10 @@ __all__ = ['WIDTH', 'PANEL', 'WIDE_ROWS', 'NARROW_ROWS', 'INT64', 'FLOAT', 'VECT
            'emit_rows', 'make_tile_kernel', 'multiply_panel', 'transform_input', 'transform_product',
            'transform_gradient', 'transform_weight', 'transform_sums', 'make_turn_kernel', 'copy_as_float32',
            'pad_to_vectors', 'tile_pitch', 'fill_strip', 'turn_images', 'turn_gradients', 'put_patch', 'turn_back',
-           'worker_share', 'worker_blocks', 'convolve', 'correlate', 'pack', 'unpack', 'source_size', 'target_size',
-           'compiled_task', 'rows_per_block', 'convolution_record', 'estimate_work', 'is_half', 'pad_channels',
-           'pack_weight', 'unpack_gradient', 'convolution_pass', 'weight_pass', 'Convolution', 'single_value',
-           'can_compute', 'expected_gain', 'is_worthwhile', 'fast_conv2d']
+           'worker_share', 'worker_rows', 'convolve_blocks', 'correlate', 'pack', 'unpack', 'source_size',
+           'target_size', 'compiled_task', 'rows_per_block', 'convolution_record', 'estimate_work', 'is_half',
+           'pad_channels', 'pack_weight', 'unpack_gradient', 'convolution_pass', 'weight_pass', 'Convolution',
+           'single_value', 'can_compute', 'expected_gain', 'is_worthwhile', 'fast_conv2d']
 
 # %% ../../nbs/lib/23_kernels.convolution.ipynb #7e4be628
 import functools
@@ -38,9 +38,9 @@ from snnkd_nb.kernels.flat import (
     ZERO,
     as_pointer,
     compile_c_function,
-    load,
+    load_number,
     run_kernel,
-    store,
+    store_number,
     team_size,
     worker_of,
 )
@@ -298,7 +298,7 @@ CONVOLUTION_RECORD = np.dtype(NEURON_RECORD.descr + [(name, "i8") for name in CO
 def copy_as_float32(source, target):
     """Copy numbers as float32."""
     for i in range(target.size):
-        target[i] = load(source[i])
+        target[i] = load_number(source[i])
 
 
 @njit(**STRICT_MATH)
@@ -401,7 +401,7 @@ def put_patch(patch, y, record, image, row, column, channel):
             out = y[pixel * record.targets + channel : pixel * record.targets + channel + count]
             values = patch[begin : begin + count]
             for k in range(count):
-                store(out, k, values[k])
+                store_number(out, k, values[k])
 
 
 @njit(**STRICT_MATH)
@@ -438,16 +438,16 @@ def worker_share(record, items):
 
 
 @njit(**STRICT_MATH)
-def worker_blocks(record):
+def worker_rows(record):
     """Return the number of this worker, its first block and the one after its last."""
     rows = record.images * record.tile_rows
     return worker_share(record, (rows + record.rows_per_block - 1) // record.rows_per_block)
 
 
 @njit(**STRICT_MATH)
-def convolve(record, x, y, patch):
+def convolve_blocks(record, x, y, patch):
     """Convolve this worker's blocks; record.weights are panels of (16, channels, columns)."""
-    _, begin, end = worker_blocks(record)
+    _, begin, end = worker_rows(record)
     most = record.rows_per_block * record.tile_columns
     lanes = pad_to_vectors(record.channels)
     pitch = tile_pitch(lanes)
@@ -486,7 +486,7 @@ def convolve(record, x, y, patch):
 @njit(**STRICT_MATH)
 def correlate(record, x, g, sums):
     """Add the products of this worker's blocks to sums (16, channels, padded targets)."""
-    _, begin, end = worker_blocks(record)
+    _, begin, end = worker_rows(record)
     most = record.rows_per_block * record.tile_columns
     lanes = pad_to_vectors(record.channels)
     columns = pad_to_vectors(record.targets)
@@ -592,11 +592,11 @@ def compiled_task(name: str, half: bool, width: int = WIDTH):
         record = carray(data, (1,), CONVOLUTION_RECORD)[0]
         x = carray(as_pointer(record.x), (source_size(record),), dtype)
         y = carray(as_pointer(record.y), (target_size(record),), dtype)
-        convolve(record, x, y, np.empty(8 * width, np.float32))
+        convolve_blocks(record, x, y, np.empty(8 * width, np.float32))
 
     def correlate_task(data):
         record = carray(data, (1,), CONVOLUTION_RECORD)[0]
-        worker, _, _ = worker_blocks(record)
+        worker, _, _ = worker_rows(record)
         columns = (record.targets + width - 1) // width * width
         size = 16 * record.channels * columns
         x = carray(as_pointer(record.x), (source_size(record),), dtype)
@@ -658,7 +658,7 @@ def convolution_record(
     padding: int,  # zeros around the source
     tiles: int,  # approximate tiles of a block
 ) -> np.ndarray:
-    """Return the record that `convolve` and `correlate` read."""
+    """Return the record that `convolve_blocks` and `correlate` read."""
     record = np.zeros(1, CONVOLUTION_RECORD)
     record["images"], record["channels"], record["height"], record["width"] = source
     _, record["targets"], record["target_height"], record["target_width"] = target
@@ -904,7 +904,7 @@ __getattr__ = renamed(
         "pitch_of": "tile_pitch",
         "read": "emit_load",
         "share_of": "worker_share",
-        "share_of_blocks": "worker_blocks",
+        "share_of_blocks": "worker_rows",
         "single": "single_value",
         "tile_kernel": "make_tile_kernel",
         "turn_kernel": "make_turn_kernel",

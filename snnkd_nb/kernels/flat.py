@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['ZERO', 'ONE', 'ROUNDING_SHIFT', 'LOG2_E', 'LN2_HIGH', 'LN2_LOW', 'EXP_POLYNOMIAL', 'STRICT_MATH', 'FUSED_MATH',
            'NEURON_RECORD', 'HEADER', 'STEPS_IN_REGISTERS', 'backward_block_sigmoid', 'backward_block_triangle',
-           'backward_block_atan', 'NUMBERS_PER_THREAD', 'as_bits', 'as_float', 'load', 'store', 'compile_load',
-           'compile_store', 'exp_minus', 'sigmoid_grad', 'triangle_grad', 'atan_grad', 'encode_neuron', 'read_dynamics',
-           'step_forward', 'read_slopes', 'step_backward', 'last_step_backward', 'block_size', 'fire_steps',
-           'fire_block', 'forward', 'charge_steps', 'charge_block', 'make_backward_block', 'backward_block',
-           'sum_steps', 'backward', 'backward_static', 'as_pointer', 'call_c_int', 'worker_of', 'worker_range',
-           'find_openmp', 'hash_kernel_sources', 'compile_c_function', 'compiled_kernel', 'thread_pool', 'team_size',
-           'run_kernel', 'launch']
+           'backward_block_atan', 'NUMBERS_PER_THREAD', 'as_bits', 'as_float', 'load_number', 'store_number',
+           'compile_load', 'compile_store', 'exp_minus', 'sigmoid_grad', 'triangle_grad', 'atan_grad', 'encode_neuron',
+           'read_dynamics', 'step_forward', 'read_slopes', 'step_backward', 'last_step_backward', 'block_size',
+           'fire_steps', 'fire_block', 'forward', 'charge_steps', 'charge_block', 'make_backward_block',
+           'backward_block', 'sum_steps', 'backward', 'backward_static', 'as_pointer', 'call_c_int', 'worker_of',
+           'worker_range', 'find_openmp', 'hash_kernel_sources', 'compile_c_function', 'compiled_kernel', 'thread_pool',
+           'team_size', 'run_kernel', 'launch']
 
 # %% ../../nbs/lib/19_kernels.flat.ipynb #43e57321
 import ctypes
@@ -67,25 +67,25 @@ def as_float(typing, x):
     return types.float32(types.uint32), emit
 
 # %% ../../nbs/lib/19_kernels.flat.ipynb #7cf1e398
-def load(x):
+def load_number(x):
     """Return a number from memory, float32 or bfloat16 as uint16, as float32."""
 
 
-def store(x, i, value):
+def store_number(x, i, value):
     """Write `x[i] = value`, rounded if `x` is in half precision."""
 
 
-@overload(load)
+@overload(load_number)
 def compile_load(x):
-    """Compile `load` for the type of the number."""
+    """Compile `load_number` for the type of the number."""
     if x == types.uint16:
         return lambda x: as_float(np.uint32(np.uint32(x) << np.uint32(16)))
     return lambda x: x
 
 
-@overload(store)
+@overload(store_number)
 def compile_store(x, i, value):
-    """Compile `store` for the type of the array."""
+    """Compile `store_number` for the type of the array."""
 
     def store_single(x, i, value):
         x[i] = value

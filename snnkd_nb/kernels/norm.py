@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['NORM_FIELDS', 'NORM_RECORD', 'BLOCKS_PER_FLUSH', 'LANE_STRIDE', 'backward_block_sigmoid', 'backward_block_triangle',
            'backward_block_atan', 'CPU_PASSES', 'MIN_FUSED_SIZE', 'lanes_per_block', 'fill_lanes', 'sum_lanes',
-           'worker_blocks', 'flush_sums', 'add_moments', 'add_block_moments', 'sum_moments', 'input_current',
-           'fire_steps', 'fire_block', 'forward', 'charge_steps', 'charge_block', 'make_backward_block',
-           'backward_block', 'backward_neuron', 'combine_at', 'backward_norm', 'store_all', 'worker_sums',
-           'lane_vectors', 'compiled_pass', 'is_half', 'norm_record', 'moments_of', 'fire_pass', 'neuron_pass',
-           'norm_pass', 'NormFire', 'batch_statistics', 'is_plain_batchnorm', 'can_fuse_norm', 'norm_fire']
+           'worker_neurons', 'flush_sums', 'add_moments', 'add_block_moments', 'sum_moments', 'input_current',
+           'fire_steps_with_norm', 'fire_block_with_norm', 'forward_with_norm', 'charge_steps_with_norm',
+           'charge_block_with_norm', 'make_backward_block_with_norm', 'backward_block_with_norm', 'backward_neuron',
+           'combine_at', 'backward_norm', 'store_all', 'worker_sums', 'lane_vectors', 'compiled_pass', 'is_half',
+           'norm_record', 'moments_of', 'fire_pass', 'neuron_pass', 'norm_pass', 'NormFire', 'batch_statistics',
+           'is_plain_batchnorm', 'can_fuse_norm', 'norm_fire']
 
 # %% ../../nbs/lib/22_kernels.norm.ipynb #8a924ad7
 import functools
@@ -39,7 +40,7 @@ from snnkd_nb.kernels.flat import (
     sigmoid_grad,
     step_backward,
     step_forward,
-    store,
+    store_number,
     team_size,
     triangle_grad,
     worker_of,
@@ -87,7 +88,7 @@ def sum_lanes(part, total):
 
 # %% ../../nbs/lib/22_kernels.norm.ipynb #9984e70f
 @njit(**STRICT_MATH)
-def worker_blocks(record):
+def worker_neurons(record):
     """Return this worker's number, its first neuron and the one after its last: whole blocks."""
     worker, workers = worker_of(record)
     blocks = (record.n + record.lanes - 1) // record.lanes
@@ -152,7 +153,7 @@ def input_current(x, r, at, scale, offset, has_shortcut, like):
 
 
 @njit(**STRICT_MATH)
-def fire_steps(x, r, s, ab, v, at, n, T, dynamics, has_shortcut, j, like):
+def fire_steps_with_norm(x, r, s, ab, v, at, n, T, dynamics, has_shortcut, j, like):
     """Take the neurons `j` of a block through `T` steps; write spikes to `s`, the state to `v`."""
     scale = load_at(ab, j, like)
     offset = load_at(ab, LANE_STRIDE + j, like)
@@ -166,7 +167,7 @@ def fire_steps(x, r, s, ab, v, at, n, T, dynamics, has_shortcut, j, like):
 
 
 @njit(**STRICT_MATH)
-def fire_block(x, r, s, ab, v, at, size, n, T, record):
+def fire_block_with_norm(x, r, s, ab, v, at, size, n, T, record):
     """Take a block through `T` steps, in vectors and the rest one by one."""
     x, r, s = address_of(x), address_of(r), address_of(s)
     ab, v = address_of(ab), address_of(v)
@@ -174,13 +175,13 @@ def fire_block(x, r, s, ab, v, at, size, n, T, record):
     has_shortcut = record.r != 0
     num_in_vectors = size - size % WIDTH
     for j in range(0, num_in_vectors, WIDTH):
-        fire_steps(x, r, s, ab, v, at, n, T, dynamics, has_shortcut, j, splat(ZERO))
+        fire_steps_with_norm(x, r, s, ab, v, at, n, T, dynamics, has_shortcut, j, splat(ZERO))
     for j in range(num_in_vectors, size):
-        fire_steps(x, r, s, ab, v, at, n, T, dynamics, has_shortcut, j, ZERO)
+        fire_steps_with_norm(x, r, s, ab, v, at, n, T, dynamics, has_shortcut, j, ZERO)
 
 
 @njit(**STRICT_MATH)
-def forward(x, r, s, ab, record, first, last):
+def forward_with_norm(x, r, s, ab, record, first, last):
     """Write the spikes of the neurons `first` to `last`; x, r and s are (T, n)."""
     T, n = x.shape
     lanes = record.lanes
@@ -190,11 +191,11 @@ def forward(x, r, s, ab, record, first, last):
         v[:size] = record.rest
         for t in range(0, T, STEPS_IN_REGISTERS):
             steps = min(STEPS_IN_REGISTERS, T - t)
-            fire_block(x, r, s, ab, v, t * n + i, size, n, steps, record)
+            fire_block_with_norm(x, r, s, ab, v, t * n + i, size, n, steps, record)
 
 # %% ../../nbs/lib/22_kernels.norm.ipynb #84c9baa7
 @njit(**STRICT_MATH)
-def charge_steps(x, r, ab, v, m, at, at_m, n, dm, T, dynamics, has_shortcut, j, like):
+def charge_steps_with_norm(x, r, ab, v, m, at, at_m, n, dm, T, dynamics, has_shortcut, j, like):
     """Take the neurons `j` of a block through `T` steps; keep the membranes before the reset."""
     scale = load_at(ab, j, like)
     offset = load_at(ab, LANE_STRIDE + j, like)
@@ -207,7 +208,7 @@ def charge_steps(x, r, ab, v, m, at, at_m, n, dm, T, dynamics, has_shortcut, j, 
 
 
 @njit(**STRICT_MATH)
-def charge_block(x, r, ab, v, m, at, at_m, size, n, dm, T, record):
+def charge_block_with_norm(x, r, ab, v, m, at, at_m, size, n, dm, T, record):
     """Compute the membranes of a block again."""
     x, r, ab = address_of(x), address_of(r), address_of(ab)
     v, m = address_of(v), address_of(m)
@@ -215,12 +216,12 @@ def charge_block(x, r, ab, v, m, at, at_m, size, n, dm, T, record):
     add = record.r != 0
     num_in_vectors = size - size % WIDTH
     for j in range(0, num_in_vectors, WIDTH):
-        charge_steps(x, r, ab, v, m, at, at_m, n, dm, T, dynamics, add, j, splat(ZERO))
+        charge_steps_with_norm(x, r, ab, v, m, at, at_m, n, dm, T, dynamics, add, j, splat(ZERO))
     for j in range(num_in_vectors, size):
-        charge_steps(x, r, ab, v, m, at, at_m, n, dm, T, dynamics, add, j, ZERO)
+        charge_steps_with_norm(x, r, ab, v, m, at, at_m, n, dm, T, dynamics, add, j, ZERO)
 
 # %% ../../nbs/lib/22_kernels.norm.ipynb #378592a5
-def make_backward_block(surrogate_grad: Callable) -> Callable:
+def make_backward_block_with_norm(surrogate_grad: Callable) -> Callable:
     """Return the loop back through time for one surrogate, with derivative `surrogate_grad(u, p,
     q)`."""
 
@@ -261,7 +262,7 @@ def make_backward_block(surrogate_grad: Callable) -> Callable:
         store_at(w, 2 * LANE_STRIDE + j, sum_gx)
 
     @njit(**FUSED_MATH)
-    def backward_block(x, g, gy, m, w, geometry, size, record, is_last):
+    def backward_block_with_norm(x, g, gy, m, w, geometry, size, record, is_last):
         """Take gradients of a block back through `T` steps."""
         x, g, gy = address_of(x), address_of(g), address_of(gy)
         m, w = address_of(m), address_of(w)
@@ -273,16 +274,16 @@ def make_backward_block(surrogate_grad: Callable) -> Callable:
         for j in range(num_in_vectors, size):
             backward_steps(x, g, gy, m, w, geometry, neuron, is_last, j, ZERO)
 
-    return backward_block
+    return backward_block_with_norm
 
 
-backward_block_sigmoid = make_backward_block(sigmoid_grad)
-backward_block_triangle = make_backward_block(triangle_grad)
-backward_block_atan = make_backward_block(atan_grad)
+backward_block_sigmoid = make_backward_block_with_norm(sigmoid_grad)
+backward_block_triangle = make_backward_block_with_norm(triangle_grad)
+backward_block_atan = make_backward_block_with_norm(atan_grad)
 
 
 @njit(**FUSED_MATH)
-def backward_block(x, g, gy, m, w, geometry, size, record, is_last):
+def backward_block_with_norm(x, g, gy, m, w, geometry, size, record, is_last):
     """Take gradients of a block back through `T` steps, with the surrogate of the neuron.
 
     `geometry` is (index in g, index in m, distance of two steps in g and in m, T).
@@ -309,12 +310,14 @@ def backward_neuron(x, r, g, gy, ab, sums, record, first, last):
         v[:size] = record.rest
         for t in range(0, T, STEPS_IN_REGISTERS):
             steps = min(STEPS_IN_REGISTERS, T - t)
-            charge_block(x, r, ab, v, m, t * n + i, t * lanes, size, n, lanes, steps, record)
+            charge_block_with_norm(
+                x, r, ab, v, m, t * n + i, t * lanes, size, n, lanes, steps, record
+            )
         w[:lanes] = ZERO
         for t in range(T, 0, -STEPS_IN_REGISTERS):
             steps = min(STEPS_IN_REGISTERS, t)
             geometry = ((t - 1) * n + i, (t - 1) * lanes, n, lanes, steps)
-            backward_block(x, g, gy, m, w, geometry, size, record, t == T)
+            backward_block_with_norm(x, g, gy, m, w, geometry, size, record, t == T)
         num_blocks += T
         if num_blocks >= BLOCKS_PER_FLUSH:
             flush_sums(w, sums)
@@ -351,7 +354,7 @@ def backward_norm(x, gy, gx, abc, lanes, first, last):
 def store_all(x, y):
     """Write `y = x`, rounded if `y` is in half precision."""
     for i in range(x.size):
-        store(y, i, x[i])
+        store_number(y, i, x[i])
 
 # %% ../../nbs/lib/22_kernels.norm.ipynb #95e6998c
 @njit(**STRICT_MATH)
@@ -383,7 +386,7 @@ def compiled_pass(
 
     def run_moments(data):
         record = carray(data, (1,), NORM_RECORD)[0]
-        worker, first, last = worker_blocks(record)
+        worker, first, last = worker_neurons(record)
         sums = np.zeros((2, record.lanes))
         near = np.empty(record.lanes, np.float32)
         fill_lanes(record.offset, record.channels, record.lanes, near)
@@ -393,17 +396,17 @@ def compiled_pass(
 
     def run_forward(data):
         record = carray(data, (1,), NORM_RECORD)[0]
-        _worker, first, last = worker_blocks(record)
+        _worker, first, last = worker_neurons(record)
         shape = (record.T, record.n)
         x = carray(as_pointer(record.x), shape, dtype)
         r = carray(as_pointer(record.r), shape, dtype)
         y = carray(as_pointer(record.y), shape, dtype)
         ab = lane_vectors(record, record.scale, record.offset, 0)
-        forward(x, r, y, ab, record, first, last)
+        forward_with_norm(x, r, y, ab, record, first, last)
 
     def run_neuron(data):
         record = carray(data, (1,), NORM_RECORD)[0]
-        worker, first, last = worker_blocks(record)
+        worker, first, last = worker_neurons(record)
         shape = (record.T, record.n)
         sums = np.zeros((2, record.lanes))
         x = carray(as_pointer(record.x), shape, dtype)
@@ -416,7 +419,7 @@ def compiled_pass(
 
     def run_norm(data):
         record = carray(data, (1,), NORM_RECORD)[0]
-        _worker, first, last = worker_blocks(record)
+        _worker, first, last = worker_neurons(record)
         shape = (record.T, record.n)
         x = carray(as_pointer(record.x), shape, dtype)
         gy = carray(as_pointer(record.gr), shape, dtype)
@@ -685,10 +688,10 @@ __getattr__ = renamed(
         "WIDE": "LANE_STRIDE",
         "WORTH": "MIN_FUSED_SIZE",
         "back_bell": "backward_block_sigmoid",
-        "back_block": "backward_block",
+        "back_block": "backward_block_with_norm",
         "back_tent": "backward_block_triangle",
         "back_witch": "backward_block_atan",
-        "backer": "make_backward_block",
+        "backer": "make_backward_block_with_norm",
         "combine": "combine_at",
         "compiled": "compiled_pass",
         "covers": "can_fuse_norm",
@@ -697,7 +700,7 @@ __getattr__ = renamed(
         "lanes_of": "lanes_per_block",
         "moments": "sum_moments",
         "own_sums": "worker_sums",
-        "portion": "worker_blocks",
+        "portion": "worker_neurons",
         "pour_both": "flush_sums",
         "record": "norm_record",
         "side_by_side": "lane_vectors",

@@ -12,7 +12,8 @@ __all__ = ['TILE_FIELDS', 'TILE_RECORD', 'TILE_PASSES', 'PIECE_SIZE', 'FILTER_TR
            'combine_gradients', 'backward_relu', 'compiled_relu_pass', 'run_relu_pass', 'split_rows', 'to_rows',
            'to_maps', 'empty_piece', 'statistics_gradients', 'NormReluMix', 'norm_relu_mix', 'convolve_small_maps',
            'is_unhooked', 'keeps_map_size', 'computes_in_bf16', 'is_covered', 'convolve_all', 'finish_projection',
-           'project', 'is_dense', 'flatten_features', 'multiply', 'Gram', 'gram', 'normalize_gram', 'gram_distance']
+           'project', 'is_dense_behind', 'flatten_features', 'multiply', 'Gram', 'gram', 'normalize_gram',
+           'gram_distance']
 
 # %% ../../nbs/lib/30_kernels.projection.ipynb #380c9af6
 import functools
@@ -34,9 +35,9 @@ from snnkd_nb.kernels.flat import (
     ZERO,
     as_pointer,
     compile_c_function,
-    load,
+    load_number,
     run_kernel,
-    store,
+    store_number,
     team_size,
     worker_of,
 )
@@ -52,7 +53,7 @@ from snnkd_nb.kernels.norm import (
     norm_record,
     store_all,
     sum_lanes,
-    worker_blocks,
+    worker_neurons,
     worker_sums,
 )
 from .precision import bf16_route, emulates_bf16
@@ -62,35 +63,35 @@ from .precision import bf16_route, emulates_bf16
 def add_rows(a, b, y):
     """Write y = a + b."""
     for i in range(y.size):
-        store(y, i, load(a[i]) + load(b[i]))
+        store_number(y, i, load_number(a[i]) + load_number(b[i]))
 
 
 @njit(**STRICT_MATH)
 def subtract_rows(a, b, y):
     """Write y = a - b."""
     for i in range(y.size):
-        store(y, i, load(a[i]) - load(b[i]))
+        store_number(y, i, load_number(a[i]) - load_number(b[i]))
 
 
 @njit(**STRICT_MATH)
 def add_three_rows(a, b, c, y):
     """Write y = a + b + c."""
     for i in range(y.size):
-        store(y, i, load(a[i]) + load(b[i]) + load(c[i]))
+        store_number(y, i, load_number(a[i]) + load_number(b[i]) + load_number(c[i]))
 
 
 @njit(**STRICT_MATH)
 def subtract_two_rows(a, b, c, y):
     """Write y = a - b - c."""
     for i in range(y.size):
-        store(y, i, load(a[i]) - load(b[i]) - load(c[i]))
+        store_number(y, i, load_number(a[i]) - load_number(b[i]) - load_number(c[i]))
 
 
 @njit(**STRICT_MATH)
 def accumulate(y, a, sign):
     """Add sign · a to y."""
     for i in range(y.size):
-        y[i] += sign * load(a[i])
+        y[i] += sign * load_number(a[i])
 
 
 @njit(**STRICT_MATH)
@@ -436,28 +437,28 @@ def tiles_pay(
 def normalize_relu(x, ab, y):
     """Write `y = max(0, x · a + b)`."""
     for i in range(x.size):
-        v = load(x[i]) * ab[i] + ab[LANE_STRIDE + i]
-        store(y, i, ZERO if v < ZERO else v)
+        v = load_number(x[i]) * ab[i] + ab[LANE_STRIDE + i]
+        store_number(y, i, ZERO if v < ZERO else v)
 
 
 @njit(**FUSED_MATH)
 def normalize_relu_again(x, g, ab, w, y):
     """Write the same, and add up the gradient that ReLU passes and its product with x in `w`."""
     for i in range(x.size):
-        u = load(x[i])
+        u = load_number(x[i])
         v = u * ab[i] + ab[LANE_STRIDE + i]
-        e = load(g[i]) if v > ZERO else ZERO
+        e = load_number(g[i]) if v > ZERO else ZERO
         w[LANE_STRIDE + i] += e
         w[2 * LANE_STRIDE + i] += e * u
-        store(y, i, ZERO if v < ZERO else v)
+        store_number(y, i, ZERO if v < ZERO else v)
 
 
 @njit(**FUSED_MATH)
 def combine_gradients(x, g, ab, abc, e):
     """Write `e = g · scale + x · times + plus`, with g only where ReLU passes it."""
     for i in range(x.size):
-        u = load(x[i])
-        passed = load(g[i]) if u * ab[i] + ab[LANE_STRIDE + i] > ZERO else ZERO
+        u = load_number(x[i])
+        passed = load_number(g[i]) if u * ab[i] + ab[LANE_STRIDE + i] > ZERO else ZERO
         e[i] = passed * abc[i] + (u * abc[LANE_STRIDE + i] + abc[2 * LANE_STRIDE + i])
 
 # %% ../../nbs/lib/30_kernels.projection.ipynb #e06b8d22
@@ -488,7 +489,7 @@ def compiled_relu_pass(
 
     def run_forward(data):
         record = carray(data, (1,), NORM_RECORD)[0]
-        _worker, first, last = worker_blocks(record)
+        _worker, first, last = worker_neurons(record)
         ab = lane_vectors(record, record.scale, record.offset, 0)
         x = carray(as_pointer(record.x), (record.n,), dtype)
         y = carray(as_pointer(record.y), (record.n,), dtype)
@@ -498,7 +499,7 @@ def compiled_relu_pass(
 
     def run_again(data):
         record = carray(data, (1,), NORM_RECORD)[0]
-        worker, first, last = worker_blocks(record)
+        worker, first, last = worker_neurons(record)
         ab = lane_vectors(record, record.scale, record.offset, 0)
         x = carray(as_pointer(record.x), (record.n,), dtype)
         g = carray(as_pointer(record.g), (record.n,), dtype)
@@ -508,7 +509,7 @@ def compiled_relu_pass(
 
     def run_norm(data):
         record = carray(data, (1,), NORM_RECORD)[0]
-        _worker, first, last = worker_blocks(record)
+        _worker, first, last = worker_neurons(record)
         x = carray(as_pointer(record.x), (record.n,), dtype)
         g = carray(as_pointer(record.g), (record.n,), dtype)
         e = np.empty(record.lanes, np.float32)
@@ -799,7 +800,7 @@ def project(
     return results
 
 # %% ../../nbs/lib/30_kernels.projection.ipynb #493857b7
-def is_dense(
+def is_dense_behind(
     x: Tensor,
     lead: int,  # number of leading axes
 ) -> bool:
@@ -826,7 +827,7 @@ def flatten_features(
         raise UserError(
             f"features of shape {tuple(x.shape)}: give (T, B, …), or (B, …) for one step"
         )
-    if not is_dense(x, lead):
+    if not is_dense_behind(x, lead):
         x = x.contiguous()
     shape = (*x.shape[:lead], math.prod(x.shape[lead:]))
     return x.as_strided(shape, (*x.stride()[:lead], 1))
@@ -864,7 +865,7 @@ class Gram(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         rows = flatten_features(x, ctx.lead)
         gradient = multiply((g + g.mT).to(x.dtype), rows, x.dtype)
-        if not is_dense(x, ctx.lead):
+        if not is_dense_behind(x, ctx.lead):
             return gradient.view(x.shape), None
         strides = (*gradient.stride()[: ctx.lead], *x.stride()[ctx.lead :])
         return gradient.as_strided(x.shape, strides), None
@@ -966,7 +967,7 @@ __getattr__ = renamed(
         "whole": "convolve_small_maps",
         "worth": "tiles_pay",
         "NORMALISATIONS": "NORMALIZATIONS",
-        "dense": "is_dense",
+        "dense": "is_dense_behind",
         "normalised": "normalize_gram",
         "rows": "flatten_features",
         "times": "multiply",

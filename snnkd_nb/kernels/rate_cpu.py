@@ -25,10 +25,10 @@ from snnkd_nb.kernels.flat import (
     as_pointer,
     atan_grad,
     compile_c_function,
-    load,
+    load_number,
     run_kernel,
     sigmoid_grad,
-    store,
+    store_number,
     triangle_grad,
     worker_range,
 )
@@ -37,7 +37,7 @@ from snnkd_nb.kernels.norm import (
     NORM_RECORD,
     lane_vectors,
     lanes_per_block,
-    worker_blocks,
+    worker_neurons,
 )
 
 # %% ../../nbs/lib/26_kernels.rate_cpu.ipynb #6e39329b
@@ -69,7 +69,7 @@ def recorder(rise: Callable[..., Any]) -> Callable[..., Any]:
         detach = a.detach != 0
         h = ONE if hard else ZERO
         for i in range(x.size):
-            u = load(x[i])
+            u = load_number(x[i])
             rho = w[LANE_STRIDE + i]
             current = (u * ab[i] + ab[LANE_STRIDE + i]) + r[i]
             m = decay * w[i] + (gain * current + shift)
@@ -119,7 +119,7 @@ def read_residual(r, bits, t, i, j, out):
     if r.size:
         row = r[t, i:j]
         for k in range(row.size):
-            out[k] = load(row[k])
+            out[k] = load_number(row[k])
     if bits.size:
         plane = bits[t >> 3, i:j]
         mask = np.uint8(1 << (t & 7))
@@ -139,7 +139,7 @@ def write_bits(code, out):
 def write_means(sums, T, out):
     "Write sums over time as means."
     for k in range(out.size):
-        store(out, k, sums[k] / T)
+        store_number(out, k, sums[k] / T)
 
 
 @njit(**STRICT_MATH)
@@ -177,7 +177,7 @@ def compiled(
 
     def rate_task(data):
         a = carray(data, (1,), RATE)[0]
-        _i, lo, hi = worker_blocks(a)
+        _i, lo, hi = worker_neurons(a)
         planes = (a.T + 7) >> 3
         x = carray(as_pointer(a.x), (1 if a.static else a.T, a.n), dtype)
         r = carray(as_pointer(a.r), (a.T if a.r else 0, a.n), dtype)

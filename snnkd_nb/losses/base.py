@@ -6,7 +6,7 @@
 __all__ = ['Layers', 'SIDES', 'mean_logits', 'cross_entropy', 'stages_of', 'image_shape', 'module_paths', 'observe',
            'feature_shapes', 'read_layers', 'read_layer_pairs', 'read_layer_pair', 'choose_layer_pair',
            'layers_from_pairs', 'layers_from_stage', 'layers_from_lists', 'check_pairs', 'default_pairs', 'is_number',
-           'check_positive', 'check_weight', 'check_choice', 'Batch', 'Method', 'label_range', 'check_classes',
+           'check_positive', 'check_weight', 'check_choice', 'Batch', 'Method', 'label_range', 'check_same_classes',
            'prepare_teacher', 'Distiller']
 
 # %% ../../nbs/lib/45_losses.base.ipynb #704ca6ed
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import UserError, unknown
+from ..core import UserError, renamed, unknown
 from ..data.batches import read_labels
 from ..models.blocks import eval_mode, image_edges
 from snnkd_nb.models.taps import (
@@ -445,7 +445,7 @@ def label_range(
     return int(labels.min()), int(labels.max())
 
 
-def check_classes(
+def check_same_classes(
     logits_s: Tensor,  # student (…, K)
     logits_t: Tensor | None,  # teacher (…, K)
     y: Tensor,  # labels (B,)
@@ -565,7 +565,7 @@ class Distiller(nn.Module):
             with torch.no_grad():
                 logits_t, feats_t = observe(self.teacher, x, self.teacher_features)
         logits_s, feats_s = self._run_student(x, len(y))
-        check_classes(logits_s, logits_t, y, self.labels)
+        check_same_classes(logits_s, logits_t, y, self.labels)
         if logits_t is not None:
             logits_t = mean_logits(logits_t)
         return Batch(x, y, logits_s, logits_t, feats_s, feats_t)
@@ -606,3 +606,6 @@ class Distiller(nn.Module):
                     )
                 terms[name] = weight * value
         return terms, mean_logits(batch.logits_s.detach())
+
+# %% ../../nbs/lib/45_losses.base.ipynb #300df69e
+__getattr__ = renamed(__name__, {"check_classes": "check_same_classes"})

@@ -31,9 +31,9 @@ from snnkd_nb.kernels.flat import (
     as_pointer,
     call_c_int,
     compile_c_function,
-    load,
+    load_number,
     run_kernel,
-    store,
+    store_number,
 )
 from ..kernels.precision import emulates_bf16
 from ..kernels.projection import Gram, flatten_features, gram, project
@@ -212,7 +212,7 @@ SUM = dict(STRICT_MATH, fastmath={"contract", "reassoc"})
 def sum_squared_differences(x, f):
     total = ZERO
     for i in range(x.size):
-        difference = load(x[i]) - load(f[i])
+        difference = load_number(x[i]) - load_number(f[i])
         total += difference * difference
     return total
 
@@ -221,7 +221,7 @@ def sum_squared_differences(x, f):
 def write_scaled_differences(x, f, factor, y):
     "Write `factor · (x - f)` to y."
     for i in range(x.size):
-        store(y, i, factor * (load(x[i]) - load(f[i])))
+        store_number(y, i, factor * (load_number(x[i]) - load_number(f[i])))
 
 
 @njit(**STRICT_MATH)  # type: ignore[call-overload]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'STATE_KEYS', 'WRAPPERS', 'LIBRARIES', 'find_kept_file', 'find_file', 'hash_in', 'check_hash', 'unwrap_state',
-           'match_prefix', 'read_state', 'keep_file', 'find_misfit', 'load_state', 'load_weights',
+           'match_prefix', 'read_state', 'keep_file', 'find_misfit', 'load_state', 'read_weights_into',
            'with_image_channels', 'timm', 'timm_net', 'torchvision_net', 'are_pretrained_weights_here', 'names_in',
            'check_foreign', 'create_foreign', 'head_to_skip', 'patch_size_for', 'vit_small']
 
@@ -288,7 +288,7 @@ def load_state(
     return net
 
 
-def load_weights(
+def read_weights_into(
     net: nn.Module,  # changed in place
     name: str | Path,  # as in `find_file`
     sha256: Any = None,  # as in `check_hash`
@@ -524,7 +524,7 @@ def create_foreign(
     std: Normalization = None,
     # True: the library's pretrained weights, downloaded if they are not there
     pretrained: bool = False,
-    weights: str | Path | None = None,  # a file of weights, as in `load_weights`
+    weights: str | Path | None = None,  # a file of weights, as in `read_weights_into`
     sha256: Any = None,  # its hash, as in `check_hash`
     # False: do not load the file's classifier; or the classifier's path, where it is not found
     head: bool | str = True,
@@ -541,7 +541,7 @@ def create_foreign(
     net = LIBRARIES[kind](name, num_classes, in_channels, size, pretrained, options)
     if weights:
         path = head_to_skip(net, head, num_classes, (in_channels, *image_edges(size)))
-        load_weights(net, weights, sha256, path)
+        read_weights_into(net, weights, sha256, path)
     return Foreign(net, stages, image_size, in_channels, tokens, prefix, input_size, mean, std)
 
 
@@ -650,6 +650,7 @@ def vit_small(
 __getattr__ = renamed(
     __name__,
     {
+        "load_weights": "read_weights_into",
         "head_path": "head_to_skip",
         "misfit": "find_misfit",
         "patch_for": "patch_size_for",

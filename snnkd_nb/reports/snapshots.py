@@ -36,8 +36,8 @@ from ..models.taps import hooked
 from .figure import METHOD_COLORS, PAGE_WIDTH, integer_axis
 from .maps import compute_class_map, compute_spike_map, extract_features
 from snnkd_nb.search.candidate import (
+    copy_for_gradients,
     get_kit,
-    prepare_teacher,
     run_candidate,
     slopes_from_gradients,
     teacher_gradients,
@@ -45,8 +45,8 @@ from snnkd_nb.search.candidate import (
 from ..search.job import create_scoring
 from ..search.score import Scoring, student_gradient
 from snnkd_nb.search.similarity import (
-    align,
     density,
+    match_density,
     matrix_distance,
     pick_layers,
     similarity_matrix,
@@ -692,7 +692,7 @@ def _score_layers(teacher_features, student_features, how: Scoring) -> list[Laye
     ):
         summed = sum_over_time(student_features[block])
         student_density = density(summed)
-        aligned = align(feature, student_density)
+        aligned = match_density(feature, student_density)
         matrices = similarity_matrix(aligned, how.norm), similarity_matrix(summed, how.norm)
         densities = student_density, density(feature), density(aligned)
         distance = matrix_distance(*matrices, how.R)
@@ -709,7 +709,7 @@ def record_scores(
 ) -> SearchSnapshot:
     "Return the scores of a candidate; their sum is the fitness of a `Scorer` with these options."
     how = how or Scoring()
-    asked = teacher_gradients(prepare_teacher(teacher, how.teacher_mode), x, y, how.gradients)
+    asked = teacher_gradients(copy_for_gradients(teacher, how.teacher_mode), x, y, how.gradients)
     kit = get_kit(how.T, how.neuron, how.neuron_args)
     (candidate,) = run_candidate(genome, how.seeds[0], [x], kit, asked.last.shape[0])
     teacher_features = list(asked.features.values())

@@ -580,7 +580,7 @@ def score_from_scratch(
     from snnkd_nb.data.images import load
     from snnkd_nb.models.genome import searched, set_slopes
     from snnkd_nb.search.candidate import (
-        prepare_teacher,
+        copy_for_gradients,
         slopes_from_gradients,
         teacher_gradients,
     )
@@ -589,7 +589,7 @@ def score_from_scratch(
     x, y = next(iter(load("digits").loader(batch_size=64)))
     teacher = build_teacher()
     teacher.load_state_dict(weights)
-    targets = teacher_gradients(prepare_teacher(teacher), x, y)
+    targets = teacher_gradients(copy_for_gradients(teacher), x, y)
     student = searched(genome, T=4, neuron="dsas", in_channels=1, image_size=8)
     student = set_slopes(student, slopes_from_gradients([targets], 2.0, 3, "weight"))
     logits, features = student(x, features=True)

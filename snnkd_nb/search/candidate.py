@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GRADIENTS', 'Batches', 'prepare_for_scoring', 'draw_weights', 'seed_generator', 'create_candidate', 'BlockKit',
            'get_kit', 'CandidateRun', 'run_candidate', 'one_thread', 'class_name', 'ensure_stages', 'find_last_layer',
-           'prepare_teacher', 'TeacherGradients', 'check_labels', 'teacher_gradients', 'pair_batches',
+           'copy_for_gradients', 'TeacherGradients', 'check_labels', 'teacher_gradients', 'pair_batches',
            'slopes_from_gradients', 'guided_slopes']
 
 # %% ../../nbs/lib/65_search.candidate.ipynb #4424854d
@@ -299,7 +299,7 @@ def find_last_layer(
     return net.get_submodule(path)
 
 
-def prepare_teacher(
+def copy_for_gradients(
     teacher: nn.Module,  # a network with stages
     mode: str = "eval",  # of its BatchNorms: "eval", or "train" for the statistics of the batch
 ) -> nn.Module:
@@ -353,7 +353,7 @@ GRADIENTS = ("weight", "activation")
 
 @one_thread()
 def teacher_gradients(
-    teacher: nn.Module,  # from `prepare_teacher`
+    teacher: nn.Module,  # from `copy_for_gradients`
     x: Tensor,  # images or frames
     y: Tensor,  # labels (B,)
     of: str = "weight",  # `layers`: of every layer's "weight", or of every stage's "activation"
@@ -474,7 +474,7 @@ def guided_slopes(
 
     Source: DSAS eq. 6 to 8."""
     batches = pair_batches(x, y)
-    prepared = prepare_teacher(ensure_stages(teacher, batches[0][0]))
+    prepared = copy_for_gradients(ensure_stages(teacher, batches[0][0]))
     gradients = [teacher_gradients(prepared, *batch, of) for batch in batches]
     return slopes_from_gradients(gradients, alpha0, K, of)
 
@@ -482,6 +482,7 @@ def guided_slopes(
 __getattr__ = renamed(
     __name__,
     {
+        "prepare_teacher": "copy_for_gradients",
         "create_generator": "seed_generator",
         "bare": "prepare_for_scoring",
         "fill": "draw_weights",
@@ -498,7 +499,7 @@ __getattr__ = renamed(
         "last_layer": "find_last_layer",
         "Asked": "TeacherGradients",
         "ask": "teacher_gradients",
-        "prepared": "prepare_teacher",
+        "prepared": "copy_for_gradients",
         "slopes_of": "slopes_from_gradients",
         "paired": "pair_batches",
     },

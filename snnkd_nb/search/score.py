@@ -50,11 +50,11 @@ from snnkd_nb.search.candidate import (
     TeacherGradients,
     check_labels,
     class_name,
+    copy_for_gradients,
     ensure_stages,
     get_kit,
     one_thread,
     pair_batches,
-    prepare_teacher,
     run_candidate,
     slopes_from_gradients,
     teacher_gradients,
@@ -376,7 +376,7 @@ def _flatten_images(features: Tensor) -> Tensor:
 # %% ../../nbs/lib/66_search.score.ipynb #e71b3c9a
 @one_thread()
 def compute_targets(
-    teacher: Any,  # from `prepare_teacher`
+    teacher: Any,  # from `copy_for_gradients`
     x: Tensor,  # images or frames
     y: Tensor,  # labels
     scoring: Scoring,  # decides what is needed
@@ -541,7 +541,7 @@ class Scorer:
         batches = pair_batches(x, y)
         self.in_channels, _, self.image_size = batches[0][0].shape[-3:]
         staged_teacher = ensure_stages(teacher, batches[0][0])
-        net = prepare_teacher(staged_teacher, self.scoring.teacher_mode)
+        net = copy_for_gradients(staged_teacher, self.scoring.teacher_mode)
         found = [compute_targets(net, *batch, self.scoring) for batch in batches]
         self.targets = tuple(targets for targets, _, _ in found)
         self.classes = found[0][2]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'SCALES', 'LAYERS', 'Stage', 'REDUCTIONS', 'MODES', 'sum_over_time', 'density', 'sort_values',
-           'find_threshold', 'align', 'similarity_matrix', 'matrix_distance', 'pick_layers', 'aligned_distance',
+           'find_threshold', 'match_density', 'similarity_matrix', 'matrix_distance', 'pick_layers', 'aligned_distance',
            'plain_distance', 'reduce_layers', 'mas', 'activation_similarity', 'group_by_depth', 'steadiness',
            'compute_slopes', 'average_channels', 'channel_matrices', 'tgs', 'spike_kernel', 'log_determinant']
 
@@ -53,7 +53,7 @@ def find_threshold(
     return sorted_values[round(rho * num_values)]
 
 
-def align(
+def match_density(
     activation: Tensor,  # features of the teacher
     rho: float,  # density of the student
     sorted_values: Tensor | None = None,  # `sort_values(activation)`; None: sorted here
@@ -129,7 +129,7 @@ def aligned_distance(
     rho = density(student_activation)
     if rho == 0 or not student_activation.isfinite().all():
         return math.inf
-    aligned = align(teacher_activation, rho, sorted_values)
+    aligned = match_density(teacher_activation, rho, sorted_values)
     teacher_matrix = similarity_matrix(aligned, norm)
     student_matrix = similarity_matrix(student_activation, norm)
     return matrix_distance(teacher_matrix, student_matrix, R)
@@ -331,6 +331,7 @@ def log_determinant(
 __getattr__ = renamed(
     __name__,
     {
+        "align": "match_density",
         "totals": "sum_over_time",
         "ordered": "sort_values",
         "threshold": "find_threshold",
