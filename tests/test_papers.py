@@ -296,7 +296,6 @@ def test_headline_takes_the_weight_that_its_pilot_chose():
     records = {spec: Store().get(spec) for spec in pilot.specs}
     chosen = choose_weights(tabulate_by_seed(pilot, records, "val_best"))
     arms = build_grid("studies/headline", "small", False).cells
-    (method,) = {
-        spec.method for cell in arms for spec in cell.specs if cell.index["method"] == "KD"
-    }
-    assert method == "kd" and chosen["KD"] == 1.0
+    methods = {cell.index["method"]: cell.specs[0].method for cell in arms}
+    assert methods["KD"] == "kd" and chosen["KD"] == 1.0
+    assert methods["NLD"] == f"{chosen['NLD']:g}*nld"
