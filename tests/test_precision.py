@@ -22,6 +22,7 @@ from snnkd_nb.kernels.precision import (
     cpu_class,
     current_mode,
     emulate,
+    emulates_bf16,
     protected,
     resolve_precision,
 )
@@ -208,6 +209,16 @@ def test_rounding_reaches_the_gradients():
     emulate(F.linear, x, weight).backward(torch.tensor([[1.0]], dtype=torch.bfloat16))
     assert weight.grad.item() == 1.0  # the rounded x
     assert x.grad.item() == 3.0  # the rounded weight
+
+
+def test_operands_in_a_list_are_emulated_too(monkeypatch):
+    monkeypatch.setenv("SNNKD_BF16", "emulated")
+    torch.manual_seed(0)
+    a, b = torch.randn(5, 40), torch.randn(40, 7)
+    with autocast("cpu", "bf16"):
+        assert emulates_bf16("ij,jk->ik", [a, b])
+        product = torch.einsum("ij,jk->ik", [a, b])
+    assert torch.equal(product, emulate(torch.matmul, a, b))
 
 
 @pytest.mark.parametrize("name, width", [("resnet20", 0.5), ("vgg11_rate", 0.125)])

@@ -13,7 +13,7 @@ __all__ = ['ISA_WITHOUT_BF16', 'BF16_ROUTES', 'CONVOLUTIONS', 'PRODUCTS', 'AUTOC
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,15 @@ def emulate(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tenso
     return exact.to(torch.bfloat16)
 
 
+def _flatten_operands(operands: Iterable[Any]) -> Iterator[Any]:
+    "Yield the operands, and those in lists and tuples, as `torch.einsum(equation, [a, b])` has."
+    for operand in operands:
+        if isinstance(operand, (list, tuple)):
+            yield from _flatten_operands(operand)
+        else:
+            yield operand
+
+
 def emulates_bf16(*operands: Any) -> bool:
     """Tell whether a product of these operands must be emulated: on a CPU, in bfloat16, without the
     hardware.
@@ -165,7 +174,7 @@ def emulates_bf16(*operands: Any) -> bool:
     A product is in bfloat16 if autocast is on with that type, or if its operands are bfloat16.
     Operands in double precision stay as they are, as under `torch.autocast`.
     """
-    tensors = [x for x in operands if isinstance(x, Tensor)]
+    tensors = [x for x in _flatten_operands(operands) if isinstance(x, Tensor)]
     if not tensors or any(x.device.type != "cpu" or x.dtype == torch.float64 for x in tensors):
         return False
     autocast_on = (
