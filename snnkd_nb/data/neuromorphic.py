@@ -27,7 +27,7 @@ from ..core import UserError, renamed, unknown
 from .batches import stratified
 from .decode import Source
 from .events import as_row, check_frames, frames_of, normal, standard_events
-from .images import data_path
+from .images import is_folder, locate_data
 from ..spec import require
 
 # %% ../../nbs/lib/16_data.neuromorphic.ipynb #43ec47b7
@@ -362,17 +362,14 @@ def dvs_split(
 # %% ../../nbs/lib/16_data.neuromorphic.ipynb #86d53193
 def _dataset_folder(arg: str, root: str | Path | None, kind: str, missing: str) -> Path:
     "Return the folder of a data set; if it is absent, the error tells how to get the data."
-    try:
-        return data_path(arg, root, kind)
-    except UserError as error:
-        if not arg:
-            raise
-        path = Path(str(error).split("there is no folder ")[1].split(";")[0])
-        require(
-            not path.is_file(),
-            f"{kind}:{arg}: {path} is a file; give the folder that holds the whole data set",
-        )
-        raise UserError(missing.format(path=path)) from None
+    path = locate_data(arg, root, kind)
+    if is_folder(path):
+        return path
+    require(
+        not path.is_file(),
+        f"{kind}:{arg}: {path} is a file; give the folder that holds the whole data set",
+    )
+    raise UserError(missing.format(path=path))
 
 
 def _dvs_parts(
