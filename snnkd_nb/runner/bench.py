@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'Step', 'RATE_SETTING', 'TINY_RATE_SETTING', 'RATE_STEPS', 'WAYS', 'BENCHMARKS', 'make_peer_steps',
            'fastest_of', 'step_rows', 'compile_rows', 'build_peer_spikformer', 'models_rows', 'make_inference',
-           'inference_rows', 'measure_resnet20_peak', 'memory_rows', 'make_rate_step', 'measure_rate_peak',
-           'measure_rate_peaks', 'time_rate_steps', 'rate_rows', 'calibration_rows', 'loss_rows', 'epoch_rows',
-           'score_from_scratch', 'search_rows', 'full_search_row', 'format_table', 'measurement_path', 'save_rows',
-           'bench']
+           'inference_rows', 'measure_resnet20_peak', 'memory_rows', 'measure_allocation', 'allocation_rows',
+           'make_rate_step', 'measure_rate_peak', 'measure_rate_peaks', 'time_rate_steps', 'rate_rows',
+           'calibration_rows', 'loss_rows', 'epoch_rows', 'score_from_scratch', 'search_rows', 'full_search_row',
+           'format_table', 'measurement_path', 'save_rows', 'bench']
 
 # %% ../../nbs/lib/95_runner.bench.ipynb #8434b398
 import functools
@@ -21,7 +21,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core import UserError, atomic_write, canonical_json, renamed, root, unknown
+from snnkd_nb.core import (
+    UserError,
+    atomic_write,
+    canonical_json,
+    keep_freed_memory,
+    renamed,
+    root,
+    unknown,
+)
 from snnkd_nb.runner.micro import (
     build_peer_resnet20,
     convert_network,
@@ -284,6 +292,7 @@ def measure_resnet20_peak(who: str, T: int, batch: int, size: int) -> float:
 
     def make(width: float, x: "Tensor", y: "Tensor") -> Step:
         if who == "ours":
+            keep_freed_memory()  # as `fit` does
             ours = create_model("resnet20", T=T, width=width, image_size=x.shape[-1])
             return make_step(ours, x, y, has_fast_bf16())
         peer = build_peer_resnet20([round(c * width) for c in (16, 32, 64)], T=T)
@@ -314,6 +323,52 @@ def memory_rows(tiny: bool = False) -> list[Row]:
             line.pop("ms")
             rows.append({**line, "mib": {who: round(values[0]) for who, values in mib.items()}})
     return rows
+
+# %% ../../nbs/lib/95_runner.bench.ipynb #d28f88c0
+def measure_allocation(is_kept: bool, batch: int, size: int, num_steps: int) -> tuple[float, float]:
+    """Return the processor's seconds per training step and the peak in MiB; call it in a new process.
+
+    ResNet-20 with T = 4 learns in float32. `is_kept` tells whether freed memory is kept.
+    """
+    import resource
+
+    from snnkd_nb.models.zoo import create_model
+
+    if is_kept:
+        keep_freed_memory()
+    network = create_model("resnet20", T=4, image_size=size)
+    step = make_step(network, *random_images(batch, size), False)
+    for _ in range(2):
+        step()
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    for _ in range(num_steps):
+        step()
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return seconds / num_steps, after.ru_maxrss / 1024
+
+
+def allocation_rows(tiny: bool = False) -> list[Row]:
+    """Compare training steps with and without freed memory that is kept."""
+    batch, size, num_steps = (4, 8, 1) if tiny else (128, 32, 4)
+    ways = {"given back": False, "kept": True}
+    num_processes = 1 if tiny else 3
+    order = list(ways) * num_processes
+    arguments = [(ways[way], batch, size, num_steps) for way in order]
+    measured = run_in_new_processes(measure_allocation, arguments)
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    mib: dict[str, list[float]] = {way: [] for way in ways}
+    for way, (seconds_per_step, peak) in zip(order, measured, strict=True):
+        seconds[way].append(seconds_per_step)
+        mib[way].append(peak)
+    setting = f"ResNet-20, T=4, batch {batch}"
+    time_name = f"{setting}: processor time with freed memory given back / kept"
+    peak_name = f"{setting}: peak with freed memory kept / given back, peak memory"
+    time_row = compare("allocation", time_name, seconds, "given back", "kept")
+    peak_row = compare("allocation", peak_name, mib, "kept", "given back")
+    peak_row.pop("ms")
+    peak_row["mib"] = {way: round(statistics.median(values)) for way, values in mib.items()}
+    return [time_row, peak_row]
 
 # %% ../../nbs/lib/95_runner.bench.ipynb #123a2e94
 RATE_SETTING: dict[str, Any] = {
@@ -700,6 +755,7 @@ BENCHMARKS: dict[str, Callable[[bool], list[Row]]] = {
     "models": models_rows,
     "inference": inference_rows,
     "memory": memory_rows,
+    "allocation": allocation_rows,
     "loss": loss_rows,
     "epoch": epoch_rows,
     "search": search_rows,
@@ -771,6 +827,7 @@ def bench(
         raise UserError("tiny sizes do not measure speed: leave out --tiny to keep a measurement")
     if rate:
         what = "rate"
+    keep_freed_memory()  # as `fit` does; what we compare with gains as much
     limits = measure_limits(tiny)
     rows: list[Row] = []
     for name in BENCHMARKS if what == "all" else [what]:

@@ -31,6 +31,7 @@ from snnkd_nb.core import (
     atomic_write,
     check_writable,
     float32_by_default,
+    keep_freed_memory,
     renamed,
     renamed_arguments,
     seed_for,
@@ -992,6 +993,7 @@ def fit(
     }
     overrides = {name: value for name, value in given.items() if value is not None}
     optim = _override_optim(optim, {**overrides, **more})
+    keep_freed_memory()
     data = as_data(data)
     if optim.epochs == 0:
         raise UserError("epochs = 0: nothing would be trained; give a whole number of at least 1")
