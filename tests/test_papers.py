@@ -299,3 +299,9 @@ def test_headline_takes_the_weight_that_its_pilot_chose():
     methods = {cell.index["method"]: cell.specs[0].method for cell in arms}
     assert methods["KD"] == "kd" and chosen["KD"] == 1.0
     assert methods["NLD"] == f"{chosen['NLD']:g}*nld"
+    assert methods["SAMD"] == f"{chosen['SAMD']:g}*samd"
+    assert methods["SAMD, scaled"] == f"{chosen['SAMD, scaled']:g}*samd"
+    options = {cell.index["method"]: cell.specs[0].method_args for cell in arms}
+    for reading in ("", ", scaled"):
+        beta = chosen[f"SAMD{reading}"]
+        assert options[f"CKDSNN{reading}"] == {"beta": beta, "gamma": chosen["NLD"]}
