@@ -226,10 +226,14 @@ def write_status(store: Store | None = None, scale: str | None = None) -> Path:
     return root() / "results" / ("smoke.md" if scale == SCALES[0] else "README.md")
 
 # %% ../../nbs/lib/84_runner.status.ipynb #194afc41
+def _verb(plural: str, number: int) -> str:
+    return f"{plural}s" if number == 1 else plural
+
+
 def status_line(
     scale: str = "small",  # smoke, small, medium, paper
 ) -> str:
-    "Return one line: how much is built, and what became of the papers' claims at a scale."
+    "Return one line: how many artefacts have a page, and what became of the papers' claims."
     check_scale(scale)
     counts: Counter[str] = Counter()
     num_at_paper_scale = 0
@@ -244,12 +248,15 @@ def status_line(
     num_fail = counts["fails"] + counts["fails as far as run"]
     num_open = counts.total() - num_hold - num_fail
     num_built = sum(found.built for found in artefacts())
-    at_paper_scale = f"{num_at_paper_scale} claims" if num_at_paper_scale else "not run"
+    pages = "All" if num_built == len(artefacts()) else f"{num_built} of"
+    at_paper_scale = "Nothing has been run at paper scale."
+    if num_at_paper_scale:
+        at_paper_scale = f"{num_at_paper_scale} claims have been judged at paper scale."
     return (
-        f"{num_built} of {len(artefacts())} tables and figures are built. "
-        f"Of {counts.total()} claims"
-        f" judged at {scale} scale, {num_hold} hold, {num_fail} fail, and {num_open} are undecided,"
-        f" ties, mixed or not run. Paper scale: {at_paper_scale}."
+        f"{pages} {len(artefacts())} tables and figures have a page. "
+        f"Of the papers' {counts.total()} claims, at {scale} scale"
+        f" {num_hold} {_verb('hold', num_hold)} and {num_fail} {_verb('fail', num_fail)}."
+        f" The other {num_open} are open: undecided, a tie, mixed, or not run. {at_paper_scale}"
     )
 
 # %% ../../nbs/lib/84_runner.status.ipynb #dd8a9393
