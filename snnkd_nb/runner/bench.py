@@ -7,8 +7,9 @@ __all__ = ['SETTINGS', 'Step', 'RATE_SETTING', 'TINY_RATE_SETTING', 'RATE_STEPS'
            'fastest_of', 'step_rows', 'compile_rows', 'build_peer_spikformer', 'models_rows', 'make_inference',
            'inference_rows', 'measure_resnet20_peak', 'memory_rows', 'measure_allocation', 'allocation_rows',
            'make_rate_step', 'measure_rate_peak', 'measure_rate_peaks', 'time_rate_steps', 'rate_rows',
-           'calibration_rows', 'loss_rows', 'epoch_rows', 'score_from_scratch', 'search_rows', 'full_search_row',
-           'format_table', 'measurement_path', 'save_rows', 'bench']
+           'calibration_rows', 'loss_rows', 'epoch_rows', 'make_learner', 'learn_for', 'learning_rows',
+           'score_from_scratch', 'search_rows', 'full_search_row', 'format_table', 'measurement_path', 'save_rows',
+           'bench']
 
 # %% ../../nbs/lib/95_runner.bench.ipynb #8434b398
 import functools
@@ -625,6 +626,107 @@ def epoch_rows(tiny: bool = False) -> list[Row]:
         compare("epoch", epoch, times, "their epoch", "epoch"),
     ]
 
+# %% ../../nbs/lib/95_runner.bench.ipynb #5f36ca92
+def make_learner(
+    who: str,  # "ours" or "SpikingJelly"
+    width: float,  # factor of the channels
+    shape: Sequence[int],  # of an image: (C, H, W)
+) -> tuple[Any, Any]:
+    """Return a network for ten classes, and its optimizer."""
+    import torch
+    from spikingjelly.activation_based import functional, neuron
+
+    from snnkd_nb.models.zoo import create_model
+
+    options = {"stem": "half", "init": "pytorch", "depth": 0.5, "neuron_args": {"v_threshold": 0.5}}
+    network = create_model(
+        "resnet18_imagenet",
+        T=2,
+        width=width,
+        in_channels=shape[0],
+        image_size=shape[-1],
+        num_classes=10,
+        **options,
+    )
+    if who == "ours":
+        return network, torch.optim.SGD(network.parameters(), lr=0.3, momentum=0.9)
+    peer = convert_network(network)
+    for parent in list(peer.modules()):
+        for name, module in list(parent.named_children()):
+            if isinstance(module, neuron.BaseNode):
+                setattr(parent, name, neuron.LIFNode())
+    functional.set_step_mode(peer, "m")
+    return peer, torch.optim.Adam(peer.parameters(), lr=1e-3)
+
+
+def learn_for(
+    who: str,  # "ours" or "SpikingJelly"
+    data: Any,  # an `ImageData`
+    seconds: float,  # of processor time for training
+    seed: int,
+    width: float = 0.25,
+) -> float:
+    """Train a network for some processor time; return its accuracy on test images in per cent.
+
+    The rate of "ours" rises for a tenth of the time and then falls to zero.
+    """
+    import torch
+    from spikingjelly.activation_based import functional
+
+    torch.manual_seed(seed)
+    network, optimizer = make_learner(who, width, data.shape)
+    peak_rate = optimizer.param_groups[0]["lr"]
+
+    def predict(images: "Tensor") -> "Tensor":
+        logits = network(images).mean(0)
+        if who != "ours":
+            functional.reset_net(network)
+        return logits
+
+    start = time.process_time()
+    done = 0.0  # share of the time
+    epoch = 0
+    while done < 1:
+        for x, y in data.loader(batch_size=64, seed=seed, epoch=epoch):
+            loss = torch.nn.functional.cross_entropy(predict(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            if who == "ours":
+                optimizer.param_groups[0]["lr"] = peak_rate * min(done / 0.1, (1 - done) / 0.9)
+                torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            done = (time.process_time() - start) / seconds
+            if done >= 1:
+                break
+        epoch += 1
+    network.eval()
+    num_right = num_images = 0
+    with torch.no_grad():
+        for x, y in data.loader("test", batch_size=256):
+            num_right += int((predict(x).argmax(1) == y).sum())
+            num_images += len(y)
+    return 100 * num_right / num_images
+
+
+def learning_rows(tiny: bool = False) -> list[Row]:
+    """Compare the accuracies that our network and SpikingJelly's reach in the same time."""
+    from snnkd_nb.data.images import data_dir, load
+    from snnkd_nb.search.candidate import one_thread
+
+    has_cifar = (data_dir() / "cifar10-jpeg").is_dir() and not tiny
+    data = load("folder:cifar10-jpeg") if has_cifar else load("digits", size=16)
+    seconds, num_seeds, width = (0.5, 1, 0.125) if tiny else (60.0, 3, 0.25)
+    accuracies: dict[str, list[float]] = {"ours": [], "SpikingJelly": []}
+    with one_thread():
+        for seed in range(num_seeds):
+            for who, values in accuracies.items():
+                values.append(learn_for(who, data, seconds, seed, width))
+    name = "CIFAR-10 (JPEG)" if has_cifar else "digits"
+    label = f"accuracy on {name} after {seconds:g} s of one core: ours / SpikingJelly's defaults"
+    row = compare("learning", label, accuracies, "ours", "SpikingJelly", goal=">= 1")
+    row.pop("ms")
+    return [{**row, "accuracy": {who: statistics.median(v) for who, v in accuracies.items()}}]
+
 # %% ../../nbs/lib/95_runner.bench.ipynb #c88a04e0
 def score_from_scratch(
     genome: Any, weights: Mapping[str, "Tensor"], build_teacher: Callable[[], Any]
@@ -758,6 +860,7 @@ BENCHMARKS: dict[str, Callable[[bool], list[Row]]] = {
     "allocation": allocation_rows,
     "loss": loss_rows,
     "epoch": epoch_rows,
+    "learning": learning_rows,
     "search": search_rows,
 }
 
