@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Networks', 'COMPARED', 'WITHOUT_TEACHER', 'NUM_GENOMES', 'METRICS', 'SIZES', 'PROXIES', 'NUM_TOP',
            'tabulate_loss_shares', 'mismatch_records', 'add_mismatch', 'study_weights', 'describe_pilot',
-           'choose_weights', 'tabulate_arms', 'compare_with', 'advise', 'headline_advice', 'proxy_space',
-           'draw_genomes', 'describe_space', 'teacher_run', 'student_run', 'scoring_spec', 'score_genomes',
-           'proxy_values', 'tabulate_proxies', 'assess_proxies', 'judge_interval', 'format_interval', 'describe_proxy',
-           'describe_proxies', 'proxy_table', 'judge_proxies', 'draw_proxies']
+           'choose_weights', 'describe_weights', 'tabulate_arms', 'compare_with', 'advise', 'headline_advice',
+           'proxy_space', 'draw_genomes', 'describe_space', 'teacher_run', 'student_run', 'scoring_spec',
+           'score_genomes', 'proxy_values', 'tabulate_proxies', 'assess_proxies', 'judge_interval', 'format_interval',
+           'describe_proxy', 'describe_proxies', 'proxy_table', 'judge_proxies', 'draw_proxies']
 
 # %% ../../nbs/lib/90_papers.studies.ipynb #a7efbb16
 import functools
@@ -196,6 +196,25 @@ def choose_weights(
         method: float(of_method[method].idxmax())
         for method, of_method in means.groupby(level="method", sort=False)
     }
+
+
+def describe_weights(
+    pilot: "pd.DataFrame",  # `reports.tables.tabulate_by_seed` of studies/weights
+) -> list[str]:
+    "Return one sentence per method: the chosen weight, its accuracy, and a missing neighbour."
+    lines = []
+    for method, weight in choose_weights(pilot).items():
+        runs = pilot[pilot.method == method]
+        weights = runs.weight.astype(float)
+        accuracy = runs.value[weights == weight].mean()
+        if method == "alone":
+            lines.append(f"Without a teacher the student reaches {accuracy:.1f} %.")
+            continue
+        line = f"{method}: weight {weight:g} ({accuracy:.1f} %)"
+        if weights.nunique() > 1 and weight in (weights.min(), weights.max()):
+            line += ", at the edge of what was tried: a further weight is needed"
+        lines.append(f"{line}.")
+    return lines
 
 # %% ../../nbs/lib/90_papers.studies.ipynb #5c0fd7b8
 # column of the table -> column of a history, read in the last epoch
