@@ -83,7 +83,10 @@ def split_batch(
 
 # %% ../../nbs/lib/14_data.loaders.ipynb #55040b26
 class Part:
-    "The images of one split: a `Dataset`, a `DataLoader`, or any iterable of batches."
+    """The images of one split.
+
+    The source is a `DataLoader`, an `IterableDataset`, a `Dataset` or a sequence of pairs (image,
+    label), or any other iterable, which gives batches."""
 
     labels = None  # they are not known in advance
 
@@ -209,10 +212,16 @@ class TorchData:
         if split not in self.splits:
             raise unknown("split", split, self.splits)
         source = self.splits[split].source
-        is_dataset = hasattr(source, "__getitem__") and hasattr(source, "__len__")
-        if isinstance(source, DataLoader) or not is_dataset:
-            if isinstance(source, IterableDataset):
-                source = DataLoader(source, batch_size, num_workers=self.workers)
+        if isinstance(source, DataLoader):
+            return Batches(source, device, self.batch_axis)
+        if isinstance(source, IterableDataset):
+            # torch gives it `__getitem__` as well, but it decides on the order itself
+            stream: Any = DataLoader(
+                source, batch_size, num_workers=self.workers, drop_last=drop_last
+            )
+            return Batches(stream, device, 0)
+        is_indexable = hasattr(source, "__getitem__") and hasattr(source, "__len__")
+        if not is_indexable:  # an iterable of batches
             return Batches(source, device, self.batch_axis)
         if shuffle is None:
             shuffle = split == "train"
@@ -433,6 +442,15 @@ def open_stream(
     )
 
 # %% ../../nbs/lib/14_data.loaders.ipynb #d5e934ee
+def _workers_of_environment() -> int:
+    number = os.environ["SNNKD_WORKERS"]
+    require(
+        number.isdecimal(),
+        f"SNNKD_WORKERS = {number!r}: set it to a number of processes, 0 or more, or unset it",
+    )
+    return int(number)
+
+
 def worker_count(
     wanted: int | None,  # None: $SNNKD_WORKERS, else as many as there are cores, at most 8
 ) -> int:
@@ -440,7 +458,7 @@ def worker_count(
     if multiprocessing.current_process().daemon:
         return 0
     if wanted is None and os.environ.get("SNNKD_WORKERS"):
-        return int(os.environ["SNNKD_WORKERS"])
+        return _workers_of_environment()
     if wanted is None:
         return min(8, cores())
     return wanted
