@@ -2,6 +2,7 @@
 
 import csv
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +12,12 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from snnkd_nb.core import UserError
 from snnkd_nb.data.images import load
-from snnkd_nb.data.loaders import TorchData
+from snnkd_nb.data.loaders import TorchData, worker_count
 from snnkd_nb.losses.base import Distiller
 from snnkd_nb.losses.zoo import create_distiller
 from snnkd_nb.models.zoo import create_model
 from snnkd_nb.spec import OptimSpec, RunSpec
-from snnkd_nb.training.loop import create_optimizer, evaluate, fit, train_step
+from snnkd_nb.training.loop import _shard, create_optimizer, evaluate, fit, train_step
 
 QUICK = {"epochs": 1, "batch_size": 32, "on_event": quiet, "device": "cpu"}
 
@@ -127,9 +128,67 @@ def test_four_batches_added_up_are_one_large_batch(digits):
     optimizer = create_optimizer(parts, OptimSpec())
     for number in range(4):
         rows = slice(32 * number, 32 * number + 32)
-        train_step(parts, optimizer, x[rows], y[rows], place=(number, 4))
+        train_step(parts, optimizer, x[rows], y[rows], batch_number=number, batches_per_update=4)
     for a, b in zip(large.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_the_old_name_of_the_number_of_a_batch_warns(digits):
+    x, y = digits[0][:32]
+    old, new = Distiller(Plain()), Distiller(Plain())
+    with pytest.warns(DeprecationWarning, match="batches_per_update"):
+        train_step(old, create_optimizer(old, OptimSpec()), x, y, place=(1, 2))
+    train_step(new, create_optimizer(new, OptimSpec()), x, y, batch_number=1, batches_per_update=2)
+    assert same_weights(old, new)
+
+
+def test_training_images_alone_are_enough_for_a_student_with_a_teacher(digits):
+    train, _ = digits
+    distiller = create_distiller("kd", student := Plain(), Plain())
+    history = fit(student, DataLoader(train, 64), distiller, **QUICK)
+    assert len(history) == 1
+    assert history.teacher_acc is None
+
+
+def test_data_without_a_batch_are_an_error_with_a_cure():
+    with pytest.raises(UserError, match="gave no batches in epoch 1.*drop_last=False"):
+        fit(
+            Plain(),
+            DataLoader(TensorDataset(torch.zeros(4, 1, 8, 8), torch.arange(4)), 8, drop_last=True),
+            **QUICK,
+        )
+
+
+@pytest.mark.parametrize("num_images", [1, 5, 8])
+def test_every_process_gets_an_equal_part_of_a_batch(num_images):
+    x = torch.arange(num_images).reshape(1, num_images, 1, 1, 1)  # frames: (T, B, C, H, W)
+    y = torch.arange(num_images)
+    parts = []
+    for rank in range(4):
+        part_x, part_y = _shard(SimpleNamespace(num_processes=4, process_index=rank), x, y)
+        assert torch.equal(part_x.flatten(), part_y)
+        parts.append(part_y)
+    part_size = -(-num_images // 4)
+    filled_up = [index % num_images for index in range(4 * part_size)]
+    assert torch.cat(parts).tolist() == filled_up
+
+
+class Stream(IterableDataset):
+    "Ten images that have an order of their own."
+
+    def __iter__(self):
+        for number in range(10):
+            yield torch.full((1, 8, 8), float(number)), number
+
+    def __len__(self):
+        return 10
+
+
+def test_an_iterable_data_set_with_a_length_keeps_its_order():
+    loader = TorchData(Stream(), num_classes=10).loader("train", 4)
+    assert len(loader) == 3
+    assert [y.tolist() for _, y in loader] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert len(fit(Plain(), TorchData(Stream(), num_classes=10), **QUICK)) == 1
 
 
 def test_an_option_at_its_default_does_not_change_the_id():
@@ -204,3 +263,10 @@ def test_mixing_needs_the_number_of_classes(digits):
         fit(Plain(), digits, mixup=0.2, **QUICK)
     data = TorchData(*digits, num_classes=10)
     assert len(fit(Plain(), data, mixup=0.2, **QUICK)) == 1
+
+
+@pytest.mark.parametrize("value", ["abc", "-1", "1.5"])
+def test_a_wrong_number_of_workers_in_the_environment_is_one_line(monkeypatch, value):
+    monkeypatch.setenv("SNNKD_WORKERS", value)
+    with pytest.raises(UserError, match=f"SNNKD_WORKERS = '{value}': set it to a number"):
+        worker_count(None)
