@@ -396,8 +396,9 @@ class OptimSpec(Spec):
 # %% ../nbs/lib/02_spec.ipynb #be76e6c0
 ALONE = ("none", "tet")  # methods without a teacher
 VARIANTS = ("paper", "scaled", "code")  # readings of a method; "scaled" exists for SAMD alone
-# What computes something new for an unchanged spec. A number above 1 is part of the ids of its
-# runs; 1, or no entry, leaves them as they are.
+# Revisions of methods, models and neurons whose computation changed while their spec stayed the
+# same. A revision above 1 is hashed into the run id, so that records of the old computation are not
+# reused.
 METHOD_REVISIONS = {"samd": 2, "ckdsnn": 2}  # of the variant "paper"
 MODEL_REVISIONS: dict[str, int] = {}
 NEURON_REVISIONS: dict[str, int] = {}

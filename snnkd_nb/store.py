@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'KINDS', 'EXTRA_KEY', 'EXTRA_PREFIX', 'PACKAGES', 'Record', 'SearchRecord', 'dump', 'BadRecord',
            'parse_record', 'complete_id', 'Store', 'split_state', 'dump_state', 'parse_state', 'weights_path',
-           'save_weights', 'MissingWeights', 'shipped_weights_path', 'load_weights', 'twins', 'with_weights',
-           'environment', 'peak_memory']
+           'save_weights', 'MissingWeights', 'shipped_weights_path', 'are_weights_of', 'find_weights', 'load_weights',
+           'twins', 'with_weights', 'environment', 'peak_memory']
 
 # %% ../nbs/lib/03_store.ipynb #1930672e
 import contextlib
@@ -138,10 +138,18 @@ def parse_record(
         raise BadRecord("the checksum does not match its content")
     if content.get("schema") != SCHEMA:
         raise BadRecord(f"schema {content.get('schema')}, this version reads {SCHEMA}")
+    if "id" not in content:
+        raise BadRecord("no id")
     run_id = content.pop("id")
-    make = KINDS[content.pop("kind", "run")]
-    record = make(**content)
-    if record.id != run_id:
+    kind = content.pop("kind", "run")
+    if kind not in KINDS:
+        raise BadRecord(f"kind {kind!r}, this version reads {', '.join(KINDS)}")
+    try:
+        record = KINDS[kind](**content)
+        id_of_spec = record.id
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadRecord(f"this version cannot read its fields: {error}") from None
+    if id_of_spec != run_id:
         raise BadRecord("the id does not match the spec")
     return record
 
@@ -379,6 +387,32 @@ def shipped_weights_path(
     return root() / "results" / "weights" / f"{record.id}.safetensors"
 
 
+def are_weights_of(
+    record: Record,
+    content: Path | bytes,  # a weight file, or its content
+) -> bool:
+    "Tell whether a file holds the weights of a record, by their hash."
+    return record.weights is not None and sha256_of(content) == record.weights["sha256"]
+
+
+def _weight_places(record: Record) -> list[Path]:
+    return [weights_path(record), shipped_weights_path(record)]
+
+
+def find_weights(
+    record: Record,
+) -> Path | None:
+    """Return the intact weight file of a record, None if it is not on this machine.
+
+    Looks into the cache, then into the weights that come with the project."""
+    if not record.weights:
+        return None
+    for path in _weight_places(record):
+        if path.is_file() and are_weights_of(record, path):
+            return path
+    return None
+
+
 def load_weights(
     record: Record,
 ) -> "dict[str, Tensor] | None":
@@ -388,12 +422,12 @@ def load_weights(
     """
     if not record.weights:
         return None
-    for path in (weights_path(record), shipped_weights_path(record)):
+    for path in _weight_places(record):
         try:
             blob = path.read_bytes()
         except FileNotFoundError:
             continue
-        if sha256_of(blob) == record.weights["sha256"]:
+        if are_weights_of(record, blob):
             return parse_state(blob)[0]
         warnings.warn(
             f"{path.name} is damaged (its hash is not the recorded one); it will be made again",
