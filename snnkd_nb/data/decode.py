@@ -11,6 +11,7 @@ __all__ = ['WIDE_RANGES', 'TRANSPARENT_MODES', 'BITS_PER_SAMPLE', 'PHOTOMETRIC',
 import contextlib
 import itertools
 import json
+import os
 import re
 import shutil
 import sys
@@ -351,13 +352,25 @@ def _joined_labels(source: Source, parts: dict[str, Any], num_classes: int) -> n
     return np.concatenate(all_labels)
 
 
+def _read_source(source: Source) -> tuple[Any, Any]:
+    "Return classes and splits of a source; `UserError` if one of its files cannot be read."
+    try:
+        return source.read()
+    except OSError as error:
+        place = readable_name(os.fsdecode(error.filename or "its files"))
+        raise UserError(
+            f"{source.name}: cannot read {place}: {error.strerror or error}; "
+            "make it readable, or correct the path"
+        ) from error
+
+
 def write_cache(
     source: Source,
     size: int | None,  # as in `fit_image`
     folder: Path,  # an existing empty folder
 ) -> None:
     "Decode a source into `folder`."
-    classes, parts = source.read()
+    classes, parts = _read_source(source)
     items = [item for split_items, _ in parts.values() for item in split_items]
     labels = _joined_labels(source, parts, len(classes))
     decoded = decode(items, size, f"preparing {source.name}")
