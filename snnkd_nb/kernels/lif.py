@@ -293,9 +293,11 @@ def check_lif_arguments(
     if T is not None and not isinstance(T, int):
         raise UserError(f"T must be a whole number of time steps, got {T!r}")
     check_number("decay = 1 - 1/τ", decay, is_leak, "in (0, 1], 1 for no leak")
-    check_number("v_threshold", v_threshold, is_moderate, "finite")
+    check_number("v_threshold", v_threshold, is_moderate, "below 1e30 in size")
     if v_reset is not None:
-        check_number("v_reset", v_reset, is_moderate, "finite, or None for a soft reset")
+        check_number(
+            "v_reset", v_reset, is_moderate, "below 1e30 in size, or None for a soft reset"
+        )
     if backend not in BACKENDS:
         raise unknown("backend", backend, BACKENDS)
     if static and T is None:
