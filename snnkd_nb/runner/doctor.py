@@ -11,7 +11,7 @@ __all__ = ['OPERATIONS', 'CONVOLUTIONS', 'CHANNELS', 'KERNELS', 'SIZES', 'BATCHE
            'check_cpu', 'check_numba', 'check_folder', 'check_data', 'run_checks', 'doctor', 'Case', 'has_weight',
            'has_window', 'is_strided_pointwise_case', 'random_case', 'is_degenerate', 'standard_cases', 'tiny_cases',
            'poison_memory', 'operands', 'plain', 'guarded', 'implementation_of', 'names_of', 'with_gradients',
-           'reference_of', 'largest_error', 'run_case', 'operation_task', 'run_group', 'run_as_child',
+           'reference_of', 'largest_error', 'run_case', 'operation_task', 'run_group', 'Refused', 'run_as_child',
            'describe_ending', 'serve_cases', 'is_death', 'report', 'report_suspects', 'Fault', 'GradientReport',
            'run_job', 'list_settings', 'check_gradients', 'max_threads', 'run_settings', 'group_of', 'group_faults',
            'format_report', 'format_numbers', 'NetworkCase', 'network_cases', 'smooth', 'calibrate', 'gradient_errors',
@@ -41,7 +41,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
-from ..core import cache_dir, cores, data_dir, renamed, root
+from ..core import UserError, cache_dir, cores, data_dir, renamed, root
 from .jobs import list_gpus
 
 # %% ../../nbs/lib/97_runner.doctor.ipynb #09bb447c
@@ -253,7 +253,9 @@ def check_numba() -> Finding:
     if not folder:
         package = importlib.util.find_spec("snnkd_nb.kernels")
         assert package is not None
-        places = [*(package.submodule_search_locations or []), Path.home()]
+        places = [*(package.submodule_search_locations or [])]
+        with contextlib.suppress(RuntimeError):  # the user may have no home
+            places.append(Path.home())
     if any(os.access(place, os.W_OK) for place in places):
         text = f"numba {numba.__version__}, kernels are cached; no C compiler is needed"
         return Finding("ok", text)
@@ -301,17 +303,35 @@ def check_data(folder: Path | str | None = None) -> Finding:
     )
 
 # %% ../../nbs/lib/97_runner.doctor.ipynb #c7db9159
+def _report_errors(check: Callable[[], Finding], what: str) -> Finding:
+    """Return what a check finds; a `UserError`, such as a wrong variable, is a finding, too."""
+    try:
+        return check()
+    except UserError as error:
+        problem, separator, cure = str(error).partition(": ")
+        if not separator:
+            problem, cure = str(error), "correct the setting"
+        return Finding("FAIL", f"{what}: {problem}", cure)
+
+
 def run_checks() -> list[Finding]:
     """Run all checks."""
+
+    def check_results() -> Finding:
+        return check_folder(root() / "results", "results", 0.1)
+
+    def check_cache() -> Finding:
+        return check_folder(cache_dir(), "cache", 2.0)
+
     return [
         check_python(),
         *check_packages(),
         *check_torch(),
-        check_cpu(),
+        _report_errors(check_cpu, "CPU"),
         check_numba(),
-        check_folder(root() / "results", "results", 0.1),
-        check_folder(cache_dir(), "cache", 2.0),
-        check_data(),
+        _report_errors(check_results, "results"),
+        _report_errors(check_cache, "cache"),
+        _report_errors(check_data, "data"),
     ]
 
 
@@ -367,15 +387,24 @@ class Case:
     @property
     def cost(self) -> int:
         """Estimate the multiply-accumulates of the forward pass."""
-        edges = 1 if self.operation in ("conv1d", "linear", "matmul", "bmm") else 2
-        window = self.kernel**edges if self.operation in CONVOLUTIONS else 1
+        edges = 2
+        if self.operation in ("conv1d", "linear", "matmul", "bmm"):
+            edges = 1
+        window = 1
+        if self.operation in CONVOLUTIONS:
+            window = self.kernel**edges
         filters = 1 if self.operation == "depthwise" else self.c_out
-        positions = (self.size // self.stride + 1) ** edges
+        steps = self.size // self.stride + 1
+        positions = steps**edges
         return self.batch * self.c_in * filters * window * positions
 
     def __str__(self) -> str:
-        channels = f"{self.c_in}→{self.c_out}" if has_weight(self.operation) else f"{self.c_in}"
-        window = f" {self.kernel}/{self.stride}" if has_window(self.operation) else ""
+        channels = str(self.c_in)
+        if has_weight(self.operation):
+            channels += f"→{self.c_out}"
+        window = ""
+        if has_window(self.operation):
+            window = f" {self.kernel}/{self.stride}"
         place = f"size {self.size}, batch {self.batch}, {self.layout}, {self.threads} threads"
         return f"{self.operation} {channels}{window} {self.dtype}, {place}"
 
@@ -392,7 +421,8 @@ def has_window(operation: str) -> bool:
 
 def is_strided_pointwise_case(case: Case) -> bool:
     """Tell whether a case is a strided 1×1 convolution, the shape of oneDNN issue 6035."""
-    return case.operation in CONVOLUTIONS and case.kernel == 1 and case.stride > 1
+    is_pointwise = case.operation in CONVOLUTIONS and case.kernel == 1
+    return is_pointwise and case.stride > 1
 
 # %% ../../nbs/lib/97_runner.doctor.ipynb #085fccc7
 def random_case(rng: random.Random, operation: str | None = None, threads: int = 2) -> Case:
@@ -657,7 +687,9 @@ def operation_task(job: dict[str, Any]) -> Callable[[dict, int], dict]:
 def run_group(task: Callable, cases: list[dict], seconds: float, factor: int = 1) -> Iterator[dict]:
     """Run cases in one forked child and yield a message for each case that was begun.
 
-    A message has the `index` of the case, and its `errors` or a `failure`: how the child ended.
+    A message has the `index` of the case, and its `errors` or a `failure` in words. With a failure
+    comes `"refused": True` if the case cannot be run, or `"died": True` if the child did not finish
+    its cases.
     """
     reader, writer = os.pipe()
     pid = os.fork()
@@ -673,11 +705,21 @@ def run_group(task: Callable, cases: list[dict], seconds: float, factor: int = 1
             else:
                 last = None
                 yield message
-    status = os.waitpid(pid, 0)[1]
+    _, status = os.waitpid(pid, 0)
     if status and last is None:
         last = len(cases) - 1  # it died after the last case, when memory was given back
     if last is not None:
-        yield {"index": last, "failure": describe_ending(status)}
+        yield {"index": last, "failure": describe_ending(status), "died": True}
+
+
+class Refused(ValueError):
+    """A case that cannot be run, such as an image size that a network does not accept."""
+
+
+def _shorten(error: Exception) -> str:
+    """Return the message of an error as one line of at most 160 characters."""
+    words = str(error).split()
+    return " ".join(words)[:160]
 
 
 def run_as_child(
@@ -696,11 +738,11 @@ def run_as_child(
             message: dict[str, Any] = {"index": index}
             try:
                 message["errors"] = task(fields, factor)
+            except Refused as error:
+                message["failure"] = _shorten(error)
+                message["refused"] = True
             except Exception as error:
-                text = " ".join(str(error).split())[:160]
-                if not text.startswith("refused"):
-                    text = f"{type(error).__name__}: {text}"
-                message["failure"] = text
+                message["failure"] = f"{type(error).__name__}: {_shorten(error)}"
             print(json.dumps(message), file=lines)
     os._exit(0)
 
@@ -744,12 +786,14 @@ def serve_cases() -> None:
 
 def is_death(message: dict[str, Any]) -> bool:
     """Tell whether a message is about a child that did not finish its cases."""
-    return message.get("failure", "").startswith(("hangs", "dies", "ends"))
+    return message.get("died", False)
 
 
 def report(message: dict[str, Any], first: int) -> None:
     """Print a message with the index of its case among all cases."""
-    print(json.dumps({**message, "index": message["index"] + first}), flush=True)
+    index = message["index"] + first
+    line = json.dumps({**message, "index": index})
+    print(line, flush=True)
 
 
 def report_suspects(
@@ -788,8 +832,10 @@ class Fault:
     error: float  # the largest relative error; inf if there is none
 
     def __str__(self) -> str:
-        amount = f", relative error {self.error:.2g}" if 0 < self.error < float("inf") else ""
-        return f"{self.setting}: {self.case}: {self.what}{amount}"
+        text = f"{self.setting}: {self.case}: {self.what}"
+        if 0 < self.error < float("inf"):
+            text += f", relative error {self.error:.2g}"
+        return text
 
 
 @dataclass(frozen=True)
@@ -804,7 +850,9 @@ class GradientReport:
     @property
     def ok(self) -> bool:
         """Tell whether at least one case was run and no fault was found."""
-        return not self.faults and any(self.tried.values())
+        if self.faults:
+            return False
+        return any(self.tried.values())
 
     @property
     def count(self) -> int:
@@ -942,15 +990,15 @@ def run_settings(
             if "end" in message:
                 continue
             case = cases[message["index"]]
-            failure = message.get("failure")
-            if failure and failure.startswith("refused"):
+            if message.get("refused"):
                 left_out[setting] += 1
                 continue
             begun.add(case)
-            if failure:
-                faults.append(Fault(setting, case, failure, float("inf")))
+            if "failure" in message:
+                faults.append(Fault(setting, case, message["failure"], float("inf")))
                 continue
-            faults += [Fault(setting, case, *wrong) for wrong in judge(case, message["errors"])]
+            for what, error in judge(case, message["errors"]):
+                faults.append(Fault(setting, case, what, error))
         tried[setting] = tuple(begun)
     return GradientReport(tuple(faults), tried, left_out)
 
@@ -961,8 +1009,10 @@ _SHAPE_KEYS = ("c_in", "c_out", "size", "batch", "threads")
 
 def group_of(setting: str, case: Case) -> tuple[str, ...]:
     """Return the group in which the faults of a case are counted."""
-    window = f"{case.kernel}×{case.kernel}/{case.stride}" if has_window(case.operation) else ""
-    return setting, f"{case.operation} {window}".strip(), case.dtype, case.layout
+    operation = case.operation
+    if has_window(operation):
+        operation += f" {case.kernel}×{case.kernel}/{case.stride}"
+    return setting, operation, case.dtype, case.layout
 
 
 def group_faults(found: GradientReport) -> list[dict[str, Any]]:
@@ -991,13 +1041,15 @@ def group_faults(found: GradientReport) -> list[dict[str, Any]]:
 def format_report(found: GradientReport) -> Iterator[str]:
     """Yield the lines of a report on operations."""
     for row in group_faults(found):
-        place = "; ".join(f"{name} {format_numbers(row[name])}" for name in _SHAPE_KEYS)
+        shapes = [f"{name} {format_numbers(row[name])}" for name in _SHAPE_KEYS]
+        place = "; ".join(shapes)
         group = f"{row['setting']}: {row['operation']}, {row['dtype']}, {row['layout']}"
         yield f"{group}: {row['what']}"
         yield f"    {row['faulty']} of {row['run']} cases: {place}"
-    settings = ", ".join(f"{name} {len(cases)}" for name, cases in found.tried.items())
-    faulty = len({(fault.setting, fault.case) for fault in found.faults})
-    yield f"{faulty} faulty cases of {found.count} ({settings})"
+    counts = [f"{name} {len(cases)}" for name, cases in found.tried.items()]
+    settings = ", ".join(counts)
+    faulty = {(fault.setting, fault.case) for fault in found.faults}
+    yield f"{len(faulty)} faulty cases of {found.count} ({settings})"
 
 
 def format_numbers(numbers: list[int]) -> str:
@@ -1027,8 +1079,9 @@ class NetworkCase:
     batch: int = 4
 
     def __str__(self) -> str:
+        network = f"{self.network} at width {self.width:g}"
         place = f"{self.size} pixels, batch {self.batch}, {self.threads} threads"
-        return f"{self.network} at width {self.width:g}, {place}"
+        return f"{network}, {place}"
 
 
 def network_cases(
@@ -1079,7 +1132,7 @@ def calibrate(network: Any, images: Any) -> None:
 
 
 def _build_network(case: NetworkCase) -> Any:
-    """Build the network of a case; raise `ValueError` ("refused: …") if it is not checked."""
+    """Build the network of a case; raise `Refused` if it is not checked."""
     import torch
 
     from snnkd_nb.models.zoo import create_model, macs
@@ -1089,9 +1142,9 @@ def _build_network(case: NetworkCase) -> Any:
         network = create_model(case.network, width=case.width, image_size=case.size)
         cost = macs(network, (3, case.size, case.size)) * case.batch
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"refused: {error}") from None
+        raise Refused(f"refused: {error}") from None
     if cost > NETWORK_COST:
-        raise ValueError(f"refused: {cost:.1e} multiply-accumulates")
+        raise Refused(f"refused: {cost:.1e} multiply-accumulates")
     return smooth(network)
 
 
@@ -1109,8 +1162,7 @@ def _gradients(network: Any, images: Any, cotangent: Any) -> dict[str, Any]:
 def gradient_errors(case: NetworkCase) -> dict[str, float]:
     """Return the norm-relative error of each parameter's gradient, beyond rounding.
 
-    Raises `ValueError` with a message that begins with "refused" if the network does not accept the
-    image size or takes too long.
+    Raises `Refused` if the network does not accept the image size or takes too long.
     """
     import copy
 
@@ -1128,7 +1180,7 @@ def gradient_errors(case: NetworkCase) -> dict[str, float]:
             exact.load_state_dict(network.state_dict())
             reference = _gradients(exact, images.double(), cotangent)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"refused: {error}") from None
+        raise Refused(f"refused: {error}") from None
     torch.set_num_threads(case.threads)
     errors = norm_errors(_gradients(network, images, cotangent), reference)
     if max(errors.values()) <= NETWORK_TOLERANCE:
