@@ -94,7 +94,9 @@ _KINDS = {"INT": "a whole number or None", "FLOAT": "a number or None"}
 
 def _explain_type(found: re.Match[str]) -> str:
     """Return the words for a value that tyro could not read."""
-    return f"got {found[2]!r}, give {_KINDS.get(found[1], found[1].lower())}"
+    kind, value = found[1], found[2]
+    wanted = _KINDS.get(kind, kind.lower())
+    return f"got {value!r}, give {wanted}"
 
 
 def shorten_error(box: str) -> str:
@@ -220,7 +222,10 @@ def run_command(
     built = _list_built(keys, "run")
 
     def list_wanted() -> dict[Any, None]:
-        return dict.fromkeys(spec for key in built for spec in specs_for(key, scale))
+        wanted: dict[Any, None] = {}
+        for key in built:
+            wanted |= dict.fromkeys(specs_for(key, scale))
+        return wanted
 
     outcome = execute_all(list_wanted, jobs, executor=executor)
     if outcome.ok:
@@ -245,7 +250,7 @@ def render_command(
     if missing not in MISSING:
         raise unknown("value of missing", missing, MISSING)
     built = _list_built(keys, "render")
-    num_notebooks = check_jobs(jobs) if jobs else jobs
+    num_notebooks = None if jobs is None else check_jobs(jobs)
     rendered = render_all(built, scale, missing, dict(p), num_notebooks)
     return rendered.ok and bool(built)
 
@@ -443,6 +448,7 @@ def _create_teacher_run(
 
     if teacher.startswith(STORED_RUN):
         flags = {
+            "--teacher-width": width is not None,
             "--teacher-weights": weights,
             "--teacher-pretrained": pretrained,
             "--teacher-args": options,
@@ -547,9 +553,11 @@ def train_command(
     }
     if config:
         _import_plugins(plugin)
-        _train_or_print(_read_config(config), print_config, **place)
+        spec = _read_config(config)
+        if download:
+            _download_data(spec.data)
+        _train_or_print(spec, print_config, **place)
         return
-    from snnkd_nb.data.images import load
     from snnkd_nb.spec import ALONE, DataSpec, ModelSpec, OptimSpec, RunSpec
 
     if teacher is None and method not in (None, *ALONE):
@@ -580,7 +588,7 @@ def train_command(
             optim,
             seed,
             teacher_epochs,
-            teacher_width if teacher_width or ":" in teacher else width,
+            teacher_width if teacher_width is not None or ":" in teacher else width,
             _parse_options(teacher_args, "--teacher-args", "depth=0.34 head=false"),
             teacher_weights,
             teacher_pretrained,
@@ -602,8 +610,15 @@ def train_command(
     )
     _check_names(spec)
     if download:
-        load(dataset, download=True, size=size)
+        _download_data(data)
     _train_or_print(spec, print_config, **place)
+
+
+def _download_data(data: "DataSpec") -> None:
+    """Download a data set that is not on this machine."""
+    from snnkd_nb.data.images import load
+
+    load(data.name, download=True, size=data.size)
 
 
 def _train_or_print(spec: "RunSpec", print_config: bool, **place: Any) -> None:
@@ -622,7 +637,7 @@ def _train(
     weak_teacher: str = "refuse",
 ) -> None:
     """Train a run, print its progress, its accuracy and the paths of its weights and record."""
-    from snnkd_nb.store import Store, weights_path
+    from snnkd_nb.store import Store, find_weights
     from snnkd_nb.training.job import run_train
     from snnkd_nb.training.progress import ProgressPrinter
     from snnkd_nb.training.trackers import Trackers
@@ -647,11 +662,12 @@ def _train(
     if metrics.get("acc_best_val") is not None:
         text += f", at the best validation epoch {metrics['acc_best_val']:.2f} %"
     print(text)
-    weights = weights_path(record)
-    if out and weights.exists():
+    weights = find_weights(record)
+    if out and weights:
+        content = weights.read_bytes()
         weights = store.path(spec.id).with_suffix(".safetensors")
-        atomic_write(weights, weights_path(record).read_bytes())
-    if weights.exists():
+        atomic_write(weights, content)
+    if weights:
         print("weights", weights.resolve())
     print("record ", store.path(spec.id).resolve())
 
@@ -671,7 +687,7 @@ def search_command(
     teacher_pretrained: bool = False,
     # options of the teacher, e.g. depth=0.34; with a file of other classes head=false
     teacher_args: tuple[str, ...] = (),
-    teacher_width: float = 1.0,  # factor of the teacher's channels
+    teacher_width: float | None = None,  # factor of the teacher's channels; default: 1
     # passes over the training images; default: 5, 0 (as it is) with --teacher-weights
     teacher_epochs: int | None = None,
     download: bool = False,  # download pretrained weights that are not on this machine
@@ -1056,17 +1072,20 @@ def _dispatch(words: Sequence[str]) -> int:
     return 1 if result is False else 0
 
 # %% ../nbs/lib/99_cli.ipynb #49d2fa7b
-_STOPPED = "stopped; what was finished is kept, the same command goes on from there"
+_STOPPED = "stopped; finished epochs are kept: run the same command again to continue"
 # names of errors whose message is written for users; importing their modules would take seconds
 _USER_ERRORS = {"TaskError", "NonFiniteLoss"}
 
 
 def _print_error(text: object) -> None:
-    print(f"snnkd: {' '.join(str(text).split())}", file=sys.stderr)
+    words = str(text).split()
+    one_line = " ".join(words)
+    print(f"snnkd: {one_line}", file=sys.stderr)
 
 
 def _is_for_users(error: Exception) -> bool:
-    return any(kind.__name__ in _USER_ERRORS for kind in type(error).__mro__)
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return not names.isdisjoint(_USER_ERRORS)
 
 
 def _describe_os_error(error: OSError) -> str:

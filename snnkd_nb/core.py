@@ -6,7 +6,7 @@
 __all__ = ['LIBRARIES', 'LARGEST_KEPT_BLOCK', 'UserError', 'unknown', 'raises', 'home_dir', 'expand_path', 'root', 'cache_dir',
            'data_dir', 'canonical_json', 'sha256_of', 'seed_for', 'atomic_write', 'check_writable', 'lock',
            'is_terminal', 'readable_name', 'replace_characters', 'comments_of', 'float32_by_default', 'source_digest',
-           'cores', 'threads', 'keep_freed_memory', 'torchvision', 'renamed', 'renamed_arguments']
+           'cores', 'thread_limits', 'threads', 'keep_freed_memory', 'torchvision', 'renamed', 'renamed_arguments']
 
 # %% ../nbs/lib/00_core.ipynb #3be12b44
 import ast
@@ -363,12 +363,21 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def thread_limits(
+    n: int,  # threads that a process may use
+) -> dict[str, str]:
+    "Return the environment variables that limit the threads of a process that is started."
+    libraries = ("OMP", "MKL", "OPENBLAS", "NUMBA")
+    return {f"{library}_NUM_THREADS": str(n) for library in libraries}
+
+
 def threads(
     n: int,  # threads that this process may use
 ) -> None:
     "Limit the threads of torch, and of programs started from this process, to `n`."
-    os.environ["OMP_NUM_THREADS"] = str(n)
-    os.environ["MKL_NUM_THREADS"] = str(n)
+    limits = thread_limits(n)
+    del limits["NUMBA_NUM_THREADS"]  # Numba raises an error if it changes in a running process
+    os.environ.update(limits)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(n)
 

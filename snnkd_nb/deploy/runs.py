@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..core import UserError, atomic_write, root, sha256_of
+from ..core import UserError, atomic_write, root
 from ..data.batches import make_normalizer
 from ..data.decode import fit_image, pixels
 from ..data.images import load_spec
@@ -31,9 +31,10 @@ from snnkd_nb.store import (
     BadRecord,
     Record,
     Store,
+    are_weights_of,
+    find_weights,
     parse_record,
-    shipped_weights_path,
-    weights_path,
+    parse_state,
     with_weights,
 )
 from ..training.job import build_model
@@ -74,9 +75,10 @@ class TrainedRun:
         return self.record.dataset.get("frames")
 
     def __repr__(self) -> str:
+        num_classes = len(self.classes)
         shape = "×".join(map(str, self.shape))
         accuracy = self.record.metrics["acc_last"]
-        return f"TrainedRun({self.id!r}, {len(self.classes)} classes, {shape}, {accuracy:.2f} %)"
+        return f"TrainedRun({self.id!r}, {num_classes} classes, {shape}, {accuracy:.2f} %)"
 
 
 def _read_record_file(path: Path) -> Record:
@@ -102,26 +104,73 @@ def find_record(
         record = store.get(run)
         require(record is not None, f"{run.id} is not stored: train it with run_train(spec)")
         return record
-    if str(run).endswith(".json"):
+    if _is_record_path(run):
         return _read_record_file(Path(run).expanduser())
     record = store.find(str(run))
     require(isinstance(record, Record), f"{run} is a search, not a trained network")
     return record
 
 
-def _read_weights_beside(path: Path, record: Record) -> dict[str, Tensor] | None:
-    "Read the weights from the folder of a record, where `snnkd train --out` puts them."
-    from safetensors.torch import load
+def _is_record_path(run: Any) -> bool:
+    return isinstance(run, (str, Path)) and str(run).endswith(".json")
 
+
+def _read_weights_beside(path: Path, record: Record) -> dict[str, Any] | None:
+    "Read the state dict next to a record, where `snnkd train --out` puts it; None without a file."
     file = path.with_suffix(".safetensors")
     if record.weights is None or not file.is_file():
         return None
     content = file.read_bytes()
     require(
-        sha256_of(content) == record.weights["sha256"],
+        are_weights_of(record, content),
         f"{file} is damaged or belongs to another run: its hash is not the one in the record",
     )
-    return load(content)
+    state, _ = parse_state(content)
+    return state
+
+
+def _read_weights(
+    path: Path,  # of the record
+    record: Record,
+    store: Store,
+) -> tuple[Record, dict[str, Any]]:
+    "Return the weights of a run and the record that names them; `UserError` if they are not here."
+    state = _read_weights_beside(path, record)
+    if state is not None:
+        return record, state
+    record_here, state = with_weights(record.run, store)
+    if record_here is None or state is None:
+        raise UserError(
+            f"the weights of {record.id} are not on this machine: make them again with "
+            "run_train(spec, weights=True), or copy them next to the record as ID.safetensors"
+        )
+    return record_here, state
+
+
+def _read_input(record: Record) -> dict[str, Any]:
+    "Return `mean`, `std` and `classes` of the images that the network of a record expects."
+    known = record.extra.get("input", {})
+    if "classes" in known:
+        return known
+    data = load_spec(record.run.data)
+    found = {"mean": data.mean.tolist(), "std": data.std.tolist(), "classes": data.classes}
+    return {**found, **known}
+
+
+def _build_untrained(record: Record, mean: Tensor, std: Tensor) -> nn.Module:
+    "Build the network of a record without its data set."
+    about = SimpleNamespace(
+        name=record.dataset["name"],
+        num_classes=record.dataset["classes"],
+        shape=tuple(record.dataset["shape"]),
+        frames=record.dataset.get("frames"),
+        mean=mean,
+        std=std,
+    )
+    # its own weights replace those of a file from which the training started
+    model = record.run.model
+    args = {name: value for name, value in model.args.items() if name not in _START}
+    return build_model(model.replace(args=args), about)
 
 
 def load_run(
@@ -135,37 +184,17 @@ def load_run(
     store = store or Store()
     record = find_record(run, store)
     path = store.path(record.id)
-    if isinstance(run, (str, Path)) and str(run).endswith(".json"):
-        path = Path(run).expanduser()
+    if _is_record_path(run):
+        path = Path(str(run)).expanduser()
         store = Store(path.parent)
-    state = _read_weights_beside(path, record)
-    if state is None:
-        record_here, state = with_weights(record.run, store)
-        record = record_here or record
-    if state is None:
-        raise UserError(
-            f"the weights of {record.id} are not on this machine: make them again with "
-            "run_train(spec, weights=True), or copy them next to the record as ID.safetensors"
-        )
-    shown = record.extra.get("input", {})
-    if "classes" not in shown:
-        data = load_spec(record.run.data)
-        found = {"mean": data.mean.tolist(), "std": data.std.tolist(), "classes": data.classes}
-        shown = {**found, **shown}
-    mean, std = torch.tensor(shown["mean"]), torch.tensor(shown["std"])
-    about = SimpleNamespace(
-        name=record.dataset["name"],
-        num_classes=record.dataset["classes"],
-        shape=tuple(record.dataset["shape"]),
-        frames=record.dataset.get("frames"),
-        mean=mean,
-        std=std,
-    )
-    # its own weights replace those of a file from which the training started
-    args = {k: v for k, v in record.run.model.args.items() if k not in _START}
-    model = build_model(record.run.model.replace(args=args), about)
+    record, state = _read_weights(path, record, store)
+    expected = _read_input(record)
+    mean = torch.tensor(expected["mean"])
+    std = torch.tensor(expected["std"])
+    classes = tuple(map(str, expected["classes"]))
+    model = _build_untrained(record, mean, std)
     model.load_state_dict(state)
-    return TrainedRun(model.eval(), record, tuple(map(str, shown["classes"])), mean, std)
+    return TrainedRun(model.eval(), record, classes, mean, std)
 
 
 _START = ("weights", "sha256", "head", "pretrained")
@@ -420,9 +449,10 @@ def model_card(
     ]
     if record.teacher:
         lines.append(f"- teacher: `{record.teacher['id']}`")
-    microjoules = record.history.get("microjoules_45nm")
-    if microjoules:
-        lines.append(f"- energy of an image: {microjoules[-1]:.3g} µJ by the 45nm convention")
+    measured = record.history.get("microjoules_45nm") or [None]
+    microjoules = measured[-1]
+    if microjoules is not None:  # None: the number of the last epoch was not finite
+        lines.append(f"- energy of an image: {microjoules:.3g} µJ by the 45nm convention")
     lines.append("- licence: Apache-2.0, as the project; the images have their own terms")
     return "\n".join(lines) + "\n"
 
@@ -440,11 +470,12 @@ def ship_weights(
     contents = {}
     for record in records:
         require(record.weights is not None, f"{record.id} was stored without weights")
-        sources = [
-            path for path in (weights_path(record), shipped_weights_path(record)) if path.exists()
-        ]
-        require(sources, f"the weights of {record.id} are not on this machine: train it again")
-        contents[record.id] = sources[0].read_bytes()
+        path_of_weights = find_weights(record)
+        if path_of_weights is None:
+            raise UserError(
+                f"the weights of {record.id} are damaged or not on this machine: train it again"
+            )
+        contents[record.id] = path_of_weights.read_bytes()
     num_bytes = sum(map(len, contents.values()))
     require(
         num_bytes <= MAX_SHIPPED_BYTES,

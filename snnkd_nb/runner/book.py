@@ -41,6 +41,7 @@ SUBJECTS = {
     "papers": "Papers as data",
     "reports": "Tables and figures",
     "runner": "Running and checking",
+    "deploy": "Trained networks in use",
 }
 
 

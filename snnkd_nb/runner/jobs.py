@@ -7,9 +7,8 @@ __all__ = ['STEP', 'CALIBRATED_STEP', 'PER_PIXEL', 'PER_CANDIDATE', 'PRIOR', 'RE
            'PAGE', 'RUN', 'SMALL_SEARCH', 'SEARCH', 'EXECUTORS', 'STOPPED', 'MISSING', 'has_weights', 'Job', 'plan',
            'estimate_seconds', 'Clock', 'measure_slowdown', 'estimate_page_seconds', 'format_duration',
            'format_estimate', 'describe_work', 'run_one', 'search_one', 'list_gpus', 'default_jobs', 'check_jobs',
-           'make_tasks', 'dask_tasks', 'LineDisplay', 'BarDisplay', 'progress_folder', 'Outcome', 'ProgressReporter',
-           'execute', 'execute_all', 'Runs', 'NotebookDisplay', 'ensure', 'load_network', 'load_networks', 'Networks',
-           'watch']
+           'make_tasks', 'dask_tasks', 'LineDisplay', 'BarDisplay', 'Outcome', 'ProgressReporter', 'execute',
+           'execute_all', 'Runs', 'NotebookDisplay', 'ensure', 'load_network', 'load_networks', 'Networks', 'watch']
 
 # %% ../../nbs/lib/82_runner.jobs.ipynb #3c726f8c
 import contextlib
@@ -29,7 +28,6 @@ from snnkd_nb.core import (
     lock,
     renamed,
     root,
-    sha256_of,
     unknown,
 )
 from .workers import Message, Task, run_request, run_tasks
@@ -39,30 +37,35 @@ from snnkd_nb.store import (
     Record,
     Store,
     complete_id,
+    find_weights,
     load_weights,
     twins,
-    weights_path,
     with_weights,
 )
-from ..training.progress import format_epoch, guard_listener, in_notebook, read_events
+from snnkd_nb.training.progress import (
+    format_epoch,
+    guard_listener,
+    ignore_line,
+    in_notebook,
+    progress_folder,
+    read_events,
+)
 
 if TYPE_CHECKING:
     from torch import nn
 
 # %% ../../nbs/lib/82_runner.jobs.ipynb #e2fb745e
-def _weights_are_intact(record: Record | None) -> bool:
-    if not record or not record.weights:
-        return False
-    path = weights_path(record)
-    return path.is_file() and sha256_of(path) == record.weights["sha256"]
-
-
 def has_weights(spec: RunSpec | SearchSpec, store: Store) -> bool:
     """Check that the weights of a run are on this machine and intact.
 
-    Looks into `store` first, then into the records that this machine made of runs stored elsewhere.
+    The record is looked up in `store`, then among those that this machine made of runs stored
+    elsewhere. The weights may be in the cache or among those that come with the project.
     """
-    return any(_weights_are_intact(place.get(spec)) for place in (store, twins()))
+    for place in (store, twins()):
+        record = place.get(spec)
+        if record is not None and find_weights(record) is not None:
+            return True
+    return False
 
 # %% ../../nbs/lib/82_runner.jobs.ipynb #650c9579
 @dataclass(frozen=True)
@@ -90,13 +93,19 @@ def _add_job(spec: RunSpec | SearchSpec, store: Store, weights: bool, jobs: dict
     known = jobs.get(spec.id)
     if known and (known.weights or not weights):
         return known
-    stored = has_weights(spec, store) if weights else store.get(spec) is not None
-    deps: list[str] = []
-    if not stored:
-        before = [_add_job(needed, store, True, jobs) for needed in _networks_needed_by(spec)]
-        deps = [job.id for job in before if job.state == "needed"]
-    jobs.pop(spec.id, None)  # added again at the end, because its teacher was just added
-    jobs[spec.id] = Job(spec, tuple(deps), "stored" if stored else "needed", weights)
+    is_stored = store.get(spec) is not None
+    if weights:
+        is_stored = has_weights(spec, store)
+    state = "stored" if is_stored else "needed"
+    waits_for: list[str] = []
+    if not is_stored:
+        for network in _networks_needed_by(spec):
+            job_before = _add_job(network, store, True, jobs)
+            if job_before.state == "needed":
+                waits_for.append(job_before.id)
+    # If the run is known without its weights, its job moves to the end, behind those just added.
+    jobs.pop(spec.id, None)
+    jobs[spec.id] = Job(spec, tuple(waits_for), state, weights)
     return jobs[spec.id]
 
 # %% ../../nbs/lib/82_runner.jobs.ipynb #63c19629
@@ -131,11 +140,14 @@ def estimate_seconds(spec: RunSpec | SearchSpec) -> float:
         num_candidates = spec.population * (spec.generations + 1)
         return PER_CANDIDATE * spec.batch * spec.batches * spec.T * num_candidates
     data, model, optim = spec.data, spec.model, spec.optim
-    all_images, edge = _IMAGES.get(data.name.split(":")[0], (50_000, 32))
-    num_images = optim.epochs * data.shots * (data.subset or all_images)
+    kind = data.name.split(":")[0]
+    all_images, edge = _IMAGES.get(kind, (50_000, 32))
+    images_per_epoch = data.subset or all_images
+    num_images = optim.epochs * data.shots * images_per_epoch
     num_pixels = (data.size or edge) ** 2
+    time_steps = model.T or 1
+    arithmetic = PER_PIXEL * num_images * num_pixels * time_steps * model.width
     step = CALIBRATED_STEP if "sastc" in spec.method else STEP
-    arithmetic = PER_PIXEL * num_images * num_pixels * (model.T or 1) * model.width
     return step * num_images / optim.batch_size + arithmetic
 
 
@@ -161,7 +173,9 @@ class Clock:
 
     def add(self, spec: RunSpec | SearchSpec, seconds: float) -> None:
         """Record how long a run took."""
-        self.seen.append((_network_of(spec), estimate_seconds(spec), seconds))
+        network = _network_of(spec)
+        estimated = estimate_seconds(spec)
+        self.seen.append((network, estimated, seconds))
 
     def seconds(self, spec: RunSpec | SearchSpec) -> float | None:
         """Estimate the seconds of a run; return None if nothing is known yet."""
@@ -476,11 +490,6 @@ class BarDisplay(LineDisplay):
             self.bars.remove_task(self.bar_of.pop(task.id))
 
 # %% ../../nbs/lib/82_runner.jobs.ipynb #80c6a8cf
-def progress_folder() -> Path:
-    """Return the folder of the progress files of runs and the tracebacks of failures."""
-    return root() / "results" / "progress"
-
-
 @dataclass
 class Outcome:
     """The jobs that were needed, and which of them are done, failed or skipped."""
@@ -498,7 +507,8 @@ class Outcome:
     @property
     def num_ended(self) -> int:
         """Return the number of jobs that are done, failed or skipped."""
-        return len(self.done) + len(self.failed) + len(self.skipped)
+        counts = map(len, (self.done, self.failed, self.skipped))
+        return sum(counts)
 
     def __add__(self, other: "Outcome") -> "Outcome":
         return Outcome(
@@ -560,8 +570,9 @@ class ProgressReporter:
     def print_end(self, task: Task, text: str) -> None:
         """Print the line of a task that has ended."""
         total = str(self.outcome.total)
-        count = f"{self.outcome.num_ended:>{len(total)}}/{total}"
-        self.display.print_line(f"[{count}] {task.id:<{self.id_width}}  {text}")
+        ended = str(self.outcome.num_ended).rjust(len(total))
+        run_id = task.id.ljust(self.id_width)
+        self.display.print_line(f"[{ended}/{total}] {run_id}  {text}")
 
     def time_left(self) -> str:
         """Return the estimated time left as text; empty after the last run."""
@@ -577,10 +588,12 @@ class ProgressReporter:
 
     def end_ok(self, task: Task, message: Message) -> None:
         """Note a run that is done."""
-        self.clock.add(self.specs[task.id], message["seconds"])
+        seconds = message["seconds"]
+        self.clock.add(self.specs[task.id], seconds)
         self.outcome.done.append(task.id)
         text = message.get("text") or f"{message['acc']:6.2f} %"
-        self.print_end(task, f"{text}  {message['seconds']:6.1f} s{self.time_left()}")
+        time_left = self.time_left()
+        self.print_end(task, f"{text}  {seconds:6.1f} s{time_left}")
 
     def end_failed(self, task: Task, message: Message) -> None:
         """Note a run that failed, and write its traceback to `progress_folder`."""
@@ -596,7 +609,7 @@ class ProgressReporter:
         self.print_end(task, f"skipped: {message['reason']}")
 
 # %% ../../nbs/lib/82_runner.jobs.ipynb #de1f5bb3
-STOPPED = "stopped; finished epochs are kept, the same command goes on from there"
+STOPPED = "stopped; finished epochs are kept: run the same command again to continue"
 
 
 def execute(
@@ -674,7 +687,11 @@ class Runs(dict[RunSpec | SearchSpec, Record | None]):
     @property
     def missing(self) -> list[RunSpec | SearchSpec]:
         """List the runs that have no record."""
-        return [spec for spec, record in self.items() if record is None]
+        missing = []
+        for spec, record in self.items():
+            if record is None:
+                missing.append(spec)
+        return missing
 
     def summary(self) -> str:
         """Return the counts in one line."""
@@ -710,16 +727,12 @@ class NotebookDisplay:
             clear_output(wait=True)
 
 # %% ../../nbs/lib/82_runner.jobs.ipynb #5a792cd8
-def _print_nothing(line: str) -> None:
-    pass
-
-
 def _train_missing(
     runs: Runs, store: Store, jobs: int | None, progress: bool, call: str
 ) -> tuple[Runs, dict[str, str]]:
     """Train the missing runs; return all records and run id -> reason of failures."""
     display = NotebookDisplay() if progress and in_notebook() else None
-    on_line: Callable[[str], Any] = print if progress else _print_nothing
+    on_line: Callable[[str], Any] = print if progress else ignore_line
     outcome = execute(runs.missing, jobs, store, display or on_line, call=call)
     if display:
         display.clear()
@@ -865,7 +878,7 @@ def watch(
     on_line: Callable[[str], Any] = print,  # called with every line
     every: float = 0.5,  # seconds between two looks at the file
 ) -> bool:
-    """Show the progress of a run until it is done or nobody trains it; return whether it is done.
+    """Show the progress of a run until it is done or no process trains it; return if it is done.
 
     Raises `UserError` if no progress file begins with `run`, or more than one.
     """
@@ -873,18 +886,21 @@ def watch(
     run_id = complete_id(run, list(files))
     num_seen = 0
     while True:
-        locked = _is_locked(run_id)  # asked first: a run ends by writing, then unlocks
+        # Asked first: a run ends by writing "done", then unlocks. So a locked run whose file ends
+        # in "done" is about to unlock, or is trained again.
+        is_locked = _is_locked(run_id)
         events = read_events(files[run_id])
         for event in events[num_seen:]:
             line = _describe_event(event)
             if line:
                 on_line(line)
         num_seen = len(events)
-        if events and events[-1]["event"] == "done":
-            return True
-        if not locked:
+        if not is_locked:
+            if events and events[-1]["event"] == "done":
+                return True
             on_line(
-                "nobody is training this run; the command that began it goes on from its last epoch"
+                "no process is training this run; repeat the command that started it, and it "
+                "continues after its last finished epoch"
             )
             return False
         time.sleep(every)

@@ -43,6 +43,7 @@ from snnkd_nb.store import (
     weights_path,
     with_weights,
 )
+from ..training.progress import ignore_line
 
 # %% ../../nbs/lib/98_runner.reliability.ipynb #28c2ea31
 @contextlib.contextmanager
@@ -251,17 +252,13 @@ def kill_reproduction(bench: Bench, folder: Path, draw: random.Random) -> str:
 
     def run() -> None:
         call = "snnkd_nb.runner.reliability:make_stand_in"
-        if not execute(specs, 2, on_line=_ignore_line, call=call).ok:
+        if not execute(specs, 2, on_line=ignore_line, call=call).ok:
             raise RuntimeError("a run failed")
 
     kill_after(start(run), draw.uniform(0, 1.5))
     if end(start(run)):
         return "the second start failed"
     return "" if all(Store().get(spec) for spec in specs) else "a record is missing"
-
-
-def _ignore_line(line: str) -> None:
-    pass
 
 # %% ../../nbs/lib/98_runner.reliability.ipynb #e7d6965e
 def _write_everything(bench: Bench) -> None:

@@ -710,7 +710,12 @@ def durations_path(device: str = "cpu") -> Path:
 
 
 def measure_durations(scale: str = "small", rounds: int = 5) -> Path:
-    """Measure both tables, which takes minutes, keep them and return the path of the file."""
+    """Measure both tables, which takes minutes, keep them and return the path of the file.
+
+    `scale` is one of `SHAPES`; other scales raise `UserError`.
+    """
+    if scale not in SHAPES:
+        raise unknown("scale of a measurement of durations", scale, SHAPES)
     measurement = {
         "environment": environment(),
         "scale": scale,

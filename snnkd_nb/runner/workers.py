@@ -30,7 +30,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-from ..core import UserError, renamed
+from ..core import UserError, renamed, thread_limits
 
 # %% ../../nbs/lib/81_runner.workers.ipynb #36f2387d
 Message = dict[str, Any]  # what parent and worker exchange: JSON objects
@@ -89,7 +89,8 @@ def serve() -> NoReturn:
         out.write(json.dumps(message) + "\n")
 
     def send_warning(text: Warning | str, *_: Any) -> None:
-        send({"event": "warning", "text": " ".join(str(text).split())})
+        words = str(text).split()
+        send({"event": "warning", "text": " ".join(words)})
 
     warnings.showwarning = send_warning  # type: ignore[assignment]
     requests: queue.Queue[Message] = queue.Queue()
@@ -110,6 +111,13 @@ class Task:
     tries: int = 0  # number of times it was started
 
 # %% ../../nbs/lib/81_runner.workers.ipynb #d78aaa44
+def _child_environment(threads: int, more: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a process on `threads` cores that finds the same packages."""
+    folders = [entry or os.getcwd() for entry in sys.path]
+    common = {"PYTHONPATH": os.pathsep.join(folders), "OMP_WAIT_POLICY": "PASSIVE"}
+    return {**os.environ, **common, **thread_limits(threads), **more}
+
+
 class Worker:
     """A worker process: `send` it a task, `read` its messages, `stop` it.
 
@@ -120,9 +128,6 @@ class Worker:
     def __init__(
         self, threads: int = 1, env: Mapping[str, str] | None = None, slot: int = 0
     ) -> None:
-        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
-        limits = dict.fromkeys(names, str(threads)) | {"OMP_WAIT_POLICY": "PASSIVE"}
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         self.slot = slot
         self.task: Task | None = None
         self.unfinished_line = b""
@@ -133,7 +138,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self.log,
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": path, **limits, **(env or {})},
+            env=_child_environment(threads, env or {}),
         )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -218,7 +223,10 @@ class Crew:
         """List the waiting tasks whose dependencies are done, larger rank first."""
         running = {worker.task.id for worker in self.workers if worker.task}
         not_done = self.waiting.keys() | running | self.failed
-        ready = [task for task in self.waiting.values() if not set(task.deps) & not_done]
+        ready = []
+        for task in self.waiting.values():
+            if not_done.isdisjoint(task.deps):
+                ready.append(task)
         return sorted(ready, key=lambda task: -task.rank)
 
     def start_ready_tasks(self) -> list[Task]:
@@ -569,9 +577,6 @@ def kernel_server(
     if sys.platform != "linux":
         yield {}
         return
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-    caps = dict.fromkeys(names, str(threads)) | {"OMP_WAIT_POLICY": "PASSIVE"}
     with contextlib.ExitStack() as stack:
         sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="snnkd-"))
         listener = stack.enter_context(socket.socket(socket.AF_UNIX))
@@ -587,7 +592,7 @@ def kernel_server(
             start_new_session=True,
             pass_fds=[listener.fileno()],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": path, **caps, **environment},
+            env=_child_environment(threads, environment),
         )
         listener.close()
         try:

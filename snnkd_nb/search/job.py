@@ -26,7 +26,6 @@ from snnkd_nb.core import (
     float32_by_default,
     lock,
     renamed,
-    root,
     unknown,
 )
 from ..data.batches import hard_labels
@@ -44,7 +43,16 @@ from snnkd_nb.search.evolution import (
     evolve,
 )
 from .score import MEASURES, Scorer, Scoring, check_batch, score_to_json
-from ..spec import DataSpec, ModelSpec, OptimSpec, RunSpec, SearchSpec, require, to_dict
+from snnkd_nb.spec import (
+    ALONE,
+    DataSpec,
+    ModelSpec,
+    OptimSpec,
+    RunSpec,
+    SearchSpec,
+    require,
+    to_dict,
+)
 from ..store import SearchRecord, Store, environment, with_weights
 from snnkd_nb.training.job import (
     Listener,
@@ -57,7 +65,7 @@ from snnkd_nb.training.job import (
     load_model,
     run_train,
 )
-from ..training.progress import EventLog, guard_listener, in_notebook
+from ..training.progress import create_listener, in_notebook
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -391,7 +399,7 @@ def run_search(
         data = check_search(spec)
         if with_weights(spec.teacher, store)[0] is None:
             run_train(spec.teacher, store, on_event, weights=True)
-        emit = _create_listener(spec.id, on_event)
+        emit = create_listener(spec.id, on_event)
         record = _search(spec, data, store, workers, emit)
         kept = store.put(record)
         _checkpoint_path(spec).unlink(missing_ok=True)
@@ -400,19 +408,6 @@ def run_search(
 
 def _checkpoint_path(spec: SearchSpec) -> Path:
     return cache_dir() / "checkpoints" / f"{spec.id}.search"
-
-
-def _create_listener(search_id: str, on_event: Listener | None) -> Callable[[dict[str, Any]], None]:
-    "Create a listener that adds the search's id, logs the event and passes it on."
-    log = guard_listener(EventLog(root() / "results" / "progress" / f"{search_id}.jsonl"))
-    listener = guard_listener(on_event)
-
-    def emit(event: dict[str, Any]) -> None:
-        event = {"id": search_id, **event}
-        log(event)
-        listener(event)
-
-    return emit
 
 
 def _search(
@@ -516,7 +511,7 @@ def create_distillation_run(
         ModelSpec("dsas", spec.T, neuron=spec.neuron, args=model_args),
         optim or spec.teacher.optim,
         method,
-        teacher=None if method in ("none", "tet") else spec.teacher,
+        teacher=None if method in ALONE else spec.teacher,
         seed=seed,
         **fields,
     )

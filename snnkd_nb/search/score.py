@@ -31,7 +31,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import UserError, canonical_json, renamed, seed_for, sha256_of, unknown
+from snnkd_nb.core import (
+    UserError,
+    canonical_json,
+    renamed,
+    seed_for,
+    sha256_of,
+    thread_limits,
+    unknown,
+)
 from ..kernels.precision import autocast
 from ..kernels.projection import flatten_features
 from snnkd_nb.models.genome import (
@@ -703,11 +711,7 @@ def score_from_json(
     )
 
 # %% ../../nbs/lib/66_search.score.ipynb #85e5f71a
-_ONE_THREAD_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "NUMBA_NUM_THREADS": "1",
-}
+_ONE_THREAD_ENVIRONMENT = thread_limits(1)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ __all__ = ['Listener', 'MEASURED_IMAGES', 'MAX_NAMES', 'check_time_steps', 'chec
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from snnkd_nb.core import (
     float32_by_default,
     lock,
     renamed,
-    root,
     seed_for,
     sha256_of,
     source_digest,
@@ -57,7 +57,7 @@ from snnkd_nb.store import (
     with_weights,
 )
 from .loop import History, evaluate, fit
-from .progress import EventLog, guard_listener
+from .progress import create_listener
 
 # %% ../../nbs/lib/62_training.job.ipynb #f75acbb2
 Listener = Callable[[dict[str, Any]], Any]
@@ -237,12 +237,13 @@ def check_unchanged(
     store: Store,
     with_data: bool = True,  # as in `find_changes`
 ) -> None:
-    "Raise `UserError` if something behind the names of a stored run is another than it was."
+    "Raise `UserError` if something behind the names of a stored run has changed."
     changes = find_changes(record, store, with_data)
     require(
         not changes,
-        f"{record.id} is stored, but this has changed since: {', '.join(changes)}; give it another "
-        f"name to keep both, or remove {store.path(record.id)} to train it again",
+        f"{record.id} is stored, but this has changed since: {', '.join(changes)}. Register the "
+        "changed code or data under a new name to keep both results, or delete "
+        f"{store.path(record.id)} to train the run again",
     )
 
 # %% ../../nbs/lib/62_training.job.ipynb #880e923f
@@ -286,8 +287,11 @@ def describe_neurons(
     model: nn.Module,  # any network
 ) -> dict[str, list[str]]:
     "Describe up to four kinds of neurons of a network with their constants; empty for an ANN."
-    kinds = dict.fromkeys(repr(m) for m in model.modules() if isinstance(m, LIF))
-    return {"neurons": list(kinds)[:4]} if kinds else {}
+    neurons = [module for module in model.modules() if isinstance(module, LIF)]
+    kinds = list(dict.fromkeys(map(repr, neurons)))
+    if not kinds:
+        return {}
+    return {"neurons": kinds[:4]}
 
 # %% ../../nbs/lib/62_training.job.ipynb #47b3e18a
 def check_spec(
@@ -318,7 +322,9 @@ def _method_options(spec: RunSpec) -> dict[str, Any]:
 
 
 def _is_pretrained(spec: RunSpec | None) -> bool:
-    return spec is not None and bool(spec.model.args.get("pretrained"))
+    if spec is None:
+        return False
+    return bool(spec.model.args.get("pretrained"))
 
 
 def _try_construction(spec: RunSpec) -> None:
@@ -345,15 +351,13 @@ def run_train(
     store: Store | None = None,  # where the record goes; None: `results/runs`
     on_event: Listener | None = None,  # called with progress events
     weights: bool = False,  # also train if the record exists without its weights on this machine
-    # one of `training.loop.WEAK_TEACHERS`: "refuse" a teacher near chance, take it if it is "as
-    # recorded", or "accept" any
-    weak_teacher: str = "refuse",
+    weak_teacher: str = "refuse",  # what to do about one, see `training.loop.WEAK_TEACHERS`
     device: str | None = None,  # "cpu", "cuda"; None: the accelerator found
 ) -> Record:
     """Return the record of a run: from the store, or by training it and, before it, its teacher.
 
     If two processes ask for the same run, it is trained once. A run that was killed continues
-    after its last epoch. Raises `UserError` for a wrong spec or a weak teacher, and
+    after its last epoch, from its file in `checkpoints` in the cache (`core.cache_dir`). Raises `UserError` for a wrong spec or a weak teacher, and
     `NonFiniteLoss`."""
     store = store or Store()
     check_spec(spec)
@@ -363,28 +367,60 @@ def run_train(
         "or call fit() in a script of yours under torchrun",
     )
     with lock(store.path(spec.id)):
-        done = with_weights(spec, store)[0] if weights else store.get(spec)
+        done = store.get(spec)
+        if weights:
+            done, _ = with_weights(spec, store)
         if done:
             check_unchanged(done, store)
             return done
         check_writable(store.path(spec.id))
         check_writable(_checkpoint_path(spec))
         _try_construction(spec)
-        passed = (on_event, weak_teacher, device)
-        teacher, teacher_record = _obtain_model(spec.teacher, store, *passed)
-        reference, reference_record = teacher, None
-        if spec.reference:
-            reference, reference_record = _obtain_model(spec.reference, store, *passed)
-        _match_normalizations(spec, teacher, reference)
-        emit = _create_listener(spec.id, on_event)
-        others = (teacher, reference, teacher_record, reference_record)
-        record = _train(spec, *others, emit, weak_teacher, device)
-        kept = store.put(record)
-        if kept.weights != record.weights:
-            # The store has a record from elsewhere; the local twin names the weights made here.
-            twins().put(record, replace=True)
+        others = _obtain_others(spec, store, on_event, weak_teacher, device)
+        emit = create_listener(spec.id, on_event)
+        record = _train(spec, others, emit, weak_teacher, device)
+        kept = _put_or_keep_twin(record, store)
         _checkpoint_path(spec).unlink(missing_ok=True)
         return record if weights else kept
+
+
+def _put_or_keep_twin(record: Record, store: Store) -> Record:
+    "Store a new record and return the stored one, which may be from another machine."
+    kept = store.put(record)
+    if kept.weights != record.weights:
+        # The store has a record from elsewhere; the local twin names the weights made here.
+        twins().put(record, replace=True)
+    return kept
+
+
+@dataclass
+class _Others:
+    "The other networks of a run, with their records."
+
+    teacher: nn.Module | None = None
+    teacher_record: Record | None = None
+    reference: nn.Module | None = None  # the network that probes compare with
+    reference_record: Record | None = None  # None: the reference is the teacher, or there is none
+
+
+def _obtain_others(
+    spec: RunSpec,
+    store: Store,
+    on_event: Listener | None,
+    weak_teacher: str,
+    device: str | None,
+) -> _Others:
+    "Load teacher and reference of a run, which are trained first if their weights are missing."
+
+    def obtain(other: RunSpec | None) -> tuple[nn.Module | None, Record | None]:
+        return _obtain_model(other, store, on_event, weak_teacher, device)
+
+    teacher, teacher_record = obtain(spec.teacher)
+    others = _Others(teacher, teacher_record, reference=teacher)
+    if spec.reference:
+        others.reference, others.reference_record = obtain(spec.reference)
+    _match_normalizations(spec, others.teacher, others.reference)
+    return others
 
 
 def _obtain_model(
@@ -408,11 +444,11 @@ def _obtain_model(
 def _match_normalizations(
     spec: RunSpec, teacher: nn.Module | None, reference: nn.Module | None
 ) -> None:
-    "Let teacher and reference see the images as the data normalize them that they learned from."
-    if teacher is not None and spec.teacher is not None:
-        match_normalization(teacher, load_spec(spec.teacher.data), load_spec(spec.data))
-    if reference is not None and spec.reference is not None:
-        match_normalization(reference, load_spec(spec.reference.data), load_spec(spec.data))
+    "Normalize the images for teacher and reference as in the data that they learned from."
+    for network, learned in ((teacher, spec.teacher), (reference, spec.reference)):
+        if network is not None and learned is not None:
+            learned_data = load_spec(learned.data)
+            match_normalization(network, learned_data, load_spec(spec.data))
 
 
 def _checkpoint_path(spec: RunSpec) -> Path:
@@ -421,26 +457,10 @@ def _checkpoint_path(spec: RunSpec) -> Path:
     code = f".{sha256_of(canonical_json(sources))[:8]}" if sources else ""
     return cache_dir() / "checkpoints" / f"{spec.id}{code}.ckpt"
 
-
-def _create_listener(run_id: str, on_event: Listener | None) -> Listener:
-    "Create a listener that adds the run's id, logs the event and passes it on."
-    log = guard_listener(EventLog(root() / "results" / "progress" / f"{run_id}.jsonl"))
-    listener = guard_listener(on_event)
-
-    def emit(event: dict[str, Any]) -> None:
-        event = {"id": run_id, **event}
-        log(event)
-        listener(event)
-
-    return emit
-
 # %% ../../nbs/lib/62_training.job.ipynb #749d9954
 def _train(
     spec: RunSpec,
-    teacher: nn.Module | None,
-    reference: nn.Module | None,
-    teacher_record: Record | None,
-    reference_record: Record | None,
+    others: _Others,
     emit: Listener,
     weak_teacher: str,
     device: str | None = None,
@@ -452,12 +472,15 @@ def _train(
     emit({"event": "start", "epochs": spec.optim.epochs})
     student = build_model(spec.model, data, spec.seed)
     options = _method_options(spec)
-    distiller = create_distiller(spec.method, student, teacher, spec.variant, **options)
+    distiller = create_distiller(spec.method, student, others.teacher, spec.variant, **options)
     probe_options = to_dict(spec).get("probes", {})
 
     def create_run_probes() -> dict[str, Callable]:
-        return create_probes(probe_options, student, reference, data, distiller)
+        return create_probes(probe_options, student, others.reference, data, distiller)
 
+    recorded_acc = None
+    if others.teacher_record:
+        recorded_acc = others.teacher_record.metrics["acc_last"]
     if spec.optim.epochs == 0:
         history = _evaluate_as_it_is(student, data)
     else:
@@ -473,15 +496,15 @@ def _train(
             on_event=emit,
             probes=create_run_probes if probe_options else None,
             weak_teacher=weak_teacher,
-            recorded=teacher_record.metrics["acc_last"] if teacher_record else None,
+            recorded=recorded_acc,
         )
     metrics = measure_metrics(student, data, history)
     extra: dict[str, Any] = {"input": _describe_input(data)}
     sources = collect_sources(spec)
     if sources:
         extra["sources"] = sources
-    if reference_record:
-        extra["reference"] = _name_used_network(reference_record)
+    if others.reference_record:
+        extra["reference"] = _name_used_network(others.reference_record)
     record = Record(
         to_dict(spec, full=True),
         metrics,
@@ -489,7 +512,7 @@ def _train(
         dataset=data.describe(),
         weights=save_weights(student.state_dict(), spec.id),
         environment=_describe_environment(spec, student, history),
-        teacher=_name_used_network(teacher_record, history.teacher_acc),
+        teacher=_name_used_network(others.teacher_record, history.teacher_acc),
         extra=extra,
     )
     seconds = time.perf_counter() - start

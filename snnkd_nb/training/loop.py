@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODULE_PREFIX', 'OPTIMIZER_PREFIX', 'ONECYCLE_RISE', 'ONECYCLE_START', 'ONECYCLE_END', 'TermCheck',
-           'ADVICE_NONFINITE', 'Probe', 'Probes', 'WEAK_TEACHERS', 'CHANCE_MARGIN', 'RECORD_MARGIN', 'DEVICES',
-           'OPTIONS_OF_FIT', 'save_checkpoint', 'load_checkpoint', 'learning_rate_at', 'create_optimizer',
+           'ADVICE_NONFINITE', 'Probe', 'Probes', 'NEWER_DEFAULTS', 'WEAK_TEACHERS', 'CHANCE_MARGIN', 'RECORD_MARGIN',
+           'DEVICES', 'OPTIONS_OF_FIT', 'save_checkpoint', 'load_checkpoint', 'learning_rate_at', 'create_optimizer',
            'update_weights', 'train_step', 'evaluate', 'NonFiniteLoss', 'find_nonfinite_layer', 'History',
            'find_kept_in_eval', 'describe_weakness', 'measure_teacher', 'count_devices', 'parse_device', 'fit']
 
@@ -61,7 +61,8 @@ OPTIMIZER_PREFIX = "optimiser."
 
 
 def _collect_state(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    collected = {MODULE_PREFIX + name: value for name, value in module.state_dict().items()}
+    weights = module.state_dict()
+    collected = {MODULE_PREFIX + name: value for name, value in weights.items()}
     for index, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
             if isinstance(value, Tensor):
@@ -78,8 +79,10 @@ def save_checkpoint(
     """Write a checkpoint.
 
     The file is replaced as a whole, so a kill leaves the old one or the new one."""
-    blob = dump_state(_collect_state(module, optimizer), state=json.dumps(state))
-    atomic_write(path, sha256_of(blob).encode() + b"\n" + blob)
+    tensors = _collect_state(module, optimizer)
+    blob = dump_state(tensors, state=json.dumps(state))
+    first_line = sha256_of(blob).encode()
+    atomic_write(path, first_line + b"\n" + blob)
 
 # %% ../../nbs/lib/56_training.loop.ipynb #2066b2cf
 def _read_content(path: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -104,6 +107,17 @@ def _fill_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
+def _is_wanted(
+    state: dict[str, Any], identity: str | Callable[[dict[str, Any]], bool] | None
+) -> bool:
+    "Tell whether the JSON data of a checkpoint belong to a training, as in `load_checkpoint`."
+    if not identity:
+        return True
+    if callable(identity):
+        return identity(state)
+    return state.get("of") == identity
+
+
 def load_checkpoint(
     path: str | Path,  # the file
     module: nn.Module,  # filled in place
@@ -124,10 +138,7 @@ def load_checkpoint(
         warnings.warn(message, stacklevel=2)
         return None
     tensors, state = content
-    is_other = bool(identity) and state.get("of") != identity
-    if callable(identity):
-        is_other = not identity(state)
-    if is_other:
+    if not _is_wanted(state, identity):
         message = f"checkpoint {path.name} belongs to another training; this one starts anew"
         warnings.warn(message, stacklevel=2)
         return None
@@ -146,9 +157,12 @@ ONECYCLE_END = 1e-4  # last rate, relative to the peak
 def _onecycle_shape(progress: float) -> float:
     if progress < ONECYCLE_RISE:
         angle = math.pi * min(progress / ONECYCLE_RISE, 1)
-        return ONECYCLE_START + (1 - ONECYCLE_START) * 0.5 * (1 - math.cos(angle))
-    angle = math.pi * (progress - ONECYCLE_RISE) / (1 - ONECYCLE_RISE)
-    return ONECYCLE_END + (1 - ONECYCLE_END) * 0.5 * (1 + math.cos(angle))
+        height = 1 - ONECYCLE_START
+        return ONECYCLE_START + height * 0.5 * (1 - math.cos(angle))
+    fall = 1 - ONECYCLE_RISE
+    angle = math.pi * (progress - ONECYCLE_RISE) / fall
+    height = 1 - ONECYCLE_END
+    return ONECYCLE_END + height * 0.5 * (1 + math.cos(angle))
 
 
 def _schedule_shape(optim: OptimSpec, epoch: float, progress: float) -> float:
@@ -239,19 +253,30 @@ def train_step(
     clip: float | None = None,  # largest norm of the gradient; None: no clipping
     scaler: torch.amp.GradScaler | None = None,  # scales the loss in fp16
     check_terms: TermCheck | None = None,  # called with the terms before the backward pass
-    place: tuple[int, int] = (0, 1),  # number of this batch, from 0, among those of one update
+    batch_number: int = 0,  # number of this batch among those of one update, from 0
+    batches_per_update: int = 1,  # batches whose gradients are added up for one update
+    *,
+    place: tuple[int, int] | None = None,  # old form of the two arguments above
 ) -> tuple[dict[str, Tensor], Tensor]:
     "Do one training step and return the detached terms of the loss and the logits (B, K)."
+    if place is not None:
+        warnings.warn(
+            "train_step(): the argument 'place' is now 'batch_number' and 'batches_per_update'; "
+            "the old one goes in the next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        batch_number, batches_per_update = place
     with autocast(x.device, precision):
         terms, logits = module(x, y)
     if check_terms is not None:
         check_terms(terms)
-    number, group_size = place
     loss: Any = sum(terms.values())
-    if group_size > 1:
-        loss = loss / group_size
-    is_last = number == group_size - 1
-    update_weights(loss, optimizer, clip, module, scaler, number == 0, is_last)
+    if batches_per_update > 1:
+        loss = loss / batches_per_update
+    is_first = batch_number == 0
+    is_last = batch_number == batches_per_update - 1
+    update_weights(loss, optimizer, clip, module, scaler, is_first, is_last)
     return {name: value.detach() for name, value in terms.items()}, logits
 
 # %% ../../nbs/lib/56_training.loop.ipynb #5469bf39
@@ -280,7 +305,10 @@ def evaluate(
 
 # %% ../../nbs/lib/56_training.loop.ipynb #9ec1442b
 class NonFiniteLoss(RuntimeError):
-    "A term of the loss, or a weight, became NaN or infinite; the message names the place."
+    """A term of the loss, or a weight, became NaN or infinite; the message names the place.
+
+    The epoch is not saved. A checkpoint of the epochs before it stays, so the same call fails again
+    in the same epoch."""
 
 
 ADVICE_NONFINITE = "Lower the learning rate, add warm-up or clip the gradient"
@@ -368,7 +396,7 @@ class History(list):
     max_values = 1100  # values of `columns` with many columns
     many_columns = 12
     num_late = 10  # last epochs that `columns` always keeps
-    teacher_acc: float | None = None  # None: there is no teacher, or epochs is 0
+    teacher_acc: float | None = None  # None: there is no teacher, or there are no test images
 
     @property
     def acc_last(self) -> Any:
@@ -428,13 +456,23 @@ class History(list):
         """Return the history as columns with seven significant digits.
 
         Of more than `max_rows` epochs it keeps every n-th, the best ones and up to ten last
-        ones."""
+        ones. A number that an epoch does not have, such as a term of the loss that begins later,
+        is None."""
+        names: dict[str, None] = {}  # as a dict, because a set has no order
+        for row in self:
+            names |= dict.fromkeys(row)
         rows = [self[index] for index in self._kept_indices(max_rows)]
-        return {key: [_round_number(row.get(key)) for row in rows] for key in self[0]}
+        columns = {}
+        for name in names:
+            columns[name] = [_round_number(row.get(name)) for row in rows]
+        return columns
 
 
 def _round_number(value: Any) -> Any:
-    return float(f"{value:.7g}") if isinstance(value, float) else value
+    if not isinstance(value, float):
+        return value
+    seven_digits = f"{value:.7g}"
+    return float(seven_digits)
 
 # %% ../../nbs/lib/56_training.loop.ipynb #75504ade
 @dataclasses.dataclass
@@ -452,19 +490,26 @@ class _Training:
 
 
 def _shard(accelerator: "Accelerator", x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    "Take the part of a batch that belongs to this process."
-    rank = accelerator.process_index
+    """Take the part of a batch that belongs to this process.
+
+    All parts have the same size, because the gradients of the processes are averaged with equal
+    weights. A batch that cannot be divided is filled up with its first images."""
     num_processes = accelerator.num_processes
     if num_processes == 1:
         return x, y
+    part_size = math.ceil(len(y) / num_processes)
+    start = accelerator.process_index * part_size
+    indices = torch.arange(start, start + part_size, device=y.device) % len(y)
     batch_axis = 1 if x.dim() == 5 else 0  # frames have the time steps first
-    return x.chunk(num_processes, batch_axis)[rank], y.chunk(num_processes)[rank]
+    return x.index_select(batch_axis, indices), y[indices]
 
 
 def _is_frozen_norm(module: nn.Module) -> bool:
     "Tell whether a normalization has parameters, none of which is trained."
-    parameters = [p.requires_grad for p in module.parameters(recurse=False)]
-    return isinstance(module, _NormBase) and bool(parameters) and not any(parameters)
+    if not isinstance(module, _NormBase):
+        return False
+    are_trained = [parameter.requires_grad for parameter in module.parameters(recurse=False)]
+    return bool(are_trained) and not any(are_trained)
 
 
 def find_kept_in_eval(
@@ -492,18 +537,24 @@ def _train_epoch(training: _Training, loader: Any, epoch: int) -> dict[str, Any]
     optim = training.optim
     _set_train_mode(training)
     start = time.perf_counter()
+    num_steps = len(loader)
     sums: dict[str, Any] = {}
     num_images = 0
     for step, (x, y) in enumerate(loader):
-        lr = learning_rate_at(optim, epoch * len(loader) + step, len(loader))
+        lr = learning_rate_at(optim, epoch * num_steps + step, num_steps)
         for group in training.optimizer.param_groups:
             group["lr"] = lr
         x, y = _shard(training.accelerator, x, y)
-        place = _place_in_group(step, len(loader), optim.accumulate)
-        terms, accuracy = _loop_step(training, x, y, epoch, step, place)
+        terms, accuracy = _loop_step(training, x, y, epoch, step, num_steps)
         for name, value in {**terms, "train_acc": 100 * accuracy}.items():
             sums[name] = sums.get(name, 0) + value * len(y)
         num_images += len(y)
+    if num_images == 0:
+        raise UserError(
+            f"the training data gave no batches in epoch {epoch + 1}: give at least one image, or "
+            "drop_last=False if there are fewer than batch_size; an iterator gives its batches "
+            "only once, so give a list or a DataLoader"
+        )
     means = {name: _mean_of_processes(training, total) / num_images for name, total in sums.items()}
     loss = sum(value for name, value in means.items() if name != "train_acc")
     seconds = time.perf_counter() - start
@@ -536,13 +587,17 @@ class _MixedBatches:
 
 
 def _loop_step(
-    training: _Training, x: Tensor, y: Tensor, epoch: int, step: int, place: tuple[int, int]
+    training: _Training, x: Tensor, y: Tensor, epoch: int, step: int, num_steps: int
 ) -> tuple[dict[str, Tensor], Tensor]:
+    "Train on one batch; return the terms of the loss and the share of right answers."
+    distiller = training.distiller
     precision = training.optim.precision
 
     def check_terms(terms: dict[str, Tensor]) -> None:
-        _check_terms(terms, training.distiller, x, y, epoch, step, precision)
+        _check_terms(terms, distiller, x, y, epoch, step, precision)
 
+    accumulate = training.optim.accumulate
+    batch_number, batches_per_update = _place_in_group(step, num_steps, accumulate)
     terms, logits = train_step(
         training.module,
         training.optimizer,
@@ -552,7 +607,8 @@ def _loop_step(
         training.optim.clip,
         training.scaler,
         check_terms,
-        place,
+        batch_number,
+        batches_per_update,
     )
     accuracy = (logits.argmax(-1) == hard_labels(read_labels(y))).float().mean()
     return terms, accuracy
@@ -617,6 +673,49 @@ def _summarize(value: Any) -> Any:
     return float((value.abs() if value.is_complex() else value).double().sum())
 
 
+# Fields of `OptimSpec` that are newer than the first checkpoints, with their defaults. A group whose
+# fields all have their defaults is left out of the identity, so that older checkpoints stay valid.
+NEWER_DEFAULTS: tuple[dict[str, Any], ...] = (
+    {"gradient": "bptt"},
+    {"label_smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "accumulate": 1},
+)
+
+
+def _describe_optim(optim: OptimSpec) -> str:
+    "Return the text of an `OptimSpec` for the identity, without `NEWER_DEFAULTS`."
+    values = {field.name: repr(getattr(optim, field.name)) for field in dataclasses.fields(optim)}
+    for group in NEWER_DEFAULTS:
+        if all(values[name] == repr(default) for name, default in group.items()):
+            for name in group:
+                del values[name]
+    arguments = ", ".join(f"{name}={value}" for name, value in values.items())
+    return f"{type(optim).__name__}({arguments})"
+
+
+def _describe_methods(distiller: Distiller) -> list:
+    "List name, weight and options of the methods."
+    described = []
+    for method, weight in zip(distiller.methods, distiller.weights, strict=True):
+        described.append([type(method).__name__, weight, _plain_options(method)])
+    return described
+
+
+def _list_shapes(module: nn.Module) -> list:
+    "List name and shape of every tensor of a module."
+    shapes = []
+    for name, value in module.state_dict().items():
+        if isinstance(value, Tensor):
+            shapes.append([name, tuple(value.shape)])
+    return shapes
+
+
+def _sum_weights(module: nn.Module | None) -> list:
+    "List name and sum of every tensor of a module; empty for None."
+    if module is None:
+        return []
+    return [[name, _summarize(value)] for name, value in module.state_dict().items()]
+
+
 def _identity(
     optim: OptimSpec,
     augment: str,
@@ -626,27 +725,21 @@ def _identity(
     probes: Mapping[str, Probe] | None,
 ) -> str:
     "Hash everything that decides the numbers of a training."
-    teacher_sums = []
     teacher = cast("nn.Module | None", distiller.teacher)
-    if teacher is not None:
-        teacher_state = teacher.state_dict()
-        teacher_sums = [[name, _summarize(v)] for name, v in teacher_state.items()]
-    methods = [
-        [type(method).__name__, weight, _plain_options(method)]
-        for method, weight in zip(distiller.methods, distiller.weights, strict=True)
+    parts = [
+        augment,
+        seed,
+        getattr(data, "fingerprint", ""),
+        _describe_methods(distiller),
+        _list_shapes(distiller),
+        _sum_weights(teacher),
+        *sorted(probes or {}),
     ]
-    state = distiller.state_dict()
-    shapes = [[name, tuple(v.shape)] for name, v in state.items() if isinstance(v, Tensor)]
-    fingerprint = getattr(data, "fingerprint", "")
-    probe_names = sorted(probes or {})
-    parts = [optim, augment, seed, fingerprint, methods, shapes, teacher_sums, *probe_names]
     code = [source_digest(type(m)) for m in (distiller.student, teacher, *distiller.methods)]
     if any(code):
         parts.append(code)  # of the user; that of this package is not looked at
-    # These fields are newer than the first checkpoints, which stay valid in this way.
-    text = repr(parts).replace(", gradient='bptt'", "")
-    newer = ", label_smoothing=0.0, mixup=0.0, cutmix=0.0, accumulate=1"
-    return sha256_of(text.replace(newer, ""))
+    texts = [_describe_optim(optim), *map(repr, parts)]
+    return sha256_of(f"[{', '.join(texts)}]")
 
 
 def _is_plain(value: Any) -> bool:
@@ -666,37 +759,70 @@ def _plain_options(module: nn.Module) -> list:
     return [*sorted(own), *children]
 
 
-def _is_continued(state: dict[str, Any], optim: OptimSpec, open_identity: str) -> bool:
-    "Tell whether a checkpoint is the end of the same training with fewer epochs."
-    num_done = len(state["history"])
-    is_finished = state.get("epochs") == num_done
-    return is_finished and num_done < optim.epochs and state.get("of_any_length") == open_identity
+@dataclasses.dataclass
+class _Checkpoint:
+    "The checkpoint file of one training."
+
+    path: str | Path
+    identity: str
+    open_identity: str  # the same for trainings of any number of epochs
+
+    def is_ours(self, state: dict[str, Any], epochs: int) -> bool:
+        "Tell whether a file is of this training, or the end of the same one with fewer epochs."
+        if state.get("of") == self.identity:
+            return True
+        num_done = len(state["history"])
+        is_finished = state.get("epochs") == num_done
+        is_shorter = num_done < epochs
+        return is_finished and is_shorter and state.get("of_any_length") == self.open_identity
+
+    def resume(self, training: _Training) -> History:
+        "Fill weights, optimizer and scaler from the file, if there is one; return its history."
+        split_state(training.distiller.state_dict())  # what cannot be stored is refused now
+        check_writable(self.path)
+
+        def is_ours(state: dict[str, Any]) -> bool:
+            return self.is_ours(state, training.optim.epochs)
+
+        state = load_checkpoint(self.path, training.distiller, training.optimizer, is_ours)
+        if state is None:
+            return History()
+        if state.get("scaler"):
+            training.scaler.load_state_dict(state["scaler"])
+        return History(state["history"])
+
+    def save(self, training: _Training, history: History) -> None:
+        "Write the file, in the first process only."
+        if not training.accelerator.is_main_process:
+            return
+        state = {
+            "of": self.identity,
+            "of_any_length": self.open_identity,
+            "epochs": training.optim.epochs,
+            "history": history,
+            "scaler": training.scaler.state_dict(),
+        }
+        save_checkpoint(self.path, training.distiller, training.optimizer, state)
 
 
-def _resume(
-    checkpoint: str | Path | None,
-    training: _Training,
-    identity: str,
-    open_identity: str,  # the same for trainings of any number of epochs
-) -> History:
-    "Fill weights, optimizer and scaler from a checkpoint, if any, and return its history."
-    if not checkpoint:
-        return History()
-    split_state(training.distiller.state_dict())  # what cannot be stored is refused now
-    check_writable(checkpoint)
-
-    def is_ours(state: dict[str, Any]) -> bool:
-        return state.get("of") == identity or _is_continued(state, training.optim, open_identity)
-
-    state = load_checkpoint(checkpoint, training.distiller, training.optimizer, is_ours)
-    if state is None:
-        return History()
-    if state.get("scaler"):
-        training.scaler.load_state_dict(state["scaler"])
-    return History(state["history"])
+def _describe_checkpoint(
+    path: str | Path,
+    optim: OptimSpec,
+    augment: str,
+    seed: int,
+    data: Any,
+    distiller: Distiller,
+    probes: Mapping[str, Probe],
+) -> _Checkpoint:
+    "Return the checkpoint of a training with its identities."
+    of_any_length = dataclasses.replace(optim, epochs=0)
+    identity = _identity(optim, augment, seed, data, distiller, probes)
+    open_identity = _identity(of_any_length, augment, seed, data, distiller, probes)
+    return _Checkpoint(path, identity, open_identity)
 
 # %% ../../nbs/lib/56_training.loop.ipynb #52b30096
-# "refuse" a teacher near chance, take it if it is "as recorded", or "accept" any teacher
+# "refuse": error for a teacher near chance or 5 points below its record; "as recorded": error only
+# if it is 5 points below its record, and as "refuse" without a record; "accept": no check
 WEAK_TEACHERS = ("refuse", "as recorded", "accept")
 CHANCE_MARGIN = 0.05  # part of the way from chance to 100 % that counts as near chance
 RECORD_MARGIN = 5.0  # percentage points below its record that a teacher may be
@@ -708,7 +834,7 @@ def describe_weakness(
     recorded: float | None = None,  # accuracy in percent that its record has; None: no record
     weak_teacher: str = "refuse",  # one of `WEAK_TEACHERS`
 ) -> str:
-    "Return why a teacher is not to be used, in words; empty if it is."
+    "Return a phrase for an error message that tells why a teacher is too weak; empty if it is not."
     if weak_teacher == "accept":
         return ""
     if recorded is not None and acc < recorded - RECORD_MARGIN:
@@ -727,12 +853,14 @@ def measure_teacher(
     precision: str = "fp32",  # autocast precision
     recorded: float | None = None,  # accuracy in percent that its record has
     weak_teacher: str = "refuse",  # one of `WEAK_TEACHERS`
-) -> float:
+) -> float | None:
     """Measure a teacher's accuracy in percent on the test images.
 
-    Raises `UserError` for a teacher near chance or far below its record."""
+    Without test images it returns None, and the teacher is not checked. Raises `UserError` for a teacher near chance or far below its record."""
     if weak_teacher not in WEAK_TEACHERS:
         raise unknown("weak_teacher", weak_teacher, WEAK_TEACHERS)
+    if data.test is None:
+        return None
     acc = evaluate(distiller.teacher, data, "test", precision=precision)
     try:
         num_classes = data.num_classes
@@ -794,7 +922,9 @@ def parse_device(
         return None
     if isinstance(device, torch.device):
         device = str(device)
-    kind, colon, number = device.partition(":") if isinstance(device, str) else ("", "", "")
+    if not isinstance(device, str):
+        raise unknown("device", device, list(DEVICES))
+    kind, colon, number = device.partition(":")
     if kind not in DEVICES:
         raise unknown("device", device, list(DEVICES))
     if colon and not number.isdecimal():
@@ -807,13 +937,16 @@ def parse_device(
             f"device = {device!r}: torch finds no {kind} on this machine; "
             "leave device=None to take what it finds"
         )
-    if colon and int(number) >= available:
-        raise UserError(
-            f"device = {device!r}: this machine has {kind}:0 to {kind}:{available - 1}"
-            if available > 1
-            else f"device = {device!r}: this machine has {kind}:0 only"
-        )
-    return torch.device(kind, int(number)) if colon and kind != "cpu" else torch.device(kind)
+    if not colon:
+        return torch.device(kind)
+    if int(number) >= available:
+        there = f"{kind}:0 only"
+        if available > 1:
+            there = f"{kind}:0 to {kind}:{available - 1}"
+        raise UserError(f"device = {device!r}: this machine has {there}")
+    if kind == "cpu":
+        return torch.device("cpu")  # "cpu:0" would be unequal to the device of the tensors
+    return torch.device(kind, int(number))
 
 
 def _create_accelerator(device: torch.device | None) -> tuple["Accelerator", torch.device]:
@@ -839,7 +972,9 @@ def _create_accelerator(device: torch.device | None) -> tuple["Accelerator", tor
 
 def _using_device(device: torch.device) -> contextlib.AbstractContextManager:
     "Make a GPU the current one, which kernels need; nothing for other devices."
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 def _check_arguments(
@@ -941,8 +1076,7 @@ def fit(
     stream: float | None = None,  # MiB per layer with gradient="rate"; None: SNNKD_STREAM, or all
     trackers: str = "",  # "csv", "tensorboard" or "csv+tensorboard": also write the numbers there
     log_dir: str | Path = "logs",  # folder of the trackers
-    # one of `WEAK_TEACHERS`: "refuse" a teacher near chance, or "accept" it
-    weak_teacher: str = "refuse",
+    weak_teacher: str = "refuse",  # what to do about a weak teacher, see `WEAK_TEACHERS`
     recorded: float | None = None,  # accuracy of the teacher in its record, in percent
     *,
     # fields of `optim`; None: its value. The defaults of `OptimSpec` are in brackets
@@ -970,9 +1104,11 @@ def fit(
     time steps take more than `stream` MiB is computed in parts (`neurons.lif.streaming`). Parts
     of the student that are in evaluation mode stay so, see `find_kept_in_eval`.
 
-    Before the first epoch the teacher's accuracy is measured, shown and kept in the history.
+    Before the first epoch the teacher's accuracy is measured, shown and kept in the history. Without
+    test images it is not.
 
-    Raises `NonFiniteLoss`, after which nothing is saved, and `UserError`."""
+    Raises `UserError`, and `NonFiniteLoss`. After the latter the checkpoint of the last good epoch
+    stays, and the same call fails again in the same epoch: change an argument."""
     from snnkd_nb.training.trackers import Trackers  # loads accelerate
 
     given = {
@@ -1002,26 +1138,23 @@ def fit(
     distiller = distiller or Distiller(student)
     _check_arguments(student, distiller, optim.gradient, optim.label_smoothing)
     training = _prepare(distiller, data, optim, device)
-    accelerator = training.accelerator
     named_probes = (probes() if callable(probes) else probes) or {}
-    identity = open_identity = ""
+    saved = None
+    history = History()
     if checkpoint:
-        identity = _identity(optim, augment, seed, data, distiller, named_probes)
-        of_any_length = dataclasses.replace(optim, epochs=0)
-        open_identity = _identity(of_any_length, augment, seed, data, distiller, named_probes)
-    history = _resume(checkpoint, training, identity, open_identity)
+        saved = _describe_checkpoint(
+            checkpoint, optim, augment, seed, data, distiller, named_probes
+        )
+        history = saved.resume(training)
     # also if the checkpoint is from the last epoch: the record names this accuracy
-    if distiller.teacher is not None and optim.epochs > 0:
+    if distiller.teacher is not None:
         acc = measure_teacher(distiller, data, optim.precision, recorded, weak_teacher)
         history.teacher_acc = acc
         if on_event is None:
             guard_listener(printer.show_teacher)(acc)
-    if accelerator.num_processes > 1:
-        training.module = accelerator.prepare_model(distiller)
-    _copy_first_process(accelerator, cast("nn.Module | None", distiller.teacher))
-    tracked = Trackers(trackers if accelerator.is_main_process else "", log_dir)
-    for row in history:
-        tracked.log(row)
+    _connect_processes(training)
+    is_main = training.accelerator.is_main_process
+    tracked = Trackers(trackers if is_main else "", log_dir)
     with (
         _using_device(training.device),
         _gradients_protected(training.device),
@@ -1029,26 +1162,35 @@ def fit(
         _compiled(distiller, compile),
         _using_gradient(student, optim.gradient, compile, stream),
     ):
+        for row in history:
+            tracked.log(row)
         for epoch in range(len(history), optim.epochs):
             row = _fit_epoch(training, data, augment, seed, epoch)
             row = _add_accuracies(row, student, data, optim.precision)
-            history.append({**row, **_run_probes(named_probes, distiller)})
-            if checkpoint and accelerator.is_main_process:
-                scaler_state = training.scaler.state_dict()
-                state = {
-                    "of": identity,
-                    "of_any_length": open_identity,
-                    "epochs": optim.epochs,
-                    "history": history,
-                    "scaler": scaler_state,
-                }
-                save_checkpoint(checkpoint, distiller, training.optimizer, state)
-            tracked.log(history[-1])
-            event = {"event": "epoch", "epochs": optim.epochs, **history[-1]}
-            if history.teacher_acc is not None:
-                event["teacher_acc"] = history.teacher_acc
-            emit(event)
+            row |= _run_probes(named_probes, distiller)
+            history.append(row)
+            if saved is not None:
+                saved.save(training, history)
+            tracked.log(row)
+            emit(_create_epoch_event(history, optim.epochs))
     return history
+
+
+def _create_epoch_event(history: History, epochs: int) -> dict[str, Any]:
+    "Return the event of the last epoch of a history."
+    event = {"event": "epoch", "epochs": epochs, **history[-1]}
+    if history.teacher_acc is not None:
+        event["teacher_acc"] = history.teacher_acc
+    return event
+
+
+def _connect_processes(training: _Training) -> None:
+    "Let several processes, if there are any, train the same weights under the same teacher."
+    accelerator = training.accelerator
+    distiller = training.distiller
+    if accelerator.num_processes > 1:
+        training.module = accelerator.prepare_model(distiller)
+    _copy_first_process(accelerator, cast("nn.Module | None", distiller.teacher))
 
 
 def _prepare(
@@ -1077,7 +1219,6 @@ def _fit_epoch(
 ) -> dict[str, Any]:
     "Seed, train and check one epoch, and return its row of the history."
     optim = training.optim
-    accelerator = training.accelerator
     torch.manual_seed(seed_for(seed, "epoch", epoch))
     loader = data.loader(
         "train",
@@ -1094,7 +1235,7 @@ def _fit_epoch(
     training.distiller.begin_epoch(epoch, optim.epochs)
     row = _train_epoch(training, loader, epoch)
     _check_weights(training.distiller, epoch)
-    _copy_first_process(accelerator, training.distiller, with_weights=False)
+    _copy_first_process(training.accelerator, training.distiller, with_weights=False)
     return row
 
 # %% ../../nbs/lib/56_training.loop.ipynb #024779f0
