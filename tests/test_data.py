@@ -482,8 +482,11 @@ def test_a_folder_with_validation_keeps_it(pets):
         "val": 3,
         "test": 12,
     }
-    d = load_spec(DataSpec("folder:pets", val=0.5), pets.parent)
-    assert len(d.val) == 3 and d.changes == ()
+    for spec in (DataSpec("folder:pets"), DataSpec("folder:pets", val=0)):
+        data = load_spec(spec, pets.parent)
+        assert len(data.val) == 3 and data.changes == ()
+    with pytest.raises(UserError, match="val = 0.5: .* has its own validation split of 3 images"):
+        load_spec(DataSpec("folder:pets", val=0.5), pets.parent)
 
 
 def test_names():

@@ -147,6 +147,11 @@ def test_the_rest_of_a_network(name):
             assert f.grad is not None and f.grad.isfinite().all()
 
 
+def test_an_ann_takes_no_options_of_a_neuron():
+    with pytest.raises(UserError, match="without time steps has no spiking neurons"):
+        create_model("resnet20", neuron_args={"v_threshold": 0.5})
+
+
 def test_event_networks_see_two_channels():
     for name in ("vggsnn", "resnet19_tet", "resnet20"):
         net = small(name, 4, in_channels=2, image_size=48)

@@ -812,5 +812,11 @@ def _load_spec(spec: DataSpec, root: str, content: str) -> ImageData:
     data = few_shot(data, spec.shots, seed)
     data = label_noise(data, spec.label_noise, seed)
     if data.val is not None:
+        default = DataSpec().val
+        require(
+            spec.val in (0, default),
+            f"val = {spec.val}: {data.name} has its own validation split of {len(data.val)} images;"
+            " leave out val to use it",
+        )
         return data
     return split_validation(data, spec.val)
