@@ -299,6 +299,7 @@ def test_headline_takes_the_weight_that_its_pilot_chose():
     methods = {cell.index["method"]: cell.specs[0].method for cell in arms}
     assert methods["KD"] == "kd" and chosen["KD"] == 1.0
     assert methods["NLD"] == f"{chosen['NLD']:g}*nld"
+    assert methods["BKD"] == f"{chosen['BKD']:g}*bkd"
     assert methods["SAMD"] == f"{chosen['SAMD']:g}*samd"
     assert methods["SAMD, scaled"] == f"{chosen['SAMD, scaled']:g}*samd"
     options = {cell.index["method"]: cell.specs[0].method_args for cell in arms}
