@@ -105,8 +105,12 @@ def _frozen(value: Any, field_name: str) -> Any:
     )
     if isinstance(value, str):
         _check_text(field_name, value)
-    is_finite = value == value and value not in (float("inf"), float("-inf"))
-    require(is_finite, f"{field_name} = {value!r}: not a finite number")
+    is_nan = value != value
+    is_infinite = value in (float("inf"), float("-inf"))
+    require(
+        not (is_nan or is_infinite),
+        f"{field_name} = {value!r}: not a finite number",
+    )
     return value
 
 
@@ -143,19 +147,28 @@ def _part_field(get_class: Callable[[], type], optional: bool = False) -> Any:
 
 # %% ../nbs/lib/02_spec.ipynb #756480b0
 def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")
+    # NumPy's flags, without an import of NumPy
+    type_name = type(value).__name__
+    return isinstance(value, bool) or type_name in ("bool_", "bool")
 
 
 def _is_whole_number(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not _is_flag(value)
+    # a flag counts as an integer in Python
+    if _is_flag(value):
+        return False
+    return isinstance(value, numbers.Integral)
 
 
 def _is_finite_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not _is_flag(value) and math.isfinite(value)
+    is_number = isinstance(value, numbers.Real) and not _is_flag(value)
+    if not is_number:
+        return False
+    return math.isfinite(value)
 
 
 def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) or hasattr(value, "tolist")
+    is_array = hasattr(value, "tolist")
+    return is_array or isinstance(value, (list, tuple))
 
 
 # type in a signature -> (words for the error, test)
@@ -178,11 +191,18 @@ def _alternatives(annotation: Any) -> list[Any]:
     "List the types of a union, and the plain type of each."
     is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     parts = typing.get_args(annotation) if is_union else (annotation,)
-    return [typing.get_origin(part) or part for part in parts]
+    kinds = []
+    for part in parts:
+        # `list[int]` becomes `list`
+        kinds.append(typing.get_origin(part) or part)
+    return kinds
 
 
 def _class_check(kind: type) -> tuple[str, Callable[[Any], bool]]:
-    return f"a {kind.__name__}", lambda value: isinstance(value, kind)
+    def is_instance(value: Any) -> bool:
+        return isinstance(value, kind)
+
+    return f"a {kind.__name__}", is_instance
 
 
 def check_arguments(
@@ -204,11 +224,12 @@ def check_arguments(
         if parameters[name].annotation is inspect.Parameter.empty:
             continue
         wanted = _alternatives(parameters[name].annotation)
-        if all(isinstance(kind, type) and kind is not Any for kind in wanted):
-            checks = [_TYPES.get(kind, _class_check(kind)) for kind in wanted]
-            words = " or ".join(dict.fromkeys(words for words, _ in checks))
-            is_valid = any(check(value) for _, check in checks)
-            require(is_valid, f"{where}{name} = {value!r}: give {words}")
+        if not all(isinstance(kind, type) and kind is not Any for kind in wanted):
+            continue
+        checks = [_TYPES.get(kind, _class_check(kind)) for kind in wanted]
+        words = dict.fromkeys(words for words, _ in checks)
+        is_valid = any(check(value) for _, check in checks)
+        require(is_valid, f"{where}{name} = {value!r}: give {' or '.join(words)}")
 
 # %% ../nbs/lib/02_spec.ipynb #ece146a7
 def _default(spec_field: Any) -> Any:
@@ -408,7 +429,12 @@ def method_names(
     method: str,  # e.g. "kd+0.5*feature"
 ) -> list[str]:
     "List the names in a sum of methods, without their weights."
-    return [term.rpartition("*")[2].strip() for term in method.split("+")]
+    names = []
+    for term in method.split("+"):
+        # without the weight in front
+        _, _, name = term.rpartition("*")
+        names.append(name.strip())
+    return names
 
 
 def check_steps(
@@ -425,7 +451,9 @@ def check_steps(
 # %% ../nbs/lib/02_spec.ipynb #7f93f25a
 def _revision_of(kind: str, name: str, revisions: Mapping[str, int]) -> dict[str, int]:
     number = revisions.get(name, 1)
-    return {f"{kind} {name}": number} if number > 1 else {}
+    if number > 1:
+        return {f"{kind} {name}": number}
+    return {}
 
 
 def _revisions(spec: "RunSpec | SearchSpec | None") -> dict[str, int]:
@@ -465,12 +493,14 @@ MAX_ID = 210
 
 def _join_id(words: list[str], digest: str) -> str:
     "Join the words of an id, cut at the end of the readable part where it would be too long."
-    readable = "-".join(words)
-    return f"{readable[: MAX_ID - len(digest) - 1]}-{digest}"
+    num_readable = MAX_ID - len(digest) - 1
+    readable = "-".join(words)[:num_readable]
+    return f"{readable}-{digest}"
 
 
 def _word_for_id(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.]+", "_", text).strip("_")
+    word = re.sub(r"[^A-Za-z0-9.]+", "_", text)
+    return word.strip("_")
 
 # %% ../nbs/lib/02_spec.ipynb #dd2ac0b0
 @dataclass(frozen=True, eq=True)

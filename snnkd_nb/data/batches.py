@@ -53,12 +53,20 @@ def crop_at(
     height, width = x.shape[2:]
     padded = F.pad(_to_rows(x), (0, 0, pad, pad, pad, pad))
     B, padded_height, padded_width, C = padded.shape
+
+    # row `i` of this view has the `row_length` elements from element `i` on
     row_length = width * C
     num_starts = padded.numel() - row_length + 1
-    starts = padded.view(-1).as_strided((num_starts, row_length), (1, 1))
-    first_line = torch.arange(B, device=x.device) * padded_height + dy
-    lines = first_line[:, None] + torch.arange(height, device=x.device)
-    index = lines * (padded_width * C) + (dx * C)[:, None]
+    elements = padded.view(-1)
+    starts = elements.as_strided((num_starts, row_length), (1, 1))
+
+    image = torch.arange(B, device=x.device)
+    first_line = image * padded_height + dy
+    line_in_window = torch.arange(height, device=x.device)
+    lines = first_line[:, None] + line_in_window
+    line_length = padded_width * C
+    left = dx * C
+    index = lines * line_length + left[:, None]
     rows = starts.index_select(0, index.view(-1))
     return _to_images(rows.view(B, -1, width, C))
 
@@ -69,7 +77,9 @@ def random_crop(
     generator: Generator | None = None,  # on the CPU, on whatever device x is
 ) -> Tensor:
     "Cut a random window from each image after padding it with black (the papers' `crop4`)."
-    dy, dx = _draw(generator, 0, 2 * pad + 1, 2, len(x)).to(x.device)
+    num_places = 2 * pad + 1
+    offsets = _draw(generator, 0, num_places, 2, len(x))
+    dy, dx = offsets.to(x.device)
     return crop_at(x, pad, dy, dx)
 
 # %% ../../nbs/lib/10_data.batches.ipynb #878160ca
@@ -81,8 +91,11 @@ def random_flip(
     "Mirror each image from left to right with probability `p`."
     rows = _to_rows(x)
     is_flipped = torch.rand(len(x), generator=generator) < p
-    index = is_flipped.nonzero()[:, 0].to(x.device)
-    return _to_images(rows.index_copy(0, index, rows[index].flip(2)))
+    index = is_flipped.nonzero()[:, 0]
+    index = index.to(x.device)
+    mirrored = rows[index].flip(2)
+    flipped = rows.index_copy(0, index, mirrored)
+    return _to_images(flipped)
 
 # %% ../../nbs/lib/10_data.batches.ipynb #65e7f551
 def random_roll(
@@ -92,11 +105,22 @@ def random_roll(
 ) -> Tensor:
     "Move each image cyclically by up to `shift` pixels in both directions."
     B, _, H, W = x.shape
-    dy, dx = _draw(generator, -shift, shift + 1, 2, B).to(x.device)
-    rows = (torch.arange(H, device=x.device) - dy[:, None]) % H
-    columns = (torch.arange(W, device=x.device) - dx[:, None]) % W
-    image = torch.arange(B, device=x.device)[:, None, None]
-    return _to_images(_to_rows(x)[image, rows[:, :, None], columns[:, None, :]])
+    shifts = _draw(generator, -shift, shift + 1, 2, B)
+    dy, dx = shifts.to(x.device)
+
+    # the pixel at (row, column) of the result comes from (from_row, from_column)
+    row = torch.arange(H, device=x.device)
+    from_row = (row - dy[:, None]) % H
+    column = torch.arange(W, device=x.device)
+    from_column = (column - dx[:, None]) % W
+
+    image = torch.arange(B, device=x.device)
+    rolled = _to_rows(x)[
+        image[:, None, None],
+        from_row[:, :, None],
+        from_column[:, None, :],
+    ]
+    return _to_images(rolled)
 
 # %% ../../nbs/lib/10_data.batches.ipynb #4c449985
 def blank(
@@ -110,12 +134,23 @@ def blank(
     "Fill a rectangle of each image."
     B, C, H, W = x.shape
     row = torch.arange(H, device=x.device)
+    is_below_top = row >= top[:, None]
+    is_above_bottom = row < bottom[:, None]
+    in_rows = is_below_top & is_above_bottom
+
     column = torch.arange(W, device=x.device)
-    in_rows = (row >= top[:, None]) & (row < bottom[:, None])
-    in_columns = (column >= left[:, None]) & (column < right[:, None])
-    inside = in_rows[:, :, None] & in_columns.repeat_interleave(C, 1)[:, None, :]
-    colour = torch.as_tensor(fill, device=x.device).to(x.dtype).expand(C).repeat(W)
-    filled = torch.where(inside, colour, _to_rows(x).view(B, H, -1))
+    is_right_of_left = column >= left[:, None]
+    is_left_of_right = column < right[:, None]
+    in_columns = is_right_of_left & is_left_of_right
+
+    # the C values of a pixel follow each other in a row of the image, (B, H, W·C)
+    in_columns = in_columns.repeat_interleave(C, 1)
+    inside = in_rows[:, :, None] & in_columns[:, None, :]
+    colour = torch.as_tensor(fill, device=x.device)
+    colour = colour.to(x.dtype).expand(C)
+    colour_row = colour.repeat(W)
+    image_rows = _to_rows(x).view(B, H, -1)
+    filled = torch.where(inside, colour_row, image_rows)
     return _to_images(filled.view(B, H, W, C))
 
 # %% ../../nbs/lib/10_data.batches.ipynb #5d8c1a36
@@ -126,10 +161,20 @@ def cutout(
 ) -> Tensor:
     "Blank a square around a random pixel of each image."
     B, _, H, W = x.shape
-    half = (length or min(H, W) // 2) // 2
-    row = _draw(generator, 0, H, B).to(x.device)
-    column = _draw(generator, 0, W, B).to(x.device)
-    return blank(x, row - half, column - half, row + half, column + half)
+    if not length:
+        length = min(H, W) // 2
+    half = length // 2
+    row = _draw(generator, 0, H, B)
+    row = row.to(x.device)
+    column = _draw(generator, 0, W, B)
+    column = column.to(x.device)
+    return blank(
+        x,
+        top=row - half,
+        left=column - half,
+        bottom=row + half,
+        right=column + half,
+    )
 
 # %% ../../nbs/lib/10_data.batches.ipynb #0d4965b8
 def random_erase(
@@ -142,16 +187,27 @@ def random_erase(
 ) -> Tensor:
     "Blank a random rectangle in each image with probability `p`."
     H, W = x.shape[2:]
-    uniform = torch.rand(5, len(x), generator=generator, dtype=torch.float64).to(x.device)
-    part = area[0] + (area[1] - area[0]) * uniform[0]
+    draws = torch.rand(5, len(x), generator=generator, dtype=torch.float64)
+    for_area, for_aspect, for_top, for_left, for_erase = draws.to(x.device)
+
+    smallest, largest = area
+    part = smallest + (largest - smallest) * for_area
     # the aspect ratio is uniform on a logarithmic scale
-    lowest, highest = torch.tensor(ratio[0]), torch.tensor(ratio[1])
-    aspect = torch.exp(lowest.log() + uniform[1] * (highest / ratio[0]).log())
-    height = (H * (part * aspect).sqrt()).round().clamp(max=H)
-    width = (W * (part / aspect).sqrt()).round().clamp(max=W)
-    top = (uniform[2] * (H - height + 1)).floor()
-    left = (uniform[3] * (W - width + 1)).floor()
-    bottom = top + height * (uniform[4] < p)
+    log_lowest = torch.tensor(ratio[0]).log()
+    log_range = (torch.tensor(ratio[1]) / ratio[0]).log()
+    aspect = torch.exp(log_lowest + for_aspect * log_range)
+
+    height = H * (part * aspect).sqrt()
+    height = height.round().clamp(max=H)
+    width = W * (part / aspect).sqrt()
+    width = width.round().clamp(max=W)
+    top = for_top * (H - height + 1)
+    top = top.floor()
+    left = for_left * (W - width + 1)
+    left = left.floor()
+    # a rectangle without height leaves the image as it is
+    is_erased = for_erase < p
+    bottom = top + height * is_erased
     return blank(x, top, left, bottom, left + width, fill)
 
 # %% ../../nbs/lib/10_data.batches.ipynb #a7e46fb6
@@ -167,8 +223,10 @@ def auto_augment(
     v2 = torchvision("transforms.v2")
     policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(_draw(generator, 0, 2**62, 1)))
-        changed = torch.stack([policy(image) for image in x.contiguous()])
+        seed = _draw(generator, 0, 2**62, 1)
+        torch.manual_seed(int(seed))
+        images = [policy(image) for image in x.contiguous()]
+    changed = torch.stack(images)
     return changed.contiguous(memory_format=torch.channels_last)
 
 # %% ../../nbs/lib/10_data.batches.ipynb #8361926c
@@ -176,7 +234,10 @@ Augmentation = Callable[[Tensor, Generator | None, Tensor], Tensor]
 
 
 def _crop(x: Tensor, generator: Generator | None, colour: Tensor) -> Tensor:
-    return random_crop(x, max(1, min(x.shape[2:]) // 8), generator)
+    edge = min(x.shape[2:])
+    # 4 pixels at 32
+    pad = max(1, edge // 8)
+    return random_crop(x, pad, generator)
 
 
 def _flip(x: Tensor, generator: Generator | None, colour: Tensor) -> Tensor:
@@ -196,7 +257,10 @@ def _auto_augment(x: Tensor, generator: Generator | None, colour: Tensor) -> Ten
 
 
 def _roll(x: Tensor, generator: Generator | None, colour: Tensor) -> Tensor:
-    return random_roll(x, max(1, round(min(x.shape[2:]) * 5 / 48)), generator)
+    edge = min(x.shape[2:])
+    # 5 pixels at 48
+    shift = max(1, round(edge * 5 / 48))
+    return random_roll(x, shift, generator)
 
 
 # name -> function of (images, generator, mean colour from 0 to 255)
@@ -219,8 +283,10 @@ def augmenter(
     for part in parts:
         if part not in AUGMENT:
             raise unknown("augmentation", part, [*AUGMENT, "none"])
-    colour = (torch.as_tensor(mean) * 255).round()
-    return partial(_apply, [AUGMENT[part] for part in parts], colour)
+    functions = [AUGMENT[part] for part in parts]
+    colour = torch.as_tensor(mean) * 255
+    colour = colour.round()
+    return partial(_apply, functions, colour)
 
 
 def _apply(
@@ -233,8 +299,11 @@ def _apply(
 # %% ../../nbs/lib/10_data.batches.ipynb #08fe04fa
 def _beta(alpha: float, generator: Generator) -> float:
     "Draw from Beta(alpha, alpha)."
-    gamma = torch._standard_gamma(torch.full((2,), alpha, dtype=torch.float64), generator)
-    return float(gamma[0] / gamma.sum())
+    shape = torch.full((2,), alpha, dtype=torch.float64)
+    gamma = torch._standard_gamma(shape, generator)
+    # two variables Gamma(alpha): the share of one of them is Beta(alpha, alpha)
+    share = gamma[0] / gamma.sum()
+    return float(share)
 
 
 def one_hot(
@@ -257,10 +326,14 @@ def cut_rectangle(
     edge = share**0.5
     ranges = []
     for length in (height, width):
-        centre = int(torch.randint(length, (), generator=generator))
+        draw = torch.randint(length, (), generator=generator)
+        centre = int(draw)
         half = round(length * edge) // 2
-        ranges.append(slice(max(0, centre - half), min(length, centre + half)))
-    return ranges[0], ranges[1]
+        start = max(0, centre - half)
+        stop = min(length, centre + half)
+        ranges.append(slice(start, stop))
+    rows, columns = ranges
+    return rows, columns
 
 
 def mix_images(
@@ -279,18 +352,26 @@ def mix_images(
     use_cutmix = cutmix > 0
     if use_cutmix and mixup > 0:
         use_cutmix = bool(torch.rand((), generator=generator) < 0.5)
-    weight = _beta(cutmix if use_cutmix else mixup, generator)
-    order = torch.randperm(len(y), generator=generator).to(x.device)
-    others = x.index_select(x.dim() - 4, order)
+    alpha = cutmix if use_cutmix else mixup
+    weight = _beta(alpha, generator)
+    order = torch.randperm(len(y), generator=generator)
+    order = order.to(x.device)
+    batch_dim = x.dim() - 4
+    others = x.index_select(batch_dim, order)
     if use_cutmix:
-        rows, columns = cut_rectangle(x.shape[-2], x.shape[-1], 1 - weight, generator)
+        height, width = x.shape[-2:]
+        rows, columns = cut_rectangle(height, width, 1 - weight, generator)
         mixed = x.clone()
         mixed[..., rows, columns] = others[..., rows, columns]
-        cut = (rows.stop - rows.start) * (columns.stop - columns.start)
-        weight = 1 - cut / (x.shape[-2] * x.shape[-1])
+        cut_height = rows.stop - rows.start
+        cut_width = columns.stop - columns.start
+        cut = cut_height * cut_width
+        # the share that is left of the image, after clipping at the border
+        weight = 1 - cut / (height * width)
     else:
         mixed = weight * x + (1 - weight) * others
-    return mixed, weight * targets + (1 - weight) * targets[order]
+    mixed_targets = weight * targets + (1 - weight) * targets[order]
+    return mixed, mixed_targets
 
 # %% ../../nbs/lib/10_data.batches.ipynb #78a46181
 def raw_bits(
@@ -298,7 +379,9 @@ def raw_bits(
     *purpose: Any,  # what they are for, see `seed_for`
 ) -> np.ndarray:
     "Return `n` random 64-bit numbers (uint64) that are the same with every version of NumPy."
-    return np.random.PCG64(seed_for(*purpose)).random_raw(n)
+    seed = seed_for(*purpose)
+    bits = np.random.PCG64(seed)
+    return bits.random_raw(n)
 
 # %% ../../nbs/lib/10_data.batches.ipynb #a190c02f
 def permutation(
@@ -306,7 +389,8 @@ def permutation(
     *purpose: Any,  # what it is for, see `seed_for`
 ) -> np.ndarray:
     "Return a random order of `range(n)` (int64) that is the same on every machine."
-    return np.argsort(raw_bits(n, *purpose), kind="stable")
+    keys = raw_bits(n, *purpose)
+    return np.argsort(keys, kind="stable")
 
 # %% ../../nbs/lib/10_data.batches.ipynb #66fb3184
 def stratified(
@@ -319,12 +403,16 @@ def stratified(
     classes = np.asarray(labels)
     if classes.ndim == 2:
         classes = classes.argmax(1)
-    order = permutation(len(classes), *purpose)
+    num_images = len(classes)
+    order = permutation(num_images, *purpose)
+    # a stable sort keeps the random order within each class
     by_class = order[np.argsort(classes[order], kind="stable")]
     class_sizes = np.bincount(classes)
     class_starts = np.cumsum(class_sizes) - class_sizes
-    rank = np.empty(len(classes), np.int64)
-    rank[by_class] = np.arange(len(classes)) - np.repeat(class_starts, class_sizes)
+    start_of_own_class = np.repeat(class_starts, class_sizes)
+    place = np.arange(num_images)
+    rank = np.empty(num_images, np.int64)
+    rank[by_class] = place - start_of_own_class
     return rank, class_sizes
 
 # %% ../../nbs/lib/10_data.batches.ipynb #505ddc14
@@ -339,9 +427,11 @@ def _as_tensor(labels: Any) -> Tensor:
     if isinstance(labels, Tensor):
         return labels.detach()
     values = np.asarray(labels)
-    if values.dtype.kind not in "biuf":
+    kind = values.dtype.kind
+    if kind not in "biuf":
         raise _refuse_labels(labels, f"of type {values.dtype}")
-    return torch.as_tensor(values.astype(np.float64 if values.dtype.kind == "f" else np.int64))
+    wide_type = np.float64 if kind == "f" else np.int64
+    return torch.as_tensor(values.astype(wide_type))
 
 
 def read_labels(
@@ -355,28 +445,33 @@ def read_labels(
     values = _as_tensor(labels)
     if values.dim() == 2 and values.shape[1] == 1:
         values = values[:, 0]
-    if num_images is not None and len(values if values.dim() else [0]) != num_images:
-        raise _refuse_labels(labels, f"of shape {tuple(values.shape)} for {num_images} images")
+    shape = tuple(values.shape)
+    num_labels = shape[0] if shape else 1
+    if num_images is not None and num_labels != num_images:
+        raise _refuse_labels(labels, f"of shape {shape} for {num_images} images")
     if values.dtype == torch.int64 and values.dim() == 1:
         return values
     if values.is_complex() or values.dim() not in (1, 2):
-        raise _refuse_labels(labels, f"of {values.dtype}, shape {tuple(values.shape)}")
-    if values.dim() == 1:
-        whole = values.to(torch.int64)
-        if not torch.equal(whole.to(values.dtype), values):
-            raise _refuse_labels(labels, "with fractions, or not finite")
-        return whole
-    return _read_rows(labels, values)
+        raise _refuse_labels(labels, f"of {values.dtype}, shape {shape}")
+    if values.dim() == 2:
+        return _read_rows(labels, values)
+    whole = values.to(torch.int64)
+    if not torch.equal(whole.to(values.dtype), values):
+        raise _refuse_labels(labels, "with fractions, or not finite")
+    return whole
 
 
 def _read_rows(labels: Any, values: Tensor) -> Tensor:
     "Turn one-hot rows (N, K) into int64 (N,), and check soft labels."
     shares = values.to(torch.float32)
     sums = shares.sum(1)
-    is_share = (shares >= 0).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-3)
+    ones = torch.ones_like(sums)
+    is_share = (shares >= 0).all() and torch.allclose(sums, ones, atol=1e-3)
     if not is_share:
-        raise _refuse_labels(labels, f"of shape {tuple(values.shape)} whose rows are no shares")
-    if ((shares == 0) | (shares == 1)).all():
+        shape = tuple(values.shape)
+        raise _refuse_labels(labels, f"of shape {shape} whose rows are no shares")
+    is_one_hot = (shares == 0) | (shares == 1)
+    if is_one_hot.all():
         return shares.argmax(1)
     return shares
 
@@ -404,8 +499,9 @@ class Split:
                 "real numbers from 0 to 1 become (255 * x).round().byte()"
             )
 
+        labels = read_labels(self.labels, len(self.images))
         object.__setattr__(self, "images", self.images.cpu())
-        object.__setattr__(self, "labels", read_labels(self.labels, len(self.images)).cpu())
+        object.__setattr__(self, "labels", labels.cpu())
         if self.known:
             self.__dict__["_images_sha"] = (self.images._version, self.known)
 
@@ -417,7 +513,10 @@ class Split:
         index: Any,  # int64 (n,), or a list
     ) -> "Split":
         "Return the images of these indices, in their order, as a split."
-        return Split(rows(self)[index].permute(0, 3, 1, 2), self.labels[index])
+        chosen_rows = rows(self)[index]
+        images = _to_images(chosen_rows)
+        labels = self.labels[index]
+        return Split(images, labels)
 
     def relabel(
         self,
@@ -436,14 +535,16 @@ class Split:
         "Return the SHA-256 of the image bytes, computed anew after a change in place."
         version, found = self.__dict__.get("_images_sha", (None, ""))
         if version != self.images._version:
-            found = sha256_of(rows(self).contiguous().numpy().data)
+            image_rows = rows(self).contiguous()
+            found = sha256_of(image_rows.numpy().data)
             self.__dict__["_images_sha"] = (self.images._version, found)
         return found
 
     @property
     def digest(self) -> str:
         "Return the SHA-256 of images and labels."
-        labels_sha = sha256_of(self.labels.contiguous().numpy().data)
+        labels = self.labels.contiguous()
+        labels_sha = sha256_of(labels.numpy().data)
         return sha256_of(self.images_sha + labels_sha)
 
 
@@ -457,18 +558,28 @@ def describe(
 ) -> dict[str, Any]:
     "Return what a run record keeps of a data set, as JSON data."
     frames = {"frames": data.frames} if data.frames else {}
+    sizes = {}
+    for name, split in data.splits.items():
+        sizes[name] = len(split)
     return {
         "name": data.name,
         "fingerprint": data.fingerprint,
         "classes": data.num_classes,
         "shape": list(data.shape),
         **frames,
-        "sizes": {name: len(split) for name, split in data.splits.items()},
+        "sizes": sizes,
         "split": list(data.splits),
-        "mean": [round(float(value), 4) for value in data.mean],
-        "std": [round(float(value), 4) for value in data.std],
+        "mean": _rounded(data.mean),
+        "std": _rounded(data.std),
         "changes": [dict(change) for change in data.changes],
     }
+
+
+def _rounded(values: Any) -> list[float]:
+    rounded = []
+    for value in values:
+        rounded.append(round(float(value), 4))
+    return rounded
 
 # %% ../../nbs/lib/10_data.batches.ipynb #ce8adcca
 @dataclass(frozen=True, eq=False)
@@ -488,19 +599,27 @@ class ImageData:
     def __post_init__(self) -> None:
         self._check_normalization()
         for name, split in self.splits.items():
-            labels = hard_labels(split.labels)
-            num_shares = split.labels.shape[1] if split.labels.dim() == 2 else None
-            if num_shares not in (None, len(self.classes)):
-                raise UserError(
-                    f"{self.name}: {name} has soft labels for {num_shares} classes, and "
-                    f"{len(self.classes)} classes have names: give a name for every column"
-                )
-            if len(labels) and not (labels.min() >= 0 and labels.max() < len(self.classes)):
-                raise UserError(
-                    f"{self.name}: {name} has labels from {labels.min()} to {labels.max()} for "
-                    f"{len(self.classes)} classes: give whole numbers from 0, "
-                    "and every class a name"
-                )
+            self._check_labels(name, split.labels)
+
+    def _check_labels(self, split_name: str, split_labels: Tensor) -> None:
+        num_names = len(self.classes)
+        is_soft = split_labels.dim() == 2
+        if is_soft and split_labels.shape[1] != num_names:
+            raise UserError(
+                f"{self.name}: {split_name} has soft labels for {split_labels.shape[1]} classes, "
+                f"and {num_names} classes have names: give a name for every column"
+            )
+        labels = hard_labels(split_labels)
+        if not len(labels):
+            return
+        lowest = labels.min()
+        highest = labels.max()
+        if lowest < 0 or highest >= num_names:
+            raise UserError(
+                f"{self.name}: {split_name} has labels from {lowest} to {highest} for "
+                f"{num_names} classes: give whole numbers from 0, "
+                "and every class a name"
+            )
 
     def _check_normalization(self) -> None:
         num_channels = self.shape[0]
@@ -524,19 +643,28 @@ class ImageData:
     def shape(self) -> tuple[int, ...]:
         "Return `(C, H, W)` of an image, or of one frame of a recording."
         _, num_channels, height, width = self.train.images.shape
-        return num_channels // (self.frames or 1), height, width
+        if self.frames:
+            num_channels //= self.frames
+        return num_channels, height, width
 
     @property
     def splits(self) -> dict[str, Any]:
         "Return the splits that exist, by name, in the order train, val, test."
         by_name = {"train": self.train, "val": self.val, "test": self.test}
-        return {name: split for name, split in by_name.items() if split is not None}
+        existing = {}
+        for name, split in by_name.items():
+            if split is not None:
+                existing[name] = split
+        return existing
 
     @property
     def fingerprint(self) -> str:
         "Return 16 hex digits that depend on the content of all splits, and on nothing else."
-        digests = {name: split.digest for name, split in self.splits.items()}
-        return sha256_of(canonical_json(digests))[:16]
+        digests = {}
+        for name, split in self.splits.items():
+            digests[name] = split.digest
+        digest = sha256_of(canonical_json(digests))
+        return digest[:16]
 
     def split(
         self,
@@ -564,17 +692,36 @@ class ImageData:
         device: str | torch.device = "cpu",
     ) -> Any:
         "Return the batches of one epoch, see `Loader`."
-        return Loader(self, split, batch_size, seed, epoch, augment, shuffle, drop_last, device)
+        return Loader(
+            self,
+            split,
+            batch_size,
+            seed,
+            epoch,
+            augment,
+            shuffle,
+            drop_last,
+            device,
+        )
 
     def describe(self) -> dict[str, Any]:
         "Return what a run record keeps, see `describe`."
         return describe(self)
 
     def __repr__(self) -> str:
-        sizes = " / ".join(f"{len(split.labels):,} {name}" for name, split in self.splits.items())
-        frames = f"{self.frames} frames of " if self.frames else ""
+        sizes = []
+        for name, split in self.splits.items():
+            sizes.append(f"{len(split.labels):,} {name}")
         shape = "×".join(map(str, self.shape))
-        return f"ImageData({self.name!r}, {sizes}, {self.num_classes} classes, {frames}{shape})"
+        if self.frames:
+            shape = f"{self.frames} frames of {shape}"
+        fields = [
+            repr(self.name),
+            " / ".join(sizes),
+            f"{self.num_classes} classes",
+            shape,
+        ]
+        return f"ImageData({', '.join(fields)})"
 
 # %% ../../nbs/lib/10_data.batches.ipynb #430e641d
 def count_batches(
@@ -611,10 +758,13 @@ def time_first(
     T: int,  # frames of a recording
 ) -> Tensor:
     "Turn frames that follow each other as channels into `(T·B, C, H, W)`, channels_last."
-    B, C, H, W = x.shape
-    pixel_rows = x.permute(0, 2, 3, 1).reshape(B, H, W, T, C // T)
-    frames = pixel_rows.permute(3, 0, 1, 2, 4).reshape(T * B, H, W, C // T)
-    return frames.permute(0, 3, 1, 2)
+    B, all_channels, H, W = x.shape
+    C = all_channels // T
+    rows = x.permute(0, 2, 3, 1)
+    rows = rows.reshape(B, H, W, T, C)
+    frames = rows.permute(3, 0, 1, 2, 4)
+    frames = frames.reshape(T * B, H, W, C)
+    return _to_images(frames)
 
 
 def make_normalizer(
@@ -630,15 +780,23 @@ def make_normalizer(
 
     def normalize(x: Tensor) -> Tensor:
         pixel_rows = x.permute(0, 2, 3, 1)
-        num_pixels = x.shape[2] * x.shape[3]
-        flat = pixel_rows.reshape(len(pixel_rows), -1).float()
-        flat = flat.mul_(scale.repeat(num_pixels)).add_(shift.repeat(num_pixels))
-        return flat.view(pixel_rows.shape).permute(0, 3, 1, 2)
+        num_images, height, width, _ = pixel_rows.shape
+        num_pixels = height * width
+        flat = pixel_rows.reshape(num_images, -1)
+        flat = flat.float()
+        flat.mul_(scale.repeat(num_pixels))
+        flat.add_(shift.repeat(num_pixels))
+        normalized = flat.view(pixel_rows.shape)
+        return _to_images(normalized)
 
     def normalize_frames(x: Tensor) -> Tensor:
-        return normalize(time_first(x, T)).unflatten(0, (T, -1))
+        frames = time_first(x, T)
+        normalized = normalize(frames)
+        return normalized.unflatten(0, (T, -1))
 
-    return normalize if T is None else normalize_frames
+    if T is None:
+        return normalize
+    return normalize_frames
 
 # %% ../../nbs/lib/10_data.batches.ipynb #45f6bb0c
 def on_device(
@@ -650,8 +808,10 @@ def on_device(
     They are copied once and kept with the split."""
     copies = split.__dict__.setdefault("_on", {})
     if device not in copies:
-        images = rows(split).reshape(len(split), -1).to(device)
-        copies[device] = images, split.labels.to(device)
+        flat_rows = rows(split).reshape(len(split), -1)
+        images = flat_rows.to(device)
+        labels = split.labels.to(device)
+        copies[device] = (images, labels)
     return copies[device]
 
 
@@ -662,7 +822,9 @@ def resolve_augment(
     "Return the augmentation as a function of `(x, generator)`; an unknown name raises `UserError`."
     if callable(augment):
         return augment
-    return augmenter(augment, mean=0.0 if data.frames else data.mean)
+    # `erase` fills with the mean colour, frames with "no event"
+    mean = 0.0 if data.frames else data.mean
+    return augmenter(augment, mean)
 
 # %% ../../nbs/lib/10_data.batches.ipynb #487e7ffd
 class Loader:
@@ -697,18 +859,27 @@ class Loader:
         self.augment = resolve_augment(augment, data)
 
     def __len__(self) -> int:
-        return count_batches(len(self.split), self.batch_size, self.drop_last)
+        return count_batches(
+            len(self.split),
+            self.batch_size,
+            self.drop_last,
+        )
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         images, labels = on_device(self.split, self.device)
         normalize = make_normalizer(self.data, self.device)
         generator = torch.Generator()
         generator.manual_seed(seed_for(self.seed, "augment", self.epoch))
-        order = epoch_order(len(self.split), self.seed, self.epoch, self.shuffle).to(self.device)
+        order = epoch_order(len(self.split), self.seed, self.epoch, self.shuffle)
+        order = order.to(self.device)
+        # with `drop_last` the length leaves out the last piece
+        batches = order.split(self.batch_size)[: len(self)]
         image_shape = rows(self.split).shape[1:]
-        for index in order.split(self.batch_size)[: len(self)]:
-            batch_rows = images.index_select(0, index).view(-1, *image_shape)
-            augmented = self.augment(batch_rows.permute(0, 3, 1, 2), generator)
+        for index in batches:
+            flat_rows = images.index_select(0, index)
+            batch_rows = flat_rows.view(-1, *image_shape)
+            batch = _to_images(batch_rows)
+            augmented = self.augment(batch, generator)
             yield normalize(augmented), labels[index]
 
 # %% ../../nbs/lib/10_data.batches.ipynb #a882ebb0

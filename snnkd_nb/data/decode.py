@@ -77,7 +77,9 @@ def scale_to_bytes(
     high = values.max()
     if not (low >= 0 and high <= largest):
         raise UserError(f"{what} has values from {low:g} to {high:g}, not from 0 to {largest:g}")
-    scaled = np.rint(values.astype(np.float64) * (255 / largest)).astype(np.uint8)
+    factor = 255 / largest
+    scaled = np.rint(values.astype(np.float64) * factor)
+    scaled = scaled.astype(np.uint8)
     if high > 0 and scaled.max() <= 1 and largest > 255:
         raise UserError(f"{what} has values up to {high:g} of {largest:g} and would become black")
     return scaled
@@ -86,7 +88,8 @@ def scale_to_bytes(
 def _largest_value(image: Image.Image, tags: Any) -> float | None:
     "Return the brightest value of a mode with more than 8 bits, None for other modes."
     if image.mode.startswith("I;16"):
-        return 2 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
+        bits_per_sample = tags.get(BITS_PER_SAMPLE, (16,))
+        return 2 ** bits_per_sample[0] - 1
     if image.mode == "I" and image.format in ("PNG", "PPM"):
         return 65535  # some versions of Pillow open 16 bits as mode I
     return WIDE_RANGES.get(image.mode)
@@ -114,7 +117,9 @@ def to_rgb(
     if largest is not None:
         values = scale_to_bytes(np.asarray(upright), largest, f"mode {image.mode}")
         is_white_zero = tags.get(PHOTOMETRIC) == 0
-        return Image.fromarray(255 - values if is_white_zero else values).convert("RGB")
+        if is_white_zero:
+            values = 255 - values
+        return Image.fromarray(values).convert("RGB")
     if 2 in tags.get(SAMPLE_FORMAT, ()):
         raise UserError(f"mode {image.mode} with signed values has no range of brightness")
     if image.mode in TRANSPARENT_MODES or "transparency" in image.info:
@@ -156,7 +161,10 @@ def _resize_array(values: np.ndarray, size: int | None) -> np.ndarray:
         return values
     if values.shape[2] == 3:
         return np.asarray(fit_image(Image.fromarray(values), size))
-    channels = [np.asarray(fit_image(Image.fromarray(c), size)) for c in np.moveaxis(values, 2, 0)]
+    channels = []
+    for channel in np.moveaxis(values, 2, 0):
+        resized = fit_image(Image.fromarray(channel), size)
+        channels.append(np.asarray(resized))
     return np.stack(channels, 2)
 
 
@@ -199,9 +207,12 @@ def progress(
     for num_done, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
-        if now - start > after and now - last_line > pause:
+        elapsed = now - start
+        is_due = now - last_line > pause
+        if elapsed > after and is_due:
             last_line = now
-            seconds_left = (now - start) * (total - num_done) / num_done
+            num_left = total - num_done
+            seconds_left = elapsed * num_left / num_done
             line = f"{what}: {num_done:,} of {total:,} images, {seconds_left:.0f} s left\n"
             # standard error may be closed, full, or another object
             with contextlib.suppress(AttributeError, OSError, ValueError):
@@ -243,14 +254,18 @@ def decode(
         return [pixels(item, size) for item in block]
 
     first: tuple[Any, tuple] | None = None
-    with ThreadPoolExecutor(min(8, cores())) as pool:
-        blocks = [items[start : start + 256] for start in range(0, len(items), 256)]
-        decoded = itertools.chain.from_iterable(_map_ahead(pool, decode_block, blocks))
+    blocks = [items[start : start + 256] for start in range(0, len(items), 256)]
+    num_workers = min(8, cores())
+    with ThreadPoolExecutor(num_workers) as pool:
+        decoded_blocks = _map_ahead(pool, decode_block, blocks)
+        decoded = itertools.chain.from_iterable(decoded_blocks)
         for item, image in progress(zip(items, decoded), len(items), what):
+            described = (item, image.shape)
             if first is None:
-                first = (item, image.shape)
-            if image.shape != first[1]:
-                raise _size_error(first, (item, image.shape))
+                first = described
+            _, first_shape = first
+            if image.shape != first_shape:
+                raise _size_error(first, described)
             yield image
 
 # %% ../../nbs/lib/11_data.decode.ipynb #d8ad985e
@@ -268,13 +283,17 @@ def channel_moments(
     for channel in range(num_channels):
         counts = np.zeros(256, np.int64)
         for part in np.array_split(images, 1 + len(images) // 4096):
-            counts += np.bincount(part[..., channel].ravel(), minlength=256)
-        share = counts / (images.size / num_channels)
+            channel_values = part[..., channel].ravel()
+            counts += np.bincount(channel_values, minlength=256)
+        num_values = images.size / num_channels
+        share = counts / num_values
         mean = share @ values
-        variance = max(share @ values**2 - mean**2, 0.0)
+        mean_square = share @ values**2
+        variance = max(mean_square - mean**2, 0.0)
+        deviation = round(float(variance**0.5), 6)
         means.append(round(float(mean), 6))
         # a constant channel must not be divided by zero
-        deviations.append(round(float(variance**0.5), 6) or 1.0)
+        deviations.append(deviation or 1.0)
     return means, deviations
 
 # %% ../../nbs/lib/11_data.decode.ipynb #84c52bf7
@@ -302,9 +321,11 @@ def cache_folder(
     code = source_digest(source.read)
     if code:
         content.append(code)  # a plug-in that reads other images gets another cache
-    key = sha256_of(canonical_json(content))[:16]
-    readable = re.sub(r"[^A-Za-z0-9]+", "-", source.name).strip("-")[-60:]
-    return cache_dir() / "decoded" / f"{readable}-{key}"
+    key = sha256_of(canonical_json(content))
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", source.name)
+    # the end of a long name tells most
+    readable = readable.strip("-")[-60:]
+    return cache_dir() / "decoded" / f"{readable}-{key[:16]}"
 
 # %% ../../nbs/lib/11_data.decode.ipynb #b66156ee
 def checksum(
@@ -314,9 +335,14 @@ def checksum(
 
     Any one damaged byte changes it; it is no protection against forgery."""
     data = values.reshape(-1).view(np.uint8)
+    # one sum for each block of 1024 numbers of 8 bytes, and the rest as it is
     num_whole = len(data) // 8192 * 8192
-    sums = data[:num_whole].view(np.uint64).reshape(-1, 1024).sum(1)
-    return sha256_of(sums.tobytes() + data[num_whole:].tobytes())[:16]
+    whole = data[:num_whole]
+    rest = data[num_whole:]
+    blocks = whole.view(np.uint64).reshape(-1, 1024)
+    sums = blocks.sum(1)
+    digest = sha256_of(sums.tobytes() + rest.tobytes())
+    return digest[:16]
 
 # %% ../../nbs/lib/11_data.decode.ipynb #ed872e76
 def _write_images(images: Iterator[np.ndarray], path: Path, n: int) -> np.ndarray:
@@ -341,9 +367,12 @@ def _joined_labels(source: Source, parts: dict[str, Any], num_classes: int) -> n
         place = f"{source.name}: the {split} split"
         if values.shape != (len(items),):
             raise UserError(f"{place} has labels {values.shape} for {len(items)} images")
-        if values.dtype.kind not in "bui" and not (values == np.rint(values)).all():
+        is_whole = values.dtype.kind in "bui" or (values == np.rint(values)).all()
+        if not is_whole:
             raise UserError(f"{place} has labels that are not whole numbers")
-        if len(values) and not (values.min() >= 0 and values.max() < num_classes):
+        lowest = values.min(initial=0)
+        highest = values.max(initial=0)
+        if lowest < 0 or highest >= num_classes:
             raise UserError(
                 f"{place} has labels from {values.min()} to {values.max()} for {num_classes} "
                 f"classes: give whole numbers from 0 to {num_classes - 1}"
@@ -371,22 +400,30 @@ def write_cache(
 ) -> None:
     "Decode a source into `folder`."
     classes, parts = _read_source(source)
-    items = [item for split_items, _ in parts.values() for item in split_items]
+    items = []
+    for split_items, _ in parts.values():
+        items.extend(split_items)
     labels = _joined_labels(source, parts, len(classes))
     decoded = decode(items, size, f"preparing {source.name}")
     images = _write_images(decoded, folder / "images.npy", len(labels))
     np.save(folder / "labels.npy", labels)
-    ends = np.cumsum([0, *(len(split_items) for split_items, _ in parts.values())])
+
     by_split = {}
-    for name, (start, end) in zip(parts, itertools.pairwise(ends)):
-        by_split[name] = images[start:end]
     split_records = []
-    for name, part in by_split.items():
-        split_records.append([name, len(part), sha256_of(np.ascontiguousarray(part).data)])
+    start = 0
+    for name, (split_items, _) in parts.items():
+        end = start + len(split_items)
+        part = images[start:end]
+        images_sha = sha256_of(np.ascontiguousarray(part).data)
+        by_split[name] = part
+        split_records.append([name, len(part), images_sha])
+        start = end
+
+    normal = source.normal or channel_moments(by_split["train"])
     meta: dict[str, Any] = {
         "classes": list(classes),
         "splits": split_records,
-        "normal": [list(values) for values in source.normal or channel_moments(by_split["train"])],
+        "normal": [list(values) for values in normal],
         "sums": [checksum(images), checksum(labels)],
     }
     if source.frames:
@@ -403,7 +440,8 @@ def _read_checked(folder: Path) -> tuple[dict, np.ndarray, np.ndarray] | None:
     labels = np.load(folder / "labels.npy")
     if meta.pop("sha256") != sha256_of(canonical_json(meta)):
         return None
-    if meta["sums"] != [checksum(images), checksum(labels)]:
+    sums = [checksum(images), checksum(labels)]
+    if meta["sums"] != sums:
         return None
     return meta, images, labels
 
@@ -435,12 +473,21 @@ def read_cache(
     meta, image_rows, labels = content
     x = torch.from_numpy(image_rows).permute(0, 3, 1, 2)
     y = torch.from_numpy(labels)
-    ends = np.cumsum([0, *(length for _, length, _ in meta["splits"])])
     splits: dict[str, Any] = {}
-    for (split, _, images_sha), (start, end) in zip(meta["splits"], itertools.pairwise(ends)):
+    start = 0
+    for split, length, images_sha in meta["splits"]:
+        end = start + length
         splits[split] = Split(x[start:end], y[start:end], images_sha)
-    mean, std = (torch.tensor(values) for values in meta["normal"])
-    return ImageData(name, meta["classes"], mean, std, **splits, frames=meta.get("frames"))
+        start = end
+    mean, std = meta["normal"]
+    return ImageData(
+        name,
+        meta["classes"],
+        torch.tensor(mean),
+        torch.tensor(std),
+        **splits,
+        frames=meta.get("frames"),
+    )
 
 # %% ../../nbs/lib/11_data.decode.ipynb #2dbdeeb2
 def _make_cache(source: Source, size: int | None, folder: Path) -> None:

@@ -48,7 +48,9 @@ class Camera:
             value = getattr(self, field.name)
             is_positive = field.name in ("threshold", "dark")
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            in_range = is_number and 0 <= value < 1e6 and not (is_positive and value == 0)
+            in_range = is_number and 0 <= value < 1e6
+            if is_positive and value == 0:
+                in_range = False
             start = "above" if is_positive else "from"
             require(in_range, f"{field.name} = {value!r}: give a number {start} 0")
 
@@ -95,13 +97,23 @@ def sense(
     "Return the events of all pixels in order of time; `t` is a float in µs. Source: eq. 1."
     level = np.asarray(level, np.float64)
     theta = np.broadcast_to(np.float64(threshold), level.shape[1:])
+    times = np.asarray(times, np.float64)
     # no pixel has more events than its total change over the threshold
-    total_change = np.abs(np.diff(level, axis=0)).sum(0)
+    changes = np.abs(np.diff(level, axis=0))
+    total_change = changes.sum(0)
     most = int((total_change / theta).sum() + total_change.size)
-    events = {"t": np.empty(most), **{k: np.empty(most, np.int64) for k in "xyp"}}
-    n = _sense(level, np.asarray(times, np.float64), theta, refractory, *events.values())
-    order = np.argsort(events["t"][:n], kind="stable")
-    return {k: v[:n][order] for k, v in events.items()}
+    t = np.empty(most)
+    x = np.empty(most, np.int64)
+    y = np.empty(most, np.int64)
+    p = np.empty(most, np.int64)
+    n = _sense(level, times, theta, refractory, t, x, y, p)
+    order = np.argsort(t[:n], kind="stable")
+    return {
+        "t": t[order],
+        "x": x[order],
+        "y": y[order],
+        "p": p[order],
+    }
 
 # %% ../../nbs/lib/15_data.events.ipynb #58e25166
 @dataclass(frozen=True)
@@ -125,11 +137,14 @@ class Protocol:
             f"leg = {self.leg!r} ms: give a multiple of the {step:g} ms between two samples",
         )
         corners = np.array(self.corners) * self.reach * size
+        sample = np.arange(n)[:, None]
         legs = []
         for start, end in itertools.pairwise(corners):
-            legs.append(start + (end - start) * np.arange(n)[:, None] / n)
+            moved = (end - start) * sample / n
+            legs.append(start + moved)
         places = np.concatenate([*legs, corners[-1:]])
-        return np.arange(len(places)) * step * 1e3, places
+        times = np.arange(len(places)) * step * 1e3
+        return times, places
 
 
 _LOOP = ((-1, 0), (0, 1), (1, 0), (0, -1))
@@ -144,20 +159,35 @@ def _views(image, places, out):
     "Write what the sensor sees at each place into `out`."
     height, width = image.shape
     num_places, size, _ = out.shape
+    # the place of a centred image on the sensor
+    offset_y = (size - height) / 2
+    offset_x = (size - width) / 2
+    last_upper_row = max(height - 2, 0)
+    last_left_column = max(width - 2, 0)
     for k in range(num_places):
         for i in range(size):
-            u = min(max(i - (size - height) / 2 - places[k, 1], 0.0), height - 1.0)
-            row = min(int(u), max(height - 2, 0))
+            y = i - offset_y - places[k, 1]
+            y = max(y, 0.0)
+            y = min(y, height - 1.0)
+            row = min(int(y), last_upper_row)
             next_row = min(row + 1, height - 1)
-            f = u - row
+            weight_next_row = y - row
+            weight_row = 1 - weight_next_row
             for j in range(size):
-                v = min(max(j - (size - width) / 2 - places[k, 0], 0.0), width - 1.0)
-                column = min(int(v), max(width - 2, 0))
+                x = j - offset_x - places[k, 0]
+                x = max(x, 0.0)
+                x = min(x, width - 1.0)
+                column = min(int(x), last_left_column)
                 next_column = min(column + 1, width - 1)
-                g = v - column
-                upper = image[row, column] * (1 - g) + image[row, next_column] * g
-                lower = image[next_row, column] * (1 - g) + image[next_row, next_column] * g
-                out[k, i, j] = upper * (1 - f) + lower * f
+                weight_next_column = x - column
+                weight_column = 1 - weight_next_column
+                left = image[row, column] * weight_column
+                right = image[row, next_column] * weight_next_column
+                upper = left + right
+                left = image[next_row, column] * weight_column
+                right = image[next_row, next_column] * weight_next_column
+                lower = left + right
+                out[k, i, j] = upper * weight_row + lower * weight_next_row
 
 
 def views(
@@ -166,21 +196,30 @@ def views(
     size: int,  # edge of the sensor in pixels
 ) -> np.ndarray:
     "Return what the sensor sees at each place, (K, size, size), bilinear between pixels."
-    out = np.empty((len(places), size, size))
-    _views(np.ascontiguousarray(image, np.float64), np.asarray(places, np.float64), out)
+    image = np.ascontiguousarray(image, np.float64)
+    places = np.asarray(places, np.float64)
+    num_places = len(places)
+    out = np.empty((num_places, size, size))
+    _views(image, places, out)
     return out
 
 # %% ../../nbs/lib/15_data.events.ipynb #3aaaa95b
 def uniform(n: int, *purpose: Any) -> np.ndarray:
     "Draw `n` numbers from 0 to below 1 that are the same on every machine, see `raw_bits`."
-    return (raw_bits(n, *purpose) >> np.uint64(11)) * 2.0**-53
+    bits = raw_bits(n, *purpose)
+    # a float has 53 bits
+    highest_bits = bits >> np.uint64(11)
+    return highest_bits * 2.0**-53
 
 
 def thresholds(camera: Camera, size: int, seed: int = 0) -> np.ndarray:
     "Draw the thresholds of all pixels, (size, size): nearly normal, at least a fifth of the mean."
-    # the sum of twelve uniform numbers has variance 1
-    z = uniform(12 * size * size, "threshold", seed).reshape(12, size, size).sum(0) - 6
-    return camera.threshold * np.maximum(1 + camera.mismatch * z, 0.2)
+    draws = uniform(12 * size * size, "threshold", seed)
+    draws = draws.reshape(12, size, size)
+    # the sum of twelve uniform numbers has mean 6 and variance 1
+    z = draws.sum(0) - 6
+    relative = 1 + camera.mismatch * z
+    return camera.threshold * np.maximum(relative, 0.2)
 
 
 def noise(
@@ -192,15 +231,34 @@ def noise(
     "Draw events without a cause: a Poisson process of `camera.noise` events per pixel and second."
     rate = camera.noise * size * size / 1e6
     if rate == 0:
-        none = np.empty(0)
-        return {"t": none, **{k: none.astype(np.int64) for k in "xyp"}}
-    most = int(rate * duration + 10 * (rate * duration) ** 0.5 + 20)
-    u = uniform(4 * most, "noise", *purpose).reshape(4, most)
-    waits = -np.round(np.log1p(-u[0]) * 2**20) / 2**20 / rate
+        events: dict[str, np.ndarray] = {"t": np.empty(0)}
+        for name in "xyp":
+            events[name] = np.empty(0, np.int64)
+        return events
+    expected = rate * duration
+    # ten standard deviations above the expected number
+    most = int(expected + 10 * expected**0.5 + 20)
+    draws = uniform(4 * most, "noise", *purpose)
+    for_wait, for_x, for_y, for_p = draws.reshape(4, most)
+    waits = -_rounded(np.log1p(-for_wait)) / rate
     t = np.cumsum(waits)
-    places = {k: (v * m).astype(np.int64) for k, v, m in zip("xyp", u[1:], (size, size, 2))}
-    events: dict[str, np.ndarray] = {"t": t, **places}
-    return {k: v[t < duration] for k, v in events.items()}
+    in_time = t < duration
+    x = (for_x * size).astype(np.int64)
+    y = (for_y * size).astype(np.int64)
+    p = (for_p * 2).astype(np.int64)
+    return {
+        "t": t[in_time],
+        "x": x[in_time],
+        "y": y[in_time],
+        "p": p[in_time],
+    }
+
+
+def _rounded(logarithms: np.ndarray) -> np.ndarray:
+    "Round to 2**-20, because the last bits differ between processors."
+    steps = 2**20
+    rounded = np.round(logarithms * steps)
+    return rounded / steps
 
 # %% ../../nbs/lib/15_data.events.ipynb #f2cf90c9
 LUMA = np.array([0.299, 0.587, 0.114])  # weights of red, green and blue in the light
@@ -215,15 +273,25 @@ def record(
     *which: Any,  # with the seed: which recording this is; decides the noise
 ) -> dict[str, np.ndarray]:
     "Record an image that moves before a camera: a dict of int64 `t, x, y, p`."
-    channels = np.asarray(image, np.float64).reshape(*image.shape[:2], -1) / 255
-    light = channels @ LUMA if channels.shape[2] == 3 else channels.mean(2)
+    height, width = image.shape[:2]
+    channels = np.asarray(image, np.float64).reshape(height, width, -1) / 255
+    is_rgb = channels.shape[2] == 3
+    light = channels @ LUMA if is_rgb else channels.mean(2)
+
     times, places = protocol.path(size)
-    level = np.round(np.log(views(light, places, size) + camera.dark) * 2**20) / 2**20
-    real = sense(level, times, thresholds(camera, size, seed), camera.refractory * 1e3)
+    seen = views(light, places, size)
+    level = _rounded(np.log(seen + camera.dark))
+    threshold = thresholds(camera, size, seed)
+    refractory = camera.refractory * 1e3
+    real = sense(level, times, threshold, refractory)
     false = noise(camera, times[-1], size, seed, *which)
-    events = {k: np.concatenate([real[k], false[k]]).astype(np.int64) for k in "txyp"}
+
+    events = {}
+    for name in "txyp":
+        both = np.concatenate([real[name], false[name]])
+        events[name] = both.astype(np.int64)
     order = np.argsort(events["t"], kind="stable")
-    return {k: v[order] for k, v in events.items()}
+    return {name: values[order] for name, values in events.items()}
 
 # %% ../../nbs/lib/15_data.events.ipynb #31cdc869
 def by_number(
@@ -231,8 +299,11 @@ def by_number(
     T: int,  # number of frames
 ) -> tuple[np.ndarray, np.ndarray]:
     "Cut into frames of equally many events: index of the first event of each and of the one after."
-    first = np.arange(T) * (len(t) // T)
-    return first, np.append(first[1:], len(t))
+    num_events = len(t)
+    events_per_frame = num_events // T
+    first = np.arange(T) * events_per_frame
+    end = np.append(first[1:], num_events)
+    return first, end
 
 
 def by_time(
@@ -240,9 +311,13 @@ def by_time(
     T: int,  # number of frames
 ) -> tuple[np.ndarray, np.ndarray]:
     "Cut into frames of equal time: index of the first event of each and of the one after."
-    step = (int(t[-1]) - int(t[0])) // T
-    first = np.searchsorted(t, int(t[0]) + step * np.arange(T))
-    return first, np.append(first[1:], len(t))
+    start = int(t[0])
+    duration = int(t[-1]) - start
+    step = duration // T
+    starts = start + step * np.arange(T)
+    first = np.searchsorted(t, starts)
+    end = np.append(first[1:], len(t))
+    return first, end
 
 
 Slicing = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
@@ -260,11 +335,13 @@ def _whole_numbers(values: Any, name: str, what: str) -> np.ndarray:
         f"{what}: {name} is {found.dtype} {found.shape}, not one number per event",
     )
     advice = "give whole microseconds" if name == "t" else "give whole numbers"
-    limit = 2.0**63
     is_whole = found.dtype.kind in "bui" or (found == np.rint(found)).all()
     require(is_whole, f"{what}: {name} has values that are not whole numbers: {advice}")
-    in_range = not len(found) or max(abs(float(found.min())), abs(float(found.max()))) < limit
-    require(in_range, f"{what}: {name} has values beyond 64 bits: {advice}")
+    if len(found):
+        lowest = abs(float(found.min()))
+        highest = abs(float(found.max()))
+        in_range = max(lowest, highest) < 2.0**63
+        require(in_range, f"{what}: {name} has values beyond 64 bits: {advice}")
     return found.astype(np.int64)
 
 
@@ -289,17 +366,23 @@ def standard_events(
 
     Polarities -1 and 1 are converted. Raises `UserError` for a missing name, fractions (seconds
     instead of microseconds), other polarities, or arrays of different lengths."""
-    names = list(getattr(getattr(events, "dtype", None), "names", None) or events)
+    # an array with named fields has its names in its dtype
+    dtype = getattr(events, "dtype", None)
+    names = getattr(dtype, "names", None) or list(events)
     missing = [name for name in "txyp" if name not in names]
     require(
         not missing,
         f"{what} has no {', '.join(missing)} but {', '.join(map(str, names))}: "
         "name its arrays t, x, y, p",
     )
-    arrays = {name: _whole_numbers(events[name], name, what) for name in "txyp"}
-    lengths = {name: len(values) for name, values in arrays.items()}
+    arrays = {}
+    lengths = {}
+    for name in "txyp":
+        arrays[name] = _whole_numbers(events[name], name, what)
+        lengths[name] = len(arrays[name])
+    num_lengths = len(set(lengths.values()))
     require(
-        len(set(lengths.values())) == 1,
+        num_lengths == 1,
         f"{what} has arrays of different lengths {lengths}: give t, x, y, p of every event",
     )
     arrays["p"] = _polarity(arrays["p"], what)
@@ -314,22 +397,31 @@ def check_events(
     cure: str = "remove it or fetch it again",  # for a recording with too few events
 ) -> None:
     "Raise `UserError` for a recording from which `T` frames cannot be made."
-    t, x, y = (np.asarray(events[k]) for k in "txy")
+    t = np.asarray(events["t"])
+    x = np.asarray(events["x"])
+    y = np.asarray(events["y"])
     n = len(t)
-    require(n > 0, f"{what} is empty, it has no events: {cure}")
-    require(n >= T, f"{what} has {n} events, fewer than frames={T}: ask for fewer frames, {cure}")
-    backwards = np.flatnonzero(t[1:] < t[:-1] - SLACK)
-    first = 1 + backwards[0] if len(backwards) else 0
+    require(n > 0, f"{what} is empty (no events): {cure}")
     require(
-        not len(backwards),
-        f"{what} goes back in time {len(backwards)} times, first at event {first}: "
-        "its times are damaged, fetch it again",
+        n >= T,
+        f"{what} has {n} events, fewer than frames={T}: ask for fewer frames, {cure}",
     )
-    is_inside = min(x.min(), y.min()) >= 0 and max(x.max(), y.max()) < size
+    goes_back = t[1:] < t[:-1] - SLACK
+    backwards = np.flatnonzero(goes_back)
+    if len(backwards):
+        first = 1 + backwards[0]
+        raise UserError(
+            f"{what} goes back in time {len(backwards)} times, first at event {first}: "
+            "its times are damaged, fetch it again"
+        )
+    lowest = min(x.min(), y.min())
+    right = x.max()
+    bottom = y.max()
+    highest = max(right, bottom)
     require(
-        is_inside,
-        f"{what} has an event at x={x.max()}, y={y.max()}, outside the sensor "
-        f"of {size}x{size} pixels: it is damaged or of another camera",
+        lowest >= 0 and highest < size,
+        f"{what} has an event at x={right}, y={bottom}, outside the sensor "
+        f"of {size}x{size} pixels: the recording is damaged or of another camera",
     )
 
 
@@ -347,18 +439,26 @@ def frames_of(
     events = standard_events(events, what)
     check_events(events, T, size, what, cure)
     order = np.argsort(events["t"], kind="stable")
-    t, x, y, p = (events[k][order] for k in "txyp")
+    t = events["t"][order]
+    x = events["x"][order]
+    y = events["y"][order]
+    p = events["p"][order]
     duration = int(t[-1] - t[0])
     require(
         slicing != "time" or T == 1 or duration >= T,
         f"{what} lasts {duration} µs, too short for frames={T} of equal time: "
         "give times in whole microseconds, or slicing='number'",
     )
+    # the index of an event in a frame (2, size, size)
     place = (p * size + y) * size + x
     num_places = 2 * size * size
+    cut = SLICING[slicing]
+    first_events, ends = cut(t, T)
     frames = []
-    for first, end in zip(*SLICING[slicing](t, T)):
-        frames.append(np.bincount(place[first:end], minlength=num_places))
+    for first, end in zip(first_events, ends):
+        places_of_frame = place[first:end]
+        counts = np.bincount(places_of_frame, minlength=num_places)
+        frames.append(counts)
     return np.stack(frames).reshape(T, 2, size, size)
 
 # %% ../../nbs/lib/15_data.events.ipynb #d426348c
@@ -373,9 +473,12 @@ def spikingjelly_datasets(
     except (ImportError, OSError, RuntimeError):
         pass
     found = importlib.util.find_spec("spikingjelly")
-    assert found is not None and found.submodule_search_locations is not None
+    assert found is not None
+    folders = found.submodule_search_locations
+    assert folders is not None
+    # an empty package at the same place, so that its `__init__` does not run
     shell = types.ModuleType(package)
-    shell.__path__ = [f"{path}/datasets" for path in found.submodule_search_locations]
+    shell.__path__ = [f"{folder}/datasets" for folder in folders]
     sys.modules[package] = shell
     try:
         return importlib.import_module(f"{package}.{module}")
@@ -388,14 +491,21 @@ def as_row(
     scale: float = 1,  # steps of the byte per count
 ) -> np.ndarray:
     "Pack frames as one recording of an `ImageData`: uint8 (H, W, T·2), saturated."
-    counts = np.clip(np.rint(np.asarray(frames) * scale), 0, 255).astype(np.uint8)
-    channels = counts.reshape(-1, *counts.shape[2:])
-    return np.ascontiguousarray(channels.transpose(1, 2, 0))
+    scaled = np.rint(np.asarray(frames) * scale)
+    counts = np.clip(scaled, 0, 255).astype(np.uint8)
+    height, width = counts.shape[2:]
+    channels = counts.reshape(-1, height, width)
+    channels_last = channels.transpose(1, 2, 0)
+    return np.ascontiguousarray(channels_last)
 
 
 def normal(scale: float = 1) -> tuple[tuple[float, float], tuple[float, float]]:
     "Return the (mean, std) with which a loader turns the bytes back into counts."
-    return (0.0, 0.0), (scale / 255, scale / 255)
+    # a loader divides the bytes by 255
+    one_count = scale / 255
+    mean = (0.0, 0.0)
+    std = (one_count, one_count)
+    return mean, std
 
 # %% ../../nbs/lib/15_data.events.ipynb #c0c5adca
 PALETTE = bytes((255, 255, 255, 30, 60, 200, 210, 30, 30))  # nothing, darker, brighter
@@ -408,12 +518,25 @@ def gif(
 ) -> bytes:
     "Make an animated GIF: white, blue where it became darker, red where it became brighter."
     is_brighter = frames[:, 1] > frames[:, 0]
-    colour = np.where(frames.sum(1) == 0, 0, np.where(is_brighter, 2, 1)).astype(np.uint8)
-    stills = [Image.fromarray(c.repeat(zoom, 0).repeat(zoom, 1), "P") for c in colour]
-    for still in stills:
+    has_no_event = frames.sum(1) == 0
+    # indices into the palette
+    colour = np.where(is_brighter, 2, 1).astype(np.uint8)
+    colour[has_no_event] = 0
+    stills = []
+    for pixels_of_frame in colour:
+        zoomed = pixels_of_frame.repeat(zoom, 0).repeat(zoom, 1)
+        still = Image.fromarray(zoomed, "P")
         still.putpalette(PALETTE)
+        stills.append(still)
     out = io.BytesIO()
-    stills[0].save(out, "GIF", save_all=True, append_images=stills[1:], duration=ms, loop=0)
+    stills[0].save(
+        out,
+        "GIF",
+        save_all=True,
+        append_images=stills[1:],
+        duration=ms,
+        loop=0,
+    )
     return out.getvalue()
 
 # %% ../../nbs/lib/15_data.events.ipynb #03ea39af
@@ -429,20 +552,21 @@ def check_sensor(
     "Raise `UserError` for a sensor whose recordings would take too much memory."
     if size is None or size <= LARGEST:
         return
-    num_samples = len(protocol.path(size)[0])
-    gib = 16 * size**2 * num_samples / 2**30
+    times, _ = protocol.path(size)
+    gib = 16 * size**2 * len(times) / 2**30
     raise UserError(
         f"size = {size}: simulating a sensor of {size}x{size} pixels takes {gib:.1f} GiB "
-        f"a recording; give size={LARGEST} or less"
+        f"per recording; give size={LARGEST} or less"
     )
 
 
 def check_frames(frames: Any, slicing: str, protocol: str = "n-mnist", seed: Any = 0) -> None:
     "Raise `UserError` for invalid options of an event set."
-    require(type(seed) is int and 0 <= seed < 2**31, f"seed = {seed!r}: give a whole number from 0")
-    is_count = isinstance(frames, int) and not isinstance(frames, bool) and 1 <= frames <= 1024
+    is_seed = type(seed) is int and 0 <= seed < 2**31
+    require(is_seed, f"seed = {seed!r}: give a whole number from 0 to {2**31 - 1}")
+    is_whole = isinstance(frames, int) and not isinstance(frames, bool)
     require(
-        is_count,
+        is_whole and 1 <= frames <= 1024,
         f"frames = {frames!r}: give a whole number from 1 to 1024, the T of the model",
     )
     if slicing not in SLICING:
@@ -469,24 +593,27 @@ class Recording:
 
     def __call__(self) -> np.ndarray:
         image = pixels(self.item)
-        size = self.size or min(image.shape[:2])
+        height, width, num_channels = image.shape
+        size = self.size or min(height, width)
         check_sensor(size, self.protocol)
-        num_channels = image.shape[2]
         require(
             num_channels in (1, 3),
             f"{self.name} has {num_channels} channels: give grey or RGB images",
         )
         if num_channels == 1:
             image = image[:, :, 0]
-        seen = pixels(image, max(1, round(size * self.protocol.part)))
+        edge = max(1, round(size * self.protocol.part))
+        seen = pixels(image, edge)
         events = record(seen, size, self.protocol, self.camera, *self.seed)
         what = f"the recording of {self.name}"
-        return as_row(frames_of(events, self.frames, size, self.slicing, what, CURE))
+        frames = frames_of(events, self.frames, size, self.slicing, what, CURE)
+        return as_row(frames)
 
 # %% ../../nbs/lib/15_data.events.ipynb #a5a616cc
 def _recordings(source: Source, make: Callable) -> tuple[list, dict]:
     # compile here, before the clock of the progress starts
-    record(np.zeros((2, 2), np.uint8), 2, PROTOCOLS["n-mnist"])
+    black = np.zeros((2, 2), np.uint8)
+    record(black, 2, PROTOCOLS["n-mnist"])
     classes, parts = source.read()
     made = {}
     for split, (items, labels) in parts.items():
@@ -530,11 +657,33 @@ def events_of(
     check_sensor(size, movement)
 
     def make(item: Any, name: str, which: tuple) -> Recording:
-        return Recording(item, name, size, frames, slicing, movement, camera, (seed, *which))
+        return Recording(
+            item,
+            name,
+            size,
+            frames,
+            slicing,
+            movement,
+            camera,
+            seed=(seed, *which),
+        )
 
-    settings = [size, frames, slicing, dataclasses.astuple(movement), dataclasses.astuple(camera)]
-    key = [SIMULATOR, source.name, source.key, *settings, seed]
-    return Source(f"events:{arg}", key, lambda: _recordings(source, make), normal(), frames)
+    def read() -> tuple[list, dict]:
+        return _recordings(source, make)
+
+    # every setting that decides the frames
+    key = [
+        SIMULATOR,
+        source.name,
+        source.key,
+        size,
+        frames,
+        slicing,
+        dataclasses.astuple(movement),
+        dataclasses.astuple(camera),
+        seed,
+    ]
+    return Source(f"events:{arg}", key, read, normal(), frames)
 
 # %% ../../nbs/lib/15_data.events.ipynb #982e6013
 def digits_events(
@@ -545,7 +694,9 @@ def digits_events(
     **options: Any,  # of `events_of`
 ) -> Source:
     "Put scikit-learn's digits before the simulated camera; by default 8 of 10 pixels are covered."
-    made = events_of("digits", root, download, size or 10, **options)
+    if not size:
+        size = 10
+    made = events_of("digits", root, download, size, **options)
     return dataclasses.replace(made, name="digits-events")
 
 

@@ -232,9 +232,14 @@ def data_path(
 def _with_labels(
     by_class: dict[str, list[ListedFile]], classes: list[str]
 ) -> tuple[list[Path], np.ndarray]:
-    items = [Path(path) for name in classes for path, _, _ in by_class[name]]
-    counts = [len(by_class[name]) for name in classes]
-    return items, np.repeat(np.arange(len(classes)), counts)
+    items = []
+    counts = []
+    for name in classes:
+        files = by_class[name]
+        counts.append(len(files))
+        items += [Path(path) for path, _, _ in files]
+    labels = np.repeat(np.arange(len(classes)), counts)
+    return items, labels
 
 
 def listing_key(
@@ -261,8 +266,12 @@ def listed_source(
     classes = list(found["train"])
 
     def read() -> tuple[list[str], dict[str, Any]]:
-        class_names = [(titles or {}).get(c, c) for c in classes]
-        parts = {split: _with_labels(by_class, classes) for split, by_class in found.items()}
+        class_names = classes
+        if titles:
+            class_names = [titles.get(name, name) for name in classes]
+        parts = {}
+        for split, by_class in found.items():
+            parts[split] = _with_labels(by_class, classes)
         return class_names, parts
 
     return Source(name, listing_key(path, found), read)
@@ -293,10 +302,19 @@ def tiny_titles(
     classes: Iterable[str],  # wnids
 ) -> dict[str, str]:
     "Return readable class names; a name that two classes share also has its wnid."
-    words = {row[0]: readable_name(row[-1].split(",")[0]) for row in _table(path / "words.txt")}
+    words = {}
+    for row in _table(path / "words.txt"):
+        wnid = row[0]
+        # "goldfish, Carassius auratus"
+        first_word, _, _ = row[-1].partition(",")
+        words[wnid] = readable_name(first_word)
     names = {wnid: words.get(wnid, wnid) for wnid in classes}
     uses = Counter(names.values())
-    return {wnid: f"{name} ({wnid})" if uses[name] > 1 else name for wnid, name in names.items()}
+    titles = {}
+    for wnid, name in names.items():
+        is_unique = uses[name] == 1
+        titles[wnid] = name if is_unique else f"{name} ({wnid})"
+    return titles
 
 # %% ../../nbs/lib/13_data.images.ipynb #234a807a
 def tiny_val(
@@ -332,14 +350,26 @@ def tiny_imagenet(
             f"{path} is not laid out as Tiny-ImageNet: "
             "it needs train/<wnid>/images/, val/images/ and val/val_annotations.txt"
         )
-    position = {row[0]: number for number, row in enumerate(_table(path / "wnids.txt"))}
+    position = {}
+    for number, row in enumerate(_table(path / "wnids.txt")):
+        position[row[0]] = number
+
+    def place(wnid: str) -> tuple[int, str]:
+        # classes that are not in the list come last, in alphabetical order
+        return position.get(wnid, len(position)), wnid
+
     unsorted = list_images(path / "train")
-    classes = sorted(unsorted, key=lambda wnid: (position.get(wnid, len(position)), wnid))
-    train = {wnid: unsorted[wnid] for wnid in classes}
-    test = {wnid: files for wnid, files in tiny_val(path / "val", train).items() if files}
+    train = {}
+    for wnid in sorted(unsorted, key=place):
+        train[wnid] = unsorted[wnid]
+    test = {}
+    for wnid, files in tiny_val(path / "val", train).items():
+        if files:
+            test[wnid] = files
     check_classes(path, "val", train, test)
     titles = tiny_titles(path, train)
-    return listed_source(f"tiny-imagenet:{arg}", path, {"train": train, "test": test}, titles)
+    found = {"train": train, "test": test}
+    return listed_source(f"tiny-imagenet:{arg}", path, found, titles)
 
 # %% ../../nbs/lib/13_data.images.ipynb #4b7f365f
 def _read_digits() -> tuple[list[str], dict[str, Any]]:
@@ -347,13 +377,17 @@ def _read_digits() -> tuple[list[str], dict[str, Any]]:
 
     data = load_digits()
     labels = data.target
-    images = np.round(data.images * (255 / 16)).astype(np.uint8)
+    # the digits have values from 0 to 16
+    scaled = np.round(data.images * (255 / 16))
+    images = scaled.astype(np.uint8)
     rank, class_sizes = stratified(labels, "digits", "test")
-    is_test = rank < np.round(0.2 * class_sizes)[labels]
+    num_test = np.round(0.2 * class_sizes)
+    is_test = rank < num_test[labels]
     parts = {}
     for split, mask in (("train", ~is_test), ("test", is_test)):
         parts[split] = (list(images[mask]), labels[mask])
-    return [str(digit) for digit in range(10)], parts
+    classes = [str(digit) for digit in range(10)]
+    return classes, parts
 
 
 def digits(
@@ -507,8 +541,9 @@ def import_plugins(
 
     Returns the modules. A module that cannot be imported raises `UserError`."""
     if names is None:
-        entries = os.environ.get("SNNKD_PLUGIN", "").split(",")
-        names = [entry.strip() for entry in entries if entry.strip()]
+        entries = os.environ.get("SNNKD_PLUGIN", "")
+        stripped = [entry.strip() for entry in entries.split(",")]
+        names = [entry for entry in stripped if entry]
     return [_import_plugin(name) for name in names]
 
 
@@ -632,12 +667,17 @@ def from_arrays(
         f"images of different shapes (C, H, W), {shapes}: give all splits the same",
     )
     labels = splits["train"].labels
-    num_classes = labels.shape[1] if labels.dim() == 2 else int(hard_labels(labels).max()) + 1
-    names = list(map(str, range(num_classes))) if classes is None else list(map(str, classes))
-    mean, std = channel_moments(splits["train"].images.permute(0, 2, 3, 1).numpy())
+    if classes is None:
+        is_soft = labels.dim() == 2
+        num_classes = labels.shape[1] if is_soft else int(labels.max()) + 1
+        class_names = [str(number) for number in range(num_classes)]
+    else:
+        class_names = [str(class_name) for class_name in classes]
+    image_rows = splits["train"].images.permute(0, 2, 3, 1)
+    mean, std = channel_moments(image_rows.numpy())
     return ImageData(
         name,
-        names,
+        class_names,
         torch.tensor(mean),
         torch.tensor(std),
         train=splits["train"],
@@ -652,13 +692,17 @@ def changed(
     **splits: Any,  # the splits that are new
 ) -> ImageData:
     "Return the data with other splits and one more entry in `changes`."
-    return dataclasses.replace(data, **splits, changes=(*data.changes, change))
+    changes = (*data.changes, change)
+    return dataclasses.replace(data, **splits, changes=changes)
 
 
 def _check_fraction(value: Any, name: str, allow_zero: bool = True) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    in_range = is_number and 0 <= value <= 1 and (allow_zero or value > 0)
-    start = "from" if allow_zero else "above"
+    in_range = is_number and 0 <= value <= 1
+    start = "from"
+    if not allow_zero:
+        in_range = in_range and value > 0
+        start = "above"
     require(in_range, f"{name} = {value!r}: give a fraction {start} 0, up to 1")
 
 # %% ../../nbs/lib/13_data.images.ipynb #cb56f9a7
@@ -679,9 +723,15 @@ def label_noise(
     if data.train.labels.dim() == 2:
         raise UserError(f"label_noise = {fraction}: {data.name} has soft labels, give 0")
     labels = data.train.labels.numpy().copy()
-    wrong = permutation(len(labels), "label noise", seed)[: round(fraction * len(labels))]
-    shift = 1 + raw_bits(len(labels), "wrong label", seed) % np.uint64(num_classes - 1)
-    labels[wrong] = (labels[wrong] + shift[wrong].astype(np.int64)) % num_classes
+    num_images = len(labels)
+    num_wrong = round(fraction * num_images)
+    order = permutation(num_images, "label noise", seed)
+    wrong = order[:num_wrong]
+    # a shift by 1 to K - 1 never gives the right label
+    bits = raw_bits(num_images, "wrong label", seed)
+    shift = 1 + bits % np.uint64(num_classes - 1)
+    shifted = labels[wrong] + shift[wrong].astype(np.int64)
+    labels[wrong] = shifted % num_classes
     train = data.train.relabel(torch.from_numpy(labels))
     return changed(data, {"label_noise": fraction, "seed": seed}, train=train)
 
@@ -698,8 +748,10 @@ def few_shot(
     labels = hard_labels(data.train.labels)
     rank, class_sizes = stratified(labels, "few shot", seed)
     num_kept = np.maximum(1, np.round(fraction * class_sizes))
-    kept = torch.from_numpy(np.flatnonzero(rank < num_kept[labels]))
-    return changed(data, {"shots": fraction, "seed": seed}, train=data.train.take(kept))
+    is_kept = rank < num_kept[labels]
+    kept = torch.from_numpy(np.flatnonzero(is_kept))
+    train = data.train.take(kept)
+    return changed(data, {"shots": fraction, "seed": seed}, train=train)
 
 # %% ../../nbs/lib/13_data.images.ipynb #b09f91d8
 def balanced(
@@ -711,8 +763,10 @@ def balanced(
     rank, class_sizes = stratified(labels, *purpose)
     turn_of_class = permutation(len(class_sizes), *purpose, "turn")
     turn = turn_of_class[np.asarray(labels)]
-    chosen = np.lexsort((turn, rank))[:n]  # by rank, then by the turn of the class
-    return torch.from_numpy(np.sort(chosen))
+    # by rank, then by the turn of the class
+    order = np.lexsort((turn, rank))
+    chosen = np.sort(order[:n])
+    return torch.from_numpy(chosen)
 
 # %% ../../nbs/lib/13_data.images.ipynb #8c54e0e7
 def subset(
@@ -790,7 +844,10 @@ def load_spec(
 
 
 def _versions(data: ImageData) -> list:
-    return [getattr(split, "versions", None) for split in data.splits.values()]
+    versions = []
+    for split in data.splits.values():
+        versions.append(getattr(split, "versions", None))
+    return versions
 
 
 def _content_key(spec: DataSpec, root: str) -> str:

@@ -94,8 +94,12 @@ class Part:
         self.source = source
 
     def __len__(self) -> int:
-        dataset = self.source.dataset if isinstance(self.source, DataLoader) else self.source
-        return len(dataset) if isinstance(dataset, Sized) else 0
+        dataset = self.source
+        if isinstance(dataset, DataLoader):
+            dataset = dataset.dataset
+        if isinstance(dataset, Sized):
+            return len(dataset)
+        return 0
 
 
 class Batches:
@@ -118,9 +122,12 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self.loader:
             x, y = split_batch(batch)
-            if x.dim() == 5 and self.find_batch_axis(x, y) == 0:
+            is_recording = x.dim() == 5
+            if is_recording and self.find_batch_axis(x, y) == 0:
                 x = x.transpose(0, 1)
-            yield x.to(self.device), y.to(self.device)
+            x = x.to(self.device)
+            y = y.to(self.device)
+            yield x, y
 
     def find_batch_axis(self, x: Tensor, y: Tensor) -> int:
         "Return the axis of frames that is the batch; remember it from the first batch."
@@ -184,13 +191,21 @@ class TorchData:
     def splits(self) -> dict[str, Part]:
         "Return the splits that exist, by name."
         parts = {"train": self.train, "val": self.val, "test": self.test}
-        return {name: part for name, part in parts.items() if part is not None}
+        existing = {}
+        for name, part in parts.items():
+            if part is not None:
+                existing[name] = part
+        return existing
 
     @property
     def fingerprint(self) -> str:
         "Return 16 hex digits of types and sizes; the content is not read."
-        kinds = {name: [type(p.source).__name__, len(p)] for name, p in self.splits.items()}
-        return sha256_of(f"{self.name} {kinds}")[:16]
+        kinds = {}
+        for name, part in self.splits.items():
+            type_name = type(part.source).__name__
+            kinds[name] = [type_name, len(part)]
+        digest = sha256_of(f"{self.name} {kinds}")
+        return digest[:16]
 
     def loader(
         self,
@@ -238,8 +253,10 @@ class TorchData:
         return Batches(loader, device, 0)
 
     def __repr__(self) -> str:
-        sizes = " / ".join(f"{len(part):,} {name}" for name, part in self.splits.items())
-        return f"TorchData({self.name!r}, {sizes})"
+        sizes = []
+        for name, part in self.splits.items():
+            sizes.append(f"{len(part):,} {name}")
+        return f"TorchData({self.name!r}, {' / '.join(sizes)})"
 
 
 def as_data(
@@ -271,13 +288,17 @@ def random_part(
     """Draw a random box `(left, top, right, bottom)` inside the image.
 
     If ten boxes do not fit, it is the central square."""
+    log_lowest = math.log(ratio[0])
+    log_highest = math.log(ratio[1])
     for _ in range(10):
         box_area = bits.uniform(*area) * width * height
-        log_ratio = bits.uniform(math.log(ratio[0]), math.log(ratio[1]))
+        log_ratio = bits.uniform(log_lowest, log_highest)
         box_ratio = math.exp(log_ratio)
         box_width = round(math.sqrt(box_area * box_ratio))
         box_height = round(math.sqrt(box_area / box_ratio))
-        if 0 < box_width <= width and 0 < box_height <= height:
+        fits_width = 0 < box_width <= width
+        fits_height = 0 < box_height <= height
+        if fits_width and fits_height:
             left = int(bits.integers(width - box_width + 1))
             top = int(bits.integers(height - box_height + 1))
             return left, top, left + box_width, top + box_height
@@ -291,7 +312,11 @@ def centre_box(
 ) -> tuple[float, float, float, float]:
     "Return the central square `(left, top, right, bottom)`."
     edge = min(width, height) * part
-    return (width - edge) / 2, (height - edge) / 2, (width + edge) / 2, (height + edge) / 2
+    left = (width - edge) / 2
+    top = (height - edge) / 2
+    right = (width + edge) / 2
+    bottom = (height + edge) / 2
+    return left, top, right, bottom
 
 # %% ../../nbs/lib/14_data.loaders.ipynb #8580bf70
 class Files(Dataset):
@@ -322,11 +347,19 @@ class Files(Dataset):
         try:
             image = Image.fromarray(pixels(str(self.split.paths[i])))
         except UserError as error:
-            # a worker that raises would hide the message in a traceback of its own
+            # an error that a worker raises would hide the message in a long traceback
             return error
-        box = random_part(*image.size, bits) if "crop" in self.augment else centre_box(*image.size)
-        target = (self.size, self.size)
-        resized = image.resize(target, Image.Resampling.BILINEAR, box=box, reducing_gap=3.0)
+        width, height = image.size
+        if "crop" in self.augment:
+            box = random_part(width, height, bits)
+        else:
+            box = centre_box(width, height)
+        resized = image.resize(
+            (self.size, self.size),
+            Image.Resampling.BILINEAR,
+            box=box,
+            reducing_gap=3.0,
+        )
         x = np.asarray(resized)
         if "flip" in self.augment and bits.random() < 0.5:
             x = x[:, ::-1].copy()
@@ -363,7 +396,10 @@ class FileSplit:
     ) -> "FileSplit":
         "Return the images of these indices, in their order, as a split."
         numbers = np.asarray(index)
-        return FileSplit(self.paths[numbers], self.labels[index], self.sizes[numbers], self.base)
+        paths = self.paths[numbers]
+        labels = self.labels[index]
+        sizes = self.sizes[numbers]
+        return FileSplit(paths, labels, sizes, self.base)
 
     def relabel(
         self,
@@ -375,8 +411,12 @@ class FileSplit:
     @cached_property
     def digest(self) -> str:
         "Return the SHA-256 of relative names, sizes and labels."
-        names = [readable_name(path[self.base :]) for path in self.paths.tolist()]
-        return sha256_of(canonical_json([names, self.sizes.tolist(), self.labels.tolist()]))
+        names = []
+        for path in self.paths.tolist():
+            relative_path = path[self.base :]
+            names.append(readable_name(relative_path))
+        content = [names, self.sizes.tolist(), self.labels.tolist()]
+        return sha256_of(canonical_json(content))
 
 # %% ../../nbs/lib/14_data.loaders.ipynb #1e8a57f6
 @dataclass(frozen=True, eq=False, repr=False)
@@ -412,12 +452,22 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, std
 
 
 def _file_split(by_class: dict[str, list[ListedFile]], classes: list[str], base: int) -> FileSplit:
-    files = [file for name in classes for file in by_class[name]]
-    counts = [len(by_class[name]) for name in classes]
-    labels = torch.from_numpy(np.repeat(np.arange(len(classes)), counts))
-    paths = np.array([path for path, _, _ in files])
-    sizes = np.array([size for _, size, _ in files])
-    return FileSplit(paths, labels, sizes, base)
+    paths = []
+    sizes = []
+    counts = []
+    for name in classes:
+        files = by_class[name]
+        counts.append(len(files))
+        for path, size, _ in files:
+            paths.append(path)
+            sizes.append(size)
+    labels = np.repeat(np.arange(len(classes)), counts)
+    return FileSplit(
+        np.array(paths),
+        torch.from_numpy(labels),
+        np.array(sizes),
+        base,
+    )
 
 
 def open_stream(
@@ -438,7 +488,13 @@ def open_stream(
         splits[split] = _file_split(by_class, classes, base)
     mean, std = map(torch.tensor, IMAGENET)
     return StreamData(
-        f"imagefolder-stream:{arg}", classes, mean, std, **splits, size=size or 224, workers=workers
+        f"imagefolder-stream:{arg}",
+        classes,
+        mean,
+        std,
+        **splits,
+        size=size or 224,
+        workers=workers,
     )
 
 # %% ../../nbs/lib/14_data.loaders.ipynb #d5e934ee
@@ -490,13 +546,18 @@ class StreamLoader:
         self.device = torch.device(device)
         self.shuffle = split == "train" if shuffle is None else shuffle
         check_batches(len(self.split), batch_size, drop_last)
-        names = augment.split("+") if isinstance(augment, str) else []
-        self.each = [name for name in names if name in ("crop", "flip")]
-        on_batch = "+".join(name for name in names if name not in self.each) or "none"
-        self.augment = resolve_augment(on_batch if names else augment, data)
+        # workers crop and flip each image, the rest is done on whole batches
+        self.each: list[str] = []
+        if isinstance(augment, str):
+            names = augment.split("+")
+            self.each = [name for name in names if name in ("crop", "flip")]
+            others = [name for name in names if name not in self.each]
+            augment = "+".join(others) or "none"
+        self.augment = resolve_augment(augment, data)
 
     def __len__(self) -> int:
-        return count_batches(len(self.split), self.batch_size, self.drop_last)
+        num_images = len(self.split)
+        return count_batches(num_images, self.batch_size, self.drop_last)
 
     def _decoded_batches(self) -> DataLoader:
         order = epoch_order(len(self.split), self.seed, self.epoch, self.shuffle).tolist()
@@ -518,6 +579,9 @@ class StreamLoader:
         for batch in self._decoded_batches():
             if isinstance(batch, Exception):
                 raise batch
-            x, y = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-            augmented = self.augment(x.permute(0, 3, 1, 2), generator)
+            image_rows, labels = batch
+            x = image_rows.to(self.device, non_blocking=True)
+            y = labels.to(self.device, non_blocking=True)
+            x = x.permute(0, 3, 1, 2)
+            augmented = self.augment(x, generator)
             yield normalize(augmented), y

@@ -41,7 +41,13 @@ def resized(
 ) -> np.ndarray:
     "Resize the frames bilinearly with antialiasing, float32 (T, 2, size, size)."
     x = torch.as_tensor(np.asarray(frames, np.float32))
-    small = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    small = F.interpolate(
+        x,
+        (size, size),
+        mode="bilinear",
+        antialias=True,
+        align_corners=False,
+    )
     return small.numpy()
 
 # %% ../../nbs/lib/16_data.neuromorphic.ipynb #ebe6f6bf
@@ -357,7 +363,8 @@ def dvs_split(
     if split == "first-100-per-class":
         return np.asarray(numbers) < 100
     rank, class_sizes = stratified(labels, "cifar10-dvs", split, seed)
-    return rank >= np.ceil(0.9 * class_sizes)[labels]
+    num_train = np.ceil(0.9 * class_sizes)
+    return rank >= num_train[labels]
 
 # %% ../../nbs/lib/16_data.neuromorphic.ipynb #86d53193
 def _dataset_folder(arg: str, root: str | Path | None, kind: str, missing: str) -> Path:
@@ -403,12 +410,19 @@ def cifar10_dvs(
     valid_splits = ("random-0.9", "first-100-per-class")
     check_options(frames, slicing, split, valid_splits, steps, partial, seed)
     found = dvs_files(_dataset_folder(arg, root, "cifar10-dvs", CIFAR10_DVS), partial)
-    files = [path for class_files in found.values() for path in class_files]
-    labels = np.repeat(np.arange(len(found)), [len(class_files) for class_files in found.values()])
-    is_test = dvs_split([number_of(path) for path in files], labels, split, seed)
-    recordings = [Recorded(path, read_aedat2, frames, slicing, size, steps) for path in files]
+    recordings = []
+    numbers = []
+    counts = []
+    listing = []
+    for name, class_files in found.items():
+        counts.append(len(class_files))
+        listing.append([name, *map(stat, class_files)])
+        for path in class_files:
+            numbers.append(number_of(path))
+            recordings.append(Recorded(path, read_aedat2, frames, slicing, size, steps))
+    labels = np.repeat(np.arange(len(found)), counts)
+    is_test = dvs_split(numbers, labels, split, seed)
     parts = _dvs_parts(recordings, labels, is_test, split)
-    listing = [[name, *map(stat, class_files)] for name, class_files in found.items()]
     key = [READER, frames, slicing, split, seed, size, steps, listing]
 
     def read() -> tuple[list[str], dict]:
@@ -451,8 +465,13 @@ def _read_text(path: Path) -> str:
 
 
 def _is_gesture(row: list[str]) -> bool:
-    is_number = [cell.strip().isdigit() for cell in row]
-    return len(row) == 3 and all(is_number) and 1 <= int(row[0]) <= 11
+    if len(row) != 3:
+        return False
+    for cell in row:
+        if not cell.strip().isdigit():
+            return False
+    gesture = int(row[0])
+    return 1 <= gesture <= 11
 
 
 def gestures(
@@ -489,14 +508,21 @@ def trials(
     split: str,  # "train" or "test"
 ) -> list[Path]:
     "Return the files of a split, by the list that comes with them."
-    names = _read_text(folder / f"trials_to_{split}.txt").split("\n")
-    return [folder / name.strip() for name in names if name.strip()]
+    text = _read_text(folder / f"trials_to_{split}.txt")
+    files = []
+    for line in text.split("\n"):
+        name = line.strip()
+        if name:
+            files.append(folder / name)
+    return files
 
 # %% ../../nbs/lib/16_data.neuromorphic.ipynb #624a13c4
 def _gesture_home(path: Path) -> Path:
     "Return the folder with both lists of trials."
     for place in (path, path / "DvsGesture", path / "extract" / "DvsGesture"):
-        if all((place / f"trials_to_{split}.txt").is_file() for split in ("train", "test")):
+        train_list = place / "trials_to_train.txt"
+        test_list = place / "trials_to_test.txt"
+        if train_list.is_file() and test_list.is_file():
             return place
     raise UserError(GESTURE.format(path=path))
 

@@ -45,16 +45,17 @@ def _read_arm(arm: Arm, name: str) -> tuple[list[Any] | None, np.ndarray]:
         seeds = None
         values = np.asarray(list(arm), float)
     require(len(values) > 0, f"{name} has no values: give at least one run")
-    require(
-        bool(np.isfinite(values).all()), f"{name} = {arm!r}: every value must be a finite number"
-    )
+    is_finite = bool(np.isfinite(values).all())
+    require(is_finite, f"{name} = {arm!r}: every value must be a finite number")
     return seeds, values
 
 
 def _has_no_spread(values: np.ndarray) -> bool:
     "Whether values are equal up to rounding."
-    scale = max(1.0, float(np.abs(values).max()))
-    return float(np.ptp(values)) <= 1e-12 * scale
+    largest = float(np.abs(values).max())
+    tolerance = 1e-12 * max(1.0, largest)
+    spread = float(np.ptp(values))
+    return spread <= tolerance
 
 
 def smallest_detectable_difference(
@@ -67,23 +68,33 @@ def smallest_detectable_difference(
     critical = stats.t.ppf(0.5 + level / 2, dof)
     # integrate over the estimated standard error; scipy's noncentral t returns nan in its far tail
     nodes, weights = np.polynomial.legendre.leggauss(200)
-    estimated = np.sqrt(stats.chi2.ppf((nodes + 1) / 2, dof) / dof)
+    quantiles = (nodes + 1) / 2
+    estimated = np.sqrt(stats.chi2.ppf(quantiles, dof) / dof)
 
     def missing_power(shift: float) -> float:
-        detected = stats.norm.sf(critical * estimated - shift)
-        detected += stats.norm.cdf(-critical * estimated - shift)
-        return float(weights @ detected) / 2 - power
+        above = stats.norm.sf(critical * estimated - shift)
+        below = stats.norm.cdf(-critical * estimated - shift)
+        detected = above + below
+        # the weights of the nodes sum to 2
+        mean_power = float(weights @ detected) / 2
+        return mean_power - power
 
     high = critical + 1.0
     while missing_power(high) < 0:
         high *= 2
-    return float(optimize.brentq(missing_power, 0.0, high)) * standard_error
+    # in units of the standard error
+    difference = float(optimize.brentq(missing_power, 0.0, high))
+    return difference * standard_error
 
 # %% ../../nbs/lib/61_metrics.statistics.ipynb #4491f369
 def _paired_test(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     "Standard error and degrees of freedom of a paired t-test."
     differences = a - b
-    return float(differences.std(ddof=1)) / math.sqrt(len(a)), len(a) - 1
+    num_pairs = len(differences)
+    deviation = float(differences.std(ddof=1))
+    standard_error = deviation / math.sqrt(num_pairs)
+    dof = num_pairs - 1
+    return standard_error, dof
 
 
 def _welch_test(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
@@ -91,7 +102,10 @@ def _welch_test(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     variance_a = a.var(ddof=1) / len(a)
     variance_b = b.var(ddof=1) / len(b)
     total = variance_a + variance_b
-    dof = total**2 / (variance_a**2 / (len(a) - 1) + variance_b**2 / (len(b) - 1))
+    # Welch–Satterthwaite equation
+    part_a = variance_a**2 / (len(a) - 1)
+    part_b = variance_b**2 / (len(b) - 1)
+    dof = total**2 / (part_a + part_b)
     return math.sqrt(total), float(dof)
 
 
@@ -101,11 +115,19 @@ def _can_be_tested(a: np.ndarray, b: np.ndarray, paired: bool) -> bool:
         return False
     if paired:
         return not _has_no_spread(a - b)
-    return not (_has_no_spread(a) and _has_no_spread(b))
+    both_constant = _has_no_spread(a) and _has_no_spread(b)
+    return not both_constant
 
 
 def _undecided(effect: float, reason: str) -> Verdict:
-    return Verdict("undecided", effect, (-math.inf, math.inf), math.nan, math.inf, reason)
+    return Verdict(
+        outcome="undecided",
+        effect=effect,
+        interval=(-math.inf, math.inf),
+        p_value=math.nan,
+        smallest_detectable=math.inf,
+        reason=reason,
+    )
 
 
 def is_at_chance(
@@ -132,15 +154,27 @@ def _arm_at_chance(
 def _t_test(a: np.ndarray, b: np.ndarray, paired: bool, level: float, comparisons: int) -> Verdict:
     "The verdict before any decision, with the uncorrected p-value."
     effect = float(a.mean() - b.mean())
-    standard_error, dof = _paired_test(a, b) if paired else _welch_test(a, b)
-    half_width = float(stats.t.ppf(0.5 + level / 2, dof)) * standard_error
-    p_value = 2 * float(stats.t.sf(abs(effect) / standard_error, dof))
+    if paired:
+        kind = f"paired t-test over {len(a)} seeds"
+        standard_error, dof = _paired_test(a, b)
+    else:
+        kind = "Welch's t-test"
+        standard_error, dof = _welch_test(a, b)
+    critical = float(stats.t.ppf(0.5 + level / 2, dof))
+    half_width = critical * standard_error
+    statistic = abs(effect) / standard_error
+    one_sided = float(stats.t.sf(statistic, dof))
     # Holm's first step compares the smallest p-value with alpha / comparisons
-    strictest_level = 1 - (1 - level) / comparisons
-    detectable = smallest_detectable_difference(standard_error, dof, strictest_level)
-    interval = (effect - half_width, effect + half_width)
-    kind = f"paired t-test over {len(a)} seeds" if paired else "Welch's t-test"
-    return Verdict("undecided", effect, interval, p_value, detectable, kind)
+    alpha = 1 - level
+    strictest_level = 1 - alpha / comparisons
+    return Verdict(
+        outcome="undecided",
+        effect=effect,
+        interval=(effect - half_width, effect + half_width),
+        p_value=2 * one_sided,
+        smallest_detectable=smallest_detectable_difference(standard_error, dof, strictest_level),
+        reason=kind,
+    )
 
 
 def _test_claim(
@@ -159,8 +193,16 @@ def _test_claim(
         return _undecided(effect, "undecided: one seed")
     if _can_be_tested(a, b, paired):
         return _t_test(a, b, paired, level, comparisons)
-    if _has_no_spread(np.array([a.mean(), b.mean()])):
-        return Verdict("tie", effect, (effect, effect), math.nan, 0.0, "tie: all runs are equal")
+    means = np.array([a.mean(), b.mean()])
+    if _has_no_spread(means):
+        return Verdict(
+            outcome="tie",
+            effect=effect,
+            interval=(effect, effect),
+            p_value=math.nan,
+            smallest_detectable=0.0,
+            reason="tie: all runs are equal",
+        )
     what = "differences" if paired else "values of each arm"
     return _undecided(effect, f"undecided: the {what} have no spread, so there is no test")
 
@@ -174,30 +216,38 @@ def holm(
     """
     p = np.asarray(p_values, float)
     tested = np.flatnonzero(~np.isnan(p))
-    order = tested[np.argsort(p[tested], kind="stable")]
+    ascending = np.argsort(p[tested], kind="stable")
+    order = tested[ascending]
     corrected = np.full(len(p), math.nan)
     largest = 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * p[i]))
+    num_remaining = len(order)
+    for i in order:
+        scaled = min(1.0, num_remaining * p[i])
+        # a corrected value is never below that of a smaller p-value
+        largest = max(largest, scaled)
         corrected[i] = largest
+        num_remaining -= 1
     return corrected.tolist()
 
 # %% ../../nbs/lib/61_metrics.statistics.ipynb #1cd24a5e
 def _decide(verdict: Verdict, level: float, margin: float, higher_is_better: bool) -> Verdict:
     "Set outcome and reason from the corrected p-value and the interval."
-    if math.isnan(verdict.p_value) or verdict.outcome == "tie":
+    p_value = verdict.p_value
+    if math.isnan(p_value) or verdict.outcome == "tie":
         return verdict
     alpha = 1 - level
-    low, high = verdict.interval
-    if verdict.p_value < alpha:
-        is_better = (verdict.effect > 0) == higher_is_better
+    tested = f"{verdict.reason}, p = {p_value:.2g}"
+    if p_value < alpha:
+        is_higher = verdict.effect > 0
+        is_better = is_higher == higher_is_better
         outcome = "supported" if is_better else "contradicted"
-        reason = f"{verdict.reason}, p = {verdict.p_value:.2g}"
-        return replace(verdict, outcome=outcome, reason=reason)
-    if -margin <= low and high <= margin and margin > 0:
+        return replace(verdict, outcome=outcome, reason=tested)
+    low, high = verdict.interval
+    is_within_margin = -margin <= low and high <= margin
+    if is_within_margin and margin > 0:
         reason = f"tie: the interval lies within ±{margin:g}"
         return replace(verdict, outcome="tie", reason=reason)
-    reason = f"undecided: {verdict.reason}, p = {verdict.p_value:.2g} is not below {alpha:.2g}"
+    reason = f"undecided: {tested} is not below {alpha:.2g}"
     return replace(verdict, reason=reason)
 
 
@@ -221,25 +271,25 @@ def judge_claims(
     require(margin >= 0, f"margin = {margin!r}: give a number that is not negative")
     arm_names = ("the first arm", "the second arm")
     arms = {}
+    # claims without a test do not make the others harder
+    num_tests = 0
     for name, (first, second) in claims.items():
         seeds_a, a = _read_arm(first, f"the first arm of {name!r}")
         seeds_b, b = _read_arm(second, f"the second arm of {name!r}")
-        paired = seeds_a is not None and seeds_a == seeds_b
+        has_seeds = seeds_a is not None
+        paired = has_seeds and seeds_a == seeds_b
         chance_arm = _arm_at_chance(a, b, arm_names, chance, chance_margin)
+        if chance_arm is None and _can_be_tested(a, b, paired):
+            num_tests += 1
         arms[name] = (a, b, paired, chance_arm)
-    # claims without a test do not make the others harder
-    num_tests = sum(
-        chance_arm is None and _can_be_tested(a, b, paired)
-        for a, b, paired, chance_arm in arms.values()
-    )
-    verdicts = {
-        name: _test_claim(a, b, paired, level, num_tests, chance_arm)
-        for name, (a, b, paired, chance_arm) in arms.items()
-    }
-    corrected = holm([verdict.p_value for verdict in verdicts.values()])
+    verdicts = {}
+    for name, (a, b, paired, chance_arm) in arms.items():
+        verdicts[name] = _test_claim(a, b, paired, level, num_tests, chance_arm)
+    p_values = [verdict.p_value for verdict in verdicts.values()]
+    corrected = holm(p_values)
     judged = {}
-    for (name, verdict), p_value in zip(verdicts.items(), corrected, strict=True):
-        verdict = replace(verdict, p_value=p_value)
+    for name, p_value in zip(verdicts, corrected, strict=True):
+        verdict = replace(verdicts[name], p_value=p_value)
         judged[name] = _decide(verdict, level, margin, higher_is_better)
     return judged
 
@@ -257,8 +307,14 @@ def judge_claim(
 
     Use `judge_claims` for several claims on one page, because it corrects for their number.
     """
-    claims = {"claim": (first, second)}
-    verdicts = judge_claims(claims, level, chance, chance_margin, margin, higher_is_better)
+    verdicts = judge_claims(
+        {"claim": (first, second)},
+        level,
+        chance,
+        chance_margin,
+        margin,
+        higher_is_better,
+    )
     return verdicts["claim"]
 
 # %% ../../nbs/lib/61_metrics.statistics.ipynb #7101e9fb
@@ -267,7 +323,10 @@ def pair_signs(
 ) -> np.ndarray:
     "Compute sgn(v_i - v_j) of all pairs, (n, n)."
     values = np.asarray(values, float)
-    return (values[:, None] > values).astype(np.int8) - (values[:, None] < values)
+    column = values[:, None]
+    is_above = column > values
+    is_below = column < values
+    return is_above.astype(np.int8) - is_below
 
 
 def kendall_tau(
@@ -277,10 +336,13 @@ def kendall_tau(
     "Compute Kendall's τ-b; nan where one of them does not vary."
 
     def dot(p: np.ndarray, q: np.ndarray) -> Any:
-        return (p * q).sum((-2, -1), dtype=float)
+        product = p * q
+        return product.sum((-2, -1), dtype=float)
 
+    concordance = dot(a, b)
+    squared_norms = dot(a, a) * dot(b, b)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return dot(a, b) / np.sqrt(dot(a, a) * dot(b, b))
+        return concordance / np.sqrt(squared_norms)
 
 
 def partial_tau(
@@ -289,8 +351,12 @@ def partial_tau(
     yz: Any,  # τ of y and z
 ) -> Any:
     "Compute Kendall's partial τ of x and y, given z; nan where z determines x or y."
+    not_through_z = xy - xz * yz
+    # the share of x, and of y, that z does not explain
+    left_of_x = 1 - xz**2
+    left_of_y = 1 - yz**2
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2))
+        return not_through_z / np.sqrt(left_of_x * left_of_y)
 
 # %% ../../nbs/lib/61_metrics.statistics.ipynb #522cd35d
 def draw_resamples(
@@ -299,7 +365,8 @@ def draw_resamples(
     seed: int = 0,
 ) -> np.ndarray:
     "Draw the things in every resample, (times, n)."
-    return np.random.default_rng(seed).integers(n, size=(times, n))
+    generator = np.random.default_rng(seed)
+    return generator.integers(n, size=(times, n))
 
 
 def resample_signs(
@@ -307,7 +374,10 @@ def resample_signs(
     resamples: np.ndarray,  # of `draw_resamples`
 ) -> np.ndarray:
     "Return the pair signs of every resample, (times, n, n)."
-    return signs[resamples[:, :, None], resamples[:, None, :]]
+    # (times, n, 1) and (times, 1, n)
+    row = np.expand_dims(resamples, 2)
+    column = np.expand_dims(resamples, 1)
+    return signs[row, column]
 
 
 def percentile_interval(
@@ -318,7 +388,8 @@ def percentile_interval(
     found = found[np.isfinite(found)]
     if not len(found):
         return np.nan, np.nan
-    low, high = np.percentile(found, [50 - level / 2, 50 + level / 2])
+    half = level / 2
+    low, high = np.percentile(found, [50 - half, 50 + half])
     return low, high
 
 # %% ../../nbs/lib/61_metrics.statistics.ipynb #c41d36ac

@@ -36,17 +36,27 @@ def pair_by_depth(
     num_pairs = min(len(student), len(teacher))
 
     def pick(names: Sequence[str]) -> list[str]:
-        ends = [-(-i * len(names) // num_pairs) for i in range(1, num_pairs + 1)]
-        return [names[end - 1] for end in ends]
+        picked = []
+        for i in range(1, num_pairs + 1):
+            # i · len(names) / num_pairs, rounded up
+            end = (i * len(names) + num_pairs - 1) // num_pairs
+            picked.append(names[end - 1])
+        return picked
 
-    return list(zip(pick(student), pick(teacher)))
+    of_student = pick(student)
+    of_teacher = pick(teacher)
+    return list(zip(of_student, of_teacher))
 
 
 def map_sizes(
     shapes: Shapes,  # {stage: (C, H, W)}
 ) -> dict[str, tuple[int, ...]]:
     "Return {stage: (H, W)} of all stages but the stem."
-    return {name: tuple(shape[-2:]) for name, shape in shapes.items() if name != "stem"}
+    sizes = {}
+    for name, shape in shapes.items():
+        if name != "stem":
+            sizes[name] = tuple(shape[-2:])
+    return sizes
 
 
 def stage_pairs(
@@ -58,10 +68,14 @@ def stage_pairs(
     both_have_stem = "stem" in student and "stem" in teacher
     if both_have_stem and student["stem"][-2:] == teacher["stem"][-2:]:
         pairs.append(("stem", "stem"))
-    student_sizes, teacher_sizes = map_sizes(student), map_sizes(teacher)
-    if len(set(student_sizes.values())) == len(set(teacher_sizes.values())) == 1:
+    student_sizes = map_sizes(student)
+    teacher_sizes = map_sizes(teacher)
+    # without repetition, in the order of the network
+    sizes_of_student = list(dict.fromkeys(student_sizes.values()))
+    sizes_of_teacher = list(dict.fromkeys(teacher_sizes.values()))
+    if len(sizes_of_student) == 1 and len(sizes_of_teacher) == 1:
         return pairs + pair_by_depth(list(student_sizes), list(teacher_sizes))
-    for size in dict.fromkeys(student_sizes.values()):
+    for size in sizes_of_student:
         of_student = [name for name, other in student_sizes.items() if other == size]
         of_teacher = [name for name, other in teacher_sizes.items() if other == size]
         pairs += pair_by_depth(of_student, of_teacher)
@@ -82,12 +96,15 @@ def branch_suffix(
     last: str,  # the teacher's last stage
 ) -> str:
     "Return k as the paper writes it, or the path of a module that is no stage."
-    if pair[1] == last:
+    of_student, of_teacher = pair
+    if of_teacher == last:
         return "fc"
-    if pair[0] == "stem":
+    if of_student == "stem":
         return "H"
     stages = [name for name in student if name != "stem"]
-    return str(stages.index(pair[0])) if pair[0] in stages else pair[0]
+    if of_student in stages:
+        return str(stages.index(of_student))
+    return of_student
 
 # %% ../../nbs/lib/43_models.hybrid.ipynb #61b3fc7a
 def to_python(value: Any) -> Any:
@@ -155,9 +172,10 @@ def sort_branches(
     """
 
     def place(branch: Branch) -> tuple[int, bool]:
-        stage = branch.student.partition(".")[0]
+        stage, _, _ = branch.student.partition(".")
+        is_stage = branch.student in student
         position = student.index(stage) if stage in student else len(student)
-        return position, branch.student in student
+        return position, is_stage
 
     return sorted(branches, key=place)
 
@@ -169,13 +187,16 @@ def sorted_branches(
     positions: Any = None,
 ) -> list[Branch]:
     "Return `choose_branches(…)` in the order of the student's stages."
-    return sort_branches(choose_branches(pairs, student, teacher, positions), student)
+    branches = choose_branches(pairs, student, teacher, positions)
+    return sort_branches(branches, student)
 
 # %% ../../nbs/lib/43_models.hybrid.ipynb #88f2654e
 def conv_norm(c_in: int, c_out: int, kernel: int = 1) -> list[nn.Module]:
     "Return a convolution that keeps the resolution, and BatchNorm."
-    conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False)
-    return [conv, nn.BatchNorm2d(c_out)]
+    padding = kernel // 2
+    conv = nn.Conv2d(c_in, c_out, kernel, padding=padding, bias=False)
+    norm = nn.BatchNorm2d(c_out)
+    return [conv, norm]
 
 
 def conv_norm_3x3(c_in: int, c_out: int) -> list[nn.Module]:
@@ -185,18 +206,33 @@ def conv_norm_3x3(c_in: int, c_out: int) -> list[nn.Module]:
 
 def separable_conv_norm(c_in: int, c_out: int) -> list[nn.Module]:
     "Return a 3×3 convolution of each channel, a 1×1 convolution, and BatchNorm."
-    per_channel = nn.Conv2d(c_in, c_in, 3, padding=1, groups=c_in, bias=False)
+    per_channel = nn.Conv2d(
+        c_in,
+        c_in,
+        kernel_size=3,
+        padding=1,
+        groups=c_in,
+        bias=False,
+    )
     return [per_channel, *conv_norm(c_in, c_out)]
 
 
 def two_pointwise(c_in: int, c_out: int) -> list[nn.Module]:
     "Return two 1×1 convolutions with BatchNorm, and a ReLU between them."
-    return [*conv_norm(c_in, c_out), nn.ReLU(), *conv_norm(c_out, c_out)]
+    return [
+        *conv_norm(c_in, c_out),
+        nn.ReLU(),
+        *conv_norm(c_out, c_out),
+    ]
 
 
 def two_separable(c_in: int, c_out: int) -> list[nn.Module]:
     "Return two separable convolutions with BatchNorm, and a ReLU between them."
-    return [*separable_conv_norm(c_in, c_out), nn.ReLU(), *separable_conv_norm(c_out, c_out)]
+    return [
+        *separable_conv_norm(c_in, c_out),
+        nn.ReLU(),
+        *separable_conv_norm(c_out, c_out),
+    ]
 
 
 def linear_map(c_in: int, c_out: int) -> list[nn.Module]:
@@ -265,10 +301,14 @@ class Adapter(nn.Module):
         if self.size:
             x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
         y: Any = self.body(x)
-        if self.tokens and self.first is not None:
-            y.prefix = self.first(x.mean((2, 3))).unflatten(1, (self.tokens, -1))
-        elif self.tokens:
-            y.prefix = y.mean((2, 3))[:, None].expand(-1, self.tokens, -1)
+        if not self.tokens:
+            return y
+        if self.first is not None:
+            tokens = self.first(x.mean((2, 3)))
+            y.prefix = tokens.unflatten(1, (self.tokens, -1))
+        else:
+            mean = y.mean((2, 3))
+            y.prefix = mean[:, None].expand(-1, self.tokens, -1)
         return y
 
 # %% ../../nbs/lib/43_models.hybrid.ipynb #54c7a93a
@@ -373,9 +413,12 @@ class Hybrids(nn.Module):
         taps: Any = getattr(teacher, "taps", {})
         self.adapters = nn.ModuleList()
         for branch in self.branches:
-            tokens = getattr(taps.get(branch.teacher), "prefix", 0)
-            shape_in, shape_out = student[branch.student], shapes[branch.teacher]
-            self.adapters.append(Adapter(shape_in, shape_out, adapter, relu, tokens, prefix))
+            tap = taps.get(branch.teacher)
+            tokens = getattr(tap, "prefix", 0)
+            shape_in = student[branch.student]
+            shape_out = shapes[branch.teacher]
+            branch_adapter = Adapter(shape_in, shape_out, adapter, relu, tokens, prefix)
+            self.adapters.append(branch_adapter)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -405,20 +448,22 @@ class Hybrids(nn.Module):
 
         Raises `UserError` where rates are missing or an adapter saw no batch.
         """
-        found = {name: self.at(name) for name in (self.names if only is None else only)}
-        stages = ", ".join(dict.fromkeys(branch.student for branch, _ in found.values()))
+        names = self.names if only is None else only
+        found = {name: self.at(name) for name in names}
+        needed = dict.fromkeys(branch.student for branch, _ in found.values())
         for name, (branch, adapter) in found.items():
             require(
                 branch.student in rates,
                 f"{name} begins with the student's {branch.student!r}, "
-                f"and rates are given of {', '.join(rates) or 'nothing'}: give those of {stages}",
+                f"and rates are given of {', '.join(rates) or 'nothing'}: "
+                f"give those of {', '.join(needed)}",
             )
             if not untrained:
                 check_fitted(adapter, name)
-        return {
-            name: adapt(adapter, rates[branch.student], divide)
-            for name, (branch, adapter) in found.items()
-        }
+        features = {}
+        for name, (branch, adapter) in found.items():
+            features[name] = adapt(adapter, rates[branch.student], divide)
+        return features
 
     def tail(self, name: str, feature: Tensor) -> Tensor:
         "Return the logits (B, K) of a hybrid model from its adapted feature."
@@ -428,7 +473,8 @@ class Hybrids(nn.Module):
 
     def logits(self, name: str, rates: Mapping[str, Tensor], untrained: bool = False) -> Tensor:
         "Return the logits (B, K) of one hybrid model from the rates."
-        return self.tail(name, self.adapted(rates, untrained=untrained, only=[name])[name])
+        adapted = self.adapted(rates, untrained=untrained, only=[name])
+        return self.tail(name, adapted[name])
 
     def forward(
         self, rates: Mapping[str, Tensor], divide: float = 1, untrained: bool = False
@@ -438,7 +484,10 @@ class Hybrids(nn.Module):
         The arguments are those of `adapted`.
         """
         features = self.adapted(rates, divide, untrained)
-        return {name: self.tail(name, feature) for name, feature in features.items()}
+        logits = {}
+        for name, feature in features.items():
+            logits[name] = self.tail(name, feature)
+        return logits
 
 # %% ../../nbs/lib/43_models.hybrid.ipynb #409be059
 __getattr__ = renamed(

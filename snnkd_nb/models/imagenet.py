@@ -73,11 +73,17 @@ class ImageStem(nn.Module):
     ) -> Tensor:
         y = self.conv(x)
         if self.act is None:
-            y = self.pool(self.bn(y))
-            return y if repeat is None else repeat_time(y, repeat)
+            y = self.bn(y)
+            y = self.pool(y)
+            if repeat is None:
+                return y
+            return repeat_time(y, repeat)
         if repeat is None:
-            return self.pool(norm_act(self.bn, self.act, y))
-        return self.pool(fire_static(self.act, self.bn(y), repeat))
+            y = norm_act(self.bn, self.act, y)
+        else:
+            y = self.bn(y)
+            y = fire_static(self.act, y, repeat)
+        return self.pool(y)
 
 # %% ../../nbs/lib/40_models.imagenet.ipynb #be8d286b
 def end_shortcut_with(block: nn.Module, act: MakeActivation) -> None:
@@ -94,8 +100,12 @@ class SEWBlock(BasicBlock):
         end_shortcut_with(self, act)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = norm_act(self.bn1, self.act1, self.conv1(x))
-        return norm_act(self.bn2, self.act2, self.conv2(y)) + self.shortcut(x)
+        y = self.conv1(x)
+        y = norm_act(self.bn1, self.act1, y)
+        y = self.conv2(y)
+        y = norm_act(self.bn2, self.act2, y)
+        shortcut = self.shortcut(x)
+        return y + shortcut
 
 
 class SEWBottleneck(Bottleneck):
@@ -106,17 +116,26 @@ class SEWBottleneck(Bottleneck):
         end_shortcut_with(self, act)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = norm_act(self.bn1, self.act1, self.conv1(x))
-        y = norm_act(self.bn2, self.act2, self.conv2(y))
-        return norm_act(self.bn3, self.act3, self.conv3(y)) + self.shortcut(x)
+        y = self.conv1(x)
+        y = norm_act(self.bn1, self.act1, y)
+        y = self.conv2(y)
+        y = norm_act(self.bn2, self.act2, y)
+        y = self.conv3(y)
+        y = norm_act(self.bn3, self.act3, y)
+        return y + self.shortcut(x)
 
 # %% ../../nbs/lib/40_models.imagenet.ipynb #cbec5913
 class PreActBlock(BasicBlock):
     "Basic block with its activations before the convolutions; input and output are real numbers."
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn1(self.conv1(self.act1(x)))
-        return self.bn2(self.conv2(self.act2(y))) + self.shortcut(x)
+        y = self.act1(x)
+        y = self.conv1(y)
+        y = self.bn1(y)
+        y = self.act2(y)
+        y = self.conv2(y)
+        y = self.bn2(y)
+        return y + self.shortcut(x)
 
 # %% ../../nbs/lib/40_models.imagenet.ipynb #af5673c9
 def add_biases(
@@ -146,22 +165,36 @@ def imagenet_resnet(
 ) -> Net:
     "Build a ResNet of stages 64-128-256-512 behind a stem for large images."
     act = activation(T, neuron, neuron_args)
+    # the first PreAct block begins with an activation
+    stem_act = None if block is PreActBlock else act
     c = scale_channels(64, width)
-    first = ImageStem(in_channels, c, None if block is PreActBlock else act, stem)
+    first = ImageStem(in_channels, c, stem_act, stem)
     stages = []
-    for i, (stage_width, num_blocks) in enumerate(zip(STAGE_WIDTHS, depths)):
+    # the first stage keeps the resolution of the stem
+    stride = 1
+    for stage_width, num_blocks in zip(STAGE_WIDTHS, depths):
         c_stage = scale_channels(stage_width, width)
         blocks = scale_channels(num_blocks, depth)
-        stages.append(stage(block, c, c_stage, blocks, 1 if i == 0 else 2, act))
+        stages.append(stage(block, c, c_stage, blocks, stride, act))
         c = c_stage * block.expansion
-    net = Net(first, stages, linear_head((c, num_classes)), T=T, image_size=image_size)
-    return add_biases(net) if bias else net
+        stride = 2
+    head = linear_head((c, num_classes))
+    net = Net(first, stages, head, T=T, image_size=image_size)
+    if bias:
+        add_biases(net)
+    return net
 
 # %% ../../nbs/lib/40_models.imagenet.ipynb #13dbfb7a
 @register_model("CKDSNN (teacher), SASTC (student)", "He et al. 2016, torchvision", image_size=224)
 def resnet18_imagenet(stem: str = "imagenet", depth: float = 1.0, **common: Any) -> Net:
     "ResNet-18 for large images: 7×7 stem with max pooling, stages of two basic blocks."
-    return imagenet_resnet(BasicBlock, (2, 2, 2, 2), stem=stem, depth=depth, **common)
+    return imagenet_resnet(
+        BasicBlock,
+        depths=(2, 2, 2, 2),
+        stem=stem,
+        depth=depth,
+        **common,
+    )
 
 
 @register_model(
@@ -169,13 +202,25 @@ def resnet18_imagenet(stem: str = "imagenet", depth: float = 1.0, **common: Any)
 )
 def resnet34_imagenet(stem: str = "imagenet", depth: float = 1.0, **common: Any) -> Net:
     "ResNet-34 for large images: 7×7 stem with max pooling, stages of 3, 4, 6, 3 basic blocks."
-    return imagenet_resnet(BasicBlock, (3, 4, 6, 3), stem=stem, depth=depth, **common)
+    return imagenet_resnet(
+        BasicBlock,
+        depths=(3, 4, 6, 3),
+        stem=stem,
+        depth=depth,
+        **common,
+    )
 
 
 @register_model("ESKD, CKDSNN (teacher)", "He et al. 2016, torchvision (v1.5)", image_size=224)
 def resnet50_imagenet(stem: str = "imagenet", depth: float = 1.0, **common: Any) -> Net:
     "ResNet-50 for large images: 7×7 stem with max pooling, stages of 3, 4, 6, 3 bottlenecks."
-    return imagenet_resnet(Bottleneck, (3, 4, 6, 3), stem=stem, depth=depth, **common)
+    return imagenet_resnet(
+        Bottleneck,
+        depths=(3, 4, 6, 3),
+        stem=stem,
+        depth=depth,
+        **common,
+    )
 
 # %% ../../nbs/lib/40_models.imagenet.ipynb #1415d67d
 @register_model("CKDSNN (student)", "Fang et al. 2021, ADD", image_size=224)
@@ -183,7 +228,14 @@ def sew_resnet18(
     stem: str = "imagenet", bias: bool = False, depth: float = 1.0, **common: Any
 ) -> Net:
     "SEW-ResNet-18: stages of two basic blocks that add spikes."
-    return imagenet_resnet(SEWBlock, (2, 2, 2, 2), stem=stem, bias=bias, depth=depth, **common)
+    return imagenet_resnet(
+        SEWBlock,
+        depths=(2, 2, 2, 2),
+        stem=stem,
+        bias=bias,
+        depth=depth,
+        **common,
+    )
 
 
 @register_model(
@@ -193,7 +245,14 @@ def sew_resnet34(
     stem: str = "imagenet", bias: bool = False, depth: float = 1.0, **common: Any
 ) -> Net:
     "SEW-ResNet-34: stages of 3, 4, 6, 3 basic blocks that add spikes."
-    return imagenet_resnet(SEWBlock, (3, 4, 6, 3), stem=stem, bias=bias, depth=depth, **common)
+    return imagenet_resnet(
+        SEWBlock,
+        depths=(3, 4, 6, 3),
+        stem=stem,
+        bias=bias,
+        depth=depth,
+        **common,
+    )
 
 
 @register_model("CKDSNN (student)", "Fang et al. 2021, ADD", image_size=224)
@@ -201,7 +260,14 @@ def sew_resnet50(
     stem: str = "imagenet", bias: bool = False, depth: float = 1.0, **common: Any
 ) -> Net:
     "SEW-ResNet-50: stages of 3, 4, 6, 3 bottlenecks that add spikes."
-    return imagenet_resnet(SEWBottleneck, (3, 4, 6, 3), stem=stem, bias=bias, depth=depth, **common)
+    return imagenet_resnet(
+        SEWBottleneck,
+        depths=(3, 4, 6, 3),
+        stem=stem,
+        bias=bias,
+        depth=depth,
+        **common,
+    )
 
 # %% ../../nbs/lib/40_models.imagenet.ipynb #23b9c0e1
 @register_model("ESKD, rate-based backpropagation", "Yu et al. 2024", image_size=224)
@@ -209,7 +275,14 @@ def preact_resnet18(
     stem: str = "imagenet", bias: bool = True, depth: float = 1.0, **common: Any
 ) -> Net:
     "PreAct-ResNet-18: stages of two blocks with the neurons before the convolutions."
-    return imagenet_resnet(PreActBlock, (2, 2, 2, 2), stem=stem, bias=bias, depth=depth, **common)
+    return imagenet_resnet(
+        PreActBlock,
+        depths=(2, 2, 2, 2),
+        stem=stem,
+        bias=bias,
+        depth=depth,
+        **common,
+    )
 
 
 @register_model("ESKD, rate-based backpropagation (student)", "Yu et al. 2024", image_size=224)
@@ -217,7 +290,14 @@ def preact_resnet34(
     stem: str = "imagenet", bias: bool = True, depth: float = 1.0, **common: Any
 ) -> Net:
     "PreAct-ResNet-34: stages of 3, 4, 6, 3 blocks with the neurons before the convolutions."
-    return imagenet_resnet(PreActBlock, (3, 4, 6, 3), stem=stem, bias=bias, depth=depth, **common)
+    return imagenet_resnet(
+        PreActBlock,
+        depths=(3, 4, 6, 3),
+        stem=stem,
+        bias=bias,
+        depth=depth,
+        **common,
+    )
 
 # %% ../../nbs/lib/40_models.imagenet.ipynb #69b51878
 # torchvision's part of a name → ours
@@ -245,7 +325,10 @@ def with_our_names(
     state: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     "Return the same tensors under our names."
-    return {our_name(name): value for name, value in state.items()}
+    renamed_state = {}
+    for name, value in state.items():
+        renamed_state[our_name(name)] = value
+    return renamed_state
 
 # %% ../../nbs/lib/40_models.imagenet.ipynb #cc4141b2
 URL = "https://download.pytorch.org/models/"
@@ -277,19 +360,18 @@ def torchvision_architecture(model: nn.Module) -> str:
         if _shapes_before_head(plain) == _shapes_before_head(model):
             return name
     raise UserError(
-        """torchvision has no weights for this network: build resnet18_imagenet, resnet34_imagenet
-        or
-        """
-        """resnet50_imagenet (or a SEW one) with stem='imagenet', width=1.0, depth=1.0,
-        in_channels=3,
-        """
-        "bias=False"
+        "torchvision has no weights for this network: build resnet18_imagenet, "
+        "resnet34_imagenet or resnet50_imagenet (or a SEW one) with stem='imagenet', "
+        "width=1.0, depth=1.0, in_channels=3, bias=False"
     )
 
 
 def _shapes_before_head(model: nn.Module) -> dict[str, torch.Size]:
-    state = model.state_dict()
-    return {name: value.shape for name, value in state.items() if not name.startswith("head.")}
+    shapes = {}
+    for name, value in model.state_dict().items():
+        if not name.startswith("head."):
+            shapes[name] = value.shape
+    return shapes
 
 
 def find_official(
@@ -340,7 +422,11 @@ def block_widths(
     num_blocks: int,  # N
 ) -> list[int]:
     "Return the channels of block 1, …, N by equation (1)."
-    return [round(base + alpha * k / num_blocks) for k in range(1, num_blocks + 1)]
+    widths = []
+    for k in range(1, num_blocks + 1):
+        added = alpha * k / num_blocks
+        widths.append(round(base + added))
+    return widths
 
 # %% ../../nbs/lib/40_models.imagenet.ipynb #f1d35b33
 class PadShortcut(nn.Module):
@@ -356,7 +442,10 @@ class PadShortcut(nn.Module):
         self.pool = nn.AvgPool2d(2, ceil_mode=True) if stride == 2 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pad(self.pool(x), (0, 0, 0, 0, 0, self.new))
+        pooled = self.pool(x)
+        # (before, after) of width, height and channels
+        padding = (0, 0, 0, 0, 0, self.new)
+        return F.pad(pooled, padding)
 
 # %% ../../nbs/lib/40_models.imagenet.ipynb #aac0c0d8
 class PyramidBlock(nn.Module):
@@ -375,8 +464,12 @@ class PyramidBlock(nn.Module):
         self.shortcut = PadShortcut(c - c_in, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = norm_act(self.bn2, self.act, self.conv1(self.bn1(x)))
-        return self.bn3(self.conv2(y)) + self.shortcut(x)
+        y = self.bn1(x)
+        y = self.conv1(y)
+        y = norm_act(self.bn2, self.act, y)
+        y = self.conv2(y)
+        y = self.bn3(y)
+        return y + self.shortcut(x)
 
 
 class PyramidBottleneck(nn.Module):
@@ -400,9 +493,14 @@ class PyramidBottleneck(nn.Module):
         self.shortcut = PadShortcut(4 * c - c_in, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = norm_act(self.bn2, self.act1, self.conv1(self.bn1(x)))
-        y = self.conv3(norm_act(self.bn3, self.act2, self.conv2(y)))
-        return self.bn4(y) + self.shortcut(x)
+        y = self.bn1(x)
+        y = self.conv1(y)
+        y = norm_act(self.bn2, self.act1, y)
+        y = self.conv2(y)
+        y = norm_act(self.bn3, self.act2, y)
+        y = self.conv3(y)
+        y = self.bn4(y)
+        return y + self.shortcut(x)
 
 # %% ../../nbs/lib/40_models.imagenet.ipynb #d890c1dc
 def small_stem(
@@ -424,8 +522,9 @@ def pyramid_stages(
     depths: Sequence[int],  # blocks of each stage
     act: MakeActivation,  # makes an activation
 ) -> tuple[list[nn.Module], int]:
-    """Return the stages, the first at full resolution and every further one at half of it, and
-    their output channels.
+    """Return the stages and the channels of the last one.
+
+    The first stage keeps the resolution, every further stage halves the one before.
     """
     stages: list[nn.Module] = []
     next_width = iter(widths)
@@ -473,26 +572,50 @@ def pyramid(
 # %% ../../nbs/lib/40_models.imagenet.ipynb #477c5025
 @register_model("DSAS (cited, teacher of KDSNN)", "Han et al. 2017; alpha unknown")
 def pyramidnet18(alpha: float = 48, depth: float = 1.0, **common: Any) -> Net:
-    "PyramidNet-18: two basic blocks a stage, 16 to 16 + alpha channels."
-    return pyramid(PyramidBlock, (2, 2, 2), alpha, depth=depth, **common)
+    "PyramidNet-18: two basic blocks per stage, 16 to 16 + alpha channels."
+    return pyramid(
+        PyramidBlock,
+        depths=(2, 2, 2),
+        alpha=alpha,
+        depth=depth,
+        **common,
+    )
 
 
 @register_model("SASTC (teacher)", "Han et al. 2017; alpha by SASTC, published code")
 def pyramidnet20(alpha: float = 200, depth: float = 1.0, **common: Any) -> Net:
-    "PyramidNet-20: three basic blocks a stage, 16 to 16 + alpha channels."
-    return pyramid(PyramidBlock, (3, 3, 3), alpha, depth=depth, **common)
+    "PyramidNet-20: three basic blocks per stage, 16 to 16 + alpha channels."
+    return pyramid(
+        PyramidBlock,
+        depths=(3, 3, 3),
+        alpha=alpha,
+        depth=depth,
+        **common,
+    )
 
 
 @register_model("DSAS (teacher)", "Han et al. 2017; alpha deduced")
 def pyramidnet110(alpha: float = 270, depth: float = 1.0, **common: Any) -> Net:
-    "PyramidNet-110: 18 basic blocks a stage, 16 to 16 + alpha channels."
-    return pyramid(PyramidBlock, (18, 18, 18), alpha, depth=depth, **common)
+    "PyramidNet-110: 18 basic blocks per stage, 16 to 16 + alpha channels."
+    return pyramid(
+        PyramidBlock,
+        depths=(18, 18, 18),
+        alpha=alpha,
+        depth=depth,
+        **common,
+    )
 
 
 @register_model("DSAS (teacher)", "Han et al. 2017; alpha deduced")
 def pyramidnet200(alpha: float = 240, depth: float = 1.0, **common: Any) -> Net:
-    "PyramidNet-200: 22 bottlenecks a stage, up to 4 · (16 + alpha) channels."
-    return pyramid(PyramidBottleneck, (22, 22, 22), alpha, depth=depth, **common)
+    "PyramidNet-200: 22 bottlenecks per stage, up to 4 · (16 + alpha) channels."
+    return pyramid(
+        PyramidBottleneck,
+        depths=(22, 22, 22),
+        alpha=alpha,
+        depth=depth,
+        **common,
+    )
 
 # %% ../../nbs/lib/40_models.imagenet.ipynb #ac2c8b0d
 @register_model("DSAS (teacher, ImageNet)", "Han et al. 2017; alpha deduced", image_size=224)
@@ -506,8 +629,15 @@ def pyramidnet101(
     if stem not in STEMS:
         raise unknown("stem", stem, STEMS)
     make_stem = ImageStem if stem == "imagenet" else small_stem
-    depths = (3, 4, 23, 3)
-    return pyramid(PyramidBottleneck, depths, alpha, 64, make_stem, depth=depth, **common)
+    return pyramid(
+        PyramidBottleneck,
+        depths=(3, 4, 23, 3),
+        alpha=alpha,
+        base=64,
+        stem=make_stem,
+        depth=depth,
+        **common,
+    )
 
 # %% ../../nbs/lib/40_models.imagenet.ipynb #06c5bfce
 __getattr__ = forward_names(

@@ -55,8 +55,11 @@ def stage(
     "Return a sequence of residual blocks."
     blocks: list[nn.Module] = []
     for i in range(depth):
+        is_first = i == 0
         is_last = i == depth - 1
-        blocks.append(block(c_in, c, stride if i == 0 else 1, act, kind, last if is_last else None))
+        block_stride = stride if is_first else 1
+        block_last = last if is_last else None
+        blocks.append(block(c_in, c, block_stride, act, kind, block_last))
         c_in = c * block.expansion
     return nn.Sequential(*blocks)
 
@@ -81,8 +84,9 @@ def resnet(
     last: MakeActivation | None = None,
     depth: float = 1.0,  # factor on the blocks of each stage, at least one stays
 ) -> Net:
-    """Build a ResNet for small images: resolution halves at every stage but the first, no pooling
-    after the stem.
+    """Build a ResNet for small images.
+
+    Every stage but the first halves the resolution, and no pooling follows the stem.
     """
     act = activation(T, neuron, neuron_args)
     c = scale_channels(stem, width)
@@ -95,8 +99,10 @@ def resnet(
         end = last if i == len(widths) - 1 else None
         stages.append(stage(block, c, c_stage, blocks, stride, act, kind, end))
         c = c_stage * block.expansion
-    sizes = (c, *(scale_channels(h, width) for h in hidden), num_classes)
-    head = linear_head(sizes, act if hidden_act else None)
+    hidden_sizes = [scale_channels(features, width) for features in hidden]
+    sizes = (c, *hidden_sizes, num_classes)
+    head_act = act if hidden_act else None
+    head = linear_head(sizes, head_act)
     return Net(first, stages, head, T=T, image_size=image_size)
 
 # %% ../../nbs/lib/38_models.resnet.ipynb #63a44f14
@@ -106,31 +112,66 @@ STAGE_WIDTHS = (64, 128, 256, 512)
 @register_model("ESKD, DSAS, rate-based backpropagation", "He et al. 2016, stem for 32×32 images")
 def resnet18(depth: float = 1.0, **common: Any) -> Net:
     "ResNet-18 for small images: stem 64, stages 64-128-256-512 of two basic blocks."
-    return resnet(BasicBlock, 64, STAGE_WIDTHS, (2, 2, 2, 2), depth=depth, **common)
+    return resnet(
+        BasicBlock,
+        stem=64,
+        widths=STAGE_WIDTHS,
+        depths=(2, 2, 2, 2),
+        depth=depth,
+        **common,
+    )
 
 
 @register_model("ESKD and DSAS (teacher)", "He et al. 2016, stem for 32×32 images")
 def resnet34(depth: float = 1.0, **common: Any) -> Net:
     "ResNet-34 for small images: stages 64-128-256-512 of 3, 4, 6, 3 basic blocks."
-    return resnet(BasicBlock, 64, STAGE_WIDTHS, (3, 4, 6, 3), depth=depth, **common)
+    return resnet(
+        BasicBlock,
+        stem=64,
+        widths=STAGE_WIDTHS,
+        depths=(3, 4, 6, 3),
+        depth=depth,
+        **common,
+    )
 
 
 @register_model("DSAS (teacher)", "He et al. 2016, stem for 32×32 images")
 def resnet50(depth: float = 1.0, **common: Any) -> Net:
     "ResNet-50 for small images: stages 256-512-1024-2048 of 3, 4, 6, 3 bottleneck blocks."
-    return resnet(Bottleneck, 64, STAGE_WIDTHS, (3, 4, 6, 3), depth=depth, **common)
+    return resnet(
+        Bottleneck,
+        stem=64,
+        widths=STAGE_WIDTHS,
+        depths=(3, 4, 6, 3),
+        depth=depth,
+        **common,
+    )
 
 # %% ../../nbs/lib/38_models.resnet.ipynb #cd79aae4
 @register_model("students at small scale", "He et al. 2016, 1×1 shortcuts")
 def resnet20(depth: float = 1.0, **common: Any) -> Net:
     "ResNet-20: stem 16, stages 16-32-64 of three basic blocks, 0.27 million parameters."
-    return resnet(BasicBlock, 16, (16, 32, 64), (3, 3, 3), depth=depth, **common)
+    return resnet(
+        BasicBlock,
+        stem=16,
+        widths=(16, 32, 64),
+        depths=(3, 3, 3),
+        depth=depth,
+        **common,
+    )
 
 
 @register_model("SASTC (teacher)", "Tian et al. 2020 (CRD)")
 def resnet32x4(depth: float = 1.0, **common: Any) -> Net:
     "ResNet-32x4: stem 32, stages 64-128-256 of five basic blocks."
-    return resnet(BasicBlock, 32, (64, 128, 256), (5, 5, 5), depth=depth, **common)
+    return resnet(
+        BasicBlock,
+        stem=32,
+        widths=(64, 128, 256),
+        depths=(5, 5, 5),
+        depth=depth,
+        **common,
+    )
 
 # %% ../../nbs/lib/38_models.resnet.ipynb #9019903c
 WIDTHS = (128, 256, 512)
@@ -140,21 +181,44 @@ DEPTHS = (3, 3, 2)
 @register_model('TET; SASTC (student, called "ResNet-18" there)', "Deng et al. 2022")
 def resnet19_tet(depth: float = 1.0, **common: Any) -> Net:
     "ResNet-19 of TET: stem 64, head 512 → 256 – neuron – K."
-    head: dict[str, Any] = {"hidden": (256,), "hidden_act": True}
-    return resnet(BasicBlock, 64, WIDTHS, DEPTHS, depth=depth, **head, **common)
+    return resnet(
+        BasicBlock,
+        stem=64,
+        widths=WIDTHS,
+        depths=DEPTHS,
+        hidden=(256,),
+        hidden_act=True,
+        depth=depth,
+        **common,
+    )
 
 
 @register_model("rate-based backpropagation, ESKD (student)", "Yu et al. 2024")
 def resnet19_rate(depth: float = 1.0, **common: Any) -> Net:
     "ResNet-19 of rate-based backpropagation: stem 128, head 512 → 256 – neuron – K."
-    head: dict[str, Any] = {"hidden": (256,), "hidden_act": True}
-    return resnet(BasicBlock, 128, WIDTHS, DEPTHS, depth=depth, **head, **common)
+    return resnet(
+        BasicBlock,
+        stem=128,
+        widths=WIDTHS,
+        depths=DEPTHS,
+        hidden=(256,),
+        hidden_act=True,
+        depth=depth,
+        **common,
+    )
 
 
 @register_model("SASTC (teacher)", "SASTC, published code")
 def resnet19_sastc(depth: float = 1.0, **common: Any) -> Net:
     "ResNet-19 of SASTC's teachers: stem 64, a single linear layer."
-    return resnet(BasicBlock, 64, WIDTHS, DEPTHS, depth=depth, **common)
+    return resnet(
+        BasicBlock,
+        stem=64,
+        widths=WIDTHS,
+        depths=DEPTHS,
+        depth=depth,
+        **common,
+    )
 
 # %% ../../nbs/lib/38_models.resnet.ipynb #810b2c33
 LAST_ACTIVATIONS: dict[str, MakeActivation | None] = {"lif": None, "relu": nn.ReLU}
@@ -170,6 +234,7 @@ def _resnet_ckd(
 ) -> Net:
     if last not in LAST_ACTIVATIONS:
         raise unknown("last activation", last, LAST_ACTIVATIONS)
+    hidden = (256,) if T else ()
     return resnet(
         BasicBlock,
         stem,
@@ -177,7 +242,7 @@ def _resnet_ckd(
         depths,
         T=T,
         kind="pool",
-        hidden=(256,) if T else (),
+        hidden=hidden,
         last=LAST_ACTIVATIONS[last],
         **common,
     )
@@ -189,7 +254,14 @@ def resnet19_ckd(last: str = "lif", depth: float = 1.0, **common: Any) -> Net:
 
     SNN head 512 → 256 → K without a neuron, ANN head 512 → K.
     """
-    return _resnet_ckd(128, WIDTHS, DEPTHS, last, depth=depth, **common)
+    return _resnet_ckd(
+        stem=128,
+        widths=WIDTHS,
+        depths=DEPTHS,
+        last=last,
+        depth=depth,
+        **common,
+    )
 
 
 @register_model(
@@ -201,7 +273,14 @@ def resnet20_ckd(last: str = "lif", depth: float = 1.0, **common: Any) -> Net:
 
     SNN head 64 → 256 → K, ANN head 64 → K.
     """
-    return _resnet_ckd(16, (16, 32, 64), (3, 3, 3), last, depth=depth, **common)
+    return _resnet_ckd(
+        stem=16,
+        widths=(16, 32, 64),
+        depths=(3, 3, 3),
+        last=last,
+        depth=depth,
+        **common,
+    )
 
 # %% ../../nbs/lib/38_models.resnet.ipynb #d906f20c
 class WideBlock(nn.Module):
@@ -223,8 +302,12 @@ class WideBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a = norm_act(self.bn1, self.act1, x)
-        y = self.conv2(norm_act(self.bn2, self.act2, self.conv1(a)))
-        return y + (x if self.shortcut is None else self.shortcut(a))
+        y = self.conv1(a)
+        y = norm_act(self.bn2, self.act2, y)
+        y = self.conv2(y)
+        if self.shortcut is None:
+            return y + x
+        return y + self.shortcut(a)
 
 # %% ../../nbs/lib/38_models.resnet.ipynb #ac7688e7
 def bare_stem(
@@ -258,33 +341,34 @@ def wide_resnet(
     c = scale_channels(16, width)
     stem = bare_stem(in_channels, c)
     groups = []
-    for i in range(3):
-        c_group = scale_channels(16 * 2**i * k, width)
-        blocks = [WideBlock(c, c_group, 1 if i == 0 else 2, act)]
-        for _ in range(scale_channels(n, depth) - 1):
-            blocks.append(WideBlock(c_group, c_group, 1, act))
-        groups.append(nn.Sequential(*blocks))
+    num_blocks = scale_channels(n, depth)
+    for base, stride in ((16, 1), (32, 2), (64, 2)):
+        c_group = scale_channels(base * k, width)
+        first = WideBlock(c, c_group, stride, act)
+        others = [WideBlock(c_group, c_group, 1, act) for _ in range(num_blocks - 1)]
+        groups.append(nn.Sequential(first, *others))
         c = c_group
     head = linear_head((c, num_classes))
-    return Net(stem, groups, head, norm_pooling(c, act), T, image_size)
+    pool = norm_pooling(c, act)
+    return Net(stem, groups, head, pool, T, image_size)
 
 # %% ../../nbs/lib/38_models.resnet.ipynb #73fc53eb
 @register_model("SASTC (student, by its text)", "Zagoruyko and Komodakis 2016")
 def wrn16_2(depth: float = 1.0, **common: Any) -> Net:
-    "WRN-16-2: two pre-activation blocks a group, 32-64-128 channels."
-    return wide_resnet(2, 2, depth=depth, **common)
+    "WRN-16-2: two pre-activation blocks per group, 32-64-128 channels."
+    return wide_resnet(n=2, k=2, depth=depth, **common)
 
 
 @register_model("SASTC (teacher)", "Zagoruyko and Komodakis 2016")
 def wrn28_4(depth: float = 1.0, **common: Any) -> Net:
-    "WRN-28-4: four pre-activation blocks a group, 64-128-256 channels."
-    return wide_resnet(4, 4, depth=depth, **common)
+    "WRN-28-4: four pre-activation blocks per group, 64-128-256 channels."
+    return wide_resnet(n=4, k=4, depth=depth, **common)
 
 
 @register_model("SASTC (teacher)", "Zagoruyko and Komodakis 2016")
 def wrn40_2(depth: float = 1.0, **common: Any) -> Net:
-    "WRN-40-2: six pre-activation blocks a group, 32-64-128 channels."
-    return wide_resnet(6, 2, depth=depth, **common)
+    "WRN-40-2: six pre-activation blocks per group, 32-64-128 channels."
+    return wide_resnet(n=6, k=2, depth=depth, **common)
 
 # %% ../../nbs/lib/38_models.resnet.ipynb #b25d6fef
 class WideBottleneck(Bottleneck):
@@ -302,15 +386,22 @@ class WideBottleneck(Bottleneck):
         last: MakeActivation | None = None,
     ) -> None:
         super().__init__(c_in, c, stride, act, kind, last)
-        self.conv3 = Conv2d(c, 2 * c, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(2 * c)
-        self.shortcut = shortcut(c_in, 2 * c, stride, kind)
+        c_out = 2 * c
+        self.conv3 = Conv2d(c, c_out, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(c_out)
+        self.shortcut = shortcut(c_in, c_out, stride, kind)
 
 # %% ../../nbs/lib/38_models.resnet.ipynb #d2f6ca23
 def _wide_bottleneck_net(stem: int, hidden: Sequence[int], **common: Any) -> Net:
-    widths = (256, 512, 1024)
-    head: dict[str, Any] = {"hidden": hidden, "hidden_act": True}
-    return resnet(WideBottleneck, stem, widths, (2, 1, 1), **head, **common)
+    return resnet(
+        WideBottleneck,
+        stem,
+        widths=(256, 512, 1024),
+        depths=(2, 1, 1),
+        hidden=hidden,
+        hidden_act=True,
+        **common,
+    )
 
 
 @register_model(
@@ -339,9 +430,10 @@ def vgg_stage(
         if word in POOLINGS:
             parts[f"pool{i}"] = POOLINGS[word](2, ceil_mode=True)
             continue
-        channels, _, stride = word.partition("/")
+        channels, _, stride_text = word.partition("/")
         c_out = scale_channels(int(channels), width)
-        parts[f"conv{i}"] = Conv2d(c, c_out, 3, int(stride or 1), padding=1)
+        stride = int(stride_text or 1)
+        parts[f"conv{i}"] = Conv2d(c, c_out, 3, stride, padding=1)
         parts[f"bn{i}"] = nn.BatchNorm2d(c_out)
         parts[f"act{i}"] = act()
         c = c_out
@@ -353,7 +445,8 @@ def halved_edge(
     times: int,  # number of halvings
 ) -> int:
     "Return the pixels per edge after some halvings, each rounded up."
-    return -(-size // 2**times)
+    factor = 2**times
+    return (size + factor - 1) // factor
 
 
 def count_halvings(
@@ -361,7 +454,12 @@ def count_halvings(
 ) -> int:
     "Return how often a network halves the image: its poolings and its convolutions of stride 2."
     words = " ".join(lines).split()
-    return sum(word in POOLINGS or word.endswith("/2") for word in words)
+    num_halvings = 0
+    for word in words:
+        is_strided = word.endswith("/2")
+        if word in POOLINGS or is_strided:
+            num_halvings += 1
+    return num_halvings
 
 # %% ../../nbs/lib/38_models.resnet.ipynb #42cd4727
 def vgg(
@@ -388,12 +486,21 @@ def vgg(
         part, c = vgg_stage(text, c, width, act)
         parts.append(part)
     if hidden is None:
-        return Net(first, parts, linear_head((c, num_classes)), T=T, image_size=image_size)
+        head = linear_head((c, num_classes))
+        return Net(first, parts, head, T=T, image_size=image_size)
+
+    # the last feature map, flattened
     times = count_halvings([*stages, last])
-    height, width_in_pixels = (halved_edge(edge, times) for edge in image_edges(image_size))
-    sizes = (c * height * width_in_pixels, *(scale_channels(h, width) for h in hidden), num_classes)
-    pool = nn.Sequential(*vgg_stage(last, c, width, act)[0], nn.Flatten())
-    return Net(first, parts, linear_head(sizes), pool, T, image_size)
+    image_height, image_width = image_edges(image_size)
+    map_height = halved_edge(image_height, times)
+    map_width = halved_edge(image_width, times)
+    num_flat = c * map_height * map_width
+    last_pooling, _ = vgg_stage(last, c, width, act)
+    pool = nn.Sequential(*last_pooling, nn.Flatten())
+
+    hidden_sizes = [scale_channels(features, width) for features in hidden]
+    head = linear_head((num_flat, *hidden_sizes, num_classes))
+    return Net(first, parts, head, pool, T, image_size)
 
 # %% ../../nbs/lib/38_models.resnet.ipynb #5f4f993c
 @register_model("SASTC (student)", "SASTC, published code")
@@ -421,7 +528,8 @@ def vgg11_rate(head_std: float = 0.5, **common: Any) -> Net:
     drawn from N(0, 0.5²).
     """
     lines = ["A 128 256", "A 512 512", "A 512", "A 512 512"]
-    return draw_head(vgg(64, lines, **common), head_std)
+    net = vgg(64, lines, **common)
+    return draw_head(net, head_std)
 
 
 @register_model("rate-based backpropagation", "Yu et al. 2024")
@@ -430,7 +538,8 @@ def vgg13_rate(head_std: float = 0.5, **common: Any) -> Net:
     drawn from N(0, 0.5²).
     """
     lines = ["64", "A 128 128", "A 256 256", "A 512 512 512", "A 512"]
-    return draw_head(vgg(64, lines, **common), head_std)
+    net = vgg(64, lines, **common)
+    return draw_head(net, head_std)
 
 # %% ../../nbs/lib/38_models.resnet.ipynb #21878108
 @register_model(
@@ -443,14 +552,16 @@ def vggsnn(**common: Any) -> Net:
     """VGGSNN for event frames of 48×48 pixels in 2 channels: eight convolutions, average pooling,
     one linear layer on the flattened map.
     """
-    return vgg(64, ["128", "A 256 256", "A 512 512", "A 512 512"], hidden=(), last="A", **common)
+    lines = ["128", "A 256 256", "A 512 512", "A 512 512"]
+    return vgg(64, lines, hidden=(), last="A", **common)
 
 # %% ../../nbs/lib/38_models.resnet.ipynb #06d63be0
 @register_model("SASTC (teacher)", "Tian et al. 2020 (CRD), vgg13_bn")
 def vgg13(image_size: ImageSize = 32, **common: Any) -> Net:
     "VGG-13 with BatchNorm: ten convolutions, max pooling, one linear layer."
-    last = "M 512 512" if max(image_edges(image_size)) > 32 else "512 512"
-    lines = ["64", "M 128 128", "M 256 256", "M 512 512", last]
+    is_large = max(image_edges(image_size)) > 32
+    last_stage = "M 512 512" if is_large else "512 512"
+    lines = ["64", "M 128 128", "M 256 256", "M 512 512", last_stage]
     return vgg(64, lines, image_size=image_size, **common)
 
 # %% ../../nbs/lib/38_models.resnet.ipynb #0437a1c9

@@ -67,19 +67,29 @@ def name_stages(
     "Return {stage name: path} for the candidates that are stages."
     maps: dict[str, Tensor] = {}
     for path, found in outputs.items():
-        is_map = len(found) == 1 and isinstance(found[0], Tensor) and found[0].dim() > 2
-        if is_map and not isinstance(net.get_submodule(path), GLOBAL_POOLINGS):
-            maps[path] = found[0]
+        if len(found) != 1:
+            continue
+        output = found[0]
+        is_map = isinstance(output, Tensor) and output.dim() > 2
+        is_pooling = isinstance(net.get_submodule(path), GLOBAL_POOLINGS)
+        if is_map and not is_pooling:
+            maps[path] = output
     paths = list(maps)
     if stage_candidates(net).thin:
         last_at_height = {feature.shape[-2]: path for path, feature in maps.items()}
         paths = list(last_at_height.values())
-    looks_like_stem = [
-        bool(re.match("stem|conv|bn|norm|relu|act", path.split(".")[-1])) for path in paths[:2]
-    ]
+    names: dict[str, str] = {}
+    looks_like_stem = [_looks_like_stem(path) for path in paths[:2]]
     if looks_like_stem == [True, False]:
-        return {"stem": paths[0], **{f"stage{i}": path for i, path in enumerate(paths[1:], 1)}}
-    return {f"stage{i}": path for i, path in enumerate(paths, 1)}
+        names["stem"] = paths.pop(0)
+    for i, path in enumerate(paths, 1):
+        names[f"stage{i}"] = path
+    return names
+
+
+def _looks_like_stem(path: str) -> bool:
+    last_name = path.split(".")[-1]
+    return re.match("stem|conv|bn|norm|relu|act", last_name) is not None
 
 
 def resolve_stage_paths(
@@ -110,11 +120,16 @@ def describe_paths(
     paths = []
     for path, module in net.named_modules():
         depth = len(path.split("."))
-        if path and depth < 3 and not isinstance(module, (nn.Identity, nn.Dropout)):
+        is_empty = isinstance(module, (nn.Identity, nn.Dropout))
+        if path and depth < 3 and not is_empty:
             paths.append(path)
     top = [path for path in paths if "." not in path]
-    shown = (paths if len(top) < 3 else top)[:most]
-    return ", ".join(shown) + (", …" if len(shown) < len(paths) else "")
+    candidates = paths if len(top) < 3 else top
+    shown = candidates[:most]
+    text = ", ".join(shown)
+    if len(shown) < len(paths):
+        text += ", …"
+    return text
 
 # %% ../../nbs/lib/35_models.taps.ipynb #d96ab65a
 @contextlib.contextmanager
@@ -151,7 +166,9 @@ def hooked(
 def first_line(error: BaseException) -> str:
     "Return the first line of an exception's message, or its type if it has none."
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    if lines:
+        return lines[0]
+    return type(error).__name__
 
 
 def _find_logits(output: Any, dims: Sequence[int]) -> Any:
@@ -268,7 +285,9 @@ class Tap(NamedTuple):
     ) -> int:
         "Return the number of channels of a feature."
         channels_last = self.raw and (self.dims == 3 or self.nhwc)
-        return shape[-1] if channels_last else shape[0]
+        if channels_last:
+            return shape[-1]
+        return shape[0]
 
 
 def patch_rows(
@@ -276,7 +295,10 @@ def patch_rows(
     ratio: float = 1.0,  # height over width of the image
 ) -> int:
     "Return the number of patches from top to bottom."
-    return max(1, round((patches * ratio) ** 0.5))
+    # rows · columns = patches and rows / columns = ratio
+    squared_rows = patches * ratio
+    num_rows = round(squared_rows**0.5)
+    return max(1, num_rows)
 
 
 def to_map(
@@ -294,7 +316,10 @@ def to_map(
     if tap.dims == 4:
         return output.permute(0, 3, 1, 2) if tap.nhwc else output
     patches = output[:, tap.prefix :]
-    feature: Any = patches.transpose(1, 2).unflatten(2, (patch_rows(patches.shape[1], ratio), -1))
+    num_patches = patches.shape[1]
+    num_rows = patch_rows(num_patches, ratio)
+    channels_first = patches.transpose(1, 2)
+    feature: Any = channels_first.unflatten(2, (num_rows, -1))
     feature.prefix = output[:, : tap.prefix]
     return feature
 
@@ -365,8 +390,11 @@ def blank_images(
     net: nn.Module, shape: Sequence[int], device: torch.device | str | None = None
 ) -> Tensor:
     "Return zeros of a shape in a network's precision, on its device or another one."
-    parameter = next(net.parameters(), torch.zeros(()))
-    return torch.zeros(shape, device=device or parameter.device, dtype=parameter.dtype)
+    without_parameters = torch.zeros(())
+    parameter = next(net.parameters(), without_parameters)
+    if device is None:
+        device = parameter.device
+    return torch.zeros(shape, device=device, dtype=parameter.dtype)
 
 
 def _advice(net: nn.Module, shape: Sequence[int]) -> str:
@@ -427,27 +455,40 @@ def survey_stages(
     writes: dict[str, int] = {}
 
     def keep(path: str, output: Any) -> None:
-        seen.setdefault(path, []).append(output)
+        outputs_of_path = seen.setdefault(path, [])
+        outputs_of_path.append(output)
         writes[path] = write_count(output)
 
     logits = dry_run(net, shape, paths.values(), keep)
     if stages is None:
         paths = name_stages(net, seen)
-    outputs = {name: single_output(path, seen.get(path, ())) for name, path in paths.items()}
+    outputs = {}
+    for name, path in paths.items():
+        outputs[name] = single_output(path, seen.get(path, ()))
     called = list(seen)
     order = sorted(paths, key=lambda name: called.index(paths[name]))
     taps = {}
+    ordered_outputs = {}
     for name in order:
-        path, output = paths[name], outputs[name]
-        taps[name] = _tap_for(net, path, output, write_count(output) != writes[path], raw)
-    return StageSurvey(logits, taps, {name: outputs[name] for name in order})
+        path = paths[name]
+        output = outputs[name]
+        # a later layer wrote into this output
+        was_changed = write_count(output) != writes[path]
+        taps[name] = _tap_for(net, path, output, was_changed, raw)
+        ordered_outputs[name] = output
+    return StageSurvey(logits, taps, ordered_outputs)
 
 
 def _tap_for(net: nn.Module, path: str, output: Tensor, copy: bool, raw: bool) -> Tap:
-    prefix = count_prefix_tokens(net, output.shape[1]) if output.dim() == 3 else 0
+    dims = output.dim()
+    prefix = 0
+    if dims == 3:
+        prefix = count_prefix_tokens(net, output.shape[1])
+    output_format = getattr(net, "output_fmt", None)
     from_swin = type(net).__module__.endswith("swin_transformer")
-    channels_last = getattr(net, "output_fmt", None) == "NHWC" or from_swin
-    return Tap(path, output.dim(), prefix, output.dim() == 4 and channels_last, copy, raw)
+    has_channels_last = output_format == "NHWC" or from_swin
+    nhwc = dims == 4 and has_channels_last
+    return Tap(path, dims, prefix, nhwc, copy, raw)
 
 # %% ../../nbs/lib/35_models.taps.ipynb #496437b6
 class ShapeMode(TorchDispatchMode):
@@ -457,8 +498,12 @@ class ShapeMode(TorchDispatchMode):
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs or {}))
-        return func(*args, **kwargs)
+        def to_meta(tensor: Tensor) -> Tensor:
+            return tensor.to("meta")
+
+        meta_args = tree_map_only(Tensor, to_meta, args)
+        meta_kwargs = tree_map_only(Tensor, to_meta, kwargs or {})
+        return func(*meta_args, **meta_kwargs)
 
 
 def run_from(
@@ -505,7 +550,8 @@ def candidate_heads(
     """Return the paths of linear layers with K outputs, or where there are none, of 1×1
     convolutions (SqueezeNet).
     """
-    linear, pointwise = [], []
+    linear = []
+    pointwise = []
     for path, module in net.named_modules():
         if isinstance(module, nn.Linear) and module.out_features == classes:
             linear.append(path)
@@ -546,11 +592,16 @@ Normalization = float | Sequence[float] | Tensor | None  # one number, or one pe
 def _per_channel(name: str, value: Any, num_channels: int) -> Tensor:
     "Return a mean or deviation as float32 (C,); `UserError` for other than numbers per channel."
     try:
-        found = torch.as_tensor(value, dtype=torch.float32).detach().flatten()
+        found = torch.as_tensor(value, dtype=torch.float32)
+        found = found.detach().flatten()
     except (TypeError, ValueError, RuntimeError):
         found = torch.tensor([math.nan])
-    fits = len(found) in (1, num_channels) and torch.isfinite(found).all()
-    require(fits, f"{name} = {value!r}: give a number, or one for each of {num_channels} channels")
+    has_right_length = len(found) in (1, num_channels)
+    fits = has_right_length and torch.isfinite(found).all()
+    require(
+        fits,
+        f"{name} = {value!r}: give a number, or one for each of {num_channels} channels",
+    )
     return found.expand(num_channels).clone()
 
 
@@ -600,8 +651,11 @@ class _Renormalize:
         self.summand = summand
 
     def __call__(self, module: nn.Module, args: tuple) -> tuple:
-        x = args[0]
-        return (torch.addcmul(self.summand.to(x), x, self.factor.to(x)), *args[1:])
+        x, *others = args
+        factor = self.factor.to(x)
+        summand = self.summand.to(x)
+        renormalized = torch.addcmul(summand, x, factor)
+        return (renormalized, *others)
 
 
 def match_normalization(
@@ -617,7 +671,9 @@ def match_normalization(
         return  # other channels, which the network refuses
     if torch.equal(mean, data.mean) and torch.equal(std, data.std):
         return
-    network.register_forward_pre_hook(_Renormalize(*renormalization(data, mean, std)))
+    factor, summand = renormalization(data, mean, std)
+    hook = _Renormalize(factor, summand)
+    network.register_forward_pre_hook(hook)
 
 
 class Foreign(nn.Module):
@@ -696,7 +752,11 @@ class Foreign(nn.Module):
         Only a network with its own `mean` and `std` uses it. `fit`, `evaluate`, the searches and
         the metrics call it."""
         if self.has_own_normalization:
-            self.factor, self.summand = renormalization(data, self.own_mean, self.own_std)
+            self.factor, self.summand = renormalization(
+                data,
+                self.own_mean,
+                self.own_std,
+            )
 
     @property
     def knows_data(self) -> bool:
@@ -728,7 +788,8 @@ class Foreign(nn.Module):
 
     def shape(self, size: ImageSize) -> tuple[int, int, int]:
         "Return (C, H, W) of the images that the wrapped network sees."
-        return (self.in_channels, *image_edges(self.input_size or size))
+        height, width = image_edges(self.input_size or size)
+        return (self.in_channels, height, width)
 
     def shapes_of(self, outputs: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         "Return {stage: shape of the feature without batch} from the outputs of the stages."
@@ -743,9 +804,12 @@ class Foreign(nn.Module):
 
         Before `set_data`, images are taken as they are.
         """
-        x = match_precision(fold(x, None, self.in_channels), self.net)
+        x = fold(x, None, self.in_channels)
+        x = match_precision(x, self.net)
         if self.factor is not None and self.summand is not None:
-            x = torch.addcmul(self.summand.to(x), x, self.factor.to(x))
+            factor = self.factor.to(x)
+            summand = self.summand.to(x)
+            x = torch.addcmul(summand, x, factor)
         if not self.input_size:
             return x
         size = (self.input_size, self.input_size)
@@ -761,14 +825,19 @@ class Foreign(nn.Module):
         seen: dict[str, list[Any]] = {}
 
         def keep(path: str, output: Any) -> None:
-            seen.setdefault(path, []).append(output.clone() if taps[path].copy else output)
+            if taps[path].copy:
+                output = output.clone()
+            outputs_of_path = seen.setdefault(path, [])
+            outputs_of_path.append(output)
 
         with protected(), hooked(self.net, taps, keep):
             logits = logits_of(self.net(x))
-        ratio = x.shape[2] / x.shape[3]
+        height, width = x.shape[2:]
+        ratio = height / width
         found = {}
         for name, tap in self.taps.items():
-            found[name] = to_map(single_output(tap.path, seen.get(tap.path, ())), tap, ratio)
+            output = single_output(tap.path, seen.get(tap.path, ()))
+            found[name] = to_map(output, tap, ratio)
         return logits, found
 
     def forward_from(self, stage: str, x: Tensor, prefix: Tensor | str | None = None) -> Tensor:
@@ -779,14 +848,17 @@ class Foreign(nn.Module):
         """
         if stage not in self.taps:
             raise unknown("stage", stage, self.stage_names)
-        tap, own = self.taps[stage], self.found[stage]
-        fits = x.dim() == len(own) + 1 and tap.channels(x.shape[1:]) == tap.channels(own)
+        tap = self.taps[stage]
+        own_shape = self.found[stage]
+        has_same_dims = x.dim() == 1 + len(own_shape)
+        fits = has_same_dims and tap.channels(x.shape[1:]) == tap.channels(own_shape)
         require(
             fits,
             f"feature of shape {tuple(x.shape)}: "
-            f"{stage} of this network puts out (B, {', '.join(map(str, own))})",
+            f"{stage} of this network puts out (B, {', '.join(map(str, own_shape))})",
         )
-        output = from_map(x, tap, prefix_tokens_for(x, tap, prefix, self.prefix))
+        prefix_tokens = prefix_tokens_for(x, tap, prefix, self.prefix)
+        output = from_map(x, tap, prefix_tokens)
         if tap.copy:
             output = output.clone()
         with protected():
@@ -800,11 +872,17 @@ class Foreign(nn.Module):
         if image_size is None or image_size == self.image_size:
             return dict(self.found)
         paths = {name: tap.path for name, tap in self.taps.items()}
-        return self.shapes_of(survey_stages(self.net, self.shape(image_size), paths).outputs)
+        shape = self.shape(image_size)
+        survey = survey_stages(self.net, shape, paths)
+        return self.shapes_of(survey.outputs)
 
     def feature_channels(self) -> dict[str, int]:
         "Return {stage: C}."
-        return {name: self.taps[name].channels(shape) for name, shape in self.found.items()}
+        channels = {}
+        for name, shape in self.found.items():
+            tap = self.taps[name]
+            channels[name] = tap.channels(shape)
+        return channels
 
 
 def _image_channels(net: nn.Module) -> int:
