@@ -70,7 +70,9 @@ def seed_generator(
     seed: int,  # any whole number
 ) -> torch.Generator:
     "Create the generator of a candidate's weights."
-    return torch.Generator().manual_seed(seed_for("candidate", genome_text(genome), seed))
+    text = genome_text(genome)
+    own_seed = seed_for("candidate", text, seed)
+    return torch.Generator().manual_seed(own_seed)
 
 
 def create_candidate(
@@ -201,9 +203,13 @@ class _BatchPass:
     def _count_operations(self, block: Any, input_rate: float, inner_rate: float) -> None:
         # The first convolution and the shortcut see the input, the second one the inner spikes.
         num_second = block.conv2.weight.numel()
-        convs = [m for m in block.modules() if isinstance(m, nn.Conv2d)]
-        num_first = sum(conv.weight.numel() for conv in convs) - num_second
-        pixels = self.hidden.shape[2] * self.hidden.shape[3]
+        num_weights = 0
+        for module in block.modules():
+            if isinstance(module, nn.Conv2d):
+                num_weights += module.weight.numel()
+        num_first = num_weights - num_second
+        height, width = self.hidden.shape[2:4]
+        pixels = height * width
         per_pixel = input_rate * num_first + inner_rate * num_second
         self.sops += self.kit.T * pixels * per_pixel
 

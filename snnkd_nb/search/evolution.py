@@ -119,7 +119,8 @@ def cross_at(
 
 
 def _draw_cut(genome: Genome, rng: np.random.Generator) -> int:
-    return int(rng.integers(1, max(len(genome), 2)))
+    end = max(len(genome), 2)  # a genome of one gene is cut behind it
+    return int(rng.integers(1, end))
 
 
 def is_in_space(
@@ -150,8 +151,9 @@ def add_block(genome: Genome, space: Space, rng: np.random.Generator) -> Genome:
     "Add a random block behind a random one."
     index = int(rng.integers(len(genome))) + 1
     kind = str(rng.choice(list(KINDS)))
-    gene = Gene(kind, int(rng.choice(space.channels)))
-    return (*genome[:index], gene, *genome[index:])
+    channels = int(rng.choice(space.channels))
+    before, after = genome[:index], genome[index:]
+    return (*before, Gene(kind, channels), *after)
 
 
 def delete_block(genome: Genome, space: Space, rng: np.random.Generator) -> Genome:
@@ -281,7 +283,8 @@ def get_texts(
     population: Population,  # of pymoo
 ) -> list[str]:
     "Return the genomes of a population as text."
-    return [str(individual[0]) for individual in population.get("X")]
+    individuals = population.get("X")  # each has one variable
+    return [str(individual[0]) for individual in individuals]
 
 
 def _as_column(texts: Sequence[str]) -> np.ndarray:
@@ -309,7 +312,8 @@ class _BreedGenomes(InfillCriterion):
         self.breed = breed
 
     def _do(self, problem: Any, pop: Any, n: int, random_state: Any = None, **_: Any) -> Population:
-        return Population.new("X", _as_column(self.breed(pop, n, random_state)))
+        children = self.breed(pop, n, random_state)
+        return Population.new("X", _as_column(children))
 
 
 class _Select(Survival):
@@ -329,7 +333,8 @@ class _Select(Survival):
         **__: Any,
     ) -> Population:
         fitness = pop.get("F")[:, 0]
-        return pop[select_survivors(fitness, n_survive, random_state, self.selection)]
+        survivors = select_survivors(fitness, n_survive, random_state, self.selection)
+        return pop[survivors]
 
 # %% ../../nbs/lib/67_search.evolution.ipynb #6cdd5029
 def _rank_individuals(population: Population) -> np.ndarray:
@@ -379,7 +384,8 @@ def create_algorithm(
         raise unknown("algorithm", name, ALGORITHMS)
 
     def draw(n: int, rng: np.random.Generator) -> list[str]:
-        return [genome_text(space.sample(rng)) for _ in range(n)]
+        genomes = [space.sample(rng) for _ in range(n)]
+        return [genome_text(genome) for genome in genomes]
 
     def draw_children(population: Population, n: int, rng: np.random.Generator) -> list[str]:
         return draw(n, rng)
@@ -460,7 +466,8 @@ class SearchResult:
     @property
     def best(self) -> str:
         "The genome with the lowest fitness."
-        return min(self.scores, key=lambda text: self.scores[text].fitness)
+        fitness = {text: score.fitness for text, score in self.scores.items()}
+        return min(fitness, key=fitness.__getitem__)
 
     @property
     def score(self) -> Score:
@@ -606,69 +613,80 @@ class _Ledger:
         self.cache = cache
         state = read_search_state(path, identity) if path else None
         state = state or {"scores": {}, "done": [], "spent": 0.0}
-        # Scores that the cache had. They do not count as evaluated, also after a break.
-        self.shared = dict.fromkeys(state.get("shared", ()))
-        self.kept = {text: score_from_json(values) for text, values in state["scores"].items()}
-        self.done: list[float] = state["done"]  # seconds of every finished generation
-        self.spent: float = state["spent"]  # seconds of the current generation
-        self.scores: dict[str, Score] = {}  # those that this start of the search has needed
+        # Genomes whose scores the cache had. They do not count as evaluated, also after a break.
+        self.from_cache = dict.fromkeys(state.get("shared", ()))
+        # Scores that need not be computed: of the file, of the cache, and those computed here.
+        self.available: dict[str, Score] = {}
+        for text, values in state["scores"].items():
+            self.available[text] = score_from_json(values)
+        # Scores that this start of the search has asked for, in this order.
+        self.requested: dict[str, Score] = {}
+        self.seconds_of_generations: list[float] = state["done"]  # of the finished ones
+        self.seconds_of_current: float = state["spent"]
         self.saved_at = time.perf_counter()
-        self.num_replayed = len(self.done)
+        self.num_replayed = len(self.seconds_of_generations)
 
     def save(self) -> None:
         "Write the file, if there is one."
         if self.path:
-            kept = {text: score_to_json(score) for text, score in self.kept.items()}
+            scores = {text: score_to_json(score) for text, score in self.available.items()}
             state = {
-                "scores": kept,
-                "shared": [*self.shared],
-                "done": self.done,
-                "spent": self.spent,
+                "scores": scores,
+                "shared": [*self.from_cache],
+                "done": self.seconds_of_generations,
+                "spent": self.seconds_of_current,
             }
             save_state(self.path, self.identity, state)
         self.saved_at = time.perf_counter()
 
     def score(self, texts: Sequence[str], pool: ScoringPool) -> int:
         "Score the genomes that are not known and return how many were scored for this search."
-        new = [text for text in dict.fromkeys(texts) if text not in self.scores]
-        for text in new:
-            known = self.cache.get(text)
-            if text not in self.kept and known:
-                self.kept[text] = known
-                self.shared[text] = None
+        new = [text for text in dict.fromkeys(texts) if text not in self.requested]
+        self._take_from_cache(new)
+        missing = [text for text in new if text not in self.available]
         try:
-            self._score_missing([text for text in new if text not in self.kept], pool)
+            self._compute_scores(missing, pool)
         except BaseException:
             self.save()
             raise
         for text in new:
-            self.scores[text] = self.kept[text]
-        return sum(text not in self.shared for text in new)
+            self.requested[text] = self.available[text]
+        num_from_cache = sum(text in self.from_cache for text in new)
+        return len(new) - num_from_cache
 
-    def _score_missing(self, texts: Sequence[str], pool: ScoringPool) -> None:
+    def _take_from_cache(self, texts: Sequence[str]) -> None:
+        for text in texts:
+            cached = self.cache.get(text)
+            if cached and text not in self.available:
+                self.available[text] = cached
+                self.from_cache[text] = None
+
+    def _compute_scores(self, texts: Sequence[str], pool: ScoringPool) -> None:
         start = time.perf_counter()
         for text, score in pool.scores(texts):
-            self.kept[text] = score
+            self.available[text] = score
             now = time.perf_counter()
-            self.spent += now - start
+            self.seconds_of_current += now - start
             start = now
             if now - self.saved_at > SECONDS_BETWEEN_SAVES:
                 self.save()
 
     def close_generation(self, number: int) -> float:
         "End a generation and return its seconds, for a replayed one from the file."
-        if number >= len(self.done):
-            self.done.append(round(self.spent, 3))
-            self.spent = 0.0
+        if number >= len(self.seconds_of_generations):
+            self.seconds_of_generations.append(round(self.seconds_of_current, 3))
+            self.seconds_of_current = 0.0
             self.save()
         # The cache is updated last, because the scores it holds count as shared.
-        self.cache.put(self.scores)
-        return self.done[number]
+        self.cache.put(self.requested)
+        return self.seconds_of_generations[number]
 
 # %% ../../nbs/lib/67_search.evolution.ipynb #cae5b3a1
 def _check_numbers(population: int, generations: int, second: str) -> None:
     def is_whole(value: Any, low: int) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= low
+        if isinstance(value, bool):
+            return False
+        return isinstance(value, int) and value >= low
 
     require(
         is_whole(population, 2),
@@ -785,12 +803,12 @@ def evolve(
                 if number < ledger.num_replayed:
                     event["replayed"] = True
                 emit(event)
-    all_dead = _describe_all_dead(ledger.scores)
+    all_dead = _describe_all_dead(ledger.requested)
     require(not all_dead, all_dead)
     return SearchResult(
         space,
         tuple(done),
-        ledger.scores,
+        ledger.requested,
         _find_front(engine.pop, done[-1].genomes) if second_objective else (),
         scorer.options() if isinstance(scorer, Scorer) else {},
     )
@@ -803,17 +821,17 @@ def _run_generation(
     asked = engine.ask()
     texts = get_texts(asked)
     num_evaluated = ledger.score(texts, pool)
-    values = [_objective_values(ledger.scores[text], second) for text in texts]
+    values = [_objective_values(ledger.requested[text], second) for text in texts]
     asked.set("F", np.array(values))
     engine.tell(infills=asked)
-    all_dead = _describe_all_dead(ledger.scores) if number == 0 else ""
+    all_dead = _describe_all_dead(ledger.requested) if number == 0 else ""
     if all_dead:
         warnings.warn(f"the first draw: {all_dead}", stacklevel=3)
     survivors = get_texts(engine.pop)
     return Generation(
         number,
         tuple(survivors),
-        tuple(ledger.scores[text].fitness for text in survivors),
+        tuple(ledger.requested[text].fitness for text in survivors),
         evaluated=num_evaluated,
         cached=len(texts) - num_evaluated,
         seconds=ledger.close_generation(number),

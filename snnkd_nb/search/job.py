@@ -206,7 +206,8 @@ def count_depths(
 ) -> dict[int, int]:
     "Count the genomes of every depth, from the shallowest to the deepest without a gap."
     counts = Counter(count_blocks(genomes))
-    return {depth: counts[depth] for depth in range(min(counts), max(counts) + 1)}
+    shallowest, deepest = min(counts), max(counts)
+    return {depth: counts[depth] for depth in range(shallowest, deepest + 1)}
 
 
 def format_generation(
@@ -315,7 +316,9 @@ def describe_best(
 
 
 def _is_not_finite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+    if not isinstance(value, float):
+        return False
+    return not math.isfinite(value)
 
 
 def _format_cell(value: Any) -> str:

@@ -374,7 +374,9 @@ def check_scored_classes(
 
 
 def _is_usable(tensor: Tensor) -> bool:
-    return bool(tensor.any() and tensor.isfinite().all())
+    if not tensor.any():
+        return False
+    return bool(tensor.isfinite().all())
 
 
 def _flatten_images(features: Tensor) -> Tensor:
@@ -685,7 +687,9 @@ def as_score(
 
 
 def _finite_or_none(number: float | None) -> float | None:
-    return number if number is not None and math.isfinite(number) else None
+    if number is None or not math.isfinite(number):
+        return None
+    return number
 
 
 def score_to_json(
@@ -694,7 +698,8 @@ def score_to_json(
     "Return a score as JSON data without loss; infinite and unknown numbers are None."
     parts = {metric: _finite_or_none(value) for metric, value in score.parts.items()}
     fitness = _finite_or_none(score.fitness)
-    return [fitness, parts, score.parameters, _finite_or_none(score.sops), score.dead]
+    sops = _finite_or_none(score.sops)
+    return [fitness, parts, score.parameters, sops, score.dead]
 
 
 def score_from_json(

@@ -40,15 +40,18 @@ def sort_values(
     activation: Tensor,  # features of the teacher
 ) -> Tensor:
     "Sort the values, largest first, with -∞ at the end."
-    values = activation.flatten().sort(descending=True).values
-    return torch.cat([values, activation.new_tensor([-math.inf])])
+    values, _ = activation.flatten().sort(descending=True)
+    end = activation.new_tensor([-math.inf])
+    return torch.cat([values, end])
 
 
 def find_threshold(
     sorted_values: Tensor,  # from `sort_values`
     rho: float,  # wanted density, 0 to 1
 ) -> Tensor:
-    "Find τ for a density; fewer values are larger if some are equal to τ. Source: DSAS eq. 2."
+    """Find τ for a density. Source: DSAS eq. 2.
+
+    If several values equal τ, fewer than a share rho lie above it."""
     num_values = len(sorted_values) - 1
     return sorted_values[round(rho * num_values)]
 
@@ -192,7 +195,8 @@ def activation_similarity(
     """Compute activation similarity (AS), a distance: the last layers without alignment.
 
     Source: DSAS sections 3.2 and 4.5."""
-    return plain_distance(teacher[-1], sum_over_time(student[-1]), norm, R)
+    num_spikes = sum_over_time(student[-1])
+    return plain_distance(teacher[-1], num_spikes, norm, R)
 
 # %% ../../nbs/lib/64_search.similarity.ipynb #908f7430
 def group_by_depth(
@@ -270,7 +274,9 @@ def channel_matrices(
     gradient: Tensor,  # (N, C)
 ) -> Tensor:
     "Multiply all pairs of channels for every class; rows have length one, (N, C, C)."
-    return normalize_gram(gradient[:, :, None] * gradient[:, None, :], "row")
+    row = gradient[:, :, None]
+    column = gradient[:, None, :]
+    return normalize_gram(row * column, "row")
 
 
 def _scale_gradient(gradient: Tensor) -> Tensor:
@@ -315,8 +321,11 @@ def spike_kernel(
     both = gram(spikes)
     num_spikes = patterns.sum(-1)
     rate = num_spikes / num_neurons
+    # the two images of a pair: one along the rows (T, B, 1), one along the columns (T, 1, B)
     distance = num_spikes[:, :, None] + num_spikes[:, None, :] - 2 * both
-    chance = rate[:, :, None] * (1 - rate[:, None, :]) + (1 - rate[:, :, None]) * rate[:, None, :]
+    row_rate = rate[:, :, None]
+    column_rate = rate[:, None, :]
+    chance = row_rate * (1 - column_rate) + (1 - row_rate) * column_rate
     expected = 2 * torch.where(chance > 0, chance, 1)
     return (num_neurons - distance / expected).sum(0)
 
