@@ -969,7 +969,7 @@ def doctor_command(
     gradients: bool = False,  # also check operations against double precision (five minutes)
     # also check the gradients of every network against double precision (half an hour)
     networks: bool = False,
-    # also break runs, files and names 1,000 times, and write results/reliability.md (20 minutes)
+    # also break runs, files and names 1,000 times, and write results/reliability.md (ten minutes)
     reliability: bool = False,
 ) -> bool:
     """Check this installation, and tell how to solve each problem."""

@@ -502,7 +502,7 @@ LOST = {
         TRAINING,
         "BatchNorm: it is folded into the convolutions",
         "normalization of images, number of time steps, mean over time: these are the caller's",
-        "firing at > instead of >=, where a preset has it",
+        "NIR stores only 'fires at >='; a neuron that fires at '>' (preset tet) is stored as '>='",
     ),
 }
 

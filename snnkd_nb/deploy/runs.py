@@ -112,7 +112,9 @@ def find_record(
 
 
 def _is_record_path(run: Any) -> bool:
-    return isinstance(run, (str, Path)) and str(run).endswith(".json")
+    if not isinstance(run, (str, Path)):
+        return False
+    return str(run).endswith(".json")
 
 
 def _read_weights_beside(path: Path, record: Record) -> dict[str, Any] | None:
