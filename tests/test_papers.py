@@ -14,12 +14,16 @@ from helpers import run_command
 from snnkd_nb.core import UserError, canonical_json, sha256_of
 from snnkd_nb.papers.experiments import (
     SCALES,
+    Cell,
+    Grid,
     artefacts,
     build_grid,
     build_run,
+    fill_in,
     find_paper,
     grid_for,
     match,
+    networks_by_method,
     papers,
     parse_deviations,
 )
@@ -31,6 +35,7 @@ from snnkd_nb.papers.published import (
     read_toml,
     stated,
 )
+from snnkd_nb.reports.tables import join_published
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "nbs" / "guides" / "example_paper"
@@ -177,6 +182,67 @@ method = "none"
     wide = build_run("example_paper", "wide", "smoke", method="kd", T=2, seed=3)
     assert (wide.model.width, dict(wide.model.args), wide.seed) == (2.0, {}, 3)
     assert wide.teacher is None and wide.optim.lr == 0.1
+
+
+def test_exceptions_replace_what_comes_before_them_and_set_variables(fifth):
+    with open(fifth / "settings.toml", "a") as out:
+        out.write(
+            """
+[run.replaced]
+from = "student"
+with = { T = 1 }
+optim = { epochs = 5 }
+smoke = { with = { T = 2 }, optim = { lr = 0.5 } }
+
+[[run.replaced.except]]
+when = { T = 2, method = "kd" }
+from = "student"
+with = { T = 3 }
+"""
+        )
+    student = build_run("example_paper", "student", "smoke", method="kd", T=3)
+    assert build_run("example_paper", "replaced", "smoke", method="kd") == student
+    kept = build_run("example_paper", "replaced", "smoke", method="none")
+    assert (kept.model.T, kept.optim.epochs, kept.optim.lr) == (2, 5, 0.5)
+
+
+@pytest.mark.parametrize("method", ["none", "tet", "2*tet", "1e-3*tet", "1e-3 * tet + none"])
+def test_methods_that_learn_alone_have_no_teacher(fifth, method):
+    assert build_run("example_paper", "student", "smoke", method=method, T=2).teacher is None
+
+
+@pytest.mark.parametrize("method", ["kd", "kd + tet", "1e-3*tet + 1e-3*kd"])
+def test_a_method_with_a_teacher_keeps_it(fifth, method):
+    assert build_run("example_paper", "student", "smoke", method=method, T=2).teacher is not None
+
+
+def test_braces_as_text_are_written_twice():
+    assert fill_in("{{x}}", {}) == "{x}"
+    assert fill_in("{{x}} of {x}", {"x": 2}) == "{x} of 2"
+    assert fill_in("{x}", {"x": 2}) == 2
+    with pytest.raises(UserError, match="a brace as text is written twice"):
+        fill_in("{x", {"x": 2})
+
+
+def test_a_cell_without_runs_has_no_network(fifth):
+    teacher = build_run("example_paper", "teacher", "smoke")
+    cells = [
+        Cell({"method": "Teacher"}, "accuracy", ((teacher,),)),
+        Cell({"method": "KD"}, "accuracy", note="not built yet"),
+    ]
+    grid = Grid("example_paper/table01", "smoke", cells)
+    assert networks_by_method(grid, {teacher: "network"}) == {"Teacher": "network"}
+    with pytest.raises(UserError, match="KD of example_paper/table01"):
+        networks_by_method(grid, {teacher: "network"}, every=True)
+
+
+def test_a_cell_without_a_published_number_is_named_with_its_file(fifth):
+    with open(fifth / "cells.toml", "a") as out:
+        out.write('[[table01.cells]]\neach = { method = ["KD"], T = [9] }\n')
+        out.write('column = "accuracy"\nrun = "student"\n')
+    grid = build_grid("example_paper/table01", "smoke")
+    with pytest.raises(UserError, match="cells.toml .table01.: the cell .*'T': 9.*accuracy"):
+        join_published(grid, {})
 
 
 def test_defaults_are_values_of_variables_that_cells_leave_out(fifth):

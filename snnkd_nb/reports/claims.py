@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['ClaimRecord', 'Runs', 'OUTCOME_WORDS', 'VERDICT_COLUMNS', 'SCALE_WARNINGS', 'INDEX_UNITS', 'VERDICTS', 'SCALE_LIMITS',
-           'values_by_seed', 'chance_accuracy', 'cell_record', 'records_by_arm', 'Comparison', 'list_comparisons',
-           'ClaimVerdict', 'judge_together', 'find_verdict', 'verdict_columns', 'judge_records', 'judge_cells',
-           'describe_verdicts', 'compare_verdicts', 'describe_gain', 'report_table', 'scale_warning',
-           'claims_and_deviations', 'save_claims', 'read_verdicts', 'load_claims', 'shorten_verdict', 'count_verdicts',
-           'answer_page']
+           'chance_accuracy', 'cell_record', 'records_by_arm', 'Comparison', 'list_comparisons', 'ClaimVerdict',
+           'judge_together', 'find_verdict', 'verdict_columns', 'judge_records', 'judge_cells', 'describe_verdicts',
+           'compare_verdicts', 'describe_gain', 'report_table', 'scale_warning', 'claims_and_deviations', 'save_claims',
+           'read_verdicts', 'load_claims', 'shorten_verdict', 'count_verdicts', 'answer_page']
 
 # %% ../../nbs/lib/74_reports.claims.ipynb #3158843e
 import itertools
@@ -20,7 +19,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from ..core import UserError, atomic_write, renamed, renamed_arguments, root
-from ..papers.experiments import Cell, Grid, summarise
+from ..papers.experiments import Cell, Grid, summarize, values_by_seed
 from ..papers.published import Claim, evaluate_claim, matches
 from snnkd_nb.reports.figure import (
     PageText,
@@ -39,19 +38,6 @@ if TYPE_CHECKING:
 # %% ../../nbs/lib/74_reports.claims.ipynb #1bb04634
 ClaimRecord = dict[str, Any]
 Runs = Mapping[RunSpec, Any]  # a run -> its stored record, or None where there is none
-
-
-def values_by_seed(
-    cell: Cell,
-    runs: Runs,
-    metric: str = "acc_last",  # one of our metrics
-) -> dict[int, float]:
-    "Return `{seed: value}` of a cell; a seed with a missing run is left out."
-    values = {}
-    for group in cell.groups:
-        if all(runs.get(spec) for spec in group):
-            values[group[0].seed] = mean(runs[spec].metrics[metric] for spec in group)
-    return values
 
 
 def chance_accuracy(
@@ -74,8 +60,15 @@ def cell_record(
     runs: Runs,
     metric: str = "acc_last",  # one of our metrics
 ) -> ClaimRecord:
-    "Return the record of one cell of a grid; its `value` is None where nothing was run."
-    value, std, n = summarise(cell, runs, metric)
+    """
+    Return the record of one cell of a grid.
+
+    It has the index and column of the cell, and: value, std and n, mean and standard deviation
+    over n seeds (value is None where nothing was run); values, our number for each seed; chance,
+    the accuracy of guessing; and runs, the ids of the stored runs.
+    """
+    value, std, n = summarize(cell, runs, metric)
+    stored = [spec.id for spec in cell.specs if runs.get(spec)]
     return {
         **cell.index,
         "column": cell.column,
@@ -84,6 +77,7 @@ def cell_record(
         "n": n,
         "values": values_by_seed(cell, runs, metric),
         "chance": chance_accuracy(cell, runs, metric),
+        "runs": " ".join(stored),
     }
 
 
@@ -128,12 +122,23 @@ class Comparison:
 
     @property
     def is_run(self) -> bool:
-        "Whether both arms have a number."
+        "Tell whether both arms have a number."
         return self.better is not None and self.worse is not None
 
 
-def _arm(record: ClaimRecord) -> "Arm | None":
-    "The values of a record, by seed if its seeds are known; None if there is no value."
+def _sample_with_moments(mean: float, std: float, n: int) -> list[float]:
+    """
+    Return n numbers with this mean and standard deviation.
+
+    Welch's test depends on nothing else, so they may replace numbers that a record does not have.
+    """
+    offset = std * ((n - 1) / 2) ** 0.5
+    others = (n - 2) * [mean]
+    return [mean - offset, mean + offset, *others]
+
+
+def _values_of_arm(record: ClaimRecord) -> "Arm | None":
+    "Return the values of a record, by seed if its seeds are known; None if there is no value."
     if record["value"] is None:
         return None
     if record.get("values"):
@@ -141,13 +146,11 @@ def _arm(record: ClaimRecord) -> "Arm | None":
     n = record.get("n") or 1
     if n == 1:
         return [record["value"]]
-    # Any sample with this mean and standard deviation gives the same Welch's test.
-    offset = record["std"] * ((n - 1) / 2) ** 0.5
-    return [record["value"] - offset, record["value"] + offset] + (n - 2) * [record["value"]]
+    return _sample_with_moments(record["value"], record["std"], n)
 
 
 def _gap(better: "Arm | None", worse: "Arm | None") -> "Arm | None":
-    "The difference of two arms, seed by seed; None without a common seed."
+    "Return the difference of two arms, seed by seed; None without a common seed."
     if better is None or worse is None:
         return None
     if not (isinstance(better, Mapping) and isinstance(worse, Mapping)):
@@ -160,7 +163,7 @@ def _gap(better: "Arm | None", worse: "Arm | None") -> "Arm | None":
 
 
 def _is_printed(record: ClaimRecord) -> bool:
-    "Whether the paper has a number at the place of a record, or we have."
+    "Tell whether the paper or we have a number at the place of a record."
     if record["value"] is not None:
         return True
     return record.get("text") != "-" and record.get("paper", 0) is not None
@@ -175,33 +178,44 @@ def _place_in_words(record: ClaimRecord, names: Iterable[str]) -> str:
 
 
 def _arm_at_chance(record: ClaimRecord, names: Sequence[str]) -> str:
-    "The words for an arm that is not above chance; empty for others."
+    "Return the words for an arm that is not above chance; empty for others."
     from snnkd_nb.metrics.statistics import is_at_chance
 
+    value = record["value"]
     chance = record.get("chance")
-    if chance is None or record["value"] is None or not is_at_chance(record["value"], chance):
+    if value is None or chance is None or not is_at_chance(value, chance):
         return ""
     return _place_in_words(record, names) or "an arm"
 
 
 def _rival_name(claim: Claim) -> str:
-    "The name whose values are the rivals of a claim about several; empty for other claims."
+    "Return the name whose values are a claim's rivals; empty for a claim about one rival."
     places = claim.worse or {}
-    several = [name for name in places if isinstance(places[name], tuple)]
-    several = [name for name in several if name not in claim.by.split() and name != "column"]
-    return "method" if "method" in several else "".join(several[:1])
+    # On these names the two numbers agree, or it is no method but a column of the table.
+    shared = {*claim.by.split(), "column"}
+    several = []
+    for name, wanted in places.items():
+        if isinstance(wanted, tuple) and name not in shared:
+            several.append(name)
+    if "method" in several:
+        return "method"
+    return several[0] if several else ""
+
+
+def _agree(first: ClaimRecord, second: ClaimRecord, names: Iterable[str]) -> bool:
+    "Tell whether two records have the same values of some names, compared as text."
+    first_place = [str(first[name]) for name in names]
+    second_place = [str(second[name]) for name in names]
+    return first_place == second_place
 
 
 def _pairs(claim: Claim, records: Sequence[ClaimRecord]) -> list[tuple[ClaimRecord, ClaimRecord]]:
+    "Return every better record with every worse one at the same place."
     names = claim.by.split()
-    return [
-        (better, worse)
-        for better in records
-        if matches(better, claim.better)
-        for worse in records
-        if matches(worse, claim.worse or {})
-        and all(str(better[name]) == str(worse[name]) for name in names)
-    ]
+    all_better = [record for record in records if matches(record, claim.better)]
+    all_worse = [record for record in records if matches(record, claim.worse or {})]
+    pairs = itertools.product(all_better, all_worse)
+    return [(better, worse) for better, worse in pairs if _agree(better, worse, names)]
 
 
 def _index_names(record: ClaimRecord) -> list[str]:
@@ -209,21 +223,32 @@ def _index_names(record: ClaimRecord) -> list[str]:
 
 
 def _compare_pairs(claim: Claim, records: Sequence[ClaimRecord]) -> list[Comparison]:
-    "Every better number against every worse one at the same place."
+    "Return the comparisons of every better number with every worse one at the same place."
     pairs = _pairs(claim, records)
     rival_name = _rival_name(claim)
+
+    def varies(name: str) -> bool:
+        places = {str(better[name]) for better, _ in pairs}
+        return len(places) > 1
+
     found = []
     for better, worse in pairs:
         names = [name for name in _index_names(better) if name in worse]
-        differing = [name for name in names if str(better[name]) != str(worse[name])]
-        shared = [name for name in names if name not in differing]
-        varying = [name for name in shared if len({str(pair[0][name]) for pair in pairs}) > 1]
-        words = f"{_place_in_words(better, differing)} over {_place_in_words(worse, differing)}"
+        differing = [name for name in names if not _agree(better, worse, [name])]
+        varying = [name for name in names if name not in differing and varies(name)]
+        better_words = _place_in_words(better, differing)
+        worse_words = _place_in_words(worse, differing)
+        words = f"{better_words} over {worse_words}"
         if varying:
             words += f" ({_place_in_words(better, varying)})"
-        at_chance = _arm_at_chance(better, differing) or _arm_at_chance(worse, differing)
-        rival = str(worse[rival_name]) if rival_name else ""
-        found.append(Comparison(words, _arm(better), _arm(worse), rival, at_chance))
+        comparison = Comparison(
+            words,
+            _values_of_arm(better),
+            _values_of_arm(worse),
+            rival=str(worse[rival_name]) if rival_name else "",
+            at_chance=_arm_at_chance(better, differing) or _arm_at_chance(worse, differing),
+        )
+        found.append(comparison)
     return found
 
 
@@ -237,22 +262,24 @@ class _Point:
 
 
 def _point(claim: Claim, record: ClaimRecord, records: Sequence[ClaimRecord]) -> _Point:
-    "The place of a record, or of its lead over the record of `claim.worse`, in its series."
+    "Return a record, or its lead over the record of `claim.worse`, as a point of its series."
     x = float(record[claim.over])
-    at_chance = _arm_at_chance(record, ["method"] if "method" in record else [claim.over])
+    own_name = "method" if "method" in record else claim.over
+    at_chance = _arm_at_chance(record, [own_name])
+    arm = _values_of_arm(record)
     if claim.worse is None:
-        return _Point(x, _arm(record), at_chance)
+        return _Point(x, arm, at_chance)
     names = [*claim.by.split(), claim.over]
     for other in records:
-        same_place = all(str(other[name]) == str(record[name]) for name in names)
-        if same_place and matches(other, claim.worse):
+        if _agree(other, record, names) and matches(other, claim.worse):
             at_chance = at_chance or _arm_at_chance(other, ["method"])
-            return _Point(x, _gap(_arm(record), _arm(other)), at_chance)
+            lead = _gap(arm, _values_of_arm(other))
+            return _Point(x, lead, at_chance)
     return _Point(x, None, at_chance)
 
 
 def _compare_neighbours(claim: Claim, records: Sequence[ClaimRecord]) -> list[Comparison]:
-    "Every number of a series, or lead, against the one before it."
+    "Return the comparisons of every number of a series, or lead, with the one before it."
     names = claim.by.split()
     series: dict[tuple[str, ...], dict[float, _Point]] = {}
     for record in records:
@@ -306,12 +333,12 @@ def _shift(arm: "Arm", by: float) -> "Arm":
 
 
 def _least_lead(claim: Claim) -> float:
-    "The lead a claim asks for; negative if the better arm may be worse by as much."
+    "Return the lead a claim asks for; negative if the better arm may be worse by as much."
     return claim.margin if abs(claim.margin) > 1e-3 else 0.0
 
 
 def _test_arms(claim: Claim, comparison: Comparison) -> "tuple[Arm, Arm]":
-    "The arms of a comparison, shifted so that a positive difference supports the claim."
+    "Return the two arms, shifted so that a positive difference supports the claim."
     assert comparison.better is not None and comparison.worse is not None
     first, second = comparison.better, comparison.worse
     if claim.lower:
@@ -320,12 +347,15 @@ def _test_arms(claim: Claim, comparison: Comparison) -> "tuple[Arm, Arm]":
 
 
 def _format_difference(value: float) -> str:
-    "Two digits, without an exponent for large numbers."
-    return f"{value:.2g}" if value < 99.5 else f"{value:.0f}"
+    "Return the number with two digits, without an exponent for large ones."
+    # `.2g` writes 99.5 and more as 1e+02.
+    if value < 99.5:
+        return f"{value:.2g}"
+    return f"{value:.0f}"
 
 
 def _reasons(verdicts: "Iterable[Verdict]") -> list[str]:
-    "Why comparisons are undecided, each reason once."
+    "Return why comparisons are undecided, each reason once."
     found: dict[str, None] = {}
     detectable = []
     for verdict in verdicts:
@@ -335,13 +365,15 @@ def _reasons(verdicts: "Iterable[Verdict]") -> list[str]:
             detectable.append(verdict.smallest_detectable)
     reasons = list(found)
     if detectable:
-        ends = dict.fromkeys(map(_format_difference, (min(detectable), max(detectable))))
-        reasons.append(f"smallest detectable difference {' to '.join(ends)}")
+        lowest = _format_difference(min(detectable))
+        highest = _format_difference(max(detectable))
+        difference = lowest if lowest == highest else f"{lowest} to {highest}"
+        reasons.append(f"smallest detectable difference {difference}")
     return reasons
 
 
 def _outcomes_in_words(outcomes: Sequence[str], reasons: Iterable[str]) -> str:
-    "One word if all comparisons agree, else how many have which outcome, and the reasons."
+    "Return one word if all comparisons agree, else the count of every outcome, and the reasons."
     counts = Counter(outcomes)
     words = outcomes[0]
     if len(counts) > 1:
@@ -352,7 +384,7 @@ def _outcomes_in_words(outcomes: Sequence[str], reasons: Iterable[str]) -> str:
 
 
 def _coverage_in_words(comparisons: Sequence[Comparison]) -> str:
-    "How much of a claim was run, as the first words of its verdict; empty for all of it."
+    "Return how much of a claim was run, to begin its verdict; empty for all of it."
     if all(comparison.is_run for comparison in comparisons):
         return ""
     rivals = {comparison.rival for comparison in comparisons if comparison.rival}
@@ -365,7 +397,7 @@ def _coverage_in_words(comparisons: Sequence[Comparison]) -> str:
 
 
 def _lead_in_words(claim: Claim, verdict: "Verdict") -> str:
-    "Effect and interval in the unit of the table."
+    "Return effect and interval in the unit of the table."
     shift = _least_lead(claim)
     low, high = (bound + shift for bound in verdict.interval)
     effect = f"{verdict.effect + shift:+.3g}"
@@ -377,7 +409,7 @@ def _lead_in_words(claim: Claim, verdict: "Verdict") -> str:
 def _sum_up(
     claim: Claim, comparisons: Sequence[Comparison], verdicts: "Sequence[Verdict]"
 ) -> ClaimVerdict:
-    "The verdict on a claim from the verdicts on those of its comparisons that were run."
+    "Return the verdict on a claim from the verdicts on its comparisons that were run."
     run = [comparison for comparison in comparisons if comparison.is_run]
     if not run:
         return ClaimVerdict("not run")
@@ -486,7 +518,11 @@ def judge_cells(
     metric: str = "acc_last",  # one of our metrics
 ) -> "pd.DataFrame":
     "Return one row per claim about the arms of a figure, as `judge_records` does."
-    return judge_records(claims, [cell_record(cell, runs, metric) for cell in grid.cells])
+    records = []
+    for cell in grid.cells:
+        record = cell_record(cell, runs, metric)
+        records.append(record)
+    return judge_records(claims, records)
 
 
 def describe_verdicts(
@@ -538,8 +574,8 @@ def describe_gain(
     by_arm = table.set_index("method").rename(columns={"mean": "value"}).dropna(subset="value")
     if arm not in by_arm.index or baseline not in by_arm.index:
         return f"{arm} over {baseline}: not run."
-    first = _arm(by_arm.loc[arm].to_dict())
-    second = _arm(by_arm.loc[baseline].to_dict())
+    first = _values_of_arm(by_arm.loc[arm].to_dict())
+    second = _values_of_arm(by_arm.loc[baseline].to_dict())
     assert first is not None and second is not None, "rows without a mean were dropped"
     verdict = judge_claim(first, second)
     text = f"{arm} over {baseline}: {verdict.effect:+.2f} points"
@@ -694,7 +730,7 @@ def count_verdicts(
 # %% ../../nbs/lib/74_reports.claims.ipynb #aa2492cb
 SCALE_LIMITS = {
     "smoke": "tiny networks, two epochs on 8×8 digits: a test of the program and no evidence",
-    "small": "small networks, trained briefly on 10,000 images or fewer instead of the paper's",
+    "small": "small networks and short training",
     "medium": "short training",
     "paper": "the paper's setting",
 }
@@ -707,14 +743,14 @@ _PREDICATES = {  # verdict -> (of one claim, of several)
 
 
 def _predicate(verdict: str, count: int) -> str:
-    'The verdict as a verb with its number, e.g. "2 hold in part".'
+    'Return the verdict as a verb with its number, e.g. "2 hold in part".'
     plural = verdict.replace("holds", "hold").replace("fails", "fail")
     one, several = _PREDICATES.get(verdict, (verdict, plural))
     return f"{count} {one if count == 1 else several}"
 
 
 def _result_in_words(verdicts: "pd.DataFrame") -> str:
-    "One sentence: how many claims have which verdict; the claims that were decided follow."
+    "Return a sentence that counts the verdicts, then the claims that were decided."
     short = [shorten_verdict(text) for text in verdicts["ours"]]
     counts = Counter(short)
     parts = [_predicate(verdict, counts[verdict]) for verdict in VERDICTS if counts[verdict]]
@@ -732,8 +768,30 @@ def _result_in_words(verdicts: "pd.DataFrame") -> str:
     return " ".join(lines)
 
 
-def _seeds_in_words(grid: Grid, runs: Runs) -> str:
-    "The number of seeds of the students, or of the searches, that are stored."
+def _range_in_words(values: Iterable[int]) -> str:
+    lowest = f"{min(values):,}"
+    highest = f"{max(values):,}"
+    ends = dict.fromkeys((lowest, highest))
+    return " to ".join(ends)
+
+
+def _images_in_words(runs: Runs) -> str:
+    "Return how many images the stored students were trained on; empty without a stored student."
+    sizes = set()
+    for spec, record in runs.items():
+        is_student = isinstance(spec, RunSpec) and bool(spec.model.T)
+        dataset = getattr(record, "dataset", None) or {}
+        if is_student and "sizes" in dataset:
+            sizes.add(dataset["sizes"]["train"])
+    return f"students trained on {_range_in_words(sizes)} images" if sizes else ""
+
+
+def _seeds_in_words(
+    grid: Grid,
+    runs: Runs,
+    is_tested: bool,  # whether the page compares the seeds by a test
+) -> str:
+    "Return the number of seeds of the students, or of the searches, that are stored."
     counts = set()
     for cell in grid.cells:
         specs = [spec for spec in cell.specs if runs.get(spec)]
@@ -743,14 +801,15 @@ def _seeds_in_words(grid: Grid, runs: Runs) -> str:
     if not counts:
         return ""
     if max(counts) == 1:
-        return "one seed, which decides nothing"
-    ends = dict.fromkeys((min(counts), max(counts)))
-    seeds = " to ".join(map(str, ends))
-    return f"{seeds} seeds, compared by t-tests at the 5 % level with Holm's correction"
+        return "one seed, which decides nothing" if is_tested else "one seed"
+    seeds = f"{_range_in_words(counts)} seeds"
+    if is_tested:
+        seeds += ", compared by t-tests at the 5 % level with Holm's correction"
+    return seeds
 
 
 def _chance_in_words(grid: Grid, runs: Runs) -> str:
-    "How many arms have learned nothing, and the first of them."
+    "Return how many arms have learned nothing, and the first of them."
     from snnkd_nb.metrics.statistics import is_at_chance
 
     known = []
@@ -759,12 +818,15 @@ def _chance_in_words(grid: Grid, runs: Runs) -> str:
             record = cell_record(cell, runs)
             if record["value"] is not None and record["chance"] is not None:
                 known.append(record)
-    at_chance = [r for r in known if is_at_chance(r["value"], r["chance"])]
+    at_chance = []
+    for record in known:
+        if is_at_chance(record["value"], record["chance"]):
+            at_chance.append(record)
     if not at_chance:
         return ""
     names = _index_names(at_chance[0])
-    verb = "is" if len(at_chance) == 1 else "are"
     first = _place_in_words(at_chance[0], names)
+    verb = "is" if len(at_chance) == 1 else "are"
     return f"{len(at_chance)} of {len(known)} arms {verb} at chance (first: {first})"
 
 
@@ -775,19 +837,25 @@ def answer_page(
     result: str = "",  # a sentence before the verdicts, or instead of them
 ) -> PageText:
     "Return the first lines of a page: its result in bold, and how far to trust it."
+    is_tested = verdicts is not None and len(verdicts) > 0
     judged = ""
-    if verdicts is not None and len(verdicts):
+    if verdicts is not None and is_tested:
         judged = _result_in_words(verdicts)
     if result and judged:
         judged = judged[0].upper() + judged[1:]
     text = f"{result} {judged}".strip() or "this page judges no claim."
     separator = ":" if result else ","
-    stored = sum(record is not None for record in runs.values())
-    limits = [SCALE_LIMITS[grid.scale], _seeds_in_words(grid, runs)]
-    limits.append(f"{stored} of {len(runs)} runs are stored")
-    limits.append(_chance_in_words(grid, runs))
-    known = "; ".join(limit for limit in limits if limit)
-    return PageText(f"**At {grid.scale} scale{separator} {text}**\n\nHow far to trust it: {known}.")
+    num_stored = sum(record is not None for record in runs.values())
+    limits = [
+        SCALE_LIMITS[grid.scale],
+        _images_in_words(runs),
+        _seeds_in_words(grid, runs, is_tested),
+        f"{num_stored} of {len(runs)} runs are stored",
+        _chance_in_words(grid, runs),
+    ]
+    limits = [limit for limit in limits if limit]
+    answer = f"**At {grid.scale} scale{separator} {text}**"
+    return PageText(f"{answer}\n\nHow far to trust it: {'; '.join(limits)}.")
 
 # %% ../../nbs/lib/74_reports.claims.ipynb #99461f2c
 __getattr__ = renamed(

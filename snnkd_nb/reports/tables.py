@@ -14,20 +14,19 @@ from statistics import mean
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from ..core import atomic_write, renamed, unknown
-from ..papers.experiments import Cell, Grid, summarise
+from ..core import UserError, atomic_write, renamed, unknown
+from ..papers.experiments import Cell, Grid, load_settings, values_by_seed
 from ..papers.published import claims, published
 from snnkd_nb.reports.claims import (
     Runs,
     answer_page,
-    chance_accuracy,
+    cell_record,
     claims_and_deviations,
     compare_verdicts,
     read_verdicts,
     report_table,
     save_claims,
     scale_warning,
-    values_by_seed,
 )
 from .figure import PageText, artefact_path, format_csv, read_measured
 from ..spec import RunSpec
@@ -71,31 +70,91 @@ class Measure:
         return measured
 
 # %% ../../nbs/lib/75_reports.tables.ipynb #e6b5d991
-def _place(record: dict, names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(str(record[name]) for name in names)
+def _place(record: dict, names: Sequence[str]) -> tuple[str, ...]:
+    "Return the values of a record under some names, as texts."
+    place = []
+    for name in names:
+        place.append(str(record[name]))
+    return tuple(place)
 
 
 def _range_of_averaged_runs(cell: Cell, runs: Runs, metric: str) -> tuple[float, float] | None:
     "Return the lowest and highest of several trainings that are averaged under every seed."
-    groups = [
-        group for group in cell.groups if len(group) > 1 and all(runs.get(spec) for spec in group)
-    ]
+    groups = []
+    for group in cell.groups:
+        is_stored = all(runs.get(spec) for spec in group)
+        if is_stored and len(group) > 1:
+            groups.append(group)
+    if not groups:
+        return None
     # The k-th training of every seed is the same experiment: its mean over the seeds is compared.
-    means = [
-        mean(runs[spec].metrics[metric] for spec in same) for same in zip(*groups, strict=False)
-    ]
-    return (min(means), max(means)) if means else None
+    means = []
+    for same_training in zip(*groups, strict=False):
+        values = [runs[spec].metrics[metric] for spec in same_training]
+        means.append(mean(values))
+    return min(means), max(means)
 
 
 def _own_time_steps(cell: Cell) -> int | None:
     "Return T of our networks where it is not the T in the row's index."
-    # A search has no time steps of its own.
-    found = {spec.model.T for spec in cell.specs if isinstance(spec, RunSpec) and spec.model.T}
+    found = set()
+    for spec in cell.specs:
+        # A search has no time steps of its own, and an ANN has none.
+        if isinstance(spec, RunSpec) and spec.model.T:
+            found.add(spec.model.T)
     if len(found) != 1:
         return None
     T = found.pop()
     printed = str(cell.index.get("T", "-"))
-    return None if printed in ("-", str(T)) else T
+    is_printed = printed in ("-", str(T))
+    return None if is_printed else T
+
+
+def _cells_by_place(grid: Grid) -> dict[tuple[tuple[str, ...], str], Cell]:
+    """
+    Return the cells of a grid by their place in the published table: index and column.
+
+    Raises `UserError` for a cell at a place where the table has no number.
+    """
+    paper = published(grid.key)
+    printed = {(_place(record, paper.index), record["column"]) for record in paper.records}
+    cells = {}
+    for cell in grid.cells:
+        place = (_place(cell.index, paper.index), cell.column)
+        if place not in printed:
+            paper_key, _, name = grid.key.partition("/")
+            folder = load_settings(paper_key).path.parent
+            raise UserError(
+                f"{folder / 'cells.toml'} [{name}]: the cell {dict(cell.index)}, column"
+                f" {cell.column!r}, is not in published/{name}.csv: correct the cell,"
+                " or add the number to the table (- where the paper has none)"
+            )
+        cells[place] = cell
+    return cells
+
+
+def _join_row(cell: Cell, printed: dict[str, Any], runs: Runs, metric: str) -> dict[str, Any]:
+    "Return our numbers of a cell next to the printed one."
+    record = cell_record(cell, runs, metric)
+    delta = None
+    if record["value"] is not None and printed["value"] is not None:
+        delta = record["value"] - printed["value"]
+    reason = "" if record["n"] else "not run"
+    return {
+        "column": printed["column"],
+        "paper": printed["value"],
+        "paper_std": printed["std"],
+        "ours": record["value"],
+        "std": record["std"],
+        "n": record["n"],
+        "delta": delta,
+        "note": cell.note or reason,
+        "runs": record["runs"],
+        "between": _range_of_averaged_runs(cell, runs, metric),
+        "steps": _own_time_steps(cell),
+        "values": record["values"],
+        "chance": record["chance"],
+    }
 
 
 def join_published(
@@ -111,34 +170,18 @@ def join_published(
     note, why there is no number; runs, the ids; between, the lowest and highest of several
     trainings that are averaged under each seed; steps, our T where it is not the row's T; values,
     our number for each seed; and chance, the accuracy of guessing.
+
+    Raises `UserError` with file and cell for a cell of the grid that is not in the table.
     """
     paper = published(grid.key)
-    cells = {(_place(cell.index, paper.index), cell.column): cell for cell in grid.cells}
+    cells = _cells_by_place(grid)
     without_runs = Cell({}, "", note="not ours to run")
     rows = []
-    for record in paper.records:
-        cell = cells.pop((_place(record, paper.index), record["column"]), without_runs)
-        ours, std, n = summarise(cell, runs, metric)
-        is_comparable = ours is not None and record["value"] is not None
-        rows.append(
-            {
-                **{name: record[name] for name in paper.index},
-                "column": record["column"],
-                "paper": record["value"],
-                "paper_std": record["std"],
-                "ours": ours,
-                "std": std,
-                "n": n,
-                "delta": ours - record["value"] if is_comparable else None,
-                "note": cell.note or ("" if n else "not run"),
-                "runs": " ".join(spec.id for spec in cell.specs if runs.get(spec)),
-                "between": _range_of_averaged_runs(cell, runs, metric),
-                "steps": _own_time_steps(cell),
-                "values": values_by_seed(cell, runs, metric),
-                "chance": chance_accuracy(cell, runs, metric),
-            }
-        )
-    assert not cells, f"cells of {grid.key} without a published value: {list(cells)[:3]}"
+    for printed in paper.records:
+        place = (_place(printed, paper.index), printed["column"])
+        cell = cells.get(place, without_runs)
+        index = {name: printed[name] for name in paper.index}
+        rows.append(index | _join_row(cell, printed, runs, metric))
     return rows
 
 # %% ../../nbs/lib/75_reports.tables.ipynb #0ab98c65
@@ -177,7 +220,10 @@ def _format_paper(row: dict) -> str:
 
 
 def _format_delta(row: dict) -> str:
-    return "" if row["delta"] is None else f"{row['delta']:+.2f}"
+    delta = row["delta"]
+    if delta is None:
+        return ""
+    return f"{delta:+.2f}"
 
 # %% ../../nbs/lib/75_reports.tables.ipynb #3399b7e1
 # Columns of the rows that are not saved: they are in the text of the table, or in the runs.
@@ -320,10 +366,9 @@ def summarize_grid(
     check_metric(metric)
     rows = []
     for cell in grid.cells:
-        value, std, n = summarise(cell, runs, metric)
-        ids = " ".join(spec.id for spec in cell.specs if runs.get(spec))
-        numbers = {"mean": value, "std": std, "n": n, "values": values_by_seed(cell, runs, metric)}
-        rows.append({**cell.index, **numbers, "runs": ids})
+        record = cell_record(cell, runs, metric)
+        numbers = {name: record[name] for name in ("std", "n", "values", "runs")}
+        rows.append({**cell.index, "mean": record["value"], **numbers})
     return pd.DataFrame(rows)
 
 
