@@ -182,8 +182,8 @@ def check_search(
     second = create_engine_options(spec)["second"]
     require(
         spec.algorithm != "nsga2" or second != "sops" or scoring.needs(*MEASURES),
-        f"second = 'sops': metric = {spec.metric!r} runs no candidate, so nobody counts its "
-        "operations; take second='parameters', or add a metric that runs it",
+        f"second = 'sops': metric = {spec.metric!r} runs no candidate, so no operations "
+        "are counted; take second='parameters', or add a metric that runs it",
     )
     data = load_spec(spec.data)
     check_same_data(spec.teacher.data, spec.data)
