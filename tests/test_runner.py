@@ -69,6 +69,19 @@ def train(spec, store, weights, emit):
     Store(store).put(Record(spec, {"acc_last": 80.0 + run.seed}, {}, {}, {}))
     return {"acc": 80.0 + run.seed, "seconds": 0.1}
 
+def train_or_die(spec, store, weights, emit):
+    "Kill the worker when a run is trained for the first time."
+    import os
+    import signal
+    from pathlib import Path
+
+    run = RunSpec.from_dict(spec)
+    marker = Path(os.environ["SNNKD_ROOT"], f"died-{run.seed}")
+    if not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return train(spec, store, weights, emit)
+
 def chore(name, bad, emit):
     if bad:
         raise ValueError(name)
@@ -226,6 +239,15 @@ def test_on_dask_the_same_happens(home):
     assert list(out.failed) == [bad.id]
     assert list(out.skipped) == [lost.id]
     assert set(out.done) == {fine.id, fine.teacher.id}
+
+
+def test_on_dask_a_worker_that_is_killed_costs_no_run(home):
+    pytest.importorskip("distributed")
+    run = TEACHERS[0]
+    out = execute([run], 1, executor="dask", call="standin:train_or_die")
+    assert (home / f"died-{run.seed}").exists()
+    assert list(out.done) == [run.id] and not out.failed
+    assert Store().get(run).metrics["acc_last"] == 80.0 + run.seed
 
 
 def test_ensure_says_one_line_and_answers_by_spec(home, capsys):
