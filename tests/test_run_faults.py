@@ -1,6 +1,7 @@
 """Faults around runs: weights that come with the project, damaged records, wrong settings."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from snnkd_nb.kernels.lif import lif
 from snnkd_nb.runner import doctor, jobs
 from snnkd_nb.runner.book import subject_of
 from snnkd_nb.runner.jobs import has_weights, plan, watch
+from snnkd_nb.runner.notebooks import clean_notebook, read_parameters
+from snnkd_nb.runner.status import Row
 from snnkd_nb.runner.timing import measure_durations
 from snnkd_nb.spec import ModelSpec, RunSpec, to_dict
 from snnkd_nb.store import BadRecord, Record, Store, dump, find_weights, parse_record
@@ -202,3 +205,33 @@ def test_the_width_of_a_stored_teacher_cannot_be_given(home, capsys, command):
 def test_no_jobs_are_an_error_for_pages_too(monkeypatch, capsys):
     assert main(["render", "sastc/table02", "-j", "0"]) == 2
     assert "jobs = 0: give at least 1" in capsys.readouterr().err
+
+
+def notebook_with_parameters(source):
+    cell = {"cell_type": "code", "id": "a", "metadata": {"tags": ["parameters"]}, "outputs": []}
+    return {
+        "cells": [{**cell, "source": source, "execution_count": None}],
+        "metadata": {},
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
+
+
+def test_values_are_inserted_behind_letters_of_several_bytes():
+    source = "größe = 'äöü'; rest = 1  # für\nnext_name = 2\n"
+    text = clean_notebook(notebook_with_parameters(source), {"größe": "x", "rest": 3})
+    cell = json.loads(text)["cells"][0]
+    assert "".join(cell["source"]) == "größe = 'x'; rest = 3  # für\nnext_name = 2\n"
+
+
+@pytest.mark.parametrize("line", ["a, b = (1, 2)", "a = b = 1", "a.b = 1"])
+def test_a_parameter_has_one_line_of_its_own(line):
+    with pytest.raises(UserError, match="write one line per parameter") as raised:
+        read_parameters(notebook_with_parameters(line))
+    assert repr(line) in str(raised.value)
+
+
+def test_a_page_from_elsewhere_is_rendered_elsewhere():
+    built = SimpleNamespace(built=True)
+    assert Row(built, "small", 3, 2, None, True).state == "2/3 runs, rendered elsewhere"
+    assert Row(built, "small", 0, 0, None).state == "no runs needed, not rendered"

@@ -69,11 +69,20 @@ def find_parameters_cell(nb: Notebook) -> dict[str, Any] | None:
 
 
 def _assignments(source: str) -> Iterator[tuple[str, ast.expr]]:
+    """Yield name and value of each parameter; raise `UserError` for several names at once."""
     for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and len(node.targets) == 1:
-            yield node.targets[0].id, node.value  # type: ignore[attr-defined]
+        if isinstance(node, ast.Assign):
+            targets, value = node.targets, node.value
         elif isinstance(node, ast.AnnAssign) and node.value:
-            yield node.target.id, node.value  # type: ignore[union-attr]
+            targets, value = [node.target], node.value
+        else:
+            continue
+        if len(targets) > 1 or not isinstance(targets[0], ast.Name):
+            line = ast.unparse(node)
+            raise UserError(
+                f"the parameters cell has {line!r}: write one line per parameter, name = value"
+            )
+        yield targets[0].id, value
 
 
 def read_parameters(nb: Notebook) -> dict[str, Any]:
@@ -243,15 +252,17 @@ def run_notebook(
 # %% ../../nbs/lib/85_runner.notebooks.ipynb #df6070c6
 def _insert_values(source: str, values: Mapping[str, Any]) -> str:
     """Replace the values of the assignments in the source of a parameters cell."""
-    lines = source.splitlines(keepends=True)
+    lines = source.encode().splitlines(keepends=True)  # columns of syntax trees count bytes
     for name, node in reversed(list(_assignments(source))):
         if name not in values:
             continue
         assert node.end_lineno is not None
-        before = lines[node.lineno - 1][: node.col_offset]
-        after = lines[node.end_lineno - 1][node.end_col_offset :]
-        lines[node.lineno - 1 : node.end_lineno] = [before + repr(values[name]) + after]
-    return "".join(lines)
+        first, last = node.lineno - 1, node.end_lineno - 1
+        before = lines[first][: node.col_offset]
+        after = lines[last][node.end_col_offset :]
+        value = repr(values[name]).encode()
+        lines[first : last + 1] = [before + value + after]
+    return b"".join(lines).decode()
 
 
 # A kernel of Python tells this JupyterLab, which marks a notebook without it as changed. The
@@ -452,7 +463,8 @@ class Reproduced:
     @property
     def ok(self) -> bool:
         """Tell whether all runs and pages are done."""
-        return self.runs.ok and self.pages.ok and self.built > 0
+        is_complete = self.runs.ok and self.pages.ok
+        return is_complete and self.built > 0
 
 # %% ../../nbs/lib/85_runner.notebooks.ipynb #e706213b
 def _announce(
@@ -499,7 +511,10 @@ def reproduce(
     keys = [found.id for found in meant if found.built]
 
     def list_wanted() -> list[RunSpec | SearchSpec]:
-        return list(dict.fromkeys(spec for key in keys for spec in specs_for(key, scale)))
+        wanted: dict[RunSpec | SearchSpec, None] = {}  # a dict keeps each run once, in order
+        for key in keys:
+            wanted |= dict.fromkeys(specs_for(key, scale))
+        return list(wanted)
 
     slowdown, seconds_after = _announce(list_wanted(), len(keys), workers, on_line, executor)
     runs = execute_all(
