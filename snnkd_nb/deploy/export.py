@@ -147,13 +147,16 @@ def _run_torch_file(path: Path, images: Tensor) -> Tensor:
 
 
 def _run_onnx_file(path: Path, images: Tensor) -> Tensor:
-    session = _import("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
-    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    runtime = _import("onnxruntime")
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (input_node,) = session.get_inputs()
+    (logits,) = session.run(None, {input_node.name: images.numpy()})
     return torch.from_numpy(logits)
 
 
 def _write_torch(module: Deployed, path: Path, shape: Sequence[int], about: str) -> None:
-    torch.export.save(_trace(module, shape), path, extra_files={"about.json": about})
+    program = _trace(module, shape)
+    torch.export.save(program, path, extra_files={"about.json": about})
 
 
 def _write_onnx(module: Deployed, path: Path, shape: Sequence[int], about: str) -> None:
@@ -315,7 +318,9 @@ def trace_layers(
 
 # %% ../../nbs/lib/93_deploy.export.ipynb #40b90392
 def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
+    if isinstance(value, int):
+        return value, value
+    return tuple(value)
 
 
 def fold_norm(

@@ -102,7 +102,8 @@ def make_peer_steps(channels: Sequence[int], T: int, x: "Tensor", y: "Tensor") -
 
 def fastest_of(names: Sequence[str] | Mapping[str, Any], times: Times) -> str:
     """Return the name with the smallest median time."""
-    return min(names, key=lambda name: statistics.median(times[name]))
+    medians = {name: statistics.median(times[name]) for name in names}
+    return min(medians, key=medians.__getitem__)
 
 
 def step_rows(tiny: bool = False) -> list[Row]:
@@ -190,7 +191,8 @@ def build_peer_spikformer(size: int, T: int, dim: int, heads: int) -> "nn.Module
             )
 
         def forward(self, x: "Tensor") -> "Tensor":
-            return self.net(x.expand(T, *x.shape))
+            frames = x.expand(T, *x.shape)
+            return self.net(frames)
 
     return Peer()
 
@@ -442,7 +444,10 @@ def time_rate_steps(
     setting: Mapping[str, Any] = RATE_SETTING, steps: Sequence[int] = RATE_STEPS, rounds: int = 5
 ) -> Times:
     """Return (way, T) -> seconds of each round."""
-    functions = {(way, T): make_rate_step(way, T, setting) for way in WAYS for T in steps}
+    functions = {}
+    for way in WAYS:
+        for T in steps:
+            functions[way, T] = make_rate_step(way, T, setting)
     return time_in_turns(functions, rounds)
 
 # %% ../../nbs/lib/95_runner.bench.ipynb #bb6bb1a9
@@ -451,9 +456,15 @@ _WAY_NAMES = {"rate": "rates", "eskd": "ESKD"}
 
 def _with_text_keys(line: Row) -> Row:
     """Return a row whose (way, T) keys are text, as in JSON; memories are in MiB, times in ms."""
-    unit, scale = ("mib", 1e-3) if "peak memory" in line["name"] else ("ms", 1.0)
-    medians = {f"{way}, T={T}": round(scale * v, 3) for (way, T), v in line["ms"].items()}
-    return {**{key: value for key, value in line.items() if key != "ms"}, unit: medians}
+    unit, scale = "ms", 1.0
+    if "peak memory" in line["name"]:
+        unit, scale = "mib", 1e-3  # `compare` takes its numbers for seconds
+    medians = {}
+    for (way, T), median in line["ms"].items():
+        medians[f"{way}, T={T}"] = round(scale * median, 3)
+    with_text = {key: value for key, value in line.items() if key != "ms"}
+    with_text[unit] = medians
+    return with_text
 
 
 def _compare_ways(
@@ -495,8 +506,11 @@ def rate_rows(tiny: bool = False) -> list[Row]:
 # %% ../../nbs/lib/95_runner.bench.ipynb #e0e58761
 def _cost_share(name: str, times: Times, method: str, baseline: str) -> Row:
     """Return the share of a step under a method that a step under `baseline` does not have."""
-    extra = [a - b for a, b in zip(times[method], times[baseline], strict=True)]
-    return compare("loss", name, {"extra": extra, "step": times[method]}, "extra", "step")
+    with_method = times[method]
+    without = times[baseline]
+    extra = [a - b for a, b in zip(with_method, without, strict=True)]
+    seconds = {"extra": extra, "step": with_method}
+    return compare("loss", name, seconds, "extra", "step")
 
 
 def calibration_rows(tiny: bool = False) -> list[Row]:
@@ -798,7 +812,9 @@ def search_rows(tiny: bool = False) -> list[Row]:
         times = time_in_turns(functions, 2 if tiny else 5)
 
     def rate(name: str, number: int) -> dict[str, float]:
-        return {"per_second": round(number / statistics.median(times[name]), 1)}
+        seconds = statistics.median(times[name])
+        per_second = number / seconds
+        return {"per_second": round(per_second, 1)}
 
     setting = "DSAS (digits, ResNet-18 teacher, T=4, batch 64)"
     one = f"{setting}: a candidate from scratch / ours"
@@ -870,9 +886,12 @@ def format_table(rows: Sequence[Row], limits: Mapping[str, float]) -> str:
     lines = []
     for line in rows:
         spread = f"({line['low']:.2f} to {line['high']:.2f}, n={line['n']})"
-        lines.append(f"{line['ratio']:8.2f}  {spread}  {line['goal']:>7}  {line['name']}")
+        ratio = f"{line['ratio']:8.2f}"
+        goal = f"{line['goal']:>7}"
+        lines.append(f"{ratio}  {spread}  {goal}  {line['name']}")
     machine = [f"{name} {value:.0f}" for name, value in limits.items()]
-    lines.append("machine: " + ", ".join([*machine, machine_class()]))
+    machine.append(machine_class())
+    lines.append(f"machine: {', '.join(machine)}")
     return "\n".join(lines)
 
 

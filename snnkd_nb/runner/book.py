@@ -105,7 +105,8 @@ def relative_link(
     page: Path,  # the page that links to it
 ) -> str:
     "Return the path of a file as a page links to it."
-    return Path(os.path.relpath(target, page.parent)).as_posix()
+    relative = os.path.relpath(target, page.parent)
+    return Path(relative).as_posix()
 
 # %% ../../nbs/lib/96_runner.book.ipynb #db42de8a
 def stored_scale(

@@ -1041,7 +1041,10 @@ def group_faults(found: GradientReport) -> list[dict[str, Any]]:
 def format_report(found: GradientReport) -> Iterator[str]:
     """Yield the lines of a report on operations."""
     for row in group_faults(found):
-        shapes = [f"{name} {format_numbers(row[name])}" for name in _SHAPE_KEYS]
+        shapes = []
+        for name in _SHAPE_KEYS:
+            numbers = format_numbers(row[name])
+            shapes.append(f"{name} {numbers}")
         place = "; ".join(shapes)
         group = f"{row['setting']}: {row['operation']}, {row['dtype']}, {row['layout']}"
         yield f"{group}: {row['what']}"

@@ -70,7 +70,9 @@ def _peer_block(c_in: int, c_out: int, stride: int) -> "nn.Module":
             self.lif = _peer_lif()
 
         def forward(self, x: "Tensor") -> "Tensor":
-            return self.lif(self.arm(x) + self.short(x))
+            y = self.arm(x)
+            shortcut = self.short(x)
+            return self.lif(y + shortcut)
 
     return Block()
 
@@ -86,7 +88,8 @@ def build_peer_resnet20(
 
     class Peer(nn.Sequential):
         def forward(self, x: "Tensor") -> "Tensor":
-            return super().forward(x.expand(T, *x.shape))
+            frames = x.expand(T, *x.shape)
+            return super().forward(frames)
 
     c_in = channels[0]
     layers = [*_peer_convolution(3, c_in, 3, 1), _peer_lif()]
@@ -647,12 +650,13 @@ def convolution_parts(channels: int, edge: int, num_images: int) -> dict[str, Pa
     gradient = torch.randn_like(y)
     num_bytes = x.numel() * x.element_size()
     operations = 18 * channels * x.numel()
+    leaves = (x, weight)
 
     def forward() -> None:
         conv2d(x.detach(), weight.detach(), padding=1)
 
     def backward() -> None:
-        torch.autograd.grad(y, (x, weight), gradient, retain_graph=True)
+        torch.autograd.grad(y, leaves, gradient, retain_graph=True)
 
     return {
         "forward": (forward, operations, 2 * num_bytes),

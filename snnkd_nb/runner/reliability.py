@@ -182,7 +182,8 @@ class Bench:
 
     def copy(self, part: str, folder: Path) -> None:
         "Copy the project or cache of the reference into the folder of a trial."
-        shutil.copytree(self.folder / "reference" / part, folder / part, dirs_exist_ok=True)
+        source = self.folder / "reference" / part
+        shutil.copytree(source, folder / part, dirs_exist_ok=True)
 
 
 Trial = Callable[[Bench, Path, random.Random], str]  # returns what is wrong; "" for nothing
@@ -303,8 +304,13 @@ def full_disk(bench: Bench, folder: Path, draw: random.Random) -> str:
 
 
 def _same_state(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    same_names = first.keys() == second.keys()
-    return same_names and all(bool((first[name] == second[name]).all()) for name in first)
+    if first.keys() != second.keys():
+        return False
+    for name, tensor in first.items():
+        is_equal = tensor == second[name]
+        if not is_equal.all():
+            return False
+    return True
 
 
 def read_only(bench: Bench, folder: Path, draw: random.Random) -> str:
@@ -318,8 +324,9 @@ def read_only(bench: Bench, folder: Path, draw: random.Random) -> str:
     make_file = tempfile.mkstemp
 
     def refuse(*args: Any, **options: Any) -> Any:
-        if str(options.get("dir", "")).startswith(str(folder / "project")):
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(options["dir"]))
+        place = str(options.get("dir", ""))
+        if place.startswith(str(folder / "project")):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), place)
         return make_file(*args, **options)
 
     def use() -> None:

@@ -34,7 +34,8 @@ from ..store import Store
 # %% ../../nbs/lib/84_runner.status.ipynb #4364380e
 def rendered_path(key: str, scale: str) -> Path:
     """Return the path of the executed notebook of an artefact (e.g. sastc/table02) at a scale."""
-    return root() / "results" / "notebooks" / f"{key}-{scale}.ipynb"
+    folder = root() / "results" / "notebooks"
+    return folder / f"{key}-{scale}.ipynb"
 
 
 def list_products(key: str, scale: str) -> list[str]:
@@ -43,7 +44,8 @@ def list_products(key: str, scale: str) -> list[str]:
     paths = [f"tables/{paper}/{name}-{scale}.md", f"../figures/{paper}/{name}-{scale}.png"]
     if scale in SCALES[:2]:  # figures that do not depend on the scale belong to smoke and small
         paths.append(f"../figures/{paper}/{name}.png")
-    return [path for path in paths if (root() / "results" / path).exists()]
+    results = root() / "results"
+    return [path for path in paths if (results / path).exists()]
 
 # %% ../../nbs/lib/84_runner.status.ipynb #a2d4bfc0
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Row:
     needed: int  # number of runs it needs
     stored: int  # number of them that are stored
     rendered: float | None  # time of the last render on this machine
-    came: bool = False  # True: its table or figure exists, also without a render on this machine
+    has_files: bool = False  # True: its table or figure exists, wherever it was rendered
 
     @property
     def missing(self) -> int:
@@ -67,11 +69,15 @@ class Row:
         """Describe runs and render in a few words."""
         if not self.artefact.built:
             return "not built yet"
-        runs = f"{self.stored}/{self.needed} runs" if self.needed else "no runs needed"
+        runs = "no runs needed"
+        if self.needed:
+            runs = f"{self.stored}/{self.needed} runs"
+        render = "not rendered"
         if self.rendered:
-            render = time.strftime("rendered %Y-%m-%d %H:%M", time.localtime(self.rendered))
-        else:
-            render = "came rendered" if self.came else "not rendered"
+            local_time = time.localtime(self.rendered)
+            render = time.strftime("rendered %Y-%m-%d %H:%M", local_time)
+        elif self.has_files:
+            render = "rendered elsewhere"
         return f"{runs}, {render}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,7 +110,7 @@ def make_row(artefact: Artefact, scale: str, stored_ids: set[str]) -> Row:
         needed=len(needed_ids),
         stored=len(needed_ids & stored_ids),
         rendered=path.stat().st_mtime if path.exists() else None,
-        came=bool(list_products(artefact.id, scale)),
+        has_files=bool(list_products(artefact.id, scale)),
     )
 
 

@@ -352,7 +352,9 @@ def summarize_method(
     baseline = statistics.median(mib["none"] or [0])
 
     def memory_ratio(summary: Callable[[Sequence[float]], float]) -> float | None:
-        return summary(mib[method]) / baseline if mib[method] and baseline else None
+        if not mib[method] or not baseline:
+            return None
+        return summary(mib[method]) / baseline
 
     return {
         "method": method,
@@ -577,32 +579,37 @@ def measure_group(
 
     `train` is the median time of a step over the student's alone, `low` and `high` its quartiles.
     """
-    train, infer = make_run_steps(alone, **shape)
-    functions: dict[Any, Callable[[], None]] = {"alone": train, "infer": infer}
+    train_alone, infer = make_run_steps(alone, **shape)
+    functions: dict[Any, Callable[[], None]] = {"alone": train_alone, "infer": infer}
     for arm, spec in arms.items():
-        functions[arm] = make_run_steps(spec, **shape)[0]
+        functions[arm], _ = make_run_steps(spec, **shape)
     times = time_in_turns(functions, rounds)
     infer_ms = median_ms(times["infer"])
-
-    def make_row(
-        teacher: str, method: str, train: float, low: float, high: float, n: int, ms: float
-    ) -> dict[str, Any]:
-        return {
+    baseline = {
+        "teacher": "",
+        "method": "Baseline",
+        "train": 1.0,
+        "low": 1.0,
+        "high": 1.0,
+        "n": rounds,
+        "ms": median_ms(times["alone"]),
+        "infer_ms": infer_ms,
+    }
+    rows = [baseline]
+    for teacher, method in arms:
+        arm = (teacher, method)
+        line = compare("durations", arm, times, arm, "alone")  # type: ignore[arg-type]
+        row = {
             "teacher": teacher,
             "method": method,
-            "train": train,
-            "low": low,
-            "high": high,
-            "n": n,
-            "ms": ms,
+            "train": line["ratio"],
+            "low": line["low"],
+            "high": line["high"],
+            "n": line["n"],
+            "ms": median_ms(times[arm]),
             "infer_ms": infer_ms,
         }
-
-    rows = [make_row("", "Baseline", 1.0, 1.0, 1.0, rounds, median_ms(times["alone"]))]
-    for arm in arms:
-        line = compare("durations", arm, times, arm, "alone")  # type: ignore[arg-type]
-        ratios = (line["ratio"], line["low"], line["high"], line["n"])
-        rows.append(make_row(*arm, *ratios, median_ms(times[arm])))
+        rows.append(row)
     return rows
 
 # %% ../../nbs/lib/91_runner.timing.ipynb #1c0cf2af
@@ -621,7 +628,8 @@ def our_time_steps(
     T: int,  # of the paper
 ) -> int:
     """Return the number of time steps that a scale takes for the paper's."""
-    return resolve("sastc", "means", "T", scale=scale).get(str(T), T)
+    steps_of_scale = resolve("sastc", "means", "T", scale=scale)
+    return steps_of_scale.get(str(T), T)
 
 
 def cifar_run(
@@ -831,8 +839,10 @@ def median_ratios(table: "pd.DataFrame", *by: str) -> "pd.DataFrame":
 
     `table` is of `compare_with_paper`. The columns are `paper`, `ours` and the number of `rows`.
     """
-    groups = _numeric_ratios(table).groupby(list(by), sort=False)
-    return groups[["paper", "ours"]].median().round(2).assign(rows=groups.size())
+    ratios = _numeric_ratios(table)
+    groups = ratios.groupby(list(by), sort=False)
+    medians = groups[["paper", "ours"]].median()
+    return medians.round(2).assign(rows=groups.size())
 
 
 def calibration_shares(table: "pd.DataFrame") -> "pd.DataFrame":
@@ -843,10 +853,14 @@ def calibration_shares(table: "pd.DataFrame") -> "pd.DataFrame":
     import pandas as pd
 
     keys = [key for key in ("dataset", "student", "teacher", "T") if key in table]
-    wide = _numeric_ratios(table).pivot_table(["paper", "ours"], keys, "method")
-    shares = {who: 1 - wide[who, "KD"] / wide[who, "SASTC"] for who in ("paper", "ours")}
+    ratios = _numeric_ratios(table)
+    wide = ratios.pivot_table(["paper", "ours"], keys, "method")
+    shares = {}
+    for who in ("paper", "ours"):
+        shares[who] = 1 - wide[who, "KD"] / wide[who, "SASTC"]
     each = pd.DataFrame(shares).dropna()
-    return each.median().round(2).to_frame("share of the step").assign(rows=len(each))
+    medians = each.median().round(2)
+    return medians.to_frame("share of the step").assign(rows=len(each))
 
 # %% ../../nbs/lib/91_runner.timing.ipynb #9c974aea
 __getattr__ = renamed(

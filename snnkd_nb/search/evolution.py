@@ -152,8 +152,10 @@ def add_block(genome: Genome, space: Space, rng: np.random.Generator) -> Genome:
     index = int(rng.integers(len(genome))) + 1
     kind = str(rng.choice(list(KINDS)))
     channels = int(rng.choice(space.channels))
-    before, after = genome[:index], genome[index:]
-    return (*before, Gene(kind, channels), *after)
+    gene = Gene(kind, channels)
+    before = genome[:index]
+    after = genome[index:]
+    return (*before, gene, *after)
 
 
 def delete_block(genome: Genome, space: Space, rng: np.random.Generator) -> Genome:
