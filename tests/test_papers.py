@@ -365,6 +365,8 @@ def test_headline_takes_the_weight_that_its_pilot_chose():
     methods = {cell.index["method"]: cell.specs[0].method for cell in arms}
     assert methods["KD"] == "kd" and chosen["KD"] == 1.0
     assert methods["NLD"] == f"{chosen['NLD']:g}*nld"
+    assert methods["Feature KD"] == f"kd+{chosen['Feature KD']:g}*feature"
+    assert methods["SASTC"] == f"kd+{chosen['SASTC']:g}*sastc"
     assert methods["BKD"] == f"{chosen['BKD']:g}*bkd"
     assert methods["SAMD"] == f"{chosen['SAMD']:g}*samd"
     assert methods["SAMD, scaled"] == f"{chosen['SAMD, scaled']:g}*samd"
