@@ -374,3 +374,16 @@ def test_headline_takes_the_weight_that_its_pilot_chose():
     for reading in ("", ", scaled"):
         beta = chosen[f"SAMD{reading}"]
         assert options[f"CKDSNN{reading}"] == {"beta": beta, "gamma": chosen["NLD"]}
+
+
+def test_an_arm_of_headline_is_compared_from_three_seeds_on():
+    from snnkd_nb.papers.studies import select_trained_arms
+
+    grid = build_grid("studies/headline", "small", False)
+    by_method = {cell.index["method"]: cell.specs for cell in grid.cells}
+    stored = [*by_method["KD"][:3], *by_method["NLD"][:2]]
+    selected = select_trained_arms(grid, {spec: "a record" for spec in stored})
+    assert [cell.index["method"] for cell in selected.cells] == ["Teacher", "KD"]
+    smoke = build_grid("studies/headline", "smoke", False)  # one seed is planned
+    first = {cell.specs[0]: "a record" for cell in smoke.cells}
+    assert select_trained_arms(smoke, first).cells == smoke.cells

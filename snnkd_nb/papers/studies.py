@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['Networks', 'COMPARED', 'WITHOUT_TEACHER', 'NUM_GENOMES', 'METRICS', 'SIZES', 'PROXIES', 'NUM_TOP',
            'tabulate_loss_shares', 'mismatch_records', 'add_mismatch', 'study_weights', 'describe_pilot',
-           'choose_weights', 'describe_weights', 'tabulate_arms', 'compare_with', 'advise', 'headline_advice',
-           'proxy_space', 'draw_genomes', 'describe_space', 'teacher_run', 'student_run', 'scoring_spec',
-           'score_genomes', 'proxy_values', 'tabulate_proxies', 'assess_proxies', 'judge_interval', 'format_interval',
-           'describe_proxy', 'describe_proxies', 'proxy_table', 'judge_proxies', 'draw_proxies']
+           'choose_weights', 'describe_weights', 'select_trained_arms', 'tabulate_arms', 'compare_with', 'advise',
+           'headline_advice', 'proxy_space', 'draw_genomes', 'describe_space', 'teacher_run', 'student_run',
+           'scoring_spec', 'score_genomes', 'proxy_values', 'tabulate_proxies', 'assess_proxies', 'judge_interval',
+           'format_interval', 'describe_proxy', 'describe_proxies', 'proxy_table', 'judge_proxies', 'draw_proxies']
 
 # %% ../../nbs/lib/90_papers.studies.ipynb #a7efbb16
 import functools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
@@ -241,6 +242,21 @@ def _confidence_interval(values: list[float]) -> tuple[float, float]:
     return mean(values) - half_width, mean(values) + half_width
 
 
+def select_trained_arms(
+    grid: Grid,  # of studies/headline
+    runs: Runs,
+    num_seeds: int = 3,  # runs that an arm needs, or all runs where fewer are planned
+) -> Grid:
+    "Return the grid without the arms that have too few runs to be compared; the teacher stays."
+    cells = []
+    for cell in grid.cells:
+        num_stored = sum(runs.get(spec) is not None for spec in cell.specs)
+        is_teacher = cell.index.get("method") == "Teacher"
+        if is_teacher or num_stored >= min(num_seeds, len(cell.specs)):
+            cells.append(cell)
+    return replace(grid, cells=cells)
+
+
 def tabulate_arms(
     grid: Grid,  # of studies/headline
     runs: Runs,
@@ -442,6 +458,7 @@ def headline_advice(
     )
     runs = {spec: store.get(spec) for spec in [*headline.specs, *pilot.specs]}
     teacher = runs[headline.cells[0].specs[0]]
+    headline = select_trained_arms(headline, runs)
     return advise(
         tabulate_arms(headline, runs, metric),
         tabulate_by_seed(headline, runs, metric),
