@@ -382,7 +382,7 @@ def test_an_arm_of_headline_is_compared_from_three_seeds_on():
     grid = build_grid("studies/headline", "small", False)
     by_method = {cell.index["method"]: cell.specs for cell in grid.cells}
     stored = [*by_method["KD"][:3], *by_method["NLD"][:2]]
-    selected = select_trained_arms(grid, {spec: "a record" for spec in stored})
+    selected = select_trained_arms(grid, dict.fromkeys(stored, "a record"))
     assert [cell.index["method"] for cell in selected.cells] == ["Teacher", "KD"]
     smoke = build_grid("studies/headline", "smoke", False)  # one seed is planned
     first = {cell.specs[0]: "a record" for cell in smoke.cells}
