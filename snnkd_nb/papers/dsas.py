@@ -94,7 +94,9 @@ def found_model(
 # %% ../../nbs/lib/88_papers.dsas.ipynb #7067cbbe
 def _parameters(cell: Cell, runs: Mapping) -> list[float]:
     "Return the parameters of the trained networks of a cell, in millions."
-    return [runs[spec].metrics["params"] / 1e6 for spec in cell.specs if runs.get(spec)]
+    records = [runs.get(spec) for spec in cell.specs]
+    stored = [record for record in records if record]
+    return [record.metrics["params"] / 1e6 for record in stored]
 
 
 def _add_parameters(row: dict[str, Any], cells: list[Cell], runs: Mapping, compare: bool) -> None:
@@ -389,8 +391,11 @@ def describe_depths(
     means = summary.groupby(["method", "when"])[["blocks", "evenness"]].mean()
 
     def change(method: str, column: str, digits: int) -> str:
-        values = [means.loc[(method, moment), column] for moment in MOMENTS]
-        return " → ".join(f"{value:.{digits}f}" for value in values)
+        texts = []
+        for moment in MOMENTS:
+            value = means.loc[(method, moment), column]
+            texts.append(f"{value:.{digits}f}")
+        return " → ".join(texts)
 
     changes = [
         f"under {method} blocks {change(method, 'blocks', 1)}, "

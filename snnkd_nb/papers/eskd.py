@@ -151,7 +151,9 @@ WAYS = {"bptt": "through time", "rate": "rates", "eskd": "ESKD"}
 
 
 def _rate_rows(measurement: Measurement) -> list[dict[str, Any]]:
-    return [row for row in measurement["rows"] if row["what"] == "rate"]
+    "Return the rows of a measurement about rate-based training."
+    rows = measurement["rows"]
+    return [row for row in rows if row["what"] == "rate"]
 
 
 def step_costs(measurement: Measurement) -> "pd.DataFrame":
@@ -311,7 +313,10 @@ def map_records(
 
 # %% ../../nbs/lib/89_papers.eskd.ipynb #fb5fe26c
 def _difference(student: float | None, teacher: float | None) -> float | None:
-    return None if student is None or teacher is None else student - teacher
+    "Return student - teacher, None if one of them is missing."
+    if student is None or teacher is None:
+        return None
+    return student - teacher
 
 
 def teacher_gaps(

@@ -70,13 +70,15 @@ def _paper_folders(packaged: Path, variable: str) -> dict[str, Path]:
 
 def paper_folders() -> dict[str, Path]:
     "Return key -> folder: the papers of the project in their order, then `$SNNKD_PAPERS`."
-    return dict(_paper_folders(packaged_folder(), os.environ.get("SNNKD_PAPERS", "")))
+    external = os.environ.get("SNNKD_PAPERS", "")
+    folders = _paper_folders(packaged_folder(), external)
+    return dict(folders)
 
 
 def paper_folder(
     key: str,  # of a paper, e.g. "sastc"
 ) -> Path:
-    "The folder of one paper; raises `UserError` with the nearest keys for an unknown one."
+    "Return the folder of a paper; raise `UserError` with the nearest keys for an unknown one."
     found = paper_folders()
     if key not in found:
         raise unknown("paper", key, found)
@@ -149,7 +151,7 @@ def parse_table(
     across: Iterable[str] = (),  # names of the index that the paper prints in the header
 ) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
     """
-    Value columns and records of a published table, in the order of the print.
+    Return value columns and records of a published table, in the order of the print.
 
     A record holds its index (whole numbers as `int`), `column`, `value`, `std`, `extra` and
     `text`. Raises `UserError` with the line for a line of the wrong width, a cell that is no
@@ -184,7 +186,7 @@ def parse_table(
 def _print_order(
     records: list[dict[str, Any]], index: list[str], columns: list[str], across: set[str]
 ) -> list[dict[str, Any]]:
-    "The records line by line; in a line, `across` runs faster than the value column."
+    "Return the records line by line; in a line, `across` runs faster than the value column."
     if not across:
         return records
     lines: dict[tuple, int] = {}
@@ -214,7 +216,7 @@ class PublishedTable:
 
     def value(self, field: str = "value", **at: Any) -> Any:
         """
-        The number at a place; names that are not needed to tell it apart may be left out.
+        Return the number at a place; names that are not needed to tell it apart may be left out.
 
         Raises `UserError` for a name the table does not have, and for a place with no cell or
         several.
@@ -229,7 +231,7 @@ class PublishedTable:
         return found[0][field]
 
     def frame(self, field: str = "text") -> "pd.DataFrame":
-        "The table as a `DataFrame`: one row per place, one column per value column."
+        "Return the table as a `DataFrame`: one row per place, one column per value column."
         import pandas as pd
 
         rows: dict[tuple, dict[str, Any]] = {}
@@ -245,7 +247,7 @@ def matches(
     record: Mapping[str, Any],
     at: Mapping[str, Any],  # name -> value, or a tuple of values; compared as text
 ) -> bool:
-    "Whether a record is at the given place."
+    "Tell whether a record is at the given place."
     for name, wanted in at.items():
         values = wanted if isinstance(wanted, tuple) else (wanted,)
         if str(record.get(name)) not in map(str, values):
@@ -260,7 +262,7 @@ def read_table(
     folder: Path,  # of a paper
     name: str,  # of the table, e.g. "table02"
 ) -> PublishedTable:
-    "Read one published table; raises `UserError` with file and key for a mistake in it."
+    "Read one published table; raise `UserError` with file and key for a mistake in it."
     path = folder / "published" / "tables.toml"
     about = read_toml(path)[name]
     check_keys(f"{path} [{name}]", about, ("extra", "note", "words", "across"), _TABLE_KEYS)
@@ -296,19 +298,20 @@ def _read_table_once(folder: Path, name: str) -> PublishedTable:
 def published_keys(
     paper: str | None = None,  # key of one paper; None: all papers
 ) -> list[str]:
-    "Keys of the published tables, in the order of the papers."
+    "Return the keys of the published tables, in the order of the papers."
     papers = [paper] if paper else list(paper_folders())
-    return [
-        f"{key}/{name}"
-        for key in papers
-        for name in read_toml(paper_folder(key) / "published" / "tables.toml")
-    ]
+    keys = []
+    for key in papers:
+        path = paper_folder(key) / "published" / "tables.toml"
+        for name in read_toml(path):
+            keys.append(f"{key}/{name}")
+    return keys
 
 
 def published(
     key: str,  # e.g. "sastc/table02"
 ) -> PublishedTable:
-    "The published table of a key; raises `UserError` with the nearest keys for an unknown one."
+    "Return a published table; raise `UserError` with the nearest keys for an unknown one."
     paper, _, name = key.partition("/")
     keys = published_keys(paper)
     if key not in keys:
@@ -320,7 +323,7 @@ def value(
     key: str,  # e.g. "sastc/table02"
     **at: Any,  # its place: index names and `column`, as many as tell it apart
 ) -> Any:
-    "One published number; None where the paper prints a dash."
+    "Return one published number; None where the paper prints a dash."
     return published(key).value(**at)
 
 # %% ../../nbs/lib/70_papers.published.ipynb #75e50683
@@ -359,33 +362,42 @@ def _select(records: Iterable[Mapping], at: Mapping, names: list[str]) -> _Group
 
 
 def _minus(x: float | None, y: float | None) -> float | None:
-    return None if x is None or y is None else x - y
+    "Return x - y, None if one of them is missing."
+    if x is None or y is None:
+        return None
+    return x - y
 
 
 def _gaps(claim: Claim, records: list[Mapping]) -> list[float | None]:
-    "Better minus worse wherever both have a number at the same place."
+    "Return better minus worse wherever both have a number at the same place."
     names = claim.by.split()
     better = _select(records, claim.better, names)
     worse = _select(records, claim.worse or {}, names)
-    return [
-        _minus(x, y) for place, group in better.items() for x in group for y in worse.get(place, [])
-    ]
+    gaps = []
+    for place, group in better.items():
+        rivals = worse.get(place, [])
+        for x, y in itertools.product(group, rivals):
+            gaps.append(_minus(x, y))
+    return gaps
 
 
 def _rises(claim: Claim, records: list[Mapping]) -> list[float | None]:
-    "Differences of neighbours along `claim.over`."
+    "Return the differences of neighbors along `claim.over`."
     names = [*claim.by.split(), claim.over]
     better = _select(records, claim.better, names)
     worse = None if claim.worse is None else _select(records, claim.worse, names)
     series: dict[tuple[str, ...], list[tuple[float, float | None]]] = {}
     for place, group in better.items():
+        *others, x = place
         base = 0.0 if worse is None else worse.get(place, [None])[0]
-        point = (float(place[-1]), _minus(group[0], base))
-        series.setdefault(place[:-1], []).append(point)
+        gap = _minus(group[0], base)
+        series.setdefault(tuple(others), []).append((float(x), gap))
     rises = []
     for points in series.values():
         points.sort(key=lambda point: point[0])
-        rises += [_minus(after, before) for (_, before), (_, after) in itertools.pairwise(points)]
+        gaps = [gap for _, gap in points]
+        for before, after in itertools.pairwise(gaps):
+            rises.append(_minus(after, before))
     return rises
 
 # %% ../../nbs/lib/70_papers.published.ipynb #51c81821
@@ -435,11 +447,14 @@ def computed(
     stated: Stated,
     find: Callable[..., float] | None = None,  # function (key, **place) -> number; None: `value`
 ) -> float:
-    "The number the tables give for what the text states."
+    "Return the number the tables give for what the text states."
     look_up = find or value
 
     def number(side: dict | float) -> float:
-        return look_up(**{"key": stated.key, **side}) if isinstance(side, dict) else side
+        if not isinstance(side, dict):
+            return side
+        place = {"key": stated.key, **side}
+        return look_up(**place)
 
     left = number(stated.left)
     if stated.right is None:
@@ -452,7 +467,7 @@ def holds(
     stated: Stated,
     find: Callable[..., float] | None = None,  # as in `computed`
 ) -> bool:
-    "Whether the statement agrees with the tables to its last printed digit."
+    "Tell whether the statement agrees with the tables to its last printed digit."
     got = computed(stated, find)
     if stated.says[0] == ">":
         return got > float(stated.says[1:])
@@ -505,33 +520,43 @@ def _selection(paper: str, name: str, at: Mapping[str, Any] | None) -> dict[str,
     return made
 
 
+def _field_names(cls: Any) -> list[str]:
+    "Return the fields of a dataclass that a file may give: all but the key."
+    names = [field.name for field in fields(cls)]
+    names.remove("key")
+    return names
+
+
 def _claim(paper: str, where: str, entry: Mapping[str, Any]) -> Claim:
-    allowed = [f.name for f in fields(Claim) if f.name != "key"]
+    allowed = _field_names(Claim)
     check_keys(where, entry, allowed, ("artefact", "id", "text", "place", "better"))
-    rest = {name: value for name, value in entry.items() if name != "artefact"}
+    rest = dict(entry)
+    artefact = rest.pop("artefact")
     for side in ("better", "worse"):
-        rest[side] = _selection(paper, entry["artefact"], entry.get(side))
-    return Claim(f"{paper}/{entry['artefact']}", **rest)
+        rest[side] = _selection(paper, artefact, entry.get(side))
+    return Claim(f"{paper}/{artefact}", **rest)
 
 
 def _statement(paper: str, where: str, entry: Mapping[str, Any]) -> Stated:
-    allowed = [f.name for f in fields(Stated) if f.name != "key"]
+    allowed = _field_names(Stated)
     check_keys(where, entry, allowed, ("table", "id", "place", "text", "says", "left"))
-    rest = {name: value for name, value in entry.items() if name != "table"}
+    rest = dict(entry)
+    table = rest.pop("table")
     for side in ("left", "right"):
         place = entry.get(side)
         if isinstance(place, Mapping) and "table" in place:
-            at = {name: value for name, value in place.items() if name != "table"}
-            rest[side] = {"key": f"{paper}/{place['table']}", **at}
-    return Stated(f"{paper}/{entry['table']}", **rest)
+            other_place = dict(place)
+            other_table = other_place.pop("table")
+            rest[side] = {"key": f"{paper}/{other_table}", **other_place}
+    return Stated(f"{paper}/{table}", **rest)
 
 
 def _contradiction(paper: str, where: str, entry: Mapping[str, Any]) -> Contradiction:
     check_keys(where, entry, ("statements",), ("places", "values", "note"))
+    places = tuple(entry["places"])
+    values = tuple(entry["values"])
     statements = tuple(entry.get("statements", ()))
-    return Contradiction(
-        paper, tuple(entry["places"]), tuple(entry["values"]), entry["note"], statements
-    )
+    return Contradiction(paper, places, values, entry["note"], statements)
 
 # %% ../../nbs/lib/70_papers.published.ipynb #902a9088
 _KINDS: dict[str, Callable] = {
@@ -564,7 +589,7 @@ def _all_of(kind: str, paper: str | None) -> Iterator[Any]:
 def claims(
     key: str | None = None,  # of a table, a figure, a study or a paper; None: all papers
 ) -> list[Claim]:
-    "The claims the papers draw from their tables and figures; `studies` has claims of its folder."
+    "Return the claims the papers draw from tables and figures; `studies` has those of its folder."
     paper = key.partition("/")[0] if key else None
     found = _all_of("claim", paper)
     return [claim for claim in found if key in (None, paper, claim.key)]
@@ -573,14 +598,14 @@ def claims(
 def stated(
     paper: str | None = None,  # key of one paper; None: all papers
 ) -> list[Stated]:
-    "The numbers the papers derive from their tables or quote from them."
+    "Return the numbers the papers derive from their tables or quote from them."
     return list(_all_of("statement", paper))
 
 
 def contradictions(
     paper: str | None = None,  # key of one paper; None: all papers
 ) -> list[Contradiction]:
-    "The places of the papers that do not agree with each other."
+    "Return the places of the papers that do not agree with each other."
     return list(_all_of("contradiction", paper))
 
 # %% ../../nbs/lib/70_papers.published.ipynb #c6f56bb6

@@ -69,8 +69,9 @@ class Canvas:
 
     def text(self, x: float, y: float, text: str, **style: Any) -> None:
         "Write centered text."
-        style = {"fontsize": TEXT_SIZE, "zorder": 3} | style
-        self.ax.text(x, y, text, ha="center", va="center", family=FONT, **style)
+        options: dict[str, Any] = {"fontsize": TEXT_SIZE, "zorder": 3, "family": FONT}
+        options |= style
+        self.ax.text(x, y, text, ha="center", va="center", **options)
 
     def box(
         self,
@@ -111,8 +112,10 @@ class Canvas:
 
     def line(self, start: tuple[float, float], end: tuple[float, float], **style: Any) -> None:
         "Draw a straight line."
-        options: dict[str, Any] = {"color": LINE_COLOR, "lw": 0.9} | style
-        self.ax.plot([start[0], end[0]], [start[1], end[1]], **options)
+        options: dict[str, Any] = {"color": LINE_COLOR, "lw": 0.9}
+        options |= style
+        xs, ys = zip(start, end, strict=True)
+        self.ax.plot(xs, ys, **options)
 
     def thumbnail(self, x: float, y: float, image: Any, size: float = 0.62, **style: Any) -> "Axes":
         "Draw an image or a matrix around a point; return its axes."
@@ -210,13 +213,15 @@ def _draw_network(
 
 def _draw_samd(canvas: Canvas, x: float, maps: dict[str, Tensor], value: float) -> None:
     "Draw the maps of the first image and SAMD between them."
-    rows = ((_ROW_HIGH - 0.31, 2.28, "CAM", "teacher"), (_ROW_LOW + 0.31, 1.42, "SAM", "student"))
-    for lane, y, name, key in rows:
+    high = (_ROW_HIGH - 0.31, 2.28, "CAM", "teacher")
+    low = (_ROW_LOW + 0.31, 1.42, "SAM", "student")
+    for lane, y, name, key in (high, low):
         towards_middle = -0.28 if y > _ROW_MIDDLE else 0.28
-        image = rescale_maps(maps[key][:1])[0]
+        of_network = maps[key]
+        image = rescale_maps(of_network[:1])[0]
         canvas.thumbnail(x, y, image, 0.56, cmap="cividis", vmin=0, vmax=1)
         canvas.arrow((x, lane), (x, y - towards_middle))
-        size = " × ".join(map(str, maps[key].shape[1:]))
+        size = " × ".join(map(str, of_network.shape[1:]))
         canvas.text(x + 0.52, y, f"{name}\n{size}")
         canvas.arrow((x - 0.28, y), (x - 0.58, _ROW_MIDDLE - 0.7 * towards_middle))
     lines = ["SAMD", "4 · KL of softmax(M / 2)", f"{value:.3f}"]
@@ -391,9 +396,13 @@ def _draw_attention_matrix(canvas: Canvas, snapshot: CalibrationSnapshot) -> Non
 def _select_pair(snapshot: CalibrationSnapshot) -> tuple[int, int]:
     "Return the student's last layer that still is a map, and the teacher layer it attends to most."
     features = list(snapshot.student_features.values())
-    maps = [i for i, feature in enumerate(features) if feature.shape[-1] > 1]
-    student_layer = maps[-1] if maps else len(features) - 1
-    return student_layer, int(snapshot.mean_attention[-1, student_layer].argmax())
+    student_layer = len(features) - 1
+    for i, feature in enumerate(features):
+        if feature.shape[-1] > 1:
+            student_layer = i  # in the end the last one
+    at_last_step = snapshot.mean_attention[-1]
+    attention = at_last_step[student_layer]
+    return student_layer, int(attention.argmax())
 
 
 def _draw_details(canvas: Canvas, calibration: Any, snapshot: CalibrationSnapshot) -> None:
@@ -596,7 +605,10 @@ _DSAS_LAST_Y = 0.95
 
 def _spread(n: int, right: float) -> list[float]:
     "Return the positions of n boxes up to the right edge."
-    return [1.5 + (right - 1.5) * k / (n - 1) for k in range(n)]
+    left = 1.5
+    width = right - left
+    num_gaps = n - 1
+    return [left + width * k / num_gaps for k in range(n)]
 
 
 def _draw_searched_network(
@@ -619,13 +631,18 @@ def _draw_matrix_pair(
 ) -> None:
     "Draw two similarity matrices next to each other, and lines of text below them."
     y = _DSAS_MIDDLE_Y
-    for shift, matrix, owner in zip((-0.34, 0.34), matrices, ("T", "S"), strict=True):
+    of_teacher, of_student = matrices
+    pictures = ((x - 0.34, of_teacher, "T"), (x + 0.34, of_student, "S"))
+    for center, matrix, owner in pictures:
         image = matrix[:16, :16].abs()
-        canvas.thumbnail(x + shift, y, image, 0.6, cmap="cividis", vmin=0, vmax=1)
-        canvas.text(x + shift, y + 0.39, f"${symbol}_{owner}$")
-    canvas.text(x, y - 0.42, lines[0], weight="bold")
-    for k, line in enumerate(lines[1:], 1):
-        canvas.text(x, y - 0.42 - LINE_HEIGHT * k, line)
+        canvas.thumbnail(center, y, image, 0.6, cmap="cividis", vmin=0, vmax=1)
+        canvas.text(center, y + 0.39, f"${symbol}_{owner}$")
+    title_y = y - 0.42
+    title, *others = lines
+    canvas.text(x, title_y, title, weight="bold")
+    for k, line in enumerate(others, 1):
+        line_y = title_y - LINE_HEIGHT * k
+        canvas.text(x, line_y, line)
 
 
 def _draw_comparisons(

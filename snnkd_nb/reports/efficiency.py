@@ -202,8 +202,11 @@ def judge_efficiency(
 ) -> "pd.DataFrame":
     "Return the paper's claims with the verdicts on its numbers and on ours."
     ours = _as_published(grid, frame, convention)
-    verdicts = compare_verdicts(claims(grid.key), published(grid.key).records, ours)
-    return verdicts.drop(columns="place").rename(columns={"ours": f"ours (power: {convention})"})
+    printed = published(grid.key).records
+    verdicts = compare_verdicts(claims(grid.key), printed, ours)
+    heading = f"ours (power: {convention})"
+    without_place = verdicts.drop(columns="place")
+    return without_place.rename(columns={"ours": heading})
 
 
 def implied_energy(
@@ -346,10 +349,14 @@ def _draw_roof(ax: "Axes", intensity: "pd.Series", bandwidth: float, peak: float
     "Draw the attainable operations per second over operations per byte."
     import numpy as np
 
-    x = np.geomspace(min(0.5, intensity.min() / 2), 4 * intensity.max(), 100)
-    ax.loglog(x, np.minimum(peak, bandwidth * x), color="black", lw=1)
+    left = min(0.5, intensity.min() / 2)
+    right = 4 * intensity.max()
+    x = np.geomspace(left, right, 100)
+    limit_of_memory = bandwidth * x
+    ax.loglog(x, np.minimum(peak, limit_of_memory), color="black", lw=1)
     style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "ha": "right"}
-    ax.annotate(f"{bandwidth:.0f} GB/s", (x[20], bandwidth * x[20]), (-4, 8), **style)
+    on_slope = (x[20], limit_of_memory[20])
+    ax.annotate(f"{bandwidth:.0f} GB/s", on_slope, (-4, 8), **style)
     ax.annotate(f"{peak:.0f} GFLOP/s", (x[-1], peak), (-4, 4), **style)
 
 

@@ -141,9 +141,14 @@ def save_figure(
 # %% ../../nbs/lib/73_reports.figure.ipynb #e90782ff
 def markdown_table(frame: "pd.DataFrame") -> str:
     "Return a frame as a Markdown table without its index; an empty cell for each empty text."
-    lines = [list(frame.columns), ["---"] * len(frame.columns)]
-    lines += [list(row) for row in frame.itertuples(index=False)]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    rows = [list(frame.columns), ["---"] * len(frame.columns)]
+    for row in frame.itertuples(index=False):
+        rows.append(list(row))
+    lines = []
+    for row in rows:
+        cells = " | ".join(map(str, row))
+        lines.append(f"| {cells} |")
+    return "\n".join(lines)
 
 
 def save_table(
@@ -154,10 +159,12 @@ def save_table(
 ) -> Path:
     "Write results/tables/<key>.csv and .md; return the path of the CSV."
     path = artefact_path(key, scale, "results/tables")
-    parts = [f"# {key}", heading, markdown_table(frame.fillna(""))]
-    text = "\n\n".join(part for part in parts if part) + "\n"
-    atomic_write(path.with_name(f"{path.name}.md"), text)
-    return atomic_write(path.with_name(f"{path.name}.csv"), format_csv(frame))
+    table = markdown_table(frame.fillna(""))
+    parts = [part for part in (f"# {key}", heading, table) if part]
+    text = "\n\n".join(parts)
+    atomic_write(path.with_name(f"{path.name}.md"), f"{text}\n")
+    csv_path = path.with_name(f"{path.name}.csv")
+    return atomic_write(csv_path, format_csv(frame))
 
 # %% ../../nbs/lib/73_reports.figure.ipynb #f53c2578
 class PageText(str):
@@ -196,20 +203,31 @@ def _format_cell(value: Any, digits: int) -> str:
 
 
 def _digits_of(column: "pd.Series", digits: int) -> int:
-    "The number of digits after the point that a column of numbers needs, at most `digits`."
-    texts = [f"{value:.{digits}f}".rstrip("0") for value in column.dropna()]
-    return max((len(text.partition(".")[2]) for text in texts), default=0)
+    "Return how many digits after the point a column of numbers needs, at most `digits`."
+    needed = 0
+    for value in column.dropna():
+        text = f"{value:.{digits}f}"
+        _, _, decimals = text.rstrip("0").partition(".")
+        needed = max(needed, len(decimals))
+    return needed
 
 
 def _is_numeric(cells: Sequence[str]) -> bool:
-    "Whether at least half of the cells that are not empty are numbers."
+    "Tell whether at least half of the cells that are not empty are numbers."
     filled = [cell for cell in cells if cell]
-    return bool(filled) and 2 * sum(bool(_NUMBER.fullmatch(cell)) for cell in filled) >= len(filled)
+    numbers = [cell for cell in filled if _NUMBER.fullmatch(cell)]
+    if not filled:
+        return False
+    return 2 * len(numbers) >= len(filled)
 
 
 def _tag(name: str, text: str, side: str, span: str = "") -> str:
-    escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return f'<{name}{span} style="text-align: {side}">{escaped}</{name}>'
+    "Return a cell of an HTML table; `text` is plain text."
+    escaped = text.replace("&", "&amp;")  # first, because the others add &
+    escaped = escaped.replace("<", "&lt;")
+    escaped = escaped.replace(">", "&gt;")
+    style = f"text-align: {side}"
+    return f'<{name}{span} style="{style}">{escaped}</{name}>'
 
 
 def _headings(columns: "pd.Index", sides: Sequence[str]) -> list[str]:
@@ -470,14 +488,17 @@ def draw_film_strips(
 
 # %% ../../nbs/lib/73_reports.figure.ipynb #200acaa7
 def _draw_arm(ax: "Axes", x: float, values: Sequence[float], color: str) -> None:
+    "Draw one dot per seed, next to each other, their mean and deviation, and the mean as a number."
     n = len(values)
-    dots_at = [x + 0.12 * (k - (n - 1) / 2) for k in range(n)]
+    middle = (n - 1) / 2
+    dots_at = [x + 0.12 * (k - middle) for k in range(n)]
     ax.plot(dots_at, values, "o", ms=4, alpha=0.7, color=color, mew=0)
+    center = mean(values)
     spread = [stdev(values)] if n > 1 else None
     bar: dict[str, Any] = {"fmt": "_", "ms": 16, "mew": 2, "capsize": 3, "color": color}
-    ax.errorbar([x], [mean(values)], yerr=spread, **bar)
-    label_at = (x + 0.3, mean(values))
-    ax.annotate(f"{mean(values):.1f}", label_at, va="center", fontsize=8)
+    ax.errorbar([x], [center], yerr=spread, **bar)
+    label_at = (x + 0.3, center)
+    ax.annotate(f"{center:.1f}", label_at, va="center", fontsize=8)
 
 
 @renamed_arguments(colours="colors")

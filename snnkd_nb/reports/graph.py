@@ -198,7 +198,12 @@ class _Recorder(TorchFunctionMode):
 
     def known(self, tensors: Iterable[torch.Tensor]) -> list[int]:
         "Return the nodes that made these tensors."
-        return [self.maker[id(tensor)] for tensor in tensors if id(tensor) in self.maker]
+        nodes = []
+        for tensor in tensors:
+            node = self.maker.get(id(tensor))
+            if node is not None:
+                nodes.append(node)
+        return nodes
 
     def add(self, name: str, kind: str, label: str, given: list[torch.Tensor], out: Any) -> None:
         "Append a node that turned `given` into `out`; what no node returned becomes a constant."
@@ -243,14 +248,26 @@ class _Recorder(TorchFunctionMode):
 # %% ../../nbs/lib/69_reports.graph.ipynb #fa9bf55c
 def chain_label(layers: Iterable[nn.Module]) -> str:
     "Describe a chain of layers, one per line; repeated norms and neurons share the last line."
-    layers = list(layers)
-    main = [layer for layer in layers if layer_kind(layer) not in ("norm", "neuron")]
-    followers = [layer_label(layer) for layer in layers if layer_kind(layer) in ("norm", "neuron")]
+    labels = []
+    main = []
+    followers = []
+    num_weighted = 0
+    for layer in layers:
+        kind = layer_kind(layer)
+        label = layer_label(layer)
+        labels.append(label)
+        if kind in ("norm", "neuron"):
+            followers.append(label)
+        else:
+            main.append(label)
+        if kind in ("conv", "linear"):
+            num_weighted += 1
     distinct = list(dict.fromkeys(followers))
-    num_weighted = sum(layer_kind(layer) in ("conv", "linear") for layer in main)
-    if num_weighted < 2 or followers != distinct * num_weighted:
-        return "\n".join(map(layer_label, layers))
-    return "\n".join([*map(layer_label, main), f"each conv with {' and '.join(distinct)}"])
+    is_repeated = followers == distinct * num_weighted
+    if num_weighted < 2 or not is_repeated:
+        return "\n".join(labels)
+    last_line = f"each conv with {' and '.join(distinct)}"
+    return "\n".join([*main, last_line])
 
 
 def _num_channels(x: torch.Tensor) -> int:
@@ -462,15 +479,26 @@ def assign_columns(
 ) -> list[int]:
     "Return the column of each branch, from 1; branches with a common row get different columns."
     taken: list[tuple[float, float, int]] = []
+
+    def is_taken(column: int, top: float, bottom: float) -> bool:
+        for other_top, other_bottom, other_column in taken:
+            overlaps = bottom > other_top and other_bottom > top
+            if overlaps and other_column == column:
+                return True
+        return False
+
     for path in branches:
-        bottom = row.get(path[-1], row.get(path[0], 0) + len(path))
-        top = row.get(path[0], max(0, bottom - len(path) + 1))
-        middle = (len(path) - 1) / 2
-        step = min(1, (bottom - top) / (len(path) - 1))
+        first, last = path[0], path[-1]
+        num_steps = len(path) - 1
+        bottom = row.get(last, row.get(first, 0) + len(path))
+        top = row.get(first, max(0, bottom - num_steps))
+        center = (top + bottom) / 2
+        middle = num_steps / 2
+        step = min(1, (bottom - top) / num_steps)
         for position, i in enumerate(path):
-            row.setdefault(i, (top + bottom) / 2 + (position - middle) * step)
+            row.setdefault(i, center + (position - middle) * step)
         column = 1
-        while any(c == column and bottom > a and b > top for a, b, c in taken):
+        while is_taken(column, top, bottom):
             column += 1
         taken.append((top, bottom, column))
     return [column for _, _, column in taken]
@@ -498,15 +526,21 @@ class Layout:
 
     def top(self, node: Node) -> float:
         "Return the upper edge of a node."
-        return self.at[node.id][1] + box_height(node) / 2
+        _, y = self.at[node.id]
+        half_height = box_height(node) / 2
+        return y + half_height
 
     def bottom(self, node: Node) -> float:
         "Return the lower edge of a node."
-        return self.at[node.id][1] - box_height(node) / 2
+        _, y = self.at[node.id]
+        half_height = box_height(node) / 2
+        return y - half_height
 
 
 def _is_sign(node: Node) -> bool:
-    return node.kind == "sum" and len(node.label) == 1
+    "Tell whether a node is drawn as a sign in a circle."
+    is_one_character = len(node.label) == 1
+    return node.kind == "sum" and is_one_character
 
 
 def box_height(node: Node) -> float:
@@ -517,17 +551,26 @@ def box_height(node: Node) -> float:
 
 # %% ../../nbs/lib/69_reports.graph.ipynb #7096207a
 def _box_width(nodes: list[Node]) -> float:
-    longest = max(len(line) for node in nodes for line in node.label.split("\n"))
-    return max(1.1, 0.2 + 0.068 * longest)
+    longest = 0
+    for node in nodes:
+        for line in node.label.split("\n"):
+            longest = max(longest, len(line))
+    width_of_text = 0.068 * longest
+    return max(1.1, 0.2 + width_of_text)
 
 
 def _trunk_heights(nodes: list[Node], trunk: list[int]) -> list[float]:
     "Return y of every row: of the trunk's boxes, then of the rows below for branches that end."
-    ys = [-box_height(nodes[trunk[0]]) / 2]
-    for above, below in itertools.pairwise(trunk):
-        ys.append(ys[-1] - (box_height(nodes[above]) + box_height(nodes[below])) / 2 - GAP)
+    heights = [box_height(nodes[i]) for i in trunk]
+    ys = [-heights[0] / 2]
+    for above, below in itertools.pairwise(heights):
+        distance = (above + below) / 2
+        ys.append(ys[-1] - distance - GAP)
     lowest = ys[-1]
-    return ys + [lowest - k * (0.46 + GAP) for k in range(1, len(nodes))]
+    row_height = 0.46 + GAP
+    for k in range(1, len(nodes)):
+        ys.append(lowest - k * row_height)
+    return ys
 
 
 def layout_nodes(nodes: list[Node]) -> Layout:
@@ -558,8 +601,11 @@ def layout_nodes(nodes: list[Node]) -> Layout:
 # %% ../../nbs/lib/69_reports.graph.ipynb #54b1568a
 def _corner(a: np.ndarray, b: np.ndarray, radius: float) -> np.ndarray:
     "Return the point on the way from `a` to `b` where a rounded corner at `a` ends."
-    distance = max(np.hypot(*(b - a)), 1e-9)
-    return a + (b - a) * min(0.5, radius / distance)
+    way = b - a
+    distance = max(np.hypot(*way), 1e-9)
+    # Corners at both ends must not meet beyond the middle.
+    share = min(0.5, radius / distance)
+    return a + way * share
 
 
 def _arrow(ax: "Axes", points: Sequence[tuple[float, float]], radius: float = 0.08) -> None:
@@ -617,13 +663,17 @@ def _draw_branch(ax: "Axes", nodes: list[Node], place: Layout, path: list[int], 
     first = nodes[path[0]]
     last = nodes[path[-1]]
     returns = last.id in place.trunk
-    fork = place.bottom(first) - 0.4 * GAP
-    line = [(x, place.bottom(first))]
-    if place.at[first.id][0] != x:
-        line = [(place.at[first.id][0], fork), (x, fork)]
-    for i in path[1:-1] if returns else path[1:]:
-        _arrow(ax, [*line, (x, place.top(nodes[i]))])
-        line = [(x, place.bottom(nodes[i]))]
+    start_x, _ = place.at[first.id]
+    start_y = place.bottom(first)
+    line = [(x, start_y)]
+    if start_x != x:
+        fork = start_y - 0.4 * GAP
+        line = [(start_x, fork), (x, fork)]
+    in_column = path[1:-1] if returns else path[1:]
+    for i in in_column:
+        node = nodes[i]
+        _arrow(ax, [*line, (x, place.top(node))])
+        line = [(x, place.bottom(node))]
     if returns:
         last_x, last_y = place.at[last.id]
         _arrow(ax, [*line, (x, last_y), (last_x + place.half(last), last_y)])
@@ -695,12 +745,18 @@ class _Part:
 
     @property
     def width(self) -> float:
-        return self.left + max(self.place.right, 0.04 * len(self.title)) + 0.15
+        title_width = 0.04 * len(self.title)
+        content_width = max(self.place.right, title_width)
+        return self.left + content_width + 0.15
 
     @property
     def bottom(self) -> float:
-        placed_nodes = [node for node in self.nodes if node.id in self.place.at]
-        return min(self.place.bottom(node) for node in placed_nodes)
+        place = self.place
+        edges = []
+        for node in self.nodes:
+            if node.id in place.at:
+                edges.append(place.bottom(node))
+        return min(edges)
 
 
 def draw_graph(

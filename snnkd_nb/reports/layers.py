@@ -48,8 +48,10 @@ def tabulate_pairs(
 ) -> "pd.DataFrame":
     "Return one row per arm or pair: panel, method, s, a, value, and `minus_kd`, the gain over KD."
     frame = tabulate_by_seed(grid, runs, metric)
-    kd = frame[frame.method == "KD"].set_index("panel").value
-    return frame.assign(minus_kd=frame.value - frame.panel.map(kd).astype(float))
+    kd = frame[frame.method == "KD"]
+    kd_by_panel = kd.set_index("panel").value
+    kd_of_row = frame.panel.map(kd_by_panel).astype(float)
+    return frame.assign(minus_kd=frame.value - kd_of_row)
 
 
 _TEACHER_LAYER_COLORS = ("#c6dbef", "#6baed6", "#2171b5", "#08306b")
@@ -184,8 +186,9 @@ def teacher_of(cell: Cell) -> RunSpec:
 
 
 def teachers_of(grid: Grid) -> list[RunSpec]:
-    "The teachers of all cells, each once."
-    return list(dict.fromkeys(teacher_of(cell) for cell in grid.cells))
+    "Return the teachers of all cells, each once."
+    teachers = [teacher_of(cell) for cell in grid.cells]
+    return list(dict.fromkeys(teachers))
 
 
 def tabulate_scores(
@@ -445,7 +448,9 @@ def brightest_share(
     """
     flat = maps.float().flatten(1)
     count = max(1, round(share * flat.shape[1]))
-    return flat.topk(count).values.sum(1) / flat.sum(1).clamp_min(1e-12)
+    brightest_sum = flat.topk(count).values.sum(1)
+    whole_sum = flat.sum(1).clamp_min(1e-12)
+    return brightest_sum / whole_sum
 
 
 def interval_likeness_by_seed(
@@ -538,8 +543,11 @@ def tabulate_energy_shares(
     ordinary = rows[-1]
 
     def share(row: dict[str, Any], whose: str) -> float:
-        known = row[whose] is not None and ordinary[whose]
-        return 100 * row[whose] / ordinary[whose] if known else float("nan")
+        energy = row[whose]
+        whole = ordinary[whose]
+        if energy is None or not whole:
+            return float("nan")
+        return 100 * energy / whole
 
     found = [
         {"method": row["method"], "T": row["T"]}

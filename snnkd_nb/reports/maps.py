@@ -54,7 +54,8 @@ def load_test_images(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Return `(x, y)` as a network receives them: normalized images (B, C, H, W) and labels (B,)."
     selected = replace(data, test=data.test.take(index))
-    return next(iter(selected.loader("test", len(index), shuffle=False)))
+    loader = selected.loader("test", len(index), shuffle=False)
+    return next(iter(loader))
 
 
 def load_picture(
@@ -62,10 +63,14 @@ def load_picture(
     index: int | torch.Tensor,  # of a test image
 ) -> np.ndarray:
     "Return a test image as matplotlib shows it: (H, W, 3) or (H, W), between 0 and 1."
-    mean = torch.as_tensor(data.mean, dtype=torch.float32).view(-1, 1, 1)
-    std = torch.as_tensor(data.std, dtype=torch.float32).view(-1, 1, 1)
+    mean = torch.as_tensor(data.mean, dtype=torch.float32)
+    std = torch.as_tensor(data.std, dtype=torch.float32)
     images, _ = load_test_images(data, torch.tensor([int(index)]))
-    return (images[0] * std + mean).clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy()
+    per_channel = (-1, 1, 1)
+    picture = images[0] * std.view(per_channel) + mean.view(per_channel)
+    picture = picture.clamp(0, 1)
+    channels_last = picture.permute(1, 2, 0)
+    return channels_last.squeeze(-1).numpy()
 
 # %% ../../nbs/lib/77_reports.maps.ipynb #371b11bc
 def extract_features(
@@ -116,8 +121,13 @@ def _in_parts(
     batch_size: int,
 ) -> torch.Tensor:
     "Apply a function to parts of a batch, so that memory is bounded, and join its results."
-    parts = zip(x.split(batch_size, -4), y.split(batch_size), strict=True)
-    return torch.cat([function(part_x, part_y) for part_x, part_y in parts])
+    # Images are the fourth dimension from the end: (B, C, H, W) or (T, B, C, H, W).
+    parts_x = x.split(batch_size, -4)
+    parts_y = y.split(batch_size)
+    results = []
+    for part_x, part_y in zip(parts_x, parts_y, strict=True):
+        results.append(function(part_x, part_y))
+    return torch.cat(results)
 
 
 @renamed_arguments(size="batch_size")
@@ -216,11 +226,15 @@ def read_maps(
     "Return `({name: (B, h, w)}, index, names)` of a table of maps, values with four digits."
     maps = {}
     for name, rows in frame.groupby("map", sort=False):
-        values = np.array([text.split() for text in rows["values"]], dtype=np.float32)
-        height, width = (int(edge) for edge in rows["size"].iloc[0].split("×"))
+        texts = [text.split() for text in rows["values"]]
+        values = np.array(texts, dtype=np.float32)
+        edges = rows["size"].iloc[0].split("×")
+        height, width = map(int, edges)
         maps[str(name)] = torch.from_numpy(values).reshape(len(rows), height, width)
     images = frame.drop_duplicates("image")
-    return maps, images["image"].tolist(), images["class"].tolist()
+    index = images["image"].tolist()
+    names = images["class"].tolist()
+    return maps, index, names
 
 
 def mean_likeness(
@@ -275,8 +289,10 @@ def enlarge_maps(
     size: Sequence[int],  # (H, W) of the image
 ) -> torch.Tensor:
     "Return maps between 0 and 1 at the size of the image, (B, H, W), bilinear."
-    scaled = rescale_maps(maps.float())[:, None]
-    return F.interpolate(scaled, tuple(size), mode="bilinear", align_corners=False)[:, 0]
+    scaled = rescale_maps(maps.float())
+    with_channel = scaled[:, None]
+    enlarged = F.interpolate(with_channel, tuple(size), mode="bilinear", align_corners=False)
+    return enlarged[:, 0]
 
 
 def mask_outline(
@@ -285,11 +301,18 @@ def mask_outline(
 ) -> np.ndarray:
     "Return the edges between a mask's cells and all others, (n, 2, 2): two points (x, y) each."
     padded = np.pad(np.asarray(mask, dtype=int), 1)
-    horizontal = [((x - 1, y), (x, y)) for y, x in np.argwhere(np.diff(padded, axis=0))]
-    vertical = [((x, y - 1), (x, y)) for y, x in np.argwhere(np.diff(padded, axis=1))]
-    edges = np.array([*horizontal, *vertical], dtype=float).reshape(-1, 2, 2)
-    pixels_per_cell = (size[1] / mask.shape[1], size[0] / mask.shape[0])
-    return edges * pixels_per_cell - 0.5
+    changes_down = np.diff(padded, axis=0)
+    changes_right = np.diff(padded, axis=1)
+    edges = []
+    for y, x in np.argwhere(changes_down):
+        edges.append(((x - 1, y), (x, y)))
+    for y, x in np.argwhere(changes_right):
+        edges.append(((x, y - 1), (x, y)))
+    points = np.array(edges, dtype=float).reshape(-1, 2, 2)
+    height, width = size[:2]
+    num_rows, num_columns = mask.shape
+    pixels_per_cell = (width / num_columns, height / num_rows)
+    return points * pixels_per_cell - 0.5
 
 
 def _draw_map(ax: "Axes", m: torch.Tensor, size: Sequence[int]) -> None:
@@ -376,7 +399,10 @@ def gradient_accuracy(
 ) -> torch.Tensor:
     "Return the correlation over channels of two effects, (B,); 0 where either is constant."
     predicted, true = channel_effects(model, stage, x, y)
-    return pearson(predicted[:, None], true[:, None])
+    # `pearson` compares maps (B, h, w): the channels take the place of one row.
+    predicted_row = predicted[:, None]
+    true_row = true[:, None]
+    return pearson(predicted_row, true_row)
 
 # %% ../../nbs/lib/77_reports.maps.ipynb #eb265508
 def tabulate_attention(
@@ -491,7 +517,13 @@ def attention_history(
 def _evenly_chosen(values: list, num_chosen: int) -> list:
     "Return at most `num_chosen` values, evenly spread, the first and the last among them."
     n = min(num_chosen, len(values))
-    return [values[round(k * (len(values) - 1) / max(n - 1, 1))] for k in range(n)]
+    last = len(values) - 1
+    num_steps = max(n - 1, 1)
+    chosen = []
+    for k in range(n):
+        position = round(k * last / num_steps)
+        chosen.append(values[position])
+    return chosen
 
 
 def _label_layers(ax: "Axes", rows: list[tuple[str, int]], columns: list[str]) -> None:
@@ -563,7 +595,9 @@ def pooled_features(
 
 
 def _unit_length(features: Any) -> np.ndarray:
-    return F.normalize(torch.as_tensor(features, dtype=torch.float64), dim=1).numpy()
+    "Return features (N, D) divided by their lengths."
+    rows = torch.as_tensor(features, dtype=torch.float64)
+    return F.normalize(rows, dim=1).numpy()
 
 
 def mean_silhouette(

@@ -185,8 +185,13 @@ def ckdsnn_loss_terms(
 
 # %% ../../nbs/lib/86_reports.snapshots.ipynb #a53ea2d0
 def _excess_kurtosis(values: Tensor) -> float:
-    deviation = values.double() - values.double().mean()
-    return float((deviation**4).mean() / (deviation**2).mean() ** 2 - 3)
+    "Return the fourth standardized moment, less the 3 of a normal distribution."
+    values = values.double()
+    deviation = values - values.mean()
+    variance = (deviation**2).mean()
+    fourth_moment = (deviation**4).mean()
+    kurtosis = fourth_moment / variance**2
+    return float(kurtosis - 3)
 
 
 def _logit_variants(
@@ -231,13 +236,15 @@ def compare_outputs(
 # %% ../../nbs/lib/86_reports.snapshots.ipynb #4c42d4d9
 def _histogram(values: Tensor, edges: np.ndarray) -> list[tuple[float, float]]:
     "Return [(value, share), …]: the middle of each bin, or each value if there are at most three."
-    distinct, counts = values.double().unique(return_counts=True)
+    n = values.numel()
+    flat = values.flatten().double()
+    distinct, counts = flat.unique(return_counts=True)
     if len(distinct) < 4:
-        pairs = zip(distinct, counts, strict=True)
-        return [(float(value), float(count) / values.numel()) for value, count in pairs]
+        shares = [float(count) / n for count in counts]
+        return list(zip(distinct.tolist(), shares, strict=True))
     middles = (edges[1:] + edges[:-1]) / 2
-    heights, _ = np.histogram(values.flatten().double().numpy(), edges)
-    return list(zip(middles, heights / values.numel(), strict=True))
+    heights, _ = np.histogram(flat.numpy(), edges)
+    return list(zip(middles, heights / n, strict=True))
 
 
 def _panel_rows(panel: str, values: Mapping[str, Tensor], num_bins: int) -> list[dict[str, Any]]:
@@ -335,7 +342,9 @@ def draw_distributions(
 # %% ../../nbs/lib/86_reports.snapshots.ipynb #2f604ef3
 def _step_inputs(data: Any, size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
     "Return the training batch of a step; the same seed gives the same batches."
-    return next(iter(data.loader("train", size, seed=seed, epoch=step)))
+    # Each step is the first batch of another epoch, so its order is drawn anew.
+    loader = data.loader("train", size, seed=seed, epoch=step)
+    return next(iter(loader))
 
 
 def fit_calibration(
@@ -380,7 +389,9 @@ class CalibrationSnapshot:
     @property
     def total(self) -> float:
         "Return the loss of the batch."
-        return self.terms["ce"] + self.terms["kd"] + self.beta * self.terms["sastc"]
+        terms = self.terms
+        calibration = self.beta * terms["sastc"]
+        return terms["ce"] + terms["kd"] + calibration
 
     @property
     def mean_attention(self) -> Tensor:
@@ -474,16 +485,27 @@ class _Observed(NamedTuple):
 
 
 def _describe_head(net: Any) -> str:
-    linears = [layer for layer in net.head.modules() if isinstance(layer, nn.Linear)]
-    widths = [linears[0].in_features, *(layer.out_features for layer in linears)]
-    return " → ".join(map(str, widths))
+    "Return the widths of the linear layers of the classifier, e.g. 512 → 10."
+    widths: list[str] = []
+    for layer in net.head.modules():
+        if not isinstance(layer, nn.Linear):
+            continue
+        if not widths:
+            widths.append(str(layer.in_features))
+        widths.append(str(layer.out_features))
+    return " → ".join(widths)
 
 
 def _describe_adapter(adapter: Any) -> str:
     "Describe the layers of an adapter in two lines."
-    words = [word.split(",")[0].removeprefix("conv ") for word in describe_layers(adapter.body)]
+    words = []
+    for description in describe_layers(adapter.body):
+        name, _, _ = description.partition(",")
+        words.append(name.removeprefix("conv "))
     half = (len(words) + 1) // 2
-    return f"{', '.join(words[:half])}\n{', '.join(words[half:])}"
+    first_line = ", ".join(words[:half])
+    second_line = ", ".join(words[half:])
+    return f"{first_line}\n{second_line}"
 
 
 def _modules_to_observe(distiller: Any) -> list[_Observed]:
@@ -564,19 +586,24 @@ def compute_hybrid_maps(
     y: Tensor,  # labels (B,)
     batch_size: int = 128,
 ) -> dict[str, Tensor]:
-    '`{"ANN": (B, h, w), "SNN": …, "M0": …}`: Grad-CAM of teacher, student and hybrid models.'
+    'Return `{"ANN": (B, h, w), "SNN": …, "M0": …}`: Grad-CAM of teacher, student and hybrids.'
     teacher = distiller.teacher
     student = distiller.student
     hybrids = distiller.methods[0].hybrids
     cam = ClassMap(teacher, None, tuple(x.shape[1:]))
     parts: dict[str, list[Tensor]] = {"ANN": [], "SNN": []}
-    for part_x, part_y in zip(x.split(batch_size), y.split(batch_size), strict=True):
-        parts["ANN"].append(compute_class_map(teacher, part_x, part_y, cam.stage).detach())
-        parts["SNN"].append(compute_class_map(student, part_x, part_y).detach())
+    batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
+    for part_x, part_y in batches:
+        teacher_map = compute_class_map(teacher, part_x, part_y, cam.stage)
+        student_map = compute_class_map(student, part_x, part_y)
+        parts["ANN"].append(teacher_map.detach())
+        parts["SNN"].append(student_map.detach())
         with eval_mode(distiller), eval_mode(teacher):
-            rates = mean_rates(extract_features(student, part_x)[1])
+            _, features = extract_features(student, part_x)
+            rates = mean_rates(features)
             for name, feature in hybrid_features(hybrids, rates, cam.stage).items():
-                parts.setdefault(name, []).append(cam(feature, part_y).detach())
+                hybrid_map = cam(feature, part_y)
+                parts.setdefault(name, []).append(hybrid_map.detach())
     return {name: torch.cat(maps) for name, maps in parts.items()}
 
 # %% ../../nbs/lib/86_reports.snapshots.ipynb #7f9dd6bf
@@ -681,7 +708,9 @@ class SearchSnapshot:
     @property
     def fitness(self) -> float:
         "Return MAS + TGS."
-        return sum(layer.distance for layer in self.layers) + self.tgs
+        distances = [layer.distance for layer in self.layers]
+        mas = sum(distances)
+        return mas + self.tgs
 
 
 def _score_layers(teacher_features, student_features, how: Scoring) -> list[LayerScore]:
@@ -717,10 +746,11 @@ def record_scores(
     layers = _score_layers(teacher_features, student_features, how)
     own_gradient = student_gradient(candidate, y, how.mode)
     teacher_gradient = asked.sample if how.mode == "sample" else asked.last
-    gradients = teacher_gradient, own_gradient
-    matrices = similarity_matrix(gradients[0], how.norm), similarity_matrix(gradients[1], how.norm)
+    teacher_matrix = similarity_matrix(teacher_gradient, how.norm)
+    own_matrix = similarity_matrix(own_gradient, how.norm)
     slopes = slopes_from_gradients([asked], how.alpha0, how.K, how.gradients)
-    return SearchSnapshot(layers, matrices, tgs(*gradients, how.norm, how.mode), slopes)
+    distance = tgs(teacher_gradient, own_gradient, how.norm, how.mode)
+    return SearchSnapshot(layers, (teacher_matrix, own_matrix), distance, slopes)
 
 
 def logit_loss_terms(
