@@ -95,7 +95,9 @@ def expand_path(
 
 
 def _is_root(folder: Path) -> bool:
-    return (folder / "settings.ini").is_file() and (folder / "nbs").is_dir()
+    settings = folder / "settings.ini"
+    notebooks = folder / "nbs"
+    return settings.is_file() and notebooks.is_dir()
 
 
 def root() -> Path:

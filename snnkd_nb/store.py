@@ -176,7 +176,8 @@ class Store:
     "The run records in one folder; by default `results/runs` of the project."
 
     def __init__(self, path: str | Path | None = None) -> None:
-        self.folder = Path(path or root() / "results" / "runs")
+        default = root() / "results" / "runs"
+        self.folder = Path(path or default)
 
     def path(
         self,
@@ -229,7 +230,8 @@ class Store:
 
     def ids(self) -> list[str]:
         "List the ids of all stored runs."
-        return sorted(path.stem for path in self.folder.glob("*.json"))
+        files = self.folder.glob("*.json")
+        return sorted(path.stem for path in files)
 
 # %% ../nbs/lib/03_store.ipynb #ebd212d9
 # Keys of a safetensors file's metadata, and beginning of the names of tensors in extra state.
@@ -362,7 +364,13 @@ def weights_path(
 ) -> Path:
     "Return the weight file of a record in the cache; its name contains the hash of its content."
     assert record.weights is not None
-    return cache_dir() / "weights" / f"{record.id}.{record.weights['sha256'][:12]}.safetensors"
+    sha = record.weights["sha256"]
+    return _kept_weights_path(record.id, sha)
+
+
+def _kept_weights_path(run_id: str, sha256: str) -> Path:
+    folder = cache_dir() / "weights"
+    return folder / f"{run_id}.{sha256[:12]}.safetensors"
 
 
 def save_weights(
@@ -372,7 +380,8 @@ def save_weights(
     "Write the weights to the cache; return the entry of the record (`sha256`, `bytes`)."
     blob = dump_state(state)
     sha = sha256_of(blob)
-    atomic_write(cache_dir() / "weights" / f"{rid}.{sha[:12]}.safetensors", blob)
+    path = _kept_weights_path(rid, sha)
+    atomic_write(path, blob)
     return {"sha256": sha, "bytes": len(blob)}
 
 # %% ../nbs/lib/03_store.ipynb #a7238f7e
@@ -384,7 +393,8 @@ def shipped_weights_path(
     record: Record,
 ) -> Path:
     "Return where the weights of a record are if they come with the project: results/weights."
-    return root() / "results" / "weights" / f"{record.id}.safetensors"
+    folder = root() / "results" / "weights"
+    return folder / f"{record.id}.safetensors"
 
 
 def are_weights_of(
@@ -392,7 +402,9 @@ def are_weights_of(
     content: Path | bytes,  # a weight file, or its content
 ) -> bool:
     "Tell whether a file holds the weights of a record, by their hash."
-    return record.weights is not None and sha256_of(content) == record.weights["sha256"]
+    if record.weights is None:
+        return False
+    return sha256_of(content) == record.weights["sha256"]
 
 
 def _weight_places(record: Record) -> list[Path]:

@@ -650,7 +650,7 @@ def from_arrays(
     classes: Sequence[str] | None = None,  # K names; None: the numbers of the classes
     name: str = "arrays",
 ) -> ImageData:
-    """Return images in memory as a data set, with the moments of its training images.
+    """Return images in memory as a data set, with mean and deviation of its training images.
 
     Raises `UserError` for images of another form or range, and for labels that do not fit."""
     splits = {}

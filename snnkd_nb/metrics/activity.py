@@ -70,15 +70,18 @@ def is_neuron(
     module: nn.Module,
 ) -> bool:
     "Return whether a module is a spiking neuron, and not only a wrapper around one."
-    wraps_neuron = any(hasattr(child, "v_threshold") for child in module.children())
-    return hasattr(module, "v_threshold") and not wraps_neuron
+    if not hasattr(module, "v_threshold"):
+        return False
+    # a module that wraps a neuron may have the threshold of the neuron
+    return all(not hasattr(child, "v_threshold") for child in module.children())
 
 
 def is_binary(
     x: Tensor,  # any shape
 ) -> bool:
     "Return whether all values are 0 or 1."
-    return bool(((x == 0) | (x == 1)).all())
+    is_spike_or_zero = (x == 0) | (x == 1)
+    return bool(is_spike_or_zero.all())
 
 
 def steps_and_images(
@@ -87,8 +90,11 @@ def steps_and_images(
 ) -> tuple[int, int]:
     "Return (T, B): time steps and images of one forward pass."
     if x.dim() == 5:
-        return x.shape[0], x.shape[1]
-    return getattr(model, "T", None) or 1, x.shape[0]
+        num_steps, num_images = x.shape[:2]
+    else:
+        num_steps = getattr(model, "T", None) or 1
+        num_images = x.shape[0]
+    return num_steps, num_images
 
 # %% ../../nbs/lib/58_metrics.activity.ipynb #e7e9cbd8
 Row = dict[str, Any]
@@ -147,7 +153,8 @@ def count_layer_macs(
     output: Tensor,
 ) -> int:
     "Return the multiply-accumulates that produced the output."
-    return output.numel() * module.weight[0].numel()
+    weights_per_output = module.weight[0].numel()
+    return output.numel() * weights_per_output
 
 
 def driving_factor(
@@ -199,8 +206,13 @@ def count_macs(
     def add_rows(name, module, inputs, output):
         steps = _runs_per_image(output, num_steps, num_images)
         for layer, kind, _, macs in list_operations(name, module, inputs, output):
-            macs_per_step = macs // (num_images * steps)
-            rows.append({"layer": layer, "kind": kind, "macs": macs_per_step, "steps": steps})
+            row = {
+                "layer": layer,
+                "kind": kind,
+                "macs": macs // (num_images * steps),
+                "steps": steps,
+            }
+            rows.append(row)
 
     with watch_modules(model, add_rows, is_counted):
         model(x)
@@ -331,7 +343,10 @@ def _load_probes() -> None:
 def list_probes() -> dict[str, str]:
     "Return `{name: what it measures}` of all probes."
     _load_probes()
-    return {name: measures for name, (_, measures, _) in sorted(_PROBES.items())}
+    texts = {}
+    for name, (_, measures, _) in sorted(_PROBES.items()):
+        texts[name] = measures
+    return texts
 
 
 def _check_probe_options(
@@ -402,9 +417,11 @@ def count_additions(
         return int(x.count_nonzero()) * module.out_features
     ones = torch.ones_like(module.weight[: module.groups])
     images = x.flatten(0, x.dim() - module.weight.dim())
-    met_weights = module._conv_forward(images.to(ones.dtype), ones, None)
+    images = images.to(ones.dtype)
+    met_weights = module._conv_forward(images, ones, None)
+    num_met = int(met_weights.sum(dtype=torch.float64))
     channels_per_group = module.out_channels // module.groups
-    return int(met_weights.sum(dtype=torch.float64)) * channels_per_group
+    return num_met * channels_per_group
 
 # %% ../../nbs/lib/58_metrics.activity.ipynb #c7cbb21b
 def count_coincidences(
@@ -533,9 +550,14 @@ def _energy_row(
 
 def _energy_by_value(table: "pd.DataFrame", convention: str) -> dict[str, Any]:
     column, cost_addition, cost_mac = _COUNTED_BY_VALUE[convention]
-    multiplied = table if column is None else table[~table.binary]
-    additions = 0.0 if column is None else float(table[column].sum())
-    macs = float((multiplied.macs * multiplied.steps).sum())
+    if column is None:
+        multiplied = table
+        additions = 0.0
+    else:
+        multiplied = table[~table.binary]
+        additions = float(table[column].sum())
+    macs_per_layer = multiplied.macs * multiplied.steps
+    macs = float(macs_per_layer.sum())
     return _energy_row(convention, additions, macs, cost_addition, cost_mac)
 
 

@@ -64,8 +64,11 @@ def _unit_deviation(maps: Tensor) -> Tensor:
     "Centre each map and scale it to length one; 0 for a constant map."
     deviation = maps - maps.mean(1, keepdim=True)
     length = deviation.norm(dim=1, keepdim=True)
-    is_constant = length <= 1e-12 * maps.norm(dim=1, keepdim=True)
-    return torch.where(is_constant, 0.0, deviation / torch.where(is_constant, 1.0, length))
+    length_of_map = maps.norm(dim=1, keepdim=True)
+    is_constant = length <= 1e-12 * length_of_map
+    # a constant map must not be divided by zero
+    divisor = torch.where(is_constant, 1.0, length)
+    return torch.where(is_constant, 0.0, deviation / divisor)
 
 
 def pearson(
@@ -77,7 +80,10 @@ def pearson(
     0 where a map is constant.
     """
     a, b = check_map_pair(a, b)
-    return (_unit_deviation(a) * _unit_deviation(b)).sum(1).clamp(-1, 1)
+    products = _unit_deviation(a) * _unit_deviation(b)
+    correlation = products.sum(1)
+    # rounding may lead beyond the limits
+    return correlation.clamp(-1, 1)
 
 # %% ../../nbs/lib/60_metrics.likeness.ipynb #53d1b9e4
 def brightest(
@@ -89,9 +95,13 @@ def brightest(
     Positions that tie with the last one are included.
     """
     require(0 < share <= 1, f"share = {share!r}: give a fraction above 0, at most 1")
-    flat = maps.detach().flatten(1).double()
-    num_bright = math.ceil(round(share * flat.shape[1], 9))
-    threshold = flat.topk(num_bright, 1).values[:, -1:]
+    flat = maps.detach().flatten(1)
+    flat = flat.double()
+    num_pixels = flat.shape[1]
+    # round first, because 0.07 · 100 is a little more than 7 in floating point
+    num_bright = math.ceil(round(share * num_pixels, 9))
+    brightest_values = flat.topk(num_bright, 1).values
+    threshold = brightest_values[:, -1:]
     return flat >= threshold
 
 
@@ -104,7 +114,9 @@ def iou(
     check_map_pair(a, b)
     bright_a = brightest(a, share)
     bright_b = brightest(b, share)
-    return (bright_a & bright_b).sum(1).double() / (bright_a | bright_b).sum(1)
+    intersection = (bright_a & bright_b).sum(1)
+    union = (bright_a | bright_b).sum(1)
+    return intersection.double() / union
 
 
 def compare_maps(
@@ -115,7 +127,10 @@ def compare_maps(
     "Return `[{pearson, iou}, …]`, one dict per image."
     correlations = pearson(a, b).tolist()
     overlaps = iou(a, b, share).tolist()
-    return [{"pearson": r, "iou": o} for r, o in zip(correlations, overlaps, strict=True)]
+    rows = []
+    for correlation, overlap in zip(correlations, overlaps, strict=True):
+        rows.append({"pearson": correlation, "iou": overlap})
+    return rows
 
 # %% ../../nbs/lib/60_metrics.likeness.ipynb #7b84558b
 def fixed_batch(
@@ -127,7 +142,13 @@ def fixed_batch(
 ) -> tuple[Tensor, Tensor]:
     "Return `(x, y)`: the same random images of a split at every call."
     num_images = min(images, len(data.split(split)))
-    loader = data.loader(split, num_images, seed=seed, shuffle=True, device=device)
+    loader = data.loader(
+        split,
+        num_images,
+        seed=seed,
+        shuffle=True,
+        device=device,
+    )
     return next(iter(loader))
 
 # %% ../../nbs/lib/60_metrics.likeness.ipynb #caaac7aa
@@ -302,7 +323,8 @@ def stm(
     def measure() -> float:
         student_matrices = similarity_matrices(student, x, student_names, normalise)
         table = mismatch_table(student_matrices, reference_matrices, chosen)
-        return apply_log(mean(row["mse"] for row in table), log)
+        mean_mismatch = mean(row["mse"] for row in table)
+        return apply_log(mean_mismatch, log)
 
     return measure
 
@@ -353,8 +375,10 @@ def attention(
     def measure() -> dict[str, float]:
         columns = {}
         for (layer, t), row in mean_attention(distiller, x, y).items():
+            step = t + 1
             for teacher_layer, weight in row.items():
-                columns[f"{layer}_{t + 1}_{teacher_layer}"] = weight
+                column = f"{layer}_{step}_{teacher_layer}"
+                columns[column] = weight
         return columns
 
     return measure
@@ -388,10 +412,13 @@ def maps(
     def measure() -> dict[str, float]:
         with eval_mode(student):
             _, spikes = observe(student, x, (layer,))
-        found = compare_maps(*same_size(sam(spikes[layer]), targets))
+        student_map, target_map = same_size(sam(spikes[layer]), targets)
+        found = compare_maps(student_map, target_map)
+        correlations = [row["pearson"] for row in found]
+        overlaps = [row["iou"] for row in found]
         return {
-            "pearson": mean(row["pearson"] for row in found),
-            "iou": mean(row["iou"] for row in found),
+            "pearson": mean(correlations),
+            "iou": mean(overlaps),
         }
 
     return measure
@@ -419,7 +446,9 @@ def held_out_split(
     split: str | None = None,  # "train", "val" or "test"; None: val where there is one, else test
 ) -> str:
     "Return the name of the split to measure on."
-    return split or ("test" if data.val is None else "val")
+    if split:
+        return split
+    return "test" if data.val is None else "val"
 
 
 def hybrid_accuracies(
@@ -438,12 +467,17 @@ def hybrid_accuracies(
     with eval_mode(distiller):
         for x, y in data.loader(split, batch_size, shuffle=False, device=device):
             logits, features = observe(distiller.student, x, method.student_features)
+            rates = mean_rates(features)
             answers = {"S": mean_logits(logits)}
-            answers |= method.hybrids(mean_rates(features), untrained=untrained)
+            answers |= method.hybrids(rates, untrained=untrained)
             for name, answer in answers.items():
-                correct[name] = correct.get(name, 0) + (answer.argmax(-1) == y).sum()
+                is_correct = answer.argmax(-1) == y
+                correct[name] = correct.get(name, 0) + is_correct.sum()
             num_images += len(y)
-    return {name: 100 * float(count) / max(num_images, 1) for name, count in correct.items()}
+    accuracies = {}
+    for name, count in correct.items():
+        accuracies[name] = 100 * float(count) / max(num_images, 1)
+    return accuracies
 
 
 @register_probe("accuracy of ESKD's hybrid models, and of the student, on held-out images")
@@ -472,15 +506,19 @@ def hybrid_cosines(
     "Measure the mean cosine of adapted student features and teacher features. Source: ESKD 4.4."
     method_hybrids: Any = find_eskd(distiller, "this").hybrids
     branches = method_hybrids.branches
+    student_stages = [branch.student for branch in branches]
+    teacher_stages = [branch.teacher for branch in branches]
     with eval_mode(distiller), frozen(method_hybrids.teacher):
-        _, student_features = observe(distiller.student, x, [b.student for b in branches])
-        _, teacher_features = observe(method_hybrids.teacher, x, [b.teacher for b in branches])
-        adapted = method_hybrids.adapted(mean_rates(student_features), untrained=untrained)
+        _, student_features = observe(distiller.student, x, student_stages)
+        _, teacher_features = observe(method_hybrids.teacher, x, teacher_stages)
+        rates = mean_rates(student_features)
+        adapted = method_hybrids.adapted(rates, untrained=untrained)
     found = {}
     for branch in branches:
         a = adapted[branch.name].flatten(1)
         b = teacher_features[branch.teacher].flatten(1)
-        found[branch.name] = F.cosine_similarity(a, b).mean().item()
+        cosines = F.cosine_similarity(a, b)
+        found[branch.name] = cosines.mean().item()
     return found
 
 
@@ -514,14 +552,17 @@ def decisions_over_time(
     if logits.dim() == 2:
         return logits[None]
     num_steps = torch.arange(1, len(logits) + 1, device=logits.device)
-    return logits.cumsum(0) / num_steps.view(-1, 1, 1)
+    sums = logits.cumsum(0)
+    return sums / num_steps.view(-1, 1, 1)
 
 
 def _sample_classes(decisions: Tensor, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    probs = decisions.softmax(-1).flatten(0, 1).cpu()
-    drawn = torch.multinomial(probs, 1, generator=generator)
-    return drawn.view(decisions.shape[:2]).to(decisions.device)
+    probs = decisions.softmax(-1).flatten(0, 1)
+    # the generator is on the CPU
+    drawn = torch.multinomial(probs.cpu(), 1, generator=generator)
+    classes = drawn.view(decisions.shape[:2])
+    return classes.to(decisions.device)
 
 
 def one_hot_targets(
@@ -567,8 +608,11 @@ def trained_parameters(
 
 
 def _sum_of_squares(grads: Iterable[Tensor]) -> Tensor:
-    squares = [g.square().sum() for g in grads]
-    return sum(squares[1:], start=squares[0])
+    squares = []
+    for gradient in grads:
+        squares.append(gradient.square().sum())
+    first, *others = squares
+    return sum(others, start=first)
 
 
 def _image(x: Tensor, i: int) -> Tensor:
@@ -588,12 +632,20 @@ def squared_norms_loop(
     rows = []
     with eval_mode(model), torch.enable_grad():
         for i in range(targets.shape[1]):
-            decisions = decisions_over_time(model(_image(x, i)))[:, 0]
-            log_probs = (decisions.log_softmax(-1) * targets[:, i]).sum(-1)
+            logits = model(_image(x, i))
+            decisions = decisions_over_time(logits)[:, 0]
+            weighted = decisions.log_softmax(-1) * targets[:, i]
+            log_probs = weighted.sum(-1)
             by_step = []
             for log_prob in log_probs:
-                grads = torch.autograd.grad(log_prob, weights, retain_graph=True, allow_unused=True)
-                by_step.append(_sum_of_squares(g.detach() for g in grads if g is not None))
+                grads = torch.autograd.grad(
+                    log_prob,
+                    weights,
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+                used = [g.detach() for g in grads if g is not None]
+                by_step.append(_sum_of_squares(used))
             rows.append(torch.stack(by_step))
     return torch.stack(rows)
 
@@ -604,7 +656,8 @@ class Composable(LIF):
     def forward(self, x: Tensor, static: bool = False) -> Tensor:
         by_step = x.expand(self.T, *x.shape) if static else x.unflatten(0, (self.T, -1))
         spikes = list(self.spikes(by_step))
-        return torch.stack(spikes).flatten(0, 1)
+        stacked = torch.stack(spikes)
+        return stacked.flatten(0, 1)
 
     def spikes(self, inputs: Tensor) -> Iterator[Tensor]:
         "Yield the spikes of one step after another; the equations are those of `kernels.lif`."
@@ -614,11 +667,19 @@ class Composable(LIF):
         for x in inputs:
             m = self.decay * v + gain * x + (1 - self.decay) * rest
             over = m - self.v_threshold
-            fired = (over > 0 if self.strict else over >= 0).to(m.dtype)
+            is_firing = over > 0 if self.strict else over >= 0
+            fired = is_firing.to(m.dtype)
+            # `zero` is 0, and its derivative is that of `over`
+            zero = over - over.detach()
             slope = self.surrogate(over.detach()).detach()
-            s = fired + slope * (over - over.detach())
+            s = fired + slope * zero
             r = fired if self.detach_reset else s
-            v = m - r * self.v_threshold if is_soft else (1 - r) * m + r * self.v_reset
+            if is_soft:
+                lost = r * self.v_threshold
+                v = m - lost
+            else:
+                kept = (1 - r) * m
+                v = kept + r * self.v_reset
             yield s
 
 
@@ -662,9 +723,11 @@ def squared_norms(
 
     def squared_norms_of_image(image: Tensor, target: Tensor) -> Tensor:
         def log_probs(w: dict[str, Tensor]) -> Tensor:
-            logits = functional_call(net, (w, constants), (image.unsqueeze(batch_dim),))
+            batch = image.unsqueeze(batch_dim)
+            logits = functional_call(net, (w, constants), (batch,))
             decisions = decisions_over_time(logits)[:, 0]
-            return (decisions.log_softmax(-1) * target).sum(-1)
+            weighted = decisions.log_softmax(-1) * target
+            return weighted.sum(-1)
 
         _, pull_back = vjp(log_probs, weights)  # type: ignore[misc]
         by_step = []
@@ -673,10 +736,12 @@ def squared_norms(
             by_step.append(_sum_of_squares(grads.values()))
         return torch.stack(by_step)
 
-    num_weights = sum(w.numel() for w in weights.values())
-    chunk = chunk or max(1, MAX_GRADIENT_NUMBERS // num_weights)
+    if not chunk:
+        num_weights = sum(w.numel() for w in weights.values())
+        chunk = max(1, MAX_GRADIENT_NUMBERS // num_weights)
     with IgnoreMemoryFormat():
-        return vmap(squared_norms_of_image, (batch_dim, 1), chunk_size=chunk)(x, targets)
+        of_batch = vmap(squared_norms_of_image, (batch_dim, 1), chunk_size=chunk)
+        return of_batch(x, targets)
 
 # %% ../../nbs/lib/60_metrics.likeness.ipynb #a498774a
 WAYS = ("auto", "func", "loop")
@@ -736,8 +801,11 @@ def fisher(
     x, y = fixed_batch(data, images, split, device=next(student.parameters()).device)
 
     def measure() -> dict[str, float]:
-        by_step = temporal_fisher(student, x, y, labels, how).tolist()
-        return {str(t + 1): value for t, value in enumerate(by_step)}
+        by_step = temporal_fisher(student, x, y, labels, how)
+        columns = {}
+        for step, value in enumerate(by_step.tolist(), 1):
+            columns[str(step)] = value
+        return columns
 
     return measure
 

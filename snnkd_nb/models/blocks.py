@@ -76,12 +76,14 @@ class Chain(nn.Sequential):
         modules = [*self] if then is None else [*self, then]
         i = 0
         while i < len(modules):
+            module = modules[i]
+            # the pair of a BatchNorm and a neuron has a fast implementation
             following = modules[i + 1] if i + 1 < len(modules) else None
-            if isinstance(modules[i], nn.BatchNorm2d) and is_plain_lif(following):
-                x = norm_act(modules[i], modules[i + 1], x)
+            if isinstance(module, nn.BatchNorm2d) and is_plain_lif(following):
+                x = norm_act(module, modules[i + 1], x)
                 i += 2
             else:
-                x = modules[i](x)
+                x = module(x)
                 i += 1
         return x
 
@@ -104,7 +106,9 @@ def repeat_time(
     if isinstance(y, Rate):
         return y.with_steps()
     b, c, h, w = y.shape
-    repeated = y.permute(0, 2, 3, 1).expand(T, b, h, w, c).reshape(T * b, h, w, c)
+    channels_last = y.permute(0, 2, 3, 1)
+    repeated = channels_last.expand(T, b, h, w, c)
+    repeated = repeated.reshape(T * b, h, w, c)
     return repeated.permute(0, 3, 1, 2)
 
 
@@ -127,7 +131,15 @@ class Conv2d(nn.Conv2d):
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.padding_mode != "zeros" or not isinstance(x, Tensor):
             return super()._conv_forward(x, weight, bias)
-        return conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return conv2d(
+            x,
+            weight,
+            bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+        )
 
 
 class Pointwise(Conv2d):
@@ -142,8 +154,12 @@ def scale_channels(
     width: float,  # the width factor
 ) -> int:
     "Return the channels of a network `width` times as wide, at least one."
-    require(0 < width < float("inf"), f"factor {width!r} of width or depth: give a number above 0")
-    return max(1, round(channels * width))
+    require(
+        0 < width < float("inf"),
+        f"factor {width!r} of width or depth: give a number above 0",
+    )
+    scaled = round(channels * width)
+    return max(1, scaled)
 
 
 class Stem(nn.Module):
@@ -160,9 +176,11 @@ class Stem(nn.Module):
         x: Tensor,  # (T·B, C, H, W), or (B, C, H, W) with `repeat`
         repeat: int | None = None,  # time steps in which the same images are seen
     ) -> Tensor:
+        y = self.conv(x)
         if repeat is None:
-            return norm_act(self.bn, self.act, self.conv(x))
-        return fire_static(self.act, self.bn(self.conv(x)), repeat)
+            return norm_act(self.bn, self.act, y)
+        y = self.bn(y)
+        return fire_static(self.act, y, repeat)
 
 # %% ../../nbs/lib/34_models.blocks.ipynb #9b04e52f
 def shortcut(
@@ -210,8 +228,11 @@ class BasicBlock(nn.Module):
         self.act2 = (last or act)()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = norm_act(self.bn1, self.act1, self.conv1(x))
-        return norm_act(self.bn2, self.act2, self.conv2(y), self.shortcut(x))
+        y = self.conv1(x)
+        y = norm_act(self.bn1, self.act1, y)
+        y = self.conv2(y)
+        residual = self.shortcut(x)
+        return norm_act(self.bn2, self.act2, y, residual)
 
 # %% ../../nbs/lib/34_models.blocks.ipynb #944bb7ec
 class Bottleneck(nn.Module):
@@ -243,9 +264,13 @@ class Bottleneck(nn.Module):
         self.act3 = (last or act)()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = norm_act(self.bn1, self.act1, self.conv1(x))
-        y = norm_act(self.bn2, self.act2, self.conv2(y))
-        return norm_act(self.bn3, self.act3, self.conv3(y), self.shortcut(x))
+        y = self.conv1(x)
+        y = norm_act(self.bn1, self.act1, y)
+        y = self.conv2(y)
+        y = norm_act(self.bn2, self.act2, y)
+        y = self.conv3(y)
+        residual = self.shortcut(x)
+        return norm_act(self.bn3, self.act3, y, residual)
 
 # %% ../../nbs/lib/34_models.blocks.ipynb #18b63d0a
 def linear_head(
@@ -346,17 +371,21 @@ def image_edges(
 ) -> tuple[int, int]:
     "Return height and width in pixels; raises `UserError` for anything else."
     edges = image_size if isinstance(image_size, (list, tuple)) else (image_size, image_size)
-    are_valid = len(edges) == 2 and all(type(edge) is int and edge >= 1 for edge in edges)
+    are_whole = all(type(edge) is int and edge >= 1 for edge in edges)
     require(
-        are_valid,
+        are_whole and len(edges) == 2,
         f"image_size = {image_size!r}: give a whole number of at least 1, or (height, width)",
     )
-    return edges[0], edges[1]
+    height, width = edges
+    return height, width
 
 
 def global_pooling() -> nn.Sequential:
     "Return global average pooling to a vector."
-    return nn.Sequential(OrderedDict(mean=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten()))
+    parts: OrderedDict[str, nn.Module] = OrderedDict()
+    parts["mean"] = nn.AdaptiveAvgPool2d(1)
+    parts["flat"] = nn.Flatten()
+    return nn.Sequential(parts)
 
 
 def norm_pooling(
@@ -395,7 +424,8 @@ class Net(nn.Module):
         self.T = T
         self.image_size = image_size
         self.in_channels = stem.conv.in_channels
-        self.stage_names = ("stem", *(f"stage{i}" for i in range(1, len(stages) + 1)))
+        numbers = range(1, len(stages) + 1)
+        self.stage_names = ("stem", *(f"stage{i}" for i in numbers))
         for name, stage in zip(self.stage_names, (stem, *stages)):
             self.add_module(name, stage)
         self.pool = pool or global_pooling()
@@ -426,6 +456,7 @@ class Net(nn.Module):
             return self.run_stages(images, static, features)
         assert self.T is not None  # `check_rates` refuses an ANN
         with explain_errors():
+            # without a name, so that the input can be freed after the stem
             return self.run_stages(rate_of_input(images, self.T, static), static, features)
 
     def run_stages(self, h: Any, static: bool, features: bool) -> Any:
@@ -433,14 +464,20 @@ class Net(nn.Module):
 
         `static`: `h` is the same in every step.
         """
-        h = self.stem(h, self.T if static else None)
-        found = {"stem": self.unfold(h)} if features else {}
+        repeat = self.T if static else None
+        h = self.stem(h, repeat)
+        found: dict[str, Any] = {}
+        if features:
+            found["stem"] = self.unfold(h)
         for name in self.stage_names[1:]:
-            h = getattr(self, name)(h)
+            run_stage = getattr(self, name)
+            h = run_stage(h)
             if features:
                 found[name] = self.unfold(h)
         logits = self.classify(h)
-        return (logits, found) if features else logits
+        if features:
+            return logits, found
+        return logits
 
     def forward_from(self, stage: str, x: Tensor) -> Tensor:
         """Return the logits from the feature `x` of a stage, in the form that `features=True`
@@ -449,9 +486,13 @@ class Net(nn.Module):
         Raises `UserError` for an unknown stage or another shape.
         """
         self._check_feature(stage, x)
-        h = to_channels_last(x if self.T is None else x.flatten(0, 1))
-        for name in self.stage_names[self.stage_names.index(stage) + 1 :]:
-            h = getattr(self, name)(h)
+        h = x if self.T is None else x.flatten(0, 1)
+        h = to_channels_last(h)
+        position = self.stage_names.index(stage)
+        later_stages = self.stage_names[position + 1 :]
+        for name in later_stages:
+            run_stage = getattr(self, name)
+            h = run_stage(h)
         return self.classify(h)
 
     def _check_feature(self, stage: str, x: Tensor) -> None:
@@ -475,29 +516,40 @@ class Net(nn.Module):
 
     def classify(self, h: Any) -> Tensor:
         "Return the logits from the output of the last stage, (T·B, C, H, W)."
-        return self.unfold(self.head(self.pool(h)))
+        pooled = self.pool(h)
+        logits = self.head(pooled)
+        return self.unfold(logits)
 
     def unfold(self, h: Any) -> Tensor:
         "View (T·B, …) as (T, B, …); an ANN's tensor stays as it is, a `Rate` becomes (1, B, …)."
         if isinstance(h, Rate):
-            return h.out(h.T if self.gradient == "rate-code" else 1)
-        return h if self.T is None else h.unflatten(0, (self.T, -1))
+            num_steps = h.T if self.gradient == "rate-code" else 1
+            return h.out(num_steps)
+        if self.T is None:
+            return h
+        return h.unflatten(0, (self.T, -1))
 
     def feature_shapes(self, image_size: ImageSize | None = None) -> dict[str, tuple[int, ...]]:
         """Return {stage: (C, H, W)} for one image and one step, found by a dry run that changes
         nothing.
         """
-        edges = image_edges(image_size or self.image_size)
+        height, width = image_edges(image_size or self.image_size)
         weight = self.stem.conv.weight
-        shape = (1, self.in_channels, *edges)
+        shape = (1, self.in_channels, height, width)
         blank = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
         with eval_mode(self):
-            found = self(blank, features=True)[1]
-        return {name: tuple(feature.shape[-3:]) for name, feature in found.items()}
+            _, features = self(blank, features=True)
+        shapes = {}
+        for name, feature in features.items():
+            shapes[name] = tuple(feature.shape[-3:])
+        return shapes
 
     def feature_channels(self) -> dict[str, int]:
         "Return {stage: C}."
-        return {name: shape[0] for name, shape in self.feature_shapes().items()}
+        channels = {}
+        for name, shape in self.feature_shapes().items():
+            channels[name] = shape[0]
+        return channels
 
     @functools.cached_property
     def widths(self) -> dict[str, int]:

@@ -141,7 +141,11 @@ _COUNTERS = ("n_averaged", "num_updates")  # of averaged weights
 def _is_state(value: Any) -> bool:
     if not isinstance(value, Mapping) or not value:
         return False
-    return all(torch.is_tensor(v) or k.endswith("_extra_state") for k, v in value.items())
+    for name, item in value.items():
+        is_extra = name.endswith("_extra_state")
+        if not (torch.is_tensor(item) or is_extra):
+            return False
+    return True
 
 
 def _without_wrappers(name: str) -> str:
@@ -178,8 +182,14 @@ def unwrap_state(
 
 def _common_part(names: Iterable[str]) -> str:
     "Return the first part of names, with its dot, if all have the same one; else an empty text."
-    parts = {"".join(name.partition(".")[:2]) for name in names}
-    return parts.pop() if len(parts) == 1 and all("." in part for part in parts) else ""
+    parts = set()
+    for name in names:
+        first, dot, _ = name.partition(".")
+        parts.add(first + dot)
+    if len(parts) != 1:
+        return ""
+    part = parts.pop()
+    return part if part.endswith(".") else ""
 
 
 def match_prefix(
@@ -298,7 +308,9 @@ def read_weights_into(
 
     Raises `UserError`, and the network untouched, if anything does not fit.
     """
-    return load_state(net, read_state(name, sha256), Path(name).name, head)
+    state = read_state(name, sha256)
+    file_name = Path(name).name
+    return load_state(net, state, file_name, head)
 
 # %% ../../nbs/lib/36_models.foreign.ipynb #f8b56f3b
 def with_image_channels(
@@ -434,7 +446,8 @@ LIBRARIES: dict[str, Callable[..., nn.Module]] = {
 
 
 def _downloaded_file(address: str) -> Path:
-    return Path(torch.hub.get_dir(), "checkpoints", address.rpartition("/")[2])
+    _, _, file_name = address.rpartition("/")
+    return Path(torch.hub.get_dir(), "checkpoints", file_name)
 
 
 def _is_timm_file_here(name: str) -> bool:
@@ -572,8 +585,12 @@ def patch_size_for(
     image_size: int,  # pixels per edge
 ) -> int:
     "Return the pixels per edge of a patch."
-    sizes = [p for p in range(1, 17) if image_size % p == 0 and (p == 1 or 14 * p <= image_size)]
-    return max(sizes)
+    largest = 1
+    for size in range(2, 17):
+        divides = image_size % size == 0
+        if divides and 14 * size <= image_size:
+            largest = size
+    return largest
 
 
 @register_model(

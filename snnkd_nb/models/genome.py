@@ -14,7 +14,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,14 +98,17 @@ def parse_genome(
 
 def genome_text(genome: Genome) -> str:
     "Return the one text of an architecture, e.g. for `ModelSpec(args=...)`."
-    return " ".join(str(gene) for gene in parse_genome(genome))
+    genes = parse_genome(genome)
+    return " ".join(map(str, genes))
 
 # %% ../../nbs/lib/42_models.genome.ipynb #76a151ac
 def halvings(
     image_size: ImageSize,  # pixels per edge, or (height, width)
 ) -> int:
     "Return the number of downsample blocks that an image allows."
-    return (min(image_edges(image_size)) - 1).bit_length()
+    shorter_edge = min(image_edges(image_size))
+    # the smallest k with 2**k >= shorter_edge
+    return (shorter_edge - 1).bit_length()
 
 
 def check_genome(
@@ -134,10 +137,15 @@ def fit_genome(
     """
     genes = parse_genome(genome)
     most = halvings(image_size)
-    so_far = accumulate(gene.kind == "d" for gene in genes)
-    return tuple(
-        gene._replace(kind="n") if count > most else gene for gene, count in zip(genes, so_far)
-    )
+    num_downsample = 0
+    fitted = []
+    for gene in genes:
+        if gene.kind == "d":
+            num_downsample += 1
+        if num_downsample > most:
+            gene = gene._replace(kind="n")
+        fitted.append(gene)
+    return tuple(fitted)
 
 # %% ../../nbs/lib/42_models.genome.ipynb #4ce2dc29
 class FirstBlock(BasicBlock):
@@ -158,9 +166,13 @@ class FirstBlock(BasicBlock):
     ) -> Tensor:
         if repeat is None:
             return super().forward(x)
-        spikes = fire_static(self.act1, self.bn1(self.conv1(x)), repeat)
-        residual = repeat_time(self.shortcut(x), repeat)
-        return norm_act(self.bn2, self.act2, self.conv2(spikes), residual)
+        y = self.conv1(x)
+        y = self.bn1(y)
+        spikes = fire_static(self.act1, y, repeat)
+        residual = self.shortcut(x)
+        residual = repeat_time(residual, repeat)
+        y = self.conv2(spikes)
+        return norm_act(self.bn2, self.act2, y, residual)
 
 # %% ../../nbs/lib/42_models.genome.ipynb #255ae1c4
 def set_slopes(
@@ -389,13 +401,15 @@ class Space:
         rng: np.random.Generator,  # the only source of randomness
     ) -> tuple[Gene, ...]:
         "Draw a genome with the probability of equation (2)."
-        n, d = self.splits[rng.integers(len(self.splits))]
-        is_downsample = rng.permutation(n + d) < d
-        channel_indices = rng.integers(len(self.channels), size=n + d)
-        return tuple(
-            Gene("d" if down else "n", self.channels[index])
-            for down, index in zip(is_downsample, channel_indices, strict=True)
-        )
+        num_normal, num_downsample = self.splits[rng.integers(len(self.splits))]
+        num_blocks = num_normal + num_downsample
+        is_downsample = rng.permutation(num_blocks) < num_downsample
+        channel_indices = rng.integers(len(self.channels), size=num_blocks)
+        genes = []
+        for down, index in zip(is_downsample, channel_indices, strict=True):
+            kind = "d" if down else "n"
+            genes.append(Gene(kind, self.channels[index]))
+        return tuple(genes)
 
     def find_violation(
         self,

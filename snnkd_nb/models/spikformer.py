@@ -40,7 +40,8 @@ def keys_first(
     q: Tensor,  # queries, (…, N, d)
 ) -> bool:
     "Tell whether q (kᵀ v) is the cheaper order."
-    return q.shape[-2] > q.shape[-1]
+    num_tokens, num_channels = q.shape[-2:]
+    return num_tokens > num_channels
 
 
 def attend_spikes(
@@ -67,8 +68,10 @@ class Products(nn.Module):
         """
         kt = k.transpose(-2, -1)
         if keys_first(q):
-            return [("kᵀv", kt, v), ("q(kᵀv)", q, kt @ v)]
-        return [("qkᵀ", q, kt), ("(qkᵀ)v", q @ kt, v)]
+            ktv = kt @ v
+            return [("kᵀv", kt, v), ("q(kᵀv)", q, ktv)]
+        qkt = q @ kt
+        return [("qkᵀ", q, kt), ("(qkᵀ)v", qkt, v)]
 
 # %% ../../nbs/lib/41_models.spikformer.ipynb #c1427eda
 def split_heads(
@@ -76,8 +79,10 @@ def split_heads(
     heads: int,  # number of heads
 ) -> Tensor:
     "Return the tokens of each head, (N, heads, H·W, C / heads)."
-    tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
-    return tokens.unflatten(2, (heads, -1)).transpose(1, 2)
+    pixel_rows = x.permute(0, 2, 3, 1)
+    tokens = pixel_rows.flatten(1, 2)
+    of_heads = tokens.unflatten(2, (heads, -1))
+    return of_heads.transpose(1, 2)
 
 
 def join_heads(
@@ -86,7 +91,9 @@ def join_heads(
 ) -> Tensor:
     "Return the map (N, C, H, W), channels_last: the inverse of `split_heads`."
     n, c, h, w = shape
-    return x.transpose(1, 2).reshape(n, h, w, c).permute(0, 3, 1, 2)
+    tokens = x.transpose(1, 2)
+    pixel_rows = tokens.reshape(n, h, w, c)
+    return pixel_rows.permute(0, 3, 1, 2)
 
 # %% ../../nbs/lib/41_models.spikformer.ipynb #f0913614
 class Attention(nn.Module):
@@ -115,11 +122,19 @@ class Attention(nn.Module):
         x: Tensor,  # (T·B, C, H, W)
         then: nn.Module | None = None,  # an activation that follows
     ) -> Tensor:
-        spikes = norm_act(self.qkv_bn, self.qkv_act, self.qkv(x))
-        q, k, v = (split_heads(part, self.heads) for part in spikes.chunk(3, 1))
-        counts = join_heads(self.ssa(q, k, v), x.shape)
-        y = self.proj(self.attn_act(counts))
-        return self.proj_bn(y) if then is None else norm_act(self.proj_bn, then, y)
+        qkv = self.qkv(x)
+        spikes = norm_act(self.qkv_bn, self.qkv_act, qkv)
+        q, k, v = spikes.chunk(3, 1)
+        q = split_heads(q, self.heads)
+        k = split_heads(k, self.heads)
+        v = split_heads(v, self.heads)
+        attended = self.ssa(q, k, v)
+        counts = join_heads(attended, x.shape)
+        y = self.attn_act(counts)
+        y = self.proj(y)
+        if then is None:
+            return self.proj_bn(y)
+        return norm_act(self.proj_bn, then, y)
 
 # %% ../../nbs/lib/41_models.spikformer.ipynb #cbd7f2c2
 class Block(nn.Module):
@@ -150,8 +165,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pre:
-            y = x + self.attn(self.act1(x))
-            return y + self.mlp(self.act2(y))
+            spikes = self.act1(x)
+            y = x + self.attn(spikes)
+            spikes = self.act2(y)
+            return y + self.mlp(spikes)
         y = x + self.attn(x, then=self.act1)
         return y + self.mlp(y, then=self.act2)
 
@@ -178,14 +195,20 @@ class SpikformerStem(Stem):
     """
 
     def __init__(self, c_in: int, dim: int, act: MakeActivation) -> None:
-        super().__init__(c_in, dim // 8, act)
-        self.patch2 = patch(dim // 8, dim // 4, act)
-        self.patch3 = patch(dim // 4, dim // 2, act, pool=True)
-        self.patch4 = patch(dim // 2, dim, act, pool=True)
+        eighth = dim // 8
+        quarter = dim // 4
+        half = dim // 2
+        super().__init__(c_in, eighth, act)
+        self.patch2 = patch(eighth, quarter, act)
+        self.patch3 = patch(quarter, half, act, pool=True)
+        self.patch4 = patch(half, dim, act, pool=True)
         self.position = patch(dim, dim, act)
 
     def forward(self, x: Tensor, repeat: int | None = None) -> Tensor:
-        y = self.patch4(self.patch3(self.patch2(super().forward(x, repeat))))
+        y = super().forward(x, repeat)
+        y = self.patch2(y)
+        y = self.patch3(y)
+        y = self.patch4(y)
         return y + self.position(y)
 
 
@@ -208,7 +231,8 @@ class SpikingformerStem(Stem):
         self.patches = Chain(parts)
 
     def forward(self, x: Tensor, repeat: int | None = None) -> Tensor:
-        return self.patches(super().forward(x, repeat))
+        y = super().forward(x, repeat)
+        return self.patches(y)
 
 # %% ../../nbs/lib/41_models.spikformer.ipynb #a5f14e0c
 def token_width(
@@ -298,7 +322,13 @@ def spikformer(blocks: int = 4, dim: int = 384, heads: int = 12, **common: Any) 
 
     Published with neuron="spikformer".
     """
-    return transformer(SpikformerStem, blocks, dim, heads, **common)
+    return transformer(
+        SpikformerStem,
+        blocks,
+        dim,
+        heads,
+        **common,
+    )
 
 
 @register_model(
@@ -309,7 +339,13 @@ def spikingformer(blocks: int = 4, dim: int = 256, heads: int = 8, **common: Any
 
     Published with neuron="spikformer".
     """
-    return transformer(SpikingformerStem, blocks, dim, heads, **common)
+    return transformer(
+        SpikingformerStem,
+        blocks,
+        dim,
+        heads,
+        **common,
+    )
 
 # %% ../../nbs/lib/41_models.spikformer.ipynb #45595b59
 __getattr__ = renamed(

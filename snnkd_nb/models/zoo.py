@@ -10,6 +10,7 @@ __all__ = ['COMMON_OPTIONS', 'FILE_OPTIONS', 'BARS', 'list_models', 'is_foreign'
 # %% ../../nbs/lib/44_models.zoo.ipynb #f2ea4621
 import fnmatch
 import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -141,8 +142,11 @@ COMMON_OPTIONS = (
 
 
 def _check_count(name: str, value: Any) -> None:
-    valid = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    require(valid, f"{name} = {value!r}: give a whole number of at least 1")
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    require(
+        is_whole and value >= 1,
+        f"{name} = {value!r}: give a whole number of at least 1",
+    )
 
 
 def _check_sizes(
@@ -197,10 +201,14 @@ def _load_file(
     state = read_state(weights, sha256)
     if net is not model and all(name.startswith("net.") for name in state):
         state = {name.removeprefix("net."): value for name, value in state.items()}
-    channels: Any = model.in_channels
-    shape = (channels, *image_edges(model.image_size))
-    path = "head" if head is False and hasattr(net, "head") else None
-    load_state(net, state, str(weights), path or head_to_skip(net, head, num_classes, shape))
+    path: str | None
+    if head is False and hasattr(net, "head"):
+        path = "head"
+    else:
+        height, width = image_edges(model.image_size)
+        shape: Any = (model.in_channels, height, width)
+        path = head_to_skip(net, head, num_classes, shape)
+    load_state(net, state, str(weights), path)
 
 
 # options of several models that are factors or counts
@@ -279,7 +287,8 @@ def parameters(
     model: nn.Module,
 ) -> int:
     "Return the number of parameters."
-    return sum(parameter.numel() for parameter in model.parameters())
+    numbers = [parameter.numel() for parameter in model.parameters()]
+    return sum(numbers)
 
 
 def _ann_and_snn(name: str, num_classes: int, **arguments: Any) -> dict[str, Any]:
@@ -332,8 +341,12 @@ def sparkline(
 ) -> str:
     "Return one bar per value; the largest value has the highest bar."
     highest = max(values)
-    heights = [-(-len(BARS) * value // highest) for value in values]
-    return "".join(BARS[max(0, int(height) - 1)] for height in heights)
+    bars = []
+    for value in values:
+        height = math.ceil(len(BARS) * value / highest)
+        index = max(0, height - 1)
+        bars.append(BARS[index])
+    return "".join(bars)
 
 # %% ../../nbs/lib/44_models.zoo.ipynb #7c7b00a1
 def describe_shapes(
