@@ -448,6 +448,22 @@ class History(list):
         kept |= {self._best_index("test_acc"), self._best_index("val_acc")}
         return sorted(kept)
 
+    def _column_names(self) -> list[str]:
+        """List the keys of all rows.
+
+        A key that begins later has the place that it has in its row, so that the terms of the loss
+        stay between `loss` and `train_acc`."""
+        names: list[str] = []
+        for row in self:
+            position = 0
+            for name in row:
+                if name in names:
+                    position = names.index(name) + 1
+                else:
+                    names.insert(position, name)
+                    position += 1
+        return names
+
     @renamed_arguments(most="max_rows")
     def columns(
         self,
@@ -458,12 +474,9 @@ class History(list):
         Of more than `max_rows` epochs it keeps every n-th, the best ones and up to ten last
         ones. A number that an epoch does not have, such as a term of the loss that begins later,
         is None."""
-        names: dict[str, None] = {}  # as a dict, because a set has no order
-        for row in self:
-            names |= dict.fromkeys(row)
         rows = [self[index] for index in self._kept_indices(max_rows)]
         columns = {}
-        for name in names:
+        for name in self._column_names():
             columns[name] = [_round_number(row.get(name)) for row in rows]
         return columns
 
