@@ -137,13 +137,16 @@ def _import(name: str) -> ModuleType:
 
 def _trace(module: nn.Module, shape: Sequence[int]) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=1)
+    any_batch = ({0: batch},)
     example = torch.zeros(2, *shape)
     with torch.no_grad(), _quiet():
-        return torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
+        return torch.export.export(module, (example,), dynamic_shapes=any_batch)
 
 
 def _run_torch_file(path: Path, images: Tensor) -> Tensor:
-    return torch.export.load(path).module()(images)
+    program = torch.export.load(path)
+    network = program.module()
+    return network(images)
 
 
 def _run_onnx_file(path: Path, images: Tensor) -> Tensor:
@@ -340,7 +343,8 @@ def fold_norm(
     scale = (norm.running_var + norm.eps).rsqrt()
     shift = -norm.running_mean * scale
     if norm.affine:
-        scale, shift = scale * norm.weight, shift * norm.weight + norm.bias
+        shift = shift * norm.weight + norm.bias
+        scale = scale * norm.weight
     folded.weight = nn.Parameter(weight * scale[:, None, None, None])
     folded.bias = nn.Parameter(bias * scale + shift)
     return folded.requires_grad_(False)
@@ -372,7 +376,8 @@ def _fold_norms(layers: Sequence[_Layer], outputs: tuple[str, ...]) -> list[_Lay
 
 
 def _array(values: Tensor) -> np.ndarray:
-    return values.detach().float().contiguous().numpy()
+    numbers = values.detach().float()
+    return numbers.contiguous().numpy()
 
 
 def _neuron_node(nir: Any, neuron: LIF, name: str, shape: tuple[int, ...]) -> Any:

@@ -57,14 +57,17 @@ def module_of(
     page: Path,  # a library notebook, e.g. nbs/lib/50_losses.sastc.ipynb
 ) -> str:
     "Return the module that a library page is exported to, e.g. `losses.sastc`."
-    return page.stem.split("_", 1)[1]
+    _, module = page.stem.split("_", 1)
+    return module
 
 
 def subject_of(
     module: str,  # e.g. "losses.sastc"
 ) -> str:
     "Return the subject of a module, one of the values of `SUBJECTS`."
-    package = module.partition(".")[0] if "." in module else ""
+    package, dot, _ = module.partition(".")
+    if not dot:
+        return SUBJECTS[""]
     return SUBJECTS.get(package, SUBJECTS[""])
 
 
@@ -72,7 +75,8 @@ def subject_of(
 def library_pages() -> dict[str, Path]:
     "Return module -> notebook of all library pages, in the order of their numbers."
     folder = root() / "nbs" / "lib"
-    return {module_of(page): page for page in sorted(folder.glob("*.ipynb"))}
+    pages = sorted(folder.glob("*.ipynb"))
+    return {module_of(page): page for page in pages}
 
 # %% ../../nbs/lib/96_runner.book.ipynb #2c4d0747
 def link_modules(
@@ -113,10 +117,11 @@ def stored_scale(
     artefact: Artefact,
 ) -> str | None:
     "Return the largest scale at which a table or figure is stored; None if there is none."
-    for scale in reversed(SCALES):
-        table = root() / "results" / "tables" / f"{artefact.id}-{scale}.md"
-        figure = root() / "figures" / f"{artefact.id}-{scale}.png"
-        if scale != SCALES[0] and (table.is_file() or figure.is_file()):
+    for scale in reversed(SCALES[1:]):
+        name = f"{artefact.id}-{scale}"
+        table = root() / "results" / "tables" / f"{name}.md"
+        figure = root() / "figures" / f"{name}.png"
+        if table.is_file() or figure.is_file():
             return scale
     return None
 
@@ -144,12 +149,14 @@ def result_page(
     scale: str,  # a scale at which it is stored
 ) -> str:
     "Return the page of an artefact's result as Markdown: table, figure, runs."
-    table = root() / "results" / "tables" / f"{artefact.id}-{scale}.md"
-    figure = root() / "figures" / f"{artefact.id}-{scale}.png"
+    name = f"{artefact.id}-{scale}"
+    table = root() / "results" / "tables" / f"{name}.md"
+    figure = root() / "figures" / f"{name}.png"
     title = f"# {artefact.id}: {artefact.where}, {scale} scale"
-    parts = [title, artefact.shows, f"Notebook: [{artefact.id}](../../{artefact.notebook})"]
+    notebook = f"Notebook: [{artefact.id}](../../{artefact.notebook})"
+    parts = [title, artefact.shows, notebook]
     if figure.is_file():
-        parts.append(f"![{artefact.shows}](../../figures/{artefact.id}-{scale}.png)")
+        parts.append(f"![{artefact.shows}](../../figures/{name}.png)")
     if table.is_file():
         text = table.read_text(encoding="utf-8")
         parts.append(text.partition("\n")[2].strip())
@@ -167,7 +174,9 @@ def _runs_section(table: Path) -> str:
         links = [f"[{name}](../runs/{name}.json)" for name in stored]
         if links:
             lines.append(f"- {label}: {', '.join(links)}")
-    return "\n".join(["## Runs", "", *lines]) if lines else ""
+    if not lines:
+        return ""
+    return "\n".join(["## Runs", "", *lines])
 
 # %% ../../nbs/lib/96_runner.book.ipynb #d4032d24
 CONFIG = """
@@ -240,7 +249,8 @@ def setup(
     "Let Sphinx show docstrings and comments of parameters as they are meant."
 
     def rewrite(app: Any, kind: str, name: str, found: Any, options: Any, lines: list) -> None:
-        lines[:] = escape_for_sphinx("\n".join(lines)).splitlines()
+        escaped = escape_for_sphinx("\n".join(lines))
+        lines[:] = escaped.splitlines()
         if kind in ("function", "method", "class"):
             function = found.__init__ if kind == "class" else found
             lines += ["", *parameter_lines(function)]
@@ -288,8 +298,9 @@ def _write(path: Path, text: str) -> None:
 
 def _contents(title: str, pages: Sequence[str], intro: str = "") -> str:
     "Return a page that lists other pages."
-    lines = [f"# {title}", "", intro, "", "```{toctree}", ":maxdepth: 1", "", *pages, "```", ""]
-    return "\n".join(lines)
+    head = [f"# {title}", "", intro, ""]
+    tree = ["```{toctree}", ":maxdepth: 1", "", *pages, "```", ""]
+    return "\n".join([*head, *tree])
 
 # %% ../../nbs/lib/96_runner.book.ipynb #e6a0857d
 def _write_library(source: Path) -> Chapter:

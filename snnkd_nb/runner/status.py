@@ -41,9 +41,11 @@ def rendered_path(key: str, scale: str) -> Path:
 def list_products(key: str, scale: str) -> list[str]:
     """List the table and figure files of an artefact that exist, as paths relative to `results`."""
     paper, name = key.split("/")
-    paths = [f"tables/{paper}/{name}-{scale}.md", f"../figures/{paper}/{name}-{scale}.png"]
+    table = f"tables/{paper}/{name}-{scale}.md"
+    figure = f"../figures/{paper}/{name}"
+    paths = [table, f"{figure}-{scale}.png"]
     if scale in SCALES[:2]:  # figures that do not depend on the scale belong to smoke and small
-        paths.append(f"../figures/{paper}/{name}.png")
+        paths.append(f"{figure}.png")
     results = root() / "results"
     return [path for path in paths if (results / path).exists()]
 
@@ -130,7 +132,8 @@ def list_rows(
 ) -> list[Row]:
     """Return the states of the artefacts that match; raise `UserError` for an unknown scale."""
     check_scale(scale)
-    stored_ids = set((store or Store()).ids())
+    store = store or Store()
+    stored_ids = set(store.ids())
     return [make_row(found, scale, stored_ids) for found in match(patterns)]
 
 # %% ../../nbs/lib/84_runner.status.ipynb #5245566c
@@ -181,8 +184,11 @@ def _format_paper(paper: str, rows_by_scale: Mapping[str, Mapping[str, Row]]) ->
 
 
 def _format_verdicts(paper: str, scales: Sequence[str]) -> str:
-    verdicts = count_verdicts(paper, scales).replace("\n", "; ")
-    return f"Verdicts at {verdicts}.\n\n" if verdicts else ""
+    verdicts = count_verdicts(paper, scales)
+    if not verdicts:
+        return ""
+    one_line = verdicts.replace("\n", "; ")
+    return f"Verdicts at {one_line}.\n\n"
 
 
 _HEAD = (
@@ -224,16 +230,22 @@ def write_status(store: Store | None = None, scale: str | None = None) -> Path:
 
     Returns the path of the page that shows `scale`.
     """
+    folder = root() / "results"
+    smoke = SCALES[0]
     pages = {"smoke.md": status_text(store, SCALES[:1]), "README.md": status_text(store)}
     for name, text in pages.items():
-        path = root() / "results" / name
+        path = folder / name
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             atomic_write(path, text)
-    return root() / "results" / ("smoke.md" if scale == SCALES[0] else "README.md")
+    if scale == smoke:
+        return folder / "smoke.md"
+    return folder / "README.md"
 
 # %% ../../nbs/lib/84_runner.status.ipynb #194afc41
 def _verb(plural: str, number: int) -> str:
-    return f"{plural}s" if number == 1 else plural
+    if number == 1:
+        return f"{plural}s"
+    return plural
 
 
 def status_line(
@@ -275,8 +287,9 @@ def adapt_links(text: str, top: Path | str) -> str:
     def adapt(found: re.Match[str]) -> str:
         start, link = found.groups()
         path = os.path.normpath(os.path.join("nbs", link))
+        target = Path(top) / path
         is_address = re.match(r"[a-z]+:", link)
-        if is_address or not (Path(top) / path).exists():
+        if is_address or not target.exists():
             return start + link
         return start + path
 
@@ -284,7 +297,9 @@ def adapt_links(text: str, top: Path | str) -> str:
 
 # %% ../../nbs/lib/84_runner.status.ipynb #0116a226
 def _join_lines(text: str | list[str]) -> str:
-    return text if isinstance(text, str) else "".join(text)
+    if isinstance(text, str):
+        return text
+    return "".join(text)
 
 
 def _printed_text(output: Mapping[str, Any]) -> str:
@@ -319,9 +334,11 @@ def _blocks_of(cell: Mapping[str, Any], top: Path) -> list[str]:
 
 def readme_text(notebook: Path | str) -> str:
     """Return the front page, a notebook in `nbs/`, as Markdown."""
-    top = Path(notebook).parent.parent
+    path = Path(notebook)
+    top = path.parent.parent
+    content = json.loads(path.read_text(encoding="utf-8"))
     blocks = ["<!-- made from nbs/index.ipynb by `snnkd readme`; edit that -->"]
-    for cell in json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]:
+    for cell in content["cells"]:
         blocks += [block for block in _blocks_of(cell, top) if block]
     return "\n\n".join(blocks) + "\n"
 

@@ -33,7 +33,8 @@ def density(
     activation: Tensor,  # any shape
 ) -> float:
     "Compute the fraction of values that are not zero. Source: DSAS eq. 1."
-    return activation.count_nonzero().item() / activation.numel()
+    num_active = activation.count_nonzero().item()
+    return num_active / activation.numel()
 
 # %% ../../nbs/lib/64_search.similarity.ipynb #f4d000ce
 def sort_values(
@@ -226,7 +227,9 @@ def steadiness(
     low = vector.min()
     high = vector.max()
     scaled = (vector - low) / (high - low + eps)
-    return (scaled.mean() / (scaled.std(correction=0) + eps)).item()
+    mean = scaled.mean()
+    deviation = scaled.std(correction=0)
+    return (mean / (deviation + eps)).item()
 
 
 def compute_slopes(
@@ -282,7 +285,8 @@ def channel_matrices(
 def _scale_gradient(gradient: Tensor) -> Tensor:
     # Gradients can be so small that their products would underflow.
     gradient = gradient.double()
-    return gradient / gradient.abs().max().clamp(min=1e-300)
+    largest = gradient.abs().max()
+    return gradient / largest.clamp(min=1e-300)
 
 
 def tgs(
@@ -327,14 +331,16 @@ def spike_kernel(
     column_rate = rate[:, None, :]
     chance = row_rate * (1 - column_rate) + (1 - row_rate) * column_rate
     expected = 2 * torch.where(chance > 0, chance, 1)
-    return (num_neurons - distance / expected).sum(0)
+    agreement = num_neurons - distance / expected
+    return agreement.sum(0)
 
 
 def log_determinant(
     kernel: Tensor,  # (B, B)
 ) -> float:
     "Compute log |det K|; it is -∞ if two images cannot be told apart."
-    return torch.linalg.slogdet(kernel.double()).logabsdet.item()
+    determinant = torch.linalg.slogdet(kernel.double())
+    return determinant.logabsdet.item()
 
 # %% ../../nbs/lib/64_search.similarity.ipynb #7e81b88e
 __getattr__ = renamed(
