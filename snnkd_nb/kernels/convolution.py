@@ -28,7 +28,6 @@ import torch
 from llvmlite import ir
 from numba import carray, njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from ..core import UserError, renamed
 from snnkd_nb.kernels.flat import (
@@ -36,6 +35,7 @@ from snnkd_nb.kernels.flat import (
     NUMBERS_PER_THREAD,
     STRICT_MATH,
     ZERO,
+    Record,
     as_pointer,
     compile_c_function,
     load_number,
@@ -44,6 +44,7 @@ from snnkd_nb.kernels.flat import (
     team_size,
     worker_of,
 )
+from .vector import Emission, intrinsic
 
 # %% ../../nbs/lib/23_kernels.convolution.ipynb #5e4ba0dc
 def vector_width() -> int:
@@ -76,12 +77,14 @@ def int64(value: int) -> ir.Constant:
 
 def emit_load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, align: int) -> ir.Value:
     """Emit a load of a value of type `kind`."""
-    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
+    pointer = builder.inttoptr(address, kind.as_pointer())
+    return builder.load(pointer, align=align)
 
 
 def emit_store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
     """Emit a store of a vector."""
-    builder.store(value, builder.inttoptr(address, VECTOR.as_pointer()), align=4)
+    pointer = builder.inttoptr(address, VECTOR.as_pointer())
+    builder.store(value, pointer, align=4)
 
 # %% ../../nbs/lib/23_kernels.convolution.ipynb #fe31c36d
 def emit_step(
@@ -94,19 +97,24 @@ def emit_step(
     vectors: int,
 ) -> None:
     """Emit `sums[i, v] += A[i] * B[v]` for one index of the sum."""
-    lanes = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), [0] * WIDTH)
+    index = ir.IntType(32)
+    first_lane = ir.Constant(index, 0)
+    all_first = ir.Constant(ir.VectorType(index, WIDTH), [0] * WIDTH)
     nothing = ir.Constant(VECTOR, ir.Undefined)
     columns = []
     for v in range(vectors):
-        address = builder.add(b, int64(4 * WIDTH * v))
+        offset = int64(4 * WIDTH * v)
+        address = builder.add(b, offset)
         columns.append(emit_load(builder, address, VECTOR, 4))
     for i, source in enumerate(sources):
-        scalar = emit_load(builder, builder.add(source, a), FLOAT, 4)
-        single = builder.insert_element(nothing, scalar, ir.Constant(ir.IntType(32), 0))
-        broadcast = builder.shuffle_vector(single, nothing, lanes)
+        address = builder.add(source, a)
+        scalar = emit_load(builder, address, FLOAT, 4)
+        single = builder.insert_element(nothing, scalar, first_lane)
+        broadcast = builder.shuffle_vector(single, nothing, all_first)
         for v in range(vectors):
             slot = sums[i * vectors + v]
-            value = builder.call(multiply_add, [broadcast, columns[v], builder.load(slot)])
+            before = builder.load(slot)
+            value = builder.call(multiply_add, [broadcast, columns[v], before])
             builder.store(value, slot)
 
 # %% ../../nbs/lib/23_kernels.convolution.ipynb #b600a8a3
@@ -122,58 +130,87 @@ def emit_rows(
 ) -> tuple[list[ir.Value], list[ir.Value]]:
     """Emit the addresses of the rows of A, and of the vectors of C row by row; rows after `last`
     repeat it."""
-    sources, cells = [], []
+    sources = []
+    cells = []
     for i in range(rows):
-        is_inside = builder.icmp_signed("<", int64(i), last)
-        row = builder.select(is_inside, int64(i), last)
-        sources.append(builder.add(a, builder.mul(row, a_row)))
-        target = builder.add(c, builder.mul(row, c_row))
+        number = int64(i)
+        is_inside = builder.icmp_signed("<", number, last)
+        row = builder.select(is_inside, number, last)
+        a_offset = builder.mul(row, a_row)
+        c_offset = builder.mul(row, c_row)
+        sources.append(builder.add(a, a_offset))
+        target = builder.add(c, c_offset)
         for v in range(vectors):
-            cells.append(builder.add(target, int64(4 * WIDTH * v)))
+            offset = int64(4 * WIDTH * v)
+            cells.append(builder.add(target, offset))
     return sources, cells
 
 
 def make_tile_kernel(rows: int, vectors: int) -> Callable:
     """Return the product of `rows` rows of A and `vectors` vectors of B, for compiled code."""
 
-    def emit(context, builder, signature, args):
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         a, a_row, a_step, b, b_step, c, c_row, last, length, add = args
+        zero = int64(0)
+        one = int64(1)
         kind = ir.FunctionType(VECTOR, [VECTOR] * 3)
         name = f"llvm.fmuladd.v{WIDTH}f32"  # one instruction where the CPU has it, else two
         multiply_add = cgutils.get_or_insert_function(builder.module, kind, name)
         sources, cells = emit_rows(builder, rows, vectors, last, a, a_row, c, c_row)
         sums = [cgutils.alloca_once(builder, VECTOR) for _ in cells]  # LLVM keeps them in registers
-        a_now = cgutils.alloca_once_value(builder, int64(0))
+        a_now = cgutils.alloca_once_value(builder, zero)
         b_now = cgutils.alloca_once_value(builder, b)
         left = cgutils.alloca_once_value(builder, length)
+        zeros = ir.Constant(VECTOR, [0.0] * WIDTH)
         for slot in sums:
-            builder.store(ir.Constant(VECTOR, [0.0] * WIDTH), slot)
+            builder.store(zeros, slot)
         body = builder.append_basic_block("body")
         done = builder.append_basic_block("done")
         builder.branch(body)
 
         builder.position_at_end(body)
-        offset, address = builder.load(a_now), builder.load(b_now)
+        offset = builder.load(a_now)
+        address = builder.load(b_now)
         emit_step(builder, multiply_add, sources, offset, address, sums, vectors)
-        builder.store(builder.add(builder.load(a_now), a_step), a_now)
-        builder.store(builder.add(builder.load(b_now), b_step), b_now)
-        remaining = builder.sub(builder.load(left), int64(1))
+        next_offset = builder.add(builder.load(a_now), a_step)
+        builder.store(next_offset, a_now)
+        next_address = builder.add(builder.load(b_now), b_step)
+        builder.store(next_address, b_now)
+        remaining = builder.sub(builder.load(left), one)
         builder.store(remaining, left)
-        builder.cbranch(builder.icmp_signed(">", remaining, int64(0)), body, done)
+        goes_on = builder.icmp_signed(">", remaining, zero)
+        builder.cbranch(goes_on, body, done)
 
         builder.position_at_end(done)
-        with builder.if_then(builder.icmp_signed("!=", add, int64(0))):
+        adds = builder.icmp_signed("!=", add, zero)
+        with builder.if_then(adds):
             for slot, cell in zip(sums, cells, strict=True):
-                total = builder.fadd(builder.load(slot), emit_load(builder, cell, VECTOR, 4))
+                product = builder.load(slot)
+                before = emit_load(builder, cell, VECTOR, 4)
+                total = builder.fadd(product, before)
                 builder.store(total, slot)
         for slot, cell in zip(sums, cells, strict=True):
-            emit_store(builder, builder.load(slot), cell)
+            result = builder.load(slot)
+            emit_store(builder, result, cell)
         return context.get_dummy_value()
 
     @intrinsic
-    def tile(typing, a, a_row, a_step, b, b_step, c, c_row, last, length, add):
-        """C = A B, or C += A B if `add`: addresses, distances in bytes, last row, length >= 1."""
-        return types.void(*[types.int64] * 10), emit
+    def tile(
+        typing: Any,
+        a: types.Type,  # address of the first row of A
+        a_row: types.Type,  # distance of its rows in bytes
+        a_step: types.Type,  # distance of its columns in bytes
+        b: types.Type,  # address of the first row of B
+        b_step: types.Type,  # distance of its rows in bytes
+        c: types.Type,  # address of the first row of C
+        c_row: types.Type,  # distance of its rows in bytes
+        last: types.Type,  # last row of A
+        length: types.Type,  # columns of A, at least 1
+        add: types.Type,  # whether the product is added to C
+    ) -> Emission:
+        """Compute C = A B, or C += A B if `add`."""
+        arguments = [types.int64] * 10
+        return types.void(*arguments), emit
 
     return tile
 
@@ -183,15 +220,31 @@ narrow_tile = make_tile_kernel(NARROW_ROWS, 1)
 
 # %% ../../nbs/lib/23_kernels.convolution.ipynb #81795abe
 @njit(**STRICT_MATH)
-def multiply_panel(a, a_row, a_step, b, b_step, c, c_row, rows, length, vectors, add):
+def multiply_panel(
+    a: int,  # address of A
+    a_row: int,  # distance of its rows in bytes
+    a_step: int,  # distance of its columns in bytes
+    b: int,  # address of B
+    b_step: int,  # distance of its rows in bytes
+    c: int,  # address of C
+    c_row: int,  # distance of its rows in bytes
+    rows: int,  # of A
+    length: int,  # columns of A
+    vectors: int,  # columns of B: 1 or 2 vectors
+    add: int,  # whether the product is added to C
+) -> None:
     """Compute one panel of C = A B, or add it: `vectors` · WIDTH columns."""
     if vectors == 2:
         for i in range(0, rows, WIDE_ROWS):
-            a_tile, c_tile, last = a + i * a_row, c + i * c_row, rows - 1 - i
+            a_tile = a + i * a_row
+            c_tile = c + i * c_row
+            last = rows - 1 - i
             wide_tile(a_tile, a_row, a_step, b, b_step, c_tile, c_row, last, length, add)
     else:
         for i in range(0, rows, NARROW_ROWS):
-            a_tile, c_tile, last = a + i * a_row, c + i * c_row, rows - 1 - i
+            a_tile = a + i * a_row
+            c_tile = c + i * c_row
+            last = rows - 1 - i
             narrow_tile(a_tile, a_row, a_step, b, b_step, c_tile, c_row, last, length, add)
 
 # %% ../../nbs/lib/23_kernels.convolution.ipynb #dbddaa53
@@ -207,60 +260,87 @@ def transform_input(builder: ir.IRBuilder, d: Sequence[ir.Value]) -> list[ir.Val
 
 def transform_product(builder: ir.IRBuilder, m: Sequence[ir.Value]) -> list[ir.Value]:
     """Emit Aᵀ m for four vectors."""
-    even = builder.fadd(builder.fadd(m[0], m[1]), m[2])
-    odd = builder.fsub(builder.fsub(m[1], m[2]), m[3])
+    m0, m1, m2, m3 = m
+    total = builder.fadd(m0, m1)
+    even = builder.fadd(total, m2)
+    difference = builder.fsub(m1, m2)
+    odd = builder.fsub(difference, m3)
     return [even, odd]
 
 
 def transform_gradient(builder: ir.IRBuilder, g: Sequence[ir.Value]) -> list[ir.Value]:
     """Emit A g for two vectors."""
-    total = builder.fadd(g[0], g[1])
-    difference = builder.fsub(g[0], g[1])
-    return [g[0], total, difference, builder.fneg(g[1])]
+    g0, g1 = g
+    total = builder.fadd(g0, g1)
+    difference = builder.fsub(g0, g1)
+    negative = builder.fneg(g1)
+    return [g0, total, difference, negative]
 
 
 def transform_weight(builder: ir.IRBuilder, g: Sequence[ir.Value]) -> list[ir.Value]:
     """Emit G g for three vectors."""
+    g0, g1, g2 = g
     half = ir.Constant(VECTOR, [0.5] * WIDTH)
-    outer = builder.fmul(half, builder.fadd(g[0], g[2]))
-    middle = builder.fmul(half, g[1])
-    return [g[0], builder.fadd(outer, middle), builder.fsub(outer, middle), g[2]]
+    sides = builder.fadd(g0, g2)
+    outer = builder.fmul(half, sides)
+    middle = builder.fmul(half, g1)
+    total = builder.fadd(outer, middle)
+    difference = builder.fsub(outer, middle)
+    return [g0, total, difference, g2]
 
 
 def transform_sums(builder: ir.IRBuilder, s: Sequence[ir.Value]) -> list[ir.Value]:
     """Emit Gᵀ s for four vectors."""
+    s0, s1, s2, s3 = s
     half = ir.Constant(VECTOR, [0.5] * WIDTH)
-    even = builder.fmul(half, builder.fadd(s[1], s[2]))
-    odd = builder.fmul(half, builder.fsub(s[1], s[2]))
-    return [builder.fadd(s[0], even), odd, builder.fadd(even, s[3])]
+    total = builder.fadd(s1, s2)
+    even = builder.fmul(half, total)
+    difference = builder.fsub(s1, s2)
+    odd = builder.fmul(half, difference)
+    first = builder.fadd(s0, even)
+    last = builder.fadd(even, s3)
+    return [first, odd, last]
 
 
 def make_turn_kernel(transform: Callable, size: int) -> Callable:
     """Return the transform of a square of `size` × `size` vectors, for compiled code."""
 
-    def emit(context, builder, signature, args):
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         source, row, column, target, target_row, target_column = args
 
-        def cell(base, i, row, j, column):
+        def cell(base: ir.Value, i: int, row: ir.Value, j: int, column: ir.Value) -> ir.Value:
             down = builder.mul(int64(i), row)
             right = builder.mul(int64(j), column)
-            return builder.add(base, builder.add(down, right))
+            offset = builder.add(down, right)
+            return builder.add(base, offset)
 
         turned = []
         for j in range(size):
             addresses = [cell(source, i, row, j, column) for i in range(size)]
             values = [emit_load(builder, address, VECTOR, 4) for address in addresses]
             turned.append(transform(builder, values))
-        for i in range(len(turned[0])):
-            values = transform(builder, [turned[j][i] for j in range(size)])
+        num_rows = len(turned[0])
+        for i in range(num_rows):
+            row_of_turned = [column_of_turned[i] for column_of_turned in turned]
+            values = transform(builder, row_of_turned)
             for j, value in enumerate(values):
-                emit_store(builder, value, cell(target, i, target_row, j, target_column))
+                address = cell(target, i, target_row, j, target_column)
+                emit_store(builder, value, address)
         return context.get_dummy_value()
 
     @intrinsic
-    def turn(typing, source, row, column, target, target_row, target_column):
-        """Turn a square into another: addresses, distances of rows and columns in bytes."""
-        return types.void(*[types.int64] * 6), emit
+    def turn(
+        typing: Any,
+        source: types.Type,  # address of the square
+        row: types.Type,  # distance of its rows in bytes
+        column: types.Type,  # distance of its columns in bytes
+        target: types.Type,  # address of the result
+        target_row: types.Type,  # distance of its rows in bytes
+        target_column: types.Type,  # distance of its columns in bytes
+    ) -> Emission:
+        """Turn a square into another."""
+        arguments = [types.int64] * 6
+        return types.void(*arguments), emit
 
     return turn
 
@@ -295,43 +375,57 @@ CONVOLUTION_RECORD = np.dtype(NEURON_RECORD.descr + [(name, "i8") for name in CO
 
 
 @njit(**STRICT_MATH)
-def copy_as_float32(source, target):
+def copy_as_float32(source: np.ndarray, target: np.ndarray) -> None:
     """Copy numbers as float32."""
     for i in range(target.size):
         target[i] = load_number(source[i])
 
 
 @njit(**STRICT_MATH)
-def pad_to_vectors(channels):
+def pad_to_vectors(channels: int) -> int:
     """Return the channels padded to whole vectors."""
-    return (channels + WIDTH - 1) // WIDTH * WIDTH
+    vectors = (channels + WIDTH - 1) // WIDTH
+    return vectors * WIDTH
 
 
 @njit(**STRICT_MATH)
-def tile_pitch(lanes):
+def tile_pitch(lanes: int) -> int:
     """Return the distance of tiles with that many channels."""
-    return lanes + 16 if lanes >= 64 else lanes
+    if lanes >= 64:
+        return lanes + 16
+    return lanes
 
 
 @njit(**STRICT_MATH)
-def fill_strip(strip, x, image, first, rows, height, width, channels, margin, columns):
+def fill_strip(
+    strip: np.ndarray,  # the result, flat
+    x: np.ndarray,  # images (N, height, width, channels), flat
+    image: int,  # which image
+    first: int,  # its first row in the strip
+    rows: int,  # of the strip
+    height: int,  # of the image
+    width: int,
+    channels: int,
+    margin: int,  # columns of zeros before the image
+    columns: int,  # of the strip
+) -> None:
     """Copy rows of an image into the strip (row, column, padded channel), zeros around it."""
     lanes = pad_to_vectors(channels)
     visible = min(width, columns - margin)
+    begin_visible = margin * lanes
+    end_visible = (margin + visible) * lanes
     for r in range(rows):
         line = strip[r * columns * lanes : (r + 1) * columns * lanes]
         row = first + r
         if (row < 0) | (row >= height):
             line[:] = ZERO
             continue
-        line[: margin * lanes] = ZERO
-        line[(margin + visible) * lanes :] = ZERO
+        line[:begin_visible] = ZERO
+        line[end_visible:] = ZERO
         start = (image * height + row) * width * channels
         if lanes == channels:
-            copy_as_float32(
-                x[start : start + visible * channels],
-                line[margin * lanes : (margin + visible) * lanes],
-            )
+            pixels = x[start : start + visible * channels]
+            copy_as_float32(pixels, line[begin_visible:end_visible])
             continue
         for pixel in range(visible):
             begin = (margin + pixel) * lanes
@@ -341,10 +435,22 @@ def fill_strip(strip, x, image, first, rows, height, width, channels, margin, co
 
 # %% ../../nbs/lib/23_kernels.convolution.ipynb #9470a162
 @njit(**STRICT_MATH)
-def turn_images(x, strip, tiles, plane, record, first, last):
+def turn_images(
+    x: np.ndarray,  # the source, flat
+    strip: np.ndarray,  # memory for four rows of an image
+    tiles: np.ndarray,  # the result
+    plane: int,  # distance of the 16 planes of tiles
+    record: Record,
+    first: int,
+    last: int,
+) -> None:
     """Turn the rows of tiles `first` to `last` of the source."""
     lanes = pad_to_vectors(record.channels)
     columns = 2 * record.tile_columns + 2
+    row_step = 4 * columns * lanes
+    column_step = 4 * lanes
+    target_row = 16 * plane
+    target_column = 4 * plane
     target = tiles.ctypes.data
     for line in range(first, last):
         image = line // record.tile_rows
@@ -364,61 +470,97 @@ def turn_images(x, strip, tiles, plane, record, first, last):
         for column in range(record.tile_columns):
             source = strip.ctypes.data + 8 * column * lanes
             for i in range(0, 4 * lanes, 4 * WIDTH):
-                turn_input(
-                    source + i, 4 * columns * lanes, 4 * lanes, target + i, 16 * plane, 4 * plane
-                )
+                turn_input(source + i, row_step, column_step, target + i, target_row, target_column)
             target += 4 * tile_pitch(lanes)
 
 
 @njit(**STRICT_MATH)
-def turn_gradients(g, strip, tiles, plane, record, first, last):
+def turn_gradients(
+    g: np.ndarray,  # gradient of the result, flat
+    strip: np.ndarray,  # memory for two rows of an image
+    tiles: np.ndarray,  # the result
+    plane: int,  # distance of the 16 planes of tiles
+    record: Record,
+    first: int,
+    last: int,
+) -> None:
     """Turn the rows of tiles `first` to `last` of the result's gradient."""
     lanes = pad_to_vectors(record.targets)
     columns = 2 * record.tile_columns
+    height = record.target_height
+    width = record.target_width
+    row_step = 4 * columns * lanes
+    column_step = 4 * lanes
+    target_row = 16 * plane
+    target_column = 4 * plane
     target = tiles.ctypes.data
     for line in range(first, last):
         image = line // record.tile_rows
         row = line % record.tile_rows
-        height, width = record.target_height, record.target_width
         fill_strip(strip, g, image, 2 * row, 2, height, width, record.targets, 0, columns)
         for column in range(record.tile_columns):
             source = strip.ctypes.data + 8 * column * lanes
             for i in range(0, 4 * lanes, 4 * WIDTH):
                 turn_gradient(
-                    source + i, 4 * columns * lanes, 4 * lanes, target + i, 16 * plane, 4 * plane
+                    source + i, row_step, column_step, target + i, target_row, target_column
                 )
             target += 4 * tile_pitch(lanes)
 
 # %% ../../nbs/lib/23_kernels.convolution.ipynb #b8577c96
 @njit(**STRICT_MATH)
-def put_patch(patch, y, record, image, row, column, channel):
+def put_patch(
+    patch: np.ndarray,
+    y: np.ndarray,
+    record: Record,
+    image: int,
+    row: int,
+    column: int,
+    channel: int,
+) -> None:
     """Store those pixels and channels of a patch (2, 2, PANEL) that are in the image."""
     count = min(PANEL, record.targets - channel)
-    for i in range(min(2, record.target_height - row)):
-        for j in range(min(2, record.target_width - column)):
-            pixel = (image * record.target_height + row + i) * record.target_width + column + j
+    rows = min(2, record.target_height - row)
+    columns = min(2, record.target_width - column)
+    for i in range(rows):
+        line = image * record.target_height + row + i
+        for j in range(columns):
+            pixel = line * record.target_width + column + j
+            start = pixel * record.targets + channel
             begin = (2 * i + j) * PANEL
-            out = y[pixel * record.targets + channel : pixel * record.targets + channel + count]
+            out = y[start : start + count]
             values = patch[begin : begin + count]
             for k in range(count):
                 store_number(out, k, values[k])
 
 
 @njit(**STRICT_MATH)
-def turn_back(products, plane, y, patch, record, first, last, channel, vectors):
+def turn_back(
+    products: np.ndarray,  # of the panel, for all tiles
+    plane: int,  # distance of the 16 planes of products
+    y: np.ndarray,  # the result, flat
+    patch: np.ndarray,  # memory for a patch at the edge
+    record: Record,
+    first: int,
+    last: int,
+    channel: int,  # first channel of the panel
+    vectors: int,  # channels of the panel: 1 or 2 vectors
+) -> None:
     """Write one panel of channels of the rows of tiles `first` to `last`."""
+    height = record.target_height
+    width = record.target_width
+    targets = record.targets
     source = products.ctypes.data
-    whole = (y.itemsize == 4) & (channel + vectors * WIDTH <= record.targets)
+    whole = (y.itemsize == 4) & (channel + vectors * WIDTH <= targets)
     for line in range(first, last):
         image = line // record.tile_rows
         row = 2 * (line % record.tile_rows)
         for column in range(0, 2 * record.tile_columns, 2):
-            inside = whole & (row + 1 < record.target_height) & (column + 1 < record.target_width)
-            pixel = (image * record.target_height + row) * record.target_width + column
+            inside = whole & (row + 1 < height) & (column + 1 < width)
+            pixel = (image * height + row) * width + column
             if inside:
-                target = y.ctypes.data + 4 * (pixel * record.targets + channel)
-                row_step = 4 * record.target_width * record.targets
-                column_step = 4 * record.targets
+                target = y.ctypes.data + 4 * (pixel * targets + channel)
+                row_step = 4 * width * targets
+                column_step = 4 * targets
             else:
                 target = patch.ctypes.data
                 row_step = 8 * PANEL
@@ -431,21 +573,24 @@ def turn_back(products, plane, y, patch, record, first, last, channel, vectors):
 
 # %% ../../nbs/lib/23_kernels.convolution.ipynb #5c9e18ab
 @njit(**STRICT_MATH)
-def worker_share(record, items):
+def worker_share(record: Record, items: int) -> tuple[int, int, int]:
     """Return the number of this worker, its first item and the one after its last."""
     worker, workers = worker_of(record)
-    return worker, items * worker // workers, items * (worker + 1) // workers
+    begin = items * worker // workers
+    end = items * (worker + 1) // workers
+    return worker, begin, end
 
 
 @njit(**STRICT_MATH)
-def worker_rows(record):
+def worker_rows(record: Record) -> tuple[int, int, int]:
     """Return the number of this worker, its first block and the one after its last."""
     rows = record.images * record.tile_rows
-    return worker_share(record, (rows + record.rows_per_block - 1) // record.rows_per_block)
+    blocks = (rows + record.rows_per_block - 1) // record.rows_per_block
+    return worker_share(record, blocks)
 
 
 @njit(**STRICT_MATH)
-def convolve_blocks(record, x, y, patch):
+def convolve_blocks(record: Record, x: np.ndarray, y: np.ndarray, patch: np.ndarray) -> None:
     """Convolve this worker's blocks; record.weights are panels of (16, channels, columns)."""
     _, begin, end = worker_rows(record)
     most = record.rows_per_block * record.tile_columns
@@ -484,7 +629,7 @@ def convolve_blocks(record, x, y, patch):
 
 # %% ../../nbs/lib/23_kernels.convolution.ipynb #83069d76
 @njit(**STRICT_MATH)
-def correlate(record, x, g, sums):
+def correlate(record: Record, x: np.ndarray, g: np.ndarray, sums: np.ndarray) -> None:
     """Add the products of this worker's blocks to sums (16, channels, padded targets)."""
     _, begin, end = worker_rows(record)
     most = record.rows_per_block * record.tile_columns
@@ -525,33 +670,40 @@ def correlate(record, x, g, sums):
 
 # %% ../../nbs/lib/23_kernels.convolution.ipynb #93e8d3af
 @njit(**STRICT_MATH)
-def pack(record, weight, packed, square):
+def pack(record: Record, weight: np.ndarray, packed: np.ndarray, square: np.ndarray) -> None:
     """Turn this worker's channels of the weight; `square` has room for 9 panels."""
     panels = (record.targets + PANEL - 1) // PANEL
     _, begin, end = worker_share(record, panels * record.channels)
     for item in range(begin, end):
         column = item // record.channels * PANEL
         channel = item % record.channels
-        lanes = PANEL if record.targets - column > WIDTH else WIDTH
+        remaining = record.targets - column
+        lanes = PANEL if remaining > WIDTH else WIDTH
         square[:] = ZERO
-        for lane in range(min(lanes, record.targets - column)):
+        for lane in range(min(lanes, remaining)):
             start = (column + lane) * record.target_step + record.tap
             start += channel * record.channel_step
             for tap in range(9):
                 square[tap * lanes + lane] = weight[start + tap * record.tap_step]
         source = square.ctypes.data
         plane = record.channels * lanes
-        target = packed.ctypes.data + 4 * (16 * column * record.channels + channel * lanes)
+        first_of_target = 16 * column * record.channels + channel * lanes
+        target = packed.ctypes.data + 4 * first_of_target
+        row_step = 12 * lanes
+        column_step = 4 * lanes
         for i in range(0, 4 * lanes, 4 * WIDTH):
-            turn_weight(source + i, 12 * lanes, 4 * lanes, target + i, 16 * plane, 4 * plane)
+            turn_weight(source + i, row_step, column_step, target + i, 16 * plane, 4 * plane)
 
 
 @njit(**STRICT_MATH)
-def unpack(record, sums, gradient, square):
+def unpack(record: Record, sums: np.ndarray, gradient: np.ndarray, square: np.ndarray) -> None:
     """Turn sums (workers, 16, channels, padded targets) back; `square` has 16 vectors."""
     columns = pad_to_vectors(record.targets)
     plane = record.channels * columns
     taps = np.empty(9 * WIDTH, np.float32)
+    row_step = 16 * WIDTH
+    target_row = 12 * WIDTH
+    column_step = 4 * WIDTH
     _, begin, end = worker_share(record, record.channels)
     for channel in range(begin, end):
         for column in range(0, columns, WIDTH):
@@ -563,62 +715,75 @@ def unpack(record, sums, gradient, square):
                     line += sums[start : start + WIDTH]
             source = square.ctypes.data
             target = taps.ctypes.data
-            turn_sums(source, 16 * WIDTH, 4 * WIDTH, target, 12 * WIDTH, 4 * WIDTH)
+            turn_sums(source, row_step, column_step, target, target_row, column_step)
             for lane in range(min(WIDTH, record.targets - column)):
-                start = 9 * ((column + lane) * record.channels + channel)
+                filter_start = (column + lane) * record.channels + channel
+                start = 9 * filter_start
                 for tap in range(9):
                     gradient[start + tap] = taps[tap * WIDTH + lane]
 
 # %% ../../nbs/lib/23_kernels.convolution.ipynb #4baa705a
 @njit(**STRICT_MATH)
-def source_size(record):
+def source_size(record: Record) -> int:
     """Return how many numbers the source has."""
-    return record.images * record.height * record.width * record.channels
+    pixels = record.images * record.height * record.width
+    return pixels * record.channels
 
 
 @njit(**STRICT_MATH)
-def target_size(record):
+def target_size(record: Record) -> int:
     """Return how many numbers the result has."""
-    return record.images * record.target_height * record.target_width * record.targets
+    pixels = record.images * record.target_height * record.target_width
+    return pixels * record.targets
 
 
 @functools.cache
-def compiled_task(name: str, half: bool, width: int = WIDTH):
+def compiled_task(name: str, half: bool, width: int = WIDTH) -> Any:
     """Return the C function of one of the four, for bfloat16 (`half`) or float32 activations."""
     # All tasks use `width`, so that Numba's cache on disk keeps the widths apart.
     dtype = np.uint16 if half else np.float32
 
-    def convolve_task(data):
+    def convolve_task(data: Any) -> None:
         record = carray(data, (1,), CONVOLUTION_RECORD)[0]
-        x = carray(as_pointer(record.x), (source_size(record),), dtype)
-        y = carray(as_pointer(record.y), (target_size(record),), dtype)
-        convolve_blocks(record, x, y, np.empty(8 * width, np.float32))
+        x_size = source_size(record)
+        y_size = target_size(record)
+        x = carray(as_pointer(record.x), (x_size,), dtype)
+        y = carray(as_pointer(record.y), (y_size,), dtype)
+        patch = np.empty(8 * width, np.float32)
+        convolve_blocks(record, x, y, patch)
 
-    def correlate_task(data):
+    def correlate_task(data: Any) -> None:
         record = carray(data, (1,), CONVOLUTION_RECORD)[0]
         worker, _, _ = worker_rows(record)
         columns = (record.targets + width - 1) // width * width
         size = 16 * record.channels * columns
-        x = carray(as_pointer(record.x), (source_size(record),), dtype)
-        g = carray(as_pointer(record.g), (target_size(record),), dtype)
-        sums = carray(as_pointer(record.y + 4 * size * worker), (size,), np.float32)
+        x_size = source_size(record)
+        g_size = target_size(record)
+        own_sums = record.y + 4 * size * worker
+        x = carray(as_pointer(record.x), (x_size,), dtype)
+        g = carray(as_pointer(record.g), (g_size,), dtype)
+        sums = carray(as_pointer(own_sums), (size,), np.float32)
         correlate(record, x, g, sums)
 
-    def pack_task(data):
+    def pack_task(data: Any) -> None:
         record = carray(data, (1,), CONVOLUTION_RECORD)[0]
-        size = record.channels * record.targets
         columns = (record.targets + width - 1) // width * width
-        weight = carray(as_pointer(record.x), (9 * size,), np.float32)
-        packed = carray(as_pointer(record.y), (16 * record.channels * columns,), np.float32)
-        pack(record, weight, packed, np.empty(18 * width, np.float32))
+        weight_size = 9 * record.channels * record.targets
+        packed_size = 16 * record.channels * columns
+        weight = carray(as_pointer(record.x), (weight_size,), np.float32)
+        packed = carray(as_pointer(record.y), (packed_size,), np.float32)
+        square = np.empty(18 * width, np.float32)
+        pack(record, weight, packed, square)
 
-    def unpack_task(data):
+    def unpack_task(data: Any) -> None:
         record = carray(data, (1,), CONVOLUTION_RECORD)[0]
         columns = (record.targets + width - 1) // width * width
         size = 16 * record.workers_before * record.channels * columns
+        weight_size = 9 * record.channels * record.targets
         sums = carray(as_pointer(record.x), (size,), np.float32)
-        gradient = carray(as_pointer(record.y), (9 * record.channels * record.targets,), np.float32)
-        unpack(record, sums, gradient, np.empty(16 * width, np.float32))
+        gradient = carray(as_pointer(record.y), (weight_size,), np.float32)
+        square = np.empty(16 * width, np.float32)
+        unpack(record, sums, gradient, square)
 
     tasks = {
         "convolve": convolve_task,
@@ -640,16 +805,22 @@ def rows_per_block(
     rows: int,  # rows of tiles of all images
     tiles: int,  # approximate tiles of a block
 ) -> int:
-    """Return how many rows of tiles a block has."""
-    most = max(1, min(rows // torch.get_num_threads(), 3 * tiles // (2 * columns)))
-    least = max(1, min(most, tiles // (2 * columns)))
+    """Return how many rows of tiles a block has: the count that fills whole tiles of the kernel
+    best, of those near the size asked for."""
+    rows_per_thread = rows // torch.get_num_threads()
+    half_too_many = 3 * tiles // (2 * columns)
+    half_too_few = tiles // (2 * columns)
+    most = max(1, min(rows_per_thread, half_too_many))
+    least = max(1, min(most, half_too_few))
 
     def cost(count: int) -> tuple[float, int]:
         used = count * columns
         computed = math.ceil(used / WIDE_ROWS) * WIDE_ROWS
-        return round(computed / used, 2), abs(used - tiles)
+        waste = round(computed / used, 2)
+        return waste, abs(used - tiles)
 
-    return min(range(least, most + 1), key=cost)
+    counts = range(least, most + 1)
+    return min(counts, key=cost)
 
 
 def convolution_record(
@@ -659,23 +830,32 @@ def convolution_record(
     tiles: int,  # approximate tiles of a block
 ) -> np.ndarray:
     """Return the record that `convolve_blocks` and `correlate` read."""
+    images, channels, height, width = source
+    _, targets, target_height, target_width = target
+    tile_rows = (target_height + 1) // 2
+    tile_columns = (target_width + 1) // 2
     record = np.zeros(1, CONVOLUTION_RECORD)
-    record["images"], record["channels"], record["height"], record["width"] = source
-    _, record["targets"], record["target_height"], record["target_width"] = target
-    tile_rows = (target[2] + 1) // 2
-    tile_columns = (target[3] + 1) // 2
+    record["images"] = images
+    record["channels"] = channels
+    record["height"] = height
+    record["width"] = width
     record["padding"] = padding
+    record["targets"] = targets
+    record["target_height"] = target_height
+    record["target_width"] = target_width
     record["tile_rows"] = tile_rows
     record["tile_columns"] = tile_columns
-    record["rows_per_block"] = rows_per_block(tile_columns, source[0] * tile_rows, tiles)
+    record["rows_per_block"] = rows_per_block(tile_columns, images * tile_rows, tiles)
     return record
 
 
 def estimate_work(source: tuple[int, ...], target: tuple[int, ...]) -> int:
     """Return the cost of a convolution in numbers of an elementwise kernel, as `run_kernel` expects
     it."""
-    outputs = target[0] * target[2] * target[3]
-    multiplications = 4 * outputs * source[1] * target[1]
+    _, channels, _, _ = source
+    images, targets, height, width = target
+    outputs = images * height * width
+    multiplications = 4 * outputs * channels * targets
     return multiplications // MULTIPLICATIONS_PER_NUMBER
 
 
@@ -686,7 +866,8 @@ def is_half(x: torch.Tensor) -> bool:
 # %% ../../nbs/lib/23_kernels.convolution.ipynb #879c4901
 def pad_channels(channels: int) -> int:
     """Return the channels padded to whole vectors."""
-    return channels + -channels % WIDTH
+    vectors = math.ceil(channels / WIDTH)
+    return vectors * WIDTH
 
 
 def pack_weight(
@@ -694,16 +875,24 @@ def pack_weight(
     transposed: bool = False,  # for the gradient of the source: channels exchanged, taps reversed
 ) -> torch.Tensor:
     """Return the turned weight, flat: panels (16, C, PANEL), the last perhaps (16, C, WIDTH)."""
-    targets, channels = weight.shape[:2]
+    filters, filter_channels = weight.shape[:2]
     record = np.zeros(1, CONVOLUTION_RECORD)
     if transposed:
-        record["target_step"], record["channel_step"] = 9, 9 * channels
-        record["tap"], record["tap_step"] = 8, -1
-        targets, channels = channels, targets
+        targets = filter_channels
+        channels = filters
+        record["target_step"] = 9
+        record["channel_step"] = 9 * filter_channels
+        record["tap"] = 8
+        record["tap_step"] = -1
     else:
-        record["target_step"], record["channel_step"] = 9 * channels, 9
-        record["tap"], record["tap_step"] = 0, 1
-    record["targets"], record["channels"] = targets, channels
+        targets = filters
+        channels = filter_channels
+        record["target_step"] = 9 * filter_channels
+        record["channel_step"] = 9
+        record["tap"] = 0
+        record["tap_step"] = 1
+    record["targets"] = targets
+    record["channels"] = channels
     packed = torch.empty(16 * channels * pad_channels(targets))
     function = compiled_task("pack", False)
     run_kernel(function, record, 1, packed.numel(), weight.data_ptr(), 0, packed.data_ptr())
@@ -715,11 +904,12 @@ def unpack_gradient(
     targets: int,  # K
 ) -> torch.Tensor:
     """Return the gradient of the weight, (K, C, 3, 3)."""
+    threads, _, channels, _ = sums.shape
     record = np.zeros(1, CONVOLUTION_RECORD)
-    record["workers_before"] = len(sums)
-    record["channels"] = sums.shape[2]
+    record["workers_before"] = threads
+    record["channels"] = channels
     record["targets"] = targets
-    gradient = torch.empty(targets, sums.shape[2], 3, 3)
+    gradient = torch.empty(targets, channels, 3, 3)
     function = compiled_task("unpack", False)
     run_kernel(function, record, 1, sums.numel(), sums.data_ptr(), 0, gradient.data_ptr())
     return gradient
@@ -732,15 +922,17 @@ def convolution_pass(
     padding: int,  # 0, 1 or 2
 ) -> torch.Tensor:
     """Convolve; the result is (N, K, H', W'), channels_last, in the precision of x."""
-    height, width = (size + 2 * padding - 2 for size in x.shape[2:])
-    target = (len(x), targets, height, width)
+    source = tuple(x.shape)
+    growth = 2 * padding - 2
+    target = (len(x), targets, x.shape[2] + growth, x.shape[3] + growth)
     y = torch.empty(target, dtype=x.dtype, memory_format=torch.channels_last)
-    if y.numel():
-        record = convolution_record(tuple(x.shape), target, padding, BLOCK_TILES)
-        record["weights"] = packed.data_ptr()
-        function = compiled_task("convolve", is_half(x))
-        work = estimate_work(tuple(x.shape), target)
-        run_kernel(function, record, 1, work, x.data_ptr(), 0, y.data_ptr())
+    if not y.numel():
+        return y
+    record = convolution_record(source, target, padding, BLOCK_TILES)
+    record["weights"] = packed.data_ptr()
+    function = compiled_task("convolve", is_half(x))
+    work = estimate_work(source, target)
+    run_kernel(function, record, 1, work, x.data_ptr(), 0, y.data_ptr())
     return y
 
 
@@ -750,13 +942,17 @@ def weight_pass(
     padding: int,  # 0, 1 or 2
 ) -> torch.Tensor:
     """Return the gradient of the weight, (K, C, 3, 3), float32."""
-    channels, targets = x.shape[1], g.shape[1]
-    size = 16 * channels * pad_channels(targets)
-    max_threads = max(1, MAX_SUM_BYTES // (4 * size))
-    work = min(estimate_work(tuple(x.shape), tuple(g.shape)), max_threads * NUMBERS_PER_THREAD)
-    sums = torch.zeros(team_size(work), 16, channels, pad_channels(targets))
+    source = tuple(x.shape)
+    target = tuple(g.shape)
+    channels = x.shape[1]
+    targets = g.shape[1]
+    columns = pad_channels(targets)
+    bytes_per_thread = 4 * 16 * channels * columns
+    max_threads = max(1, MAX_SUM_BYTES // bytes_per_thread)
+    work = min(estimate_work(source, target), max_threads * NUMBERS_PER_THREAD)
+    sums = torch.zeros(team_size(work), 16, channels, columns)
     if g.numel():
-        record = convolution_record(tuple(x.shape), tuple(g.shape), padding, GRADIENT_BLOCK_TILES)
+        record = convolution_record(source, target, padding, GRADIENT_BLOCK_TILES)
         function = compiled_task("correlate", is_half(x))
         run_kernel(function, record, 1, work, x.data_ptr(), g.data_ptr(), sums.data_ptr())
     return unpack_gradient(sums, targets)
@@ -816,18 +1012,23 @@ def can_compute(
 
     x is float32 or bfloat16 (N, C, H, W), the weight float32 (K, C, 3, 3).
     """
-    if x.dim() != 4 or weight.dim() != 4 or x.dtype not in (torch.float32, torch.bfloat16):
+    if x.device.type != "cpu" or weight.device.type != "cpu":
         return False
-    if weight.dtype != torch.float32 or x.device.type != "cpu" or weight.device.type != "cpu":
+    if x.dtype not in (torch.float32, torch.bfloat16) or weight.dtype != torch.float32:
+        return False
+    if x.dim() != 4 or weight.dim() != 4:
         return False
     if isinstance(padding, str) or single_value(padding) not in (0, 1, 2):
         return False
-    if single_value(stride) != 1:
+    if single_value(stride) != 1 or single_value(dilation) != 1:
         return False
-    if single_value(dilation) != 1 or groups != 1 or tuple(weight.shape[2:]) != (3, 3):
+    if groups != 1 or tuple(weight.shape[2:]) != (3, 3):
         return False
-    same_channels = x.shape[1] == weight.shape[1] > 0
-    return same_channels and len(weight) > 0 and min(x.shape[2:]) + 2 * single_value(padding) >= 3
+    channels = x.shape[1]
+    if channels == 0 or weight.shape[1] != channels or len(weight) == 0:
+        return False
+    shorter_side = min(x.shape[2:])
+    return shorter_side + 2 * single_value(padding) >= 3
 
 
 def expected_gain(
@@ -836,11 +1037,14 @@ def expected_gain(
     padding: int,  # zeros around the source
 ) -> float:
     """Return how many times as fast as PyTorch a large batch is expected to be (equation 2)."""
-    _, channels, height, width = source
-    height, width = height + 2 * padding - 2, width + 2 * padding - 2
-    in_tiles = (height + height % 2) * (width + width % 2) / (height * width)
+    _, channels, source_height, source_width = source
+    height = source_height + 2 * padding - 2
+    width = source_width + 2 * padding - 2
+    pixels_in_tiles = (height + height % 2) * (width + width % 2)
+    in_tiles = pixels_in_tiles / (height * width)
     in_vectors = pad_channels(targets) / targets
-    return 2.1 / (in_tiles * in_vectors * (1 + 6 / channels + 6 / targets))
+    turning = 1 + 6 / channels + 6 / targets
+    return 2.1 / (in_tiles * in_vectors * turning)
 
 
 def is_worthwhile(
@@ -854,11 +1058,17 @@ def is_worthwhile(
     """Tell whether `fast_conv2d` computes this and is faster than PyTorch in float32."""
     if not can_compute(x, weight, stride, padding, dilation, groups):
         return False
-    margin = 2 * single_value(padding) - 2
-    outputs = len(x) * (x.shape[2] + margin) * (x.shape[3] + margin)
-    if outputs < 4 * MIN_TILES or outputs * 9 * x.shape[1] * len(weight) < MIN_MULTIPLICATIONS:
+    images, channels, height, width = x.shape
+    targets = len(weight)
+    border = single_value(padding)
+    growth = 2 * border - 2
+    outputs = images * (height + growth) * (width + growth)
+    if outputs < 4 * MIN_TILES:
         return False
-    return expected_gain(tuple(x.shape), len(weight), single_value(padding)) >= MIN_GAIN
+    multiplications = outputs * 9 * channels * targets
+    if multiplications < MIN_MULTIPLICATIONS:
+        return False
+    return expected_gain(tuple(x.shape), targets, border) >= MIN_GAIN
 
 
 def fast_conv2d(

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ZERO', 'ONE', 'ROUNDING_SHIFT', 'LOG2_E', 'LN2_HIGH', 'LN2_LOW', 'EXP_POLYNOMIAL', 'STRICT_MATH', 'FUSED_MATH',
-           'NEURON_RECORD', 'HEADER', 'STEPS_IN_REGISTERS', 'backward_block_sigmoid', 'backward_block_triangle',
-           'backward_block_atan', 'NUMBERS_PER_THREAD', 'as_bits', 'as_float', 'load_number', 'store_number',
-           'compile_load', 'compile_store', 'exp_minus', 'sigmoid_grad', 'triangle_grad', 'atan_grad', 'encode_neuron',
-           'read_dynamics', 'step_forward', 'read_slopes', 'step_backward', 'last_step_backward', 'block_size',
-           'fire_steps', 'fire_block', 'forward', 'charge_steps', 'charge_block', 'make_backward_block',
+           'NEURON_RECORD', 'HEADER', 'Record', 'STEPS_IN_REGISTERS', 'backward_block_sigmoid',
+           'backward_block_triangle', 'backward_block_atan', 'NUMBERS_PER_THREAD', 'as_bits', 'as_float', 'load_number',
+           'store_number', 'compile_load', 'compile_store', 'exp_minus', 'sigmoid_grad', 'triangle_grad', 'atan_grad',
+           'encode_neuron', 'read_dynamics', 'step_forward', 'read_slopes', 'step_backward', 'last_step_backward',
+           'block_size', 'fire_steps', 'fire_block', 'forward', 'charge_steps', 'charge_block', 'make_backward_block',
            'backward_block', 'sum_steps', 'backward', 'backward_static', 'as_pointer', 'call_c_int', 'worker_of',
            'worker_range', 'find_openmp', 'hash_kernel_sources', 'compile_c_function', 'compiled_kernel', 'thread_pool',
            'team_size', 'run_kernel', 'launch']
@@ -30,14 +30,21 @@ import torch
 from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.core.errors import NumbaExperimentalFeatureWarning
-from numba.extending import intrinsic, overload
+from numba.extending import overload
 
 import snnkd_nb.kernels as kernels_package
 from ..core import renamed
 from .surrogate import Surrogate
 from snnkd_nb.kernels.vector import (
+    FLOAT32,
+    INT32,
     WIDTH,
+    Address,
+    Conditions,
+    Emission,
+    Numbers,
     address_of,
+    intrinsic,
     load_at,
     power_of_two,
     select,
@@ -48,54 +55,70 @@ from snnkd_nb.kernels.vector import (
 
 # %% ../../nbs/lib/19_kernels.flat.ipynb #4122663d
 @intrinsic
-def as_bits(typing, x):
+def as_bits(typing: Any, x: types.Type) -> Emission:
     """Return the uint32 with the bits of a float32."""
 
-    def emit(context, builder, signature, args):
-        return builder.bitcast(args[0], ir.IntType(32))
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        (value,) = args
+        return builder.bitcast(value, INT32)
 
     return types.uint32(types.float32), emit
 
 
 @intrinsic
-def as_float(typing, x):
+def as_float(typing: Any, x: types.Type) -> Emission:
     """Return the float32 with the bits of a uint32."""
 
-    def emit(context, builder, signature, args):
-        return builder.bitcast(args[0], ir.FloatType())
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        (value,) = args
+        return builder.bitcast(value, FLOAT32)
 
     return types.float32(types.uint32), emit
 
 # %% ../../nbs/lib/19_kernels.flat.ipynb #7cf1e398
-def load_number(x):
+def load_number(x: Any) -> Any:
     """Return a number from memory, float32 or bfloat16 as uint16, as float32."""
 
 
-def store_number(x, i, value):
+def store_number(x: np.ndarray, i: int, value: np.float32) -> None:
     """Write `x[i] = value`, rounded if `x` is in half precision."""
 
 
+# Numba requires an `overload` and its implementations to have the same annotations.
 @overload(load_number)
-def compile_load(x):
+def compile_load(x: Any) -> Callable[[Any], Any]:
     """Compile `load_number` for the type of the number."""
+
+    def load_single(x: Any) -> Any:
+        return x
+
+    def load_half(x: Any) -> Any:
+        upper = np.uint32(x) << np.uint32(16)
+        return as_float(np.uint32(upper))
+
     if x == types.uint16:
-        return lambda x: as_float(np.uint32(np.uint32(x) << np.uint32(16)))
-    return lambda x: x
+        return load_half
+    return load_single
 
 
 @overload(store_number)
-def compile_store(x, i, value):
+def compile_store(x: Any, i: Any, value: Any) -> Callable[..., None]:
     """Compile `store_number` for the type of the array."""
 
-    def store_single(x, i, value):
+    def store_single(x: Any, i: Any, value: Any) -> None:
         x[i] = value
 
-    def store_half(x, i, value):
+    def store_half(x: Any, i: Any, value: Any) -> None:
         bits = as_bits(value)
-        to_even = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-        x[i] = np.uint16((bits + to_even) >> np.uint32(16) if value == value else np.uint32(0x7FC0))
+        is_odd = (bits >> np.uint32(16)) & np.uint32(1)
+        to_even = np.uint32(0x7FFF) + is_odd
+        upper = (bits + to_even) >> np.uint32(16)
+        is_number = value == value  # NaN differs from itself
+        x[i] = np.uint16(upper if is_number else np.uint32(0x7FC0))
 
-    return store_half if x.dtype == types.uint16 else store_single
+    if x.dtype == types.uint16:
+        return store_half
+    return store_single
 
 # %% ../../nbs/lib/19_kernels.flat.ipynb #6254fdde
 ZERO = np.float32(0)
@@ -121,7 +144,7 @@ FUSED_MATH: dict[str, Any] = {**STRICT_MATH, "fastmath": {"contract"}}
 
 
 @njit(**FUSED_MATH)
-def exp_minus(z):
+def exp_minus(z: Numbers) -> Numbers:
     """Return exp(-z) for z >= 0 to seven digits, zero from 87 on, and NaN for NaN."""
     is_zero = z > np.float32(87)
     z = select(is_zero, ZERO, z)
@@ -131,28 +154,32 @@ def exp_minus(z):
     exp_f = EXP_POLYNOMIAL[0] * f + EXP_POLYNOMIAL[1]
     for coefficient in EXP_POLYNOMIAL[2:]:
         exp_f = exp_f * f + coefficient
-    return select(is_zero, ZERO, exp_f * power_of_two(shifted))
+    exp_z = exp_f * power_of_two(shifted)
+    return select(is_zero, ZERO, exp_z)
 
 # %% ../../nbs/lib/19_kernels.flat.ipynb #b8fb461f
 @njit(**FUSED_MATH)
-def sigmoid_grad(u, p, q):
+def sigmoid_grad(u: Numbers, p: float, q: float) -> Numbers:
     """Return the derivative of `sigmoid(p * u)`; `q` is not used."""
-    e = exp_minus(p * abs(u))
+    z = p * abs(u)
+    e = exp_minus(z)
     d = ONE / (ONE + e)
     return p * e * d * d
 
 
 @njit(**FUSED_MATH)
-def triangle_grad(u, p, q):
+def triangle_grad(u: Numbers, p: float, q: float) -> Numbers:
     """Return a triangle of height `p` whose sides have slope `q`."""
     d = p - q * abs(u)
-    return select(d < ZERO, ZERO, d)
+    is_outside = d < ZERO
+    return select(is_outside, ZERO, d)
 
 
 @njit(**FUSED_MATH)
-def atan_grad(u, p, q):
+def atan_grad(u: Numbers, p: float, q: float) -> Numbers:
     """Return the derivative of an arc tangent of height `p`; `q` scales `u`."""
-    return p / (ONE + (q * u) * (q * u))
+    z = q * u
+    return p / (ONE + z * z)
 
 # %% ../../nbs/lib/19_kernels.flat.ipynb #f615df15
 NEURON_RECORD = np.dtype(
@@ -186,6 +213,7 @@ NEURON_RECORD = np.dtype(
     ]
 )
 HEADER = struct.Struct("=10q")  # workers, sizes and addresses: the first ten fields
+Record = Any  # in compiled functions: a `NEURON_RECORD`, or a record that begins like one
 
 
 def encode_neuron(
@@ -216,7 +244,7 @@ def encode_neuron(
 
 # %% ../../nbs/lib/19_kernels.flat.ipynb #241a96bc
 @njit(**STRICT_MATH)
-def read_dynamics(record):
+def read_dynamics(record: Record) -> tuple[Any, ...]:
     """Return the numbers of a `NEURON_RECORD` that `step_forward` needs."""
     factor_of_spike = ZERO if record.hard else ONE
     return (
@@ -231,81 +259,133 @@ def read_dynamics(record):
 
 
 @njit(**STRICT_MATH)
-def step_forward(v, current, dynamics):
-    """Charge, fire and reset: return the membrane, whether it fires, and the next state."""
+def step_forward(
+    v: Numbers, current: Numbers, dynamics: tuple[Any, ...]
+) -> tuple[Numbers, Conditions, Numbers]:
+    """Charge, fire and reset: return the membrane, whether it fires, and the next state.
+
+    `dynamics` is from `read_dynamics`.
+    """
     decay, gain, shift, fire, factor_of_spike, jump, no_jump = dynamics
-    m = decay * v + (gain * current + shift)
+    charge = gain * current + shift
+    m = decay * v + charge
     fired = m >= fire
-    kept = m * select(fired, factor_of_spike, ONE)
-    return m, fired, kept + select(fired, jump, no_jump)
+    factor = select(fired, factor_of_spike, ONE)
+    change = select(fired, jump, no_jump)
+    return m, fired, m * factor + change
 
 # %% ../../nbs/lib/19_kernels.flat.ipynb #6704b339
 @njit(**FUSED_MATH)
-def read_slopes(record):
+def read_slopes(record: Record) -> tuple[Any, ...]:
     """Return the numbers of a `NEURON_RECORD` that `step_backward` needs."""
     factor_of_spike = ZERO if record.hard else ONE
-    return record.fire, factor_of_spike, record.jump, record.v_th, record.p, record.q
+    return (
+        record.fire,
+        factor_of_spike,
+        record.jump,
+        record.v_th,
+        record.p,
+        record.q,
+    )
 
 
 @njit(**FUSED_MATH)
-def step_backward(state_grad, m, spike_grad, slopes, surrogate_grad, hard, detach):
-    """Return the gradient of the membrane `m` by equation 2.
-
-    `state_grad` is the gradient of the state after the reset, `spike_grad` that of the spikes.
-    """
+def step_backward(
+    state_grad: Numbers,  # gradient of the state after the reset
+    m: Numbers,  # membrane before the reset
+    spike_grad: Numbers,  # gradient of the spikes
+    slopes: tuple[Any, ...],  # of `read_slopes`
+    surrogate_grad: Callable,  # compiled derivative of the surrogate
+    hard: bool,  # whether the reset is hard
+    detach: bool,  # whether the gradient ignores that the reset depends on the spike
+) -> Numbers:
+    """Return the gradient of the membrane `m` by equation 2."""
     fire, factor_of_spike, jump, v_th, p, q = slopes
     slope = surrogate_grad(m - v_th, p, q)
     through_state = select(m >= fire, factor_of_spike, ONE)
-    if not detach:
-        through_state = (jump - m) * slope + through_state if hard else jump * slope + through_state
+    if hard and not detach:
+        through_state = (jump - m) * slope + through_state
+    elif not detach:
+        through_state = jump * slope + through_state
     return spike_grad * slope + state_grad * through_state
 
 
 @njit(**FUSED_MATH)
-def last_step_backward(m, spike_grad, slopes, surrogate_grad):
+def last_step_backward(
+    m: Numbers, spike_grad: Numbers, slopes: tuple[Any, ...], surrogate_grad: Callable
+) -> Numbers:
     """Return the gradient of the membrane in the last step, whose state nobody reads."""
     _fire, _factor, _jump, v_th, p, q = slopes
-    return spike_grad * surrogate_grad(m - v_th, p, q)
+    slope = surrogate_grad(m - v_th, p, q)
+    return spike_grad * slope
 
 # %% ../../nbs/lib/19_kernels.flat.ipynb #e511041c
 STEPS_IN_REGISTERS = 4  # time steps that a vector goes through before the next vector
 
 
 @njit(**STRICT_MATH)
-def block_size(T):
+def block_size(T: int) -> int:
     """Return how many neurons go through all steps before the next neurons."""
     return 256 if T <= STEPS_IN_REGISTERS else 512
 
 
 @njit(**STRICT_MATH)
-def fire_steps(x, s, v, at_x, at, dx, n, T, dynamics, j, like):
+def fire_steps(
+    x: Address,  # input
+    s: Address,  # spikes
+    v: Address,  # states of the block
+    at_x: int,  # index of the block in x
+    at: int,  # index of the block in s
+    dx: int,  # distance of two steps in x
+    n: int,  # distance of two steps in s
+    T: int,  # steps
+    dynamics: tuple[Any, ...],  # of `read_dynamics`
+    j: int,  # first neuron in the block
+    like: Numbers,  # a vector or a number, as many neurons as to take
+) -> None:
     """Take the neurons `j` of a block through `T` steps; write spikes to `s`, the state to `v`."""
     state = load_at(v, j, like)
     for t in range(T):
-        current = load_at(x, at_x + j + t * dx, like)
+        i_x = at_x + j + t * dx
+        i = at + j + t * n
+        current = load_at(x, i_x, like)
         _m, fired, state = step_forward(state, current, dynamics)
-        store_spikes_at(s, at + j + t * n, fired)
+        store_spikes_at(s, i, fired)
     store_at(v, j, state)
 
 
 @njit(**STRICT_MATH)
-def fire_block(x, s, v, at_x, at, size, dx, n, T, record):
+def fire_block(
+    x: np.ndarray,  # input
+    s: np.ndarray,  # spikes
+    v: np.ndarray,  # states of the block
+    at_x: int,  # index of the block in x
+    at: int,  # index of the block in s
+    size: int,  # neurons in the block
+    dx: int,  # distance of two steps in x
+    n: int,  # distance of two steps in s
+    T: int,  # steps
+    record: Record,
+) -> None:
     """Take a block through `T` steps, in vectors and the rest one by one."""
-    x, s, v = address_of(x), address_of(s), address_of(v)
+    first_x = address_of(x)
+    first_s = address_of(s)
+    first_v = address_of(v)
     dynamics = read_dynamics(record)
     num_in_vectors = size - size % WIDTH
     for j in range(0, num_in_vectors, WIDTH):
-        fire_steps(x, s, v, at_x, at, dx, n, T, dynamics, j, splat(ZERO))
+        fire_steps(first_x, first_s, first_v, at_x, at, dx, n, T, dynamics, j, splat(ZERO))
     for j in range(num_in_vectors, size):
-        fire_steps(x, s, v, at_x, at, dx, n, T, dynamics, j, ZERO)
+        fire_steps(first_x, first_s, first_v, at_x, at, dx, n, T, dynamics, j, ZERO)
 
 
 @njit(**STRICT_MATH)
-def forward(x, s, record, first, last):
+def forward(x: np.ndarray, s: np.ndarray, record: Record, first: int, last: int) -> None:
     """Write the spikes `s` (T, n) of the neurons `first` to `last`; x is (T, n), or (1, n) if
     static."""
     T, n = s.shape
-    dx = 0 if x.shape[0] < T else n
+    is_static = x.shape[0] < T
+    dx = 0 if is_static else n
     block = block_size(T)
     v = np.empty(block, np.float32)
     for i in range(first, last, block):
@@ -313,30 +393,59 @@ def forward(x, s, record, first, last):
         v[:size] = record.rest
         for t in range(0, T, STEPS_IN_REGISTERS):
             steps = min(STEPS_IN_REGISTERS, T - t)
-            fire_block(x, s, v, t * dx + i, t * n + i, size, dx, n, steps, record)
+            at_x = t * dx + i
+            at = t * n + i
+            fire_block(x, s, v, at_x, at, size, dx, n, steps, record)
 
 # %% ../../nbs/lib/19_kernels.flat.ipynb #aee53003
 @njit(**STRICT_MATH)
-def charge_steps(x, v, m, at_x, at_m, dx, dm, T, dynamics, j, like):
+def charge_steps(
+    x: Address,  # input
+    v: Address,  # states of the block
+    m: Address,  # membranes of the block
+    at_x: int,  # index of the block in x
+    at_m: int,  # index of the first step in m
+    dx: int,  # distance of two steps in x
+    dm: int,  # distance of two steps in m
+    T: int,  # steps
+    dynamics: tuple[Any, ...],  # of `read_dynamics`
+    j: int,  # first neuron in the block
+    like: Numbers,  # a vector or a number, as many neurons as to take
+) -> None:
     """Take the neurons `j` of a block through `T` steps; keep the membranes before the reset."""
     state = load_at(v, j, like)
     for t in range(T):
-        current = load_at(x, at_x + j + t * dx, like)
+        i_x = at_x + j + t * dx
+        i_m = at_m + j + t * dm
+        current = load_at(x, i_x, like)
         membrane, _fired, state = step_forward(state, current, dynamics)
-        store_at(m, at_m + j + t * dm, membrane)
+        store_at(m, i_m, membrane)
     store_at(v, j, state)
 
 
 @njit(**STRICT_MATH)
-def charge_block(x, v, m, at_x, at_m, size, dx, dm, T, record):
+def charge_block(
+    x: np.ndarray,  # input
+    v: np.ndarray,  # states of the block
+    m: np.ndarray,  # membranes of the block
+    at_x: int,  # index of the block in x
+    at_m: int,  # index of the first step in m
+    size: int,  # neurons in the block
+    dx: int,  # distance of two steps in x
+    dm: int,  # distance of two steps in m
+    T: int,  # steps
+    record: Record,
+) -> None:
     """Compute the membranes of a block again."""
-    x, v, m = address_of(x), address_of(v), address_of(m)
+    first_x = address_of(x)
+    first_v = address_of(v)
+    first_m = address_of(m)
     dynamics = read_dynamics(record)
     num_in_vectors = size - size % WIDTH
     for j in range(0, num_in_vectors, WIDTH):
-        charge_steps(x, v, m, at_x, at_m, dx, dm, T, dynamics, j, splat(ZERO))
+        charge_steps(first_x, first_v, first_m, at_x, at_m, dx, dm, T, dynamics, j, splat(ZERO))
     for j in range(num_in_vectors, size):
-        charge_steps(x, v, m, at_x, at_m, dx, dm, T, dynamics, j, ZERO)
+        charge_steps(first_x, first_v, first_m, at_x, at_m, dx, dm, T, dynamics, j, ZERO)
 
 # %% ../../nbs/lib/19_kernels.flat.ipynb #d7553d1c
 def make_backward_block(surrogate_grad: Callable) -> Callable:
@@ -344,11 +453,18 @@ def make_backward_block(surrogate_grad: Callable) -> Callable:
     q)`."""
 
     @njit(**FUSED_MATH)
-    def backward_steps(g, m, v, out, geometry, neuron, is_last, j, like):
-        """Take gradients of the neurons `j` of a block back through `T` steps.
-
-        `v` is the gradient of the state; `is_last` tells that no step comes after.
-        """
+    def backward_steps(
+        g: Address,  # gradient of the spikes
+        m: Address,  # membranes
+        v: Address,  # gradient of the state
+        out: Address,  # gradient of the input
+        geometry: tuple[int, ...],  # as in `backward_block`
+        neuron: tuple[Any, ...],  # slopes, decay, gain, hard, detach
+        is_last: bool,  # whether no step comes after
+        j: int,  # first neuron in the block
+        like: Numbers,  # a vector or a number, as many neurons as to take
+    ) -> None:
+        """Take gradients of the neurons `j` of a block back through `T` steps."""
         at, at_m, at_out, n, dm, dout, T = geometry
         slopes, decay, gain, hard, detach = neuron
         state = load_at(v, j, like)
@@ -368,16 +484,33 @@ def make_backward_block(surrogate_grad: Callable) -> Callable:
         store_at(v, j, state)
 
     @njit(**FUSED_MATH)
-    def backward_block(g, m, v, out, geometry, size, record, is_last):
+    def backward_block(
+        g: np.ndarray,  # gradient of the spikes
+        m: np.ndarray,  # membranes
+        v: np.ndarray,  # gradient of the state
+        out: np.ndarray,  # gradient of the input
+        geometry: tuple[int, ...],
+        size: int,  # neurons in the block
+        record: Record,
+        is_last: bool,  # whether no step comes after
+    ) -> None:
         """Take gradients of a block back through `T` steps."""
-        g, m, v, out = address_of(g), address_of(m), address_of(v), address_of(out)
-        hard, detach = record.hard != 0, record.detach != 0
-        neuron = (read_slopes(record), record.decay, record.gain, hard, detach)
+        first_g = address_of(g)
+        first_m = address_of(m)
+        first_v = address_of(v)
+        first_out = address_of(out)
+        slopes = read_slopes(record)
+        hard = record.hard != 0
+        detach = record.detach != 0
+        neuron = (slopes, record.decay, record.gain, hard, detach)
         num_in_vectors = size - size % WIDTH
         for j in range(0, num_in_vectors, WIDTH):
-            backward_steps(g, m, v, out, geometry, neuron, is_last, j, splat(ZERO))
+            vector = splat(ZERO)
+            backward_steps(
+                first_g, first_m, first_v, first_out, geometry, neuron, is_last, j, vector
+            )
         for j in range(num_in_vectors, size):
-            backward_steps(g, m, v, out, geometry, neuron, is_last, j, ZERO)
+            backward_steps(first_g, first_m, first_v, first_out, geometry, neuron, is_last, j, ZERO)
 
     return backward_block
 
@@ -388,7 +521,16 @@ backward_block_atan = make_backward_block(atan_grad)
 
 
 @njit(**FUSED_MATH)
-def backward_block(g, m, v, out, geometry, size, record, is_last):
+def backward_block(
+    g: np.ndarray,  # gradient of the spikes
+    m: np.ndarray,  # membranes
+    v: np.ndarray,  # gradient of the state
+    out: np.ndarray,  # gradient of the input
+    geometry: tuple[int, ...],
+    size: int,  # neurons in the block
+    record: Record,
+    is_last: bool,  # whether no step comes after
+) -> None:
     """Take gradients of a block back through `T` steps, with the surrogate of the neuron.
 
     `geometry` is (index in g, in m and in out, distance of two steps in g, in m and in out, T).
@@ -402,18 +544,28 @@ def backward_block(g, m, v, out, geometry, size, record, is_last):
 
 # %% ../../nbs/lib/19_kernels.flat.ipynb #b2462c04
 @njit(**STRICT_MATH)
-def sum_steps(m, gx, at, size, T, dm):
+def sum_steps(
+    m: np.ndarray,  # T steps of a block
+    gx: np.ndarray,  # the result
+    at: int,  # index of the block in gx
+    size: int,  # neurons in the block
+    T: int,  # steps
+    dm: int,  # distance of two steps in m
+) -> None:
     """Write the sums over the steps of a block to `gx`, from the last step to the first."""
     first = address_of(gx)
+    last_step = (T - 1) * dm
     for j in range(size):
-        total = m[(T - 1) * dm + j]
+        total = m[last_step + j]
         for t in range(T - 2, -1, -1):
             total += m[t * dm + j]
         store_at(first, at + j, total)
 
 
 @njit(**STRICT_MATH)
-def backward(x, g, gx, record, first, last):
+def backward(
+    x: np.ndarray, g: np.ndarray, gx: np.ndarray, record: Record, first: int, last: int
+) -> None:
     """Write the gradient of the input of the neurons `first` to `last`; x, g and gx are (T, n)."""
     T, n = g.shape
     block = block_size(T)
@@ -424,17 +576,21 @@ def backward(x, g, gx, record, first, last):
         v[:size] = record.rest
         for t in range(0, T, STEPS_IN_REGISTERS):
             steps = min(STEPS_IN_REGISTERS, T - t)
-            charge_block(x, v, m, t * n + i, t * block, size, n, block, steps, record)
+            at = t * n + i
+            charge_block(x, v, m, at, t * block, size, n, block, steps, record)
         v[:size] = ZERO
         for t in range(T, 0, -STEPS_IN_REGISTERS):
             at = (t - 1) * n + i
+            at_m = (t - 1) * block
             steps = min(STEPS_IN_REGISTERS, t)
-            geometry = (at, (t - 1) * block, at, n, block, n, steps)
+            geometry = (at, at_m, at, n, block, n, steps)
             backward_block(g, m, v, gx, geometry, size, record, t == T)
 
 
 @njit(**STRICT_MATH)
-def backward_static(x, g, gx, record, first, last):
+def backward_static(
+    x: np.ndarray, g: np.ndarray, gx: np.ndarray, record: Record, first: int, last: int
+) -> None:
     """Write the gradient of an input that all steps read; x and gx are (1, n), g is (T, n)."""
     T, n = g.shape
     block = block_size(T)
@@ -448,38 +604,43 @@ def backward_static(x, g, gx, record, first, last):
             charge_block(x, v, m, i, t * block, size, 0, block, steps, record)
         v[:size] = ZERO
         for t in range(T, 0, -STEPS_IN_REGISTERS):
+            at = (t - 1) * n + i
             at_m = (t - 1) * block
             steps = min(STEPS_IN_REGISTERS, t)
-            geometry = ((t - 1) * n + i, at_m, at_m, n, block, block, steps)
+            geometry = (at, at_m, at_m, n, block, block, steps)
             # gradients replace the membranes that were read
             backward_block(g, m, v, m, geometry, size, record, t == T)
         sum_steps(m, gx, i, size, T, block)
 
 # %% ../../nbs/lib/19_kernels.flat.ipynb #d401a336
 @intrinsic
-def as_pointer(typing, address):
+def as_pointer(typing: Any, address: types.Type) -> Emission:
     """Return an integer as an address."""
 
-    def emit(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        (number,) = args
+        pointer = context.get_value_type(types.voidptr)
+        return builder.inttoptr(number, pointer)
 
     return types.voidptr(types.int64), emit
 
 
 @intrinsic
-def call_c_int(typing, address):
+def call_c_int(typing: Any, address: types.Type) -> Emission:
     """Call the C function `int f(void)` at an address and return its result."""
 
-    def emit(context, builder, signature, args):
-        function_type = ir.FunctionType(ir.IntType(32), [])
-        function = builder.inttoptr(args[0], function_type.as_pointer())
-        return builder.sext(builder.call(function, []), ir.IntType(64))
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        (number,) = args
+        function_type = ir.FunctionType(INT32, [])
+        function = builder.inttoptr(number, function_type.as_pointer())
+        result = builder.call(function, [])
+        return builder.sext(result, ir.IntType(64))
 
     return types.int64(types.int64), emit
 
 
 @njit(**STRICT_MATH)
-def worker_of(record):
+def worker_of(record: Record) -> tuple[int, int]:
     """Return the number of this worker and the number of workers."""
     if record.thread:
         return call_c_int(record.thread), call_c_int(record.threads)
@@ -487,14 +648,18 @@ def worker_of(record):
 
 
 @njit(**STRICT_MATH)
-def worker_range(record):
+def worker_range(record: Record) -> tuple[int, int]:
     """Return the first neuron of this worker and the one after its last.
 
     Both are multiples of 64, so that no two workers write to one cache line.
     """
     worker, workers = worker_of(record)
-    each = (record.n + 64 * workers - 1) // (64 * workers) * 64
-    return min(record.n, worker * each), min(record.n, (worker + 1) * each)
+    round_of_all = 64 * workers
+    rounds = (record.n + round_of_all - 1) // round_of_all
+    each = 64 * rounds
+    first = min(record.n, worker * each)
+    end = min(record.n, (worker + 1) * each)
+    return first, end
 
 
 @functools.cache
@@ -556,15 +721,15 @@ def compiled_kernel(
     """Return the C function of a kernel."""
     dtype = np.uint16 if half else np.float32
 
-    def run_forward(data):
+    def run_forward(data: Any) -> None:
         record = carray(data, (1,), NEURON_RECORD)[0]
         first, last = worker_range(record)
-        input_shape = (1 if record.static else record.T, record.n)
-        x = carray(as_pointer(record.x), input_shape, dtype)
+        input_steps = 1 if record.static else record.T
+        x = carray(as_pointer(record.x), (input_steps, record.n), dtype)
         y = carray(as_pointer(record.y), (record.T, record.n), dtype)
         forward(x, y, record, first, last)
 
-    def run_backward(data):
+    def run_backward(data: Any) -> None:
         record = carray(data, (1,), NEURON_RECORD)[0]
         first, last = worker_range(record)
         shape = (record.T, record.n)
@@ -573,12 +738,14 @@ def compiled_kernel(
         gx = carray(as_pointer(record.y), shape, dtype)
         backward(x, g, gx, record, first, last)
 
-    def run_backward_static(data):
+    def run_backward_static(data: Any) -> None:
         record = carray(data, (1,), NEURON_RECORD)[0]
         first, last = worker_range(record)
-        x = carray(as_pointer(record.x), (1, record.n), dtype)
-        g = carray(as_pointer(record.g), (record.T, record.n), dtype)
-        gx = carray(as_pointer(record.y), (1, record.n), dtype)
+        one_step = (1, record.n)
+        all_steps = (record.T, record.n)
+        x = carray(as_pointer(record.x), one_step, dtype)
+        g = carray(as_pointer(record.g), all_steps, dtype)
+        gx = carray(as_pointer(record.y), one_step, dtype)
         backward_static(x, g, gx, record, first, last)
 
     functions = {
@@ -603,7 +770,9 @@ def team_size(
     num_numbers: int,  # how many numbers the threads share
 ) -> int:
     """Return how many threads are worth waking for a kernel."""
-    return max(1, min(torch.get_num_threads(), num_numbers // NUMBERS_PER_THREAD))
+    worthwhile = num_numbers // NUMBERS_PER_THREAD
+    threads = min(torch.get_num_threads(), worthwhile)
+    return max(1, threads)
 
 
 def run_kernel(
@@ -619,18 +788,22 @@ def run_kernel(
     """Run a compiled kernel on as many threads as PyTorch would use."""
     openmp = find_openmp()
     workers = team_size(T * n)
-    neuron = record.tobytes()[HEADER.size :]
     arguments = (T, n, static, x, g, y)
-    if openmp and workers > 1:
+    rest_of_record = record.tobytes()[HEADER.size :]
+    if workers == 1:
+        header = HEADER.pack(0, 0, 0, 1, *arguments)
+        function.ctypes(header + rest_of_record)
+    elif openmp:
         parallel, thread_num, num_threads = openmp
-        data = HEADER.pack(thread_num, num_threads, 0, workers, *arguments) + neuron
-        parallel(function.address, data, workers, 0)
-    elif workers > 1:
-        records = [HEADER.pack(0, 0, i, workers, *arguments) + neuron for i in range(workers)]
-        # list() waits for the threads and raises their errors
-        list(thread_pool(os.getpid()).map(function.ctypes, records))
+        header = HEADER.pack(thread_num, num_threads, 0, workers, *arguments)
+        parallel(function.address, header + rest_of_record, workers, 0)
     else:
-        function.ctypes(HEADER.pack(0, 0, 0, 1, *arguments) + neuron)
+        records = []
+        for worker in range(workers):
+            header = HEADER.pack(0, 0, worker, workers, *arguments)
+            records.append(header + rest_of_record)
+        results = thread_pool(os.getpid()).map(function.ctypes, records)
+        list(results)  # wait for the threads and raise their errors
 
 
 def launch(
@@ -643,10 +816,12 @@ def launch(
     static: bool = False,  # whether all steps have the same input
 ) -> None:
     """Run a neuron's kernel over the memory of tensors."""
-    n = x.numel() // (1 if static else T)
+    input_steps = 1 if static else T
+    n = x.numel() // input_steps
     if name == "backward" and static and T > 1:
         name = "backward static"
-    function = compiled_kernel(name, x.dtype == torch.bfloat16)
+    half = x.dtype == torch.bfloat16
+    function = compiled_kernel(name, half)
     address_of_g = 0 if g is None else g.data_ptr()
     run_kernel(function, record, T, n, x.data_ptr(), address_of_g, y.data_ptr(), static)
 

@@ -39,10 +39,13 @@ class Spike(torch.autograd.Function):
     def forward(
         ctx: Any, m: Tensor, v_th: float | Tensor, surrogate: Surrogate, strict: bool, smooth: bool
     ) -> Tensor:
-        ctx.is_tensor = isinstance(v_th, Tensor)
-        ctx.save_for_backward(*(m, v_th) if isinstance(v_th, Tensor) else (m,))
-        ctx.v_th = None if ctx.is_tensor else v_th
         ctx.surrogate = surrogate
+        ctx.is_tensor = isinstance(v_th, Tensor)
+        if isinstance(v_th, Tensor):
+            ctx.save_for_backward(m, v_th)
+        else:
+            ctx.save_for_backward(m)
+            ctx.v_th = v_th
         if smooth:
             return surrogate.primitive(m - v_th)
         fired = m > v_th if strict else m >= v_th
@@ -135,15 +138,20 @@ def is_dense(x: Tensor) -> bool:
 def copy_dense(y: Tensor, like: Tensor) -> Tensor:
     """Return `y` without gaps, channels last if the channels of `like` (…, C, H, W) are last in
     memory."""
-    if like.dim() < 4 or like.stride(-3) != 1 or like.shape[-3] == 1:
+    channels_are_last = like.dim() >= 4 and like.stride(-3) == 1 and like.shape[-3] > 1
+    if not channels_are_last:
         return y.contiguous()
-    images = y.flatten(0, -4).contiguous(memory_format=torch.channels_last)
-    return images.unflatten(0, y.shape[:-3])
+    leading_axes = y.shape[:-3]
+    images = y.flatten(0, -4)
+    images = images.contiguous(memory_format=torch.channels_last)
+    return images.unflatten(0, leading_axes)
 
 
 def make_dense(x: Tensor) -> Tensor:
     """Return `x` itself if it is dense, else a dense copy."""
-    return x if is_dense(x) else copy_dense(x, x)
+    if is_dense(x):
+        return x
+    return copy_dense(x, x)
 
 # %% ../../nbs/lib/21_kernels.lif.ipynb #4e5e39ba
 @functools.cache
@@ -202,9 +210,11 @@ def neuron_parameters(
 
 def empty_spikes(x: Tensor, T: int, static: bool) -> Tensor:
     """Return memory for the spikes of a dense `x`, in the same memory order."""
-    if static:
-        return x.new_empty_strided((T, *x.shape), (x.numel(), *x.stride()))
-    return torch.empty_like(x)
+    if not static:
+        return torch.empty_like(x)
+    shape = (T, *x.shape)
+    strides = (x.numel(), *x.stride())
+    return x.new_empty_strided(shape, strides)
 
 # %% ../../nbs/lib/21_kernels.lif.ipynb #2fa6d97d
 class FusedLIF(torch.autograd.Function):
@@ -336,13 +346,16 @@ def unsupported_reason(
 # %% ../../nbs/lib/21_kernels.lif.ipynb #99140eb3
 def kernel_module_name(device: str, backend: str) -> str:
     """Return which module of kernels a backend uses on a device: "gpu" or "flat"."""
-    return "gpu" if backend == "triton" or device == "cuda" else "flat"
+    if backend == "triton" or device == "cuda":
+        return "gpu"
+    return "flat"
 
 
 @functools.cache
 def warn_fallback(reason: str) -> None:
     """Warn once for each reason that the reference runs."""
-    warnings.warn(f"no fused neurons for {reason}: the slow reference runs instead", stacklevel=5)
+    message = f"no fused neurons for {reason}: the slow reference runs instead"
+    warnings.warn(message, stacklevel=5)
 
 
 def select_kernel(
@@ -422,7 +435,8 @@ def select_kernel_for(
 # %% ../../nbs/lib/21_kernels.lif.ipynb #14cded12
 def has_kernel(device: str, dtype: torch.dtype, kind: int | None, backend: str, T: int) -> bool:
     """Tell whether `select_kernel` finds a kernel, while a network is compiled."""
-    return select_kernel(device, dtype, kind, backend, T) is not None
+    kernels = select_kernel(device, dtype, kind, backend, T)
+    return kernels is not None
 
 
 # The same as torch.compiler.assume_constant_result, which would import the compiler and Triton.
@@ -530,8 +544,10 @@ def save_inputs(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
 
 def lif_gradient(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of all arguments of `lif_op`."""
-    gx = lif_backward_op(ctx.saved_tensors[0], g, *ctx.numbers)
-    return gx, *[None] * len(ctx.numbers)
+    (x,) = ctx.saved_tensors
+    gx = lif_backward_op(x, g, *ctx.numbers)
+    no_gradients = [None] * len(ctx.numbers)
+    return gx, *no_gradients
 
 
 lif_op.register_autograd(lif_gradient, setup_context=save_inputs)
@@ -560,6 +576,37 @@ def call_custom_op(
     )
 
 # %% ../../nbs/lib/21_kernels.lif.ipynb #8efbe140
+def _has_custom_op(x: Tensor, dynamics: Sequence[Any], backend: str, num_steps: int) -> bool:
+    "Tell whether `lif_op` computes a neuron while a network is compiled: if no number is a tensor."
+    *numbers, _decay_input, _detach_reset, surrogate, _strict = dynamics
+    for value in (*numbers, surrogate.param):
+        if isinstance(value, Tensor):
+            return False
+    kind = surrogate_kind(surrogate)
+    return has_kernel(x.device.type, x.dtype, kind, backend, num_steps)
+
+
+def _run_reference(
+    x_seq: Tensor,
+    T: int | None,  # as given: None if the first axis of x_seq is time
+    num_steps: int,
+    static: bool,
+    dynamics: Sequence[Any],  # the values of `DYNAMICS`
+) -> Tensor:
+    "Run `lif_reference` on (T, B, …), (T·B, …) or, if static, (B, …)."
+    options: dict[str, Any] = dict(zip(DYNAMICS, dynamics, strict=True))
+    if static:
+        repeated = x_seq.expand(num_steps, *x_seq.shape)
+        spikes = lif_reference(repeated, **options)
+    elif T is None:
+        spikes = lif_reference(x_seq, **options)
+    else:
+        batch_size = x_seq.shape[0] // num_steps
+        unfolded = x_seq.unflatten(0, (num_steps, batch_size))
+        spikes = lif_reference(unfolded, **options).flatten(0, 1)
+    return copy_dense(spikes, x_seq)
+
+
 def lif(
     x_seq: Tensor,  # input current, (T, B, …); with T= (T·B, …), or (B, …) if static
     *,
@@ -580,32 +627,20 @@ def lif(
     be tensors: one number, or a shape that broadcasts to an image such as (C, 1, 1). Those that
     require a gradient get it from the reference. Raises `UserError` for invalid arguments.
     """
-    steps = check_lif_arguments(x_seq, T, static, decay, v_threshold, v_reset, backend)
+    num_steps = check_lif_arguments(x_seq, T, static, decay, v_threshold, v_reset, backend)
     surrogate = create_surrogate(surrogate)
     check_surrogate(surrogate)
-    numbers = {"decay": decay, "v_threshold": v_threshold, "v_reset": v_reset}
     dynamics = (decay, v_threshold, v_reset, decay_input, detach_reset, surrogate, strict)
     if torch.compiler.is_compiling():
-        kind = surrogate_kind(surrogate)
-        has_tensor = any(isinstance(v, Tensor) for v in (*numbers.values(), surrogate.param))
-        if not has_tensor and has_kernel(x_seq.device.type, x_seq.dtype, kind, backend, steps):
-            return call_custom_op(x_seq, steps, static, dynamics, backend)
-    else:
-        kernels = select_kernel_for(x_seq, surrogate, backend, steps, numbers)
-        if kernels is not None:
-            neuron = neuron_parameters(kernels, *dynamics)
-            return FusedLIF.apply(x_seq, steps, static, neuron, kernels)
-    if static:
-        x = x_seq.expand(steps, *x_seq.shape)
-    elif T is not None:
-        x = x_seq.unflatten(0, (steps, x_seq.shape[0] // steps))
-    else:
-        x = x_seq
-    options: dict[str, Any] = dict(zip(DYNAMICS, dynamics, strict=True))
-    y = lif_reference(x, **options)
-    if T is not None and not static:
-        y = y.flatten(0, 1)
-    return copy_dense(y, x_seq)
+        if _has_custom_op(x_seq, dynamics, backend, num_steps):
+            return call_custom_op(x_seq, num_steps, static, dynamics, backend)
+        return _run_reference(x_seq, T, num_steps, static, dynamics)
+    numbers = {"decay": decay, "v_threshold": v_threshold, "v_reset": v_reset}
+    kernels = select_kernel_for(x_seq, surrogate, backend, num_steps, numbers)
+    if kernels is None:
+        return _run_reference(x_seq, T, num_steps, static, dynamics)
+    neuron = neuron_parameters(kernels, *dynamics)
+    return FusedLIF.apply(x_seq, num_steps, static, neuron, kernels)
 
 # %% ../../nbs/lib/21_kernels.lif.ipynb #73ff84d4
 __getattr__ = renamed(

@@ -30,6 +30,7 @@ from snnkd_nb.kernels.flat import (
     STEPS_IN_REGISTERS,
     STRICT_MATH,
     ZERO,
+    Record,
     as_pointer,
     atan_grad,
     compile_c_function,
@@ -47,6 +48,8 @@ from snnkd_nb.kernels.flat import (
 )
 from snnkd_nb.kernels.vector import (
     WIDTH,
+    Address,
+    Numbers,
     address_of,
     load_at,
     splat,
@@ -66,11 +69,12 @@ def lanes_per_block(
     block: int = 512,  # approximate number of neurons in a block
 ) -> int:
     """Return the number of neurons in a block: whole pixels."""
-    return channels * max(1, block // channels)
+    pixels = max(1, block // channels)
+    return channels * pixels
 
 
 @njit(**STRICT_MATH)
-def fill_lanes(address, channels, lanes, out):
+def fill_lanes(address: int, channels: int, lanes: int, out: np.ndarray) -> np.ndarray:
     """Repeat the vector over channels at an address as a vector over lanes in `out`."""
     vector = carray(as_pointer(address), (channels,), np.float32)
     for i in range(0, lanes, channels):
@@ -79,56 +83,73 @@ def fill_lanes(address, channels, lanes, out):
 
 
 @njit(**STRICT_MATH)
-def sum_lanes(part, total):
+def sum_lanes(part: np.ndarray, total: np.ndarray) -> None:
     """Add sums over lanes (2, lanes) to sums over channels (2, C)."""
+    lanes = part.shape[1]
     channels = total.shape[1]
-    for i in range(part.shape[1]):
-        total[0, i % channels] += part[0, i]
-        total[1, i % channels] += part[1, i]
+    for i in range(lanes):
+        channel = i % channels
+        total[0, channel] += part[0, i]
+        total[1, channel] += part[1, i]
 
 # %% ../../nbs/lib/22_kernels.norm.ipynb #9984e70f
 @njit(**STRICT_MATH)
-def worker_neurons(record):
+def worker_neurons(record: Record) -> tuple[int, int, int]:
     """Return this worker's number, its first neuron and the one after its last: whole blocks."""
     worker, workers = worker_of(record)
     blocks = (record.n + record.lanes - 1) // record.lanes
-    each = (blocks + workers - 1) // workers * record.lanes
-    return worker, min(record.n, worker * each), min(record.n, (worker + 1) * each)
+    blocks_of_worker = (blocks + workers - 1) // workers
+    each = blocks_of_worker * record.lanes
+    first = min(record.n, worker * each)
+    end = min(record.n, (worker + 1) * each)
+    return worker, first, end
 
 
 @njit(**STRICT_MATH)
-def flush_sums(w, sums):
+def flush_sums(w: np.ndarray, sums: np.ndarray) -> None:
     """Add the sums of a few blocks to the sums in double precision, and set them to zero."""
-    for i in range(sums.shape[1]):
-        sums[0, i] += w[LANE_STRIDE + i]
-        sums[1, i] += w[2 * LANE_STRIDE + i]
-        w[LANE_STRIDE + i] = ZERO
-        w[2 * LANE_STRIDE + i] = ZERO
+    lanes = sums.shape[1]
+    for i in range(lanes):
+        first = LANE_STRIDE + i
+        second = 2 * LANE_STRIDE + i
+        sums[0, i] += w[first]
+        sums[1, i] += w[second]
+        w[first] = ZERO
+        w[second] = ZERO
 
 # %% ../../nbs/lib/22_kernels.norm.ipynb #0f0d302c
 @njit(**FUSED_MATH)
-def add_moments(x, near, part, at, j, like):
+def add_moments(x: Address, near: Address, part: Address, at: int, j: int, like: Numbers) -> None:
     """Add `x - near` and its square to the sums at the lanes `j`."""
-    u = load_at(x, at + j, like) - load_at(near, j, like)
+    value = load_at(x, at + j, like)
+    u = value - load_at(near, j, like)
     first = LANE_STRIDE + j
     second = 2 * LANE_STRIDE + j
-    store_at(part, first, load_at(part, first, like) + u)
-    store_at(part, second, load_at(part, second, like) + u * u)
+    sum_of_u = load_at(part, first, like)
+    sum_of_squares = load_at(part, second, like)
+    store_at(part, first, sum_of_u + u)
+    store_at(part, second, sum_of_squares + u * u)
 
 
 @njit(**STRICT_MATH)
-def add_block_moments(x, near, part, at, size):
+def add_block_moments(
+    x: np.ndarray, near: np.ndarray, part: np.ndarray, at: int, size: int
+) -> None:
     """Add up a block, in vectors and the rest one by one."""
-    x, near, part = address_of(x), address_of(near), address_of(part)
+    first_x = address_of(x)
+    first_near = address_of(near)
+    first_part = address_of(part)
     num_in_vectors = size - size % WIDTH
     for j in range(0, num_in_vectors, WIDTH):
-        add_moments(x, near, part, at, j, splat(ZERO))
+        add_moments(first_x, first_near, first_part, at, j, splat(ZERO))
     for j in range(num_in_vectors, size):
-        add_moments(x, near, part, at, j, ZERO)
+        add_moments(first_x, first_near, first_part, at, j, ZERO)
 
 
 @njit(**STRICT_MATH)
-def sum_moments(x, near, sums, lanes, first, last):
+def sum_moments(
+    x: np.ndarray, near: np.ndarray, sums: np.ndarray, lanes: int, first: int, last: int
+) -> None:
     """Add both sums over the neurons `first` to `last` of x (T, n) to sums (2, lanes)."""
     n = x.shape[1]
     part = np.zeros(3 * LANE_STRIDE, np.float32)
@@ -144,7 +165,15 @@ def sum_moments(x, near, sums, lanes, first, last):
 
 # %% ../../nbs/lib/22_kernels.norm.ipynb #978eaec0
 @njit(**STRICT_MATH)
-def input_current(x, r, at, scale, offset, has_shortcut, like):
+def input_current(
+    x: Address,
+    r: Address,
+    at: int,
+    scale: Numbers,
+    offset: Numbers,
+    has_shortcut: bool,
+    like: Numbers,
+) -> Numbers:
     """Return x · scale + offset + r (equation 1)."""
     y = load_at(x, at, like) * scale + offset
     if has_shortcut:
@@ -153,7 +182,20 @@ def input_current(x, r, at, scale, offset, has_shortcut, like):
 
 
 @njit(**STRICT_MATH)
-def fire_steps_with_norm(x, r, s, ab, v, at, n, T, dynamics, has_shortcut, j, like):
+def fire_steps_with_norm(
+    x: Address,
+    r: Address,
+    s: Address,
+    ab: Address,
+    v: Address,
+    at: int,
+    n: int,
+    T: int,
+    dynamics: tuple[Any, ...],
+    has_shortcut: bool,
+    j: int,
+    like: Numbers,
+) -> None:
     """Take the neurons `j` of a block through `T` steps; write spikes to `s`, the state to `v`."""
     scale = load_at(ab, j, like)
     offset = load_at(ab, LANE_STRIDE + j, like)
@@ -167,21 +209,59 @@ def fire_steps_with_norm(x, r, s, ab, v, at, n, T, dynamics, has_shortcut, j, li
 
 
 @njit(**STRICT_MATH)
-def fire_block_with_norm(x, r, s, ab, v, at, size, n, T, record):
+def fire_block_with_norm(
+    x: np.ndarray,  # input of BatchNorm
+    r: np.ndarray,  # the shortcut
+    s: np.ndarray,  # spikes
+    ab: np.ndarray,  # scale and offset of the lanes
+    v: np.ndarray,  # states of the block
+    at: int,  # index of the block in x, r and s
+    size: int,  # neurons in the block
+    n: int,  # distance of two steps
+    T: int,  # steps
+    record: Record,
+) -> None:
     """Take a block through `T` steps, in vectors and the rest one by one."""
-    x, r, s = address_of(x), address_of(r), address_of(s)
-    ab, v = address_of(ab), address_of(v)
+    first_x = address_of(x)
+    first_r = address_of(r)
+    first_s = address_of(s)
+    first_ab = address_of(ab)
+    first_v = address_of(v)
     dynamics = read_dynamics(record)
     has_shortcut = record.r != 0
     num_in_vectors = size - size % WIDTH
     for j in range(0, num_in_vectors, WIDTH):
-        fire_steps_with_norm(x, r, s, ab, v, at, n, T, dynamics, has_shortcut, j, splat(ZERO))
+        vector = splat(ZERO)
+        fire_steps_with_norm(
+            first_x,
+            first_r,
+            first_s,
+            first_ab,
+            first_v,
+            at,
+            n,
+            T,
+            dynamics,
+            has_shortcut,
+            j,
+            vector,
+        )
     for j in range(num_in_vectors, size):
-        fire_steps_with_norm(x, r, s, ab, v, at, n, T, dynamics, has_shortcut, j, ZERO)
+        fire_steps_with_norm(
+            first_x, first_r, first_s, first_ab, first_v, at, n, T, dynamics, has_shortcut, j, ZERO
+        )
 
 
 @njit(**STRICT_MATH)
-def forward_with_norm(x, r, s, ab, record, first, last):
+def forward_with_norm(
+    x: np.ndarray,
+    r: np.ndarray,
+    s: np.ndarray,
+    ab: np.ndarray,
+    record: Record,
+    first: int,
+    last: int,
+) -> None:
     """Write the spikes of the neurons `first` to `last`; x, r and s are (T, n)."""
     T, n = x.shape
     lanes = record.lanes
@@ -190,12 +270,28 @@ def forward_with_norm(x, r, s, ab, record, first, last):
         size = min(lanes, last - i)
         v[:size] = record.rest
         for t in range(0, T, STEPS_IN_REGISTERS):
+            at = t * n + i
             steps = min(STEPS_IN_REGISTERS, T - t)
-            fire_block_with_norm(x, r, s, ab, v, t * n + i, size, n, steps, record)
+            fire_block_with_norm(x, r, s, ab, v, at, size, n, steps, record)
 
 # %% ../../nbs/lib/22_kernels.norm.ipynb #84c9baa7
 @njit(**STRICT_MATH)
-def charge_steps_with_norm(x, r, ab, v, m, at, at_m, n, dm, T, dynamics, has_shortcut, j, like):
+def charge_steps_with_norm(
+    x: Address,
+    r: Address,
+    ab: Address,
+    v: Address,
+    m: Address,
+    at: int,
+    at_m: int,
+    n: int,
+    dm: int,
+    T: int,
+    dynamics: tuple[Any, ...],
+    has_shortcut: bool,
+    j: int,
+    like: Numbers,
+) -> None:
     """Take the neurons `j` of a block through `T` steps; keep the membranes before the reset."""
     scale = load_at(ab, j, like)
     offset = load_at(ab, LANE_STRIDE + j, like)
@@ -208,17 +304,51 @@ def charge_steps_with_norm(x, r, ab, v, m, at, at_m, n, dm, T, dynamics, has_sho
 
 
 @njit(**STRICT_MATH)
-def charge_block_with_norm(x, r, ab, v, m, at, at_m, size, n, dm, T, record):
+def charge_block_with_norm(
+    x: np.ndarray,  # input of BatchNorm
+    r: np.ndarray,  # the shortcut
+    ab: np.ndarray,  # scale and offset of the lanes
+    v: np.ndarray,  # states of the block
+    m: np.ndarray,  # membranes of the block
+    at: int,  # index of the block in x and r
+    at_m: int,  # index of the first step in m
+    size: int,  # neurons in the block
+    n: int,  # distance of two steps in x and r
+    dm: int,  # distance of two steps in m
+    T: int,  # steps
+    record: Record,
+) -> None:
     """Compute the membranes of a block again."""
-    x, r, ab = address_of(x), address_of(r), address_of(ab)
-    v, m = address_of(v), address_of(m)
+    first_x = address_of(x)
+    first_r = address_of(r)
+    first_ab = address_of(ab)
+    first_v = address_of(v)
+    first_m = address_of(m)
     dynamics = read_dynamics(record)
     add = record.r != 0
     num_in_vectors = size - size % WIDTH
     for j in range(0, num_in_vectors, WIDTH):
-        charge_steps_with_norm(x, r, ab, v, m, at, at_m, n, dm, T, dynamics, add, j, splat(ZERO))
+        vector = splat(ZERO)
+        charge_steps_with_norm(
+            first_x,
+            first_r,
+            first_ab,
+            first_v,
+            first_m,
+            at,
+            at_m,
+            n,
+            dm,
+            T,
+            dynamics,
+            add,
+            j,
+            vector,
+        )
     for j in range(num_in_vectors, size):
-        charge_steps_with_norm(x, r, ab, v, m, at, at_m, n, dm, T, dynamics, add, j, ZERO)
+        charge_steps_with_norm(
+            first_x, first_r, first_ab, first_v, first_m, at, at_m, n, dm, T, dynamics, add, j, ZERO
+        )
 
 # %% ../../nbs/lib/22_kernels.norm.ipynb #378592a5
 def make_backward_block_with_norm(surrogate_grad: Callable) -> Callable:
@@ -226,7 +356,18 @@ def make_backward_block_with_norm(surrogate_grad: Callable) -> Callable:
     q)`."""
 
     @njit(**FUSED_MATH)
-    def backward_steps(x, g, gy, m, w, geometry, neuron, is_last, j, like):
+    def backward_steps(
+        x: Address,
+        g: Address,
+        gy: Address,
+        m: Address,
+        w: Address,
+        geometry: tuple[int, ...],
+        neuron: tuple[Any, ...],
+        is_last: bool,
+        j: int,
+        like: Numbers,
+    ) -> None:
         """Take gradients of the neurons `j` of a block back through `T` steps.
 
         `w` holds the gradient of the state and, `LANE_STRIDE` numbers apart, the sums of the
@@ -262,17 +403,37 @@ def make_backward_block_with_norm(surrogate_grad: Callable) -> Callable:
         store_at(w, 2 * LANE_STRIDE + j, sum_gx)
 
     @njit(**FUSED_MATH)
-    def backward_block_with_norm(x, g, gy, m, w, geometry, size, record, is_last):
+    def backward_block_with_norm(
+        x: np.ndarray,
+        g: np.ndarray,
+        gy: np.ndarray,
+        m: np.ndarray,
+        w: np.ndarray,
+        geometry: tuple[int, ...],
+        size: int,
+        record: Record,
+        is_last: bool,
+    ) -> None:
         """Take gradients of a block back through `T` steps."""
-        x, g, gy = address_of(x), address_of(g), address_of(gy)
-        m, w = address_of(m), address_of(w)
-        hard, detach = record.hard != 0, record.detach != 0
-        neuron = (read_slopes(record), record.decay, record.gain, hard, detach)
+        first_x = address_of(x)
+        first_g = address_of(g)
+        first_gy = address_of(gy)
+        first_m = address_of(m)
+        first_w = address_of(w)
+        slopes = read_slopes(record)
+        hard = record.hard != 0
+        detach = record.detach != 0
+        neuron = (slopes, record.decay, record.gain, hard, detach)
         num_in_vectors = size - size % WIDTH
         for j in range(0, num_in_vectors, WIDTH):
-            backward_steps(x, g, gy, m, w, geometry, neuron, is_last, j, splat(ZERO))
+            vector = splat(ZERO)
+            backward_steps(
+                first_x, first_g, first_gy, first_m, first_w, geometry, neuron, is_last, j, vector
+            )
         for j in range(num_in_vectors, size):
-            backward_steps(x, g, gy, m, w, geometry, neuron, is_last, j, ZERO)
+            backward_steps(
+                first_x, first_g, first_gy, first_m, first_w, geometry, neuron, is_last, j, ZERO
+            )
 
     return backward_block_with_norm
 
@@ -283,7 +444,17 @@ backward_block_atan = make_backward_block_with_norm(atan_grad)
 
 
 @njit(**FUSED_MATH)
-def backward_block_with_norm(x, g, gy, m, w, geometry, size, record, is_last):
+def backward_block_with_norm(
+    x: np.ndarray,
+    g: np.ndarray,
+    gy: np.ndarray,
+    m: np.ndarray,
+    w: np.ndarray,
+    geometry: tuple[int, ...],
+    size: int,
+    record: Record,
+    is_last: bool,
+) -> None:
     """Take gradients of a block back through `T` steps, with the surrogate of the neuron.
 
     `geometry` is (index in g, index in m, distance of two steps in g and in m, T).
@@ -297,7 +468,17 @@ def backward_block_with_norm(x, g, gy, m, w, geometry, size, record, is_last):
 
 # %% ../../nbs/lib/22_kernels.norm.ipynb #0c3bddcc
 @njit(**STRICT_MATH)
-def backward_neuron(x, r, g, gy, ab, sums, record, first, last):
+def backward_neuron(
+    x: np.ndarray,
+    r: np.ndarray,
+    g: np.ndarray,
+    gy: np.ndarray,
+    ab: np.ndarray,
+    sums: np.ndarray,
+    record: Record,
+    first: int,
+    last: int,
+) -> None:
     """Write the gradient of the neuron's current to gy (T, n); add its sums to sums (2, lanes)."""
     T, n = x.shape
     lanes = record.lanes
@@ -326,53 +507,72 @@ def backward_neuron(x, r, g, gy, ab, sums, record, first, last):
 
 
 @njit(**FUSED_MATH)
-def combine_at(x, gy, gx, abc, at, j, like):
+def combine_at(
+    x: Address, gy: Address, gx: Address, abc: Address, at: int, j: int, like: Numbers
+) -> None:
     """Write gy · a + x · b + c."""
+    i = at + j
     a = load_at(abc, j, like)
     b = load_at(abc, LANE_STRIDE + j, like)
     c = load_at(abc, 2 * LANE_STRIDE + j, like)
-    from_x = load_at(x, at + j, like) * b + c
-    store_at(gx, at + j, load_at(gy, at + j, like) * a + from_x)
+    from_x = load_at(x, i, like) * b + c
+    result = load_at(gy, i, like) * a + from_x
+    store_at(gx, i, result)
 
 
 @njit(**STRICT_MATH)
-def backward_norm(x, gy, gx, abc, lanes, first, last):
+def backward_norm(
+    x: np.ndarray,
+    gy: np.ndarray,
+    gx: np.ndarray,
+    abc: np.ndarray,
+    lanes: int,
+    first: int,
+    last: int,
+) -> None:
     """Write the gradient of the convolution's output (T, n); gx may share the memory of gy."""
     T, n = x.shape
-    x, gy, gx, abc = address_of(x), address_of(gy), address_of(gx), address_of(abc)
+    first_x = address_of(x)
+    first_gy = address_of(gy)
+    first_gx = address_of(gx)
+    first_abc = address_of(abc)
     for t in range(T):
         for i in range(first, last, lanes):
+            at = t * n + i
             size = min(lanes, last - i)
             num_in_vectors = size - size % WIDTH
             for j in range(0, num_in_vectors, WIDTH):
-                combine_at(x, gy, gx, abc, t * n + i, j, splat(ZERO))
+                combine_at(first_x, first_gy, first_gx, first_abc, at, j, splat(ZERO))
             for j in range(num_in_vectors, size):
-                combine_at(x, gy, gx, abc, t * n + i, j, ZERO)
+                combine_at(first_x, first_gy, first_gx, first_abc, at, j, ZERO)
 
 
 @njit(**STRICT_MATH)
-def store_all(x, y):
+def store_all(x: np.ndarray, y: np.ndarray) -> None:
     """Write `y = x`, rounded if `y` is in half precision."""
     for i in range(x.size):
         store_number(y, i, x[i])
 
 # %% ../../nbs/lib/22_kernels.norm.ipynb #95e6998c
 @njit(**STRICT_MATH)
-def worker_sums(record, worker):
+def worker_sums(record: Record, worker: int) -> np.ndarray:
     """Return the sums (2, C) of a worker."""
-    address = record.sums + 16 * worker * record.channels
+    bytes_per_worker = 2 * 8 * record.channels
+    address = record.sums + worker * bytes_per_worker
     return carray(as_pointer(address), (2, record.channels), np.float64)
 
 
 @njit(**STRICT_MATH)
-def lane_vectors(record, first, second, third):
+def lane_vectors(record: Record, first: int, second: int, third: int) -> np.ndarray:
     """Return two or three vectors over channels (addresses, or 0) as vectors over lanes in one
     array."""
+    channels = record.channels
+    lanes = record.lanes
     out = np.empty(3 * LANE_STRIDE, np.float32)
-    fill_lanes(first, record.channels, record.lanes, out)
-    fill_lanes(second, record.channels, record.lanes, out[LANE_STRIDE:])
+    fill_lanes(first, channels, lanes, out)
+    fill_lanes(second, channels, lanes, out[LANE_STRIDE:])
     if third:
-        fill_lanes(third, record.channels, record.lanes, out[2 * LANE_STRIDE :])
+        fill_lanes(third, channels, lanes, out[2 * LANE_STRIDE :])
     return out
 
 # %% ../../nbs/lib/22_kernels.norm.ipynb #fb464c02
@@ -384,7 +584,7 @@ def compiled_pass(
     """Return the C function of a pass."""
     dtype = np.uint16 if half else np.float32
 
-    def run_moments(data):
+    def run_moments(data: Any) -> None:
         record = carray(data, (1,), NORM_RECORD)[0]
         worker, first, last = worker_neurons(record)
         sums = np.zeros((2, record.lanes))
@@ -394,7 +594,7 @@ def compiled_pass(
         sum_moments(x, near, sums, record.lanes, first, last)
         sum_lanes(sums, worker_sums(record, worker))
 
-    def run_forward(data):
+    def run_forward(data: Any) -> None:
         record = carray(data, (1,), NORM_RECORD)[0]
         _worker, first, last = worker_neurons(record)
         shape = (record.T, record.n)
@@ -404,7 +604,7 @@ def compiled_pass(
         ab = lane_vectors(record, record.scale, record.offset, 0)
         forward_with_norm(x, r, y, ab, record, first, last)
 
-    def run_neuron(data):
+    def run_neuron(data: Any) -> None:
         record = carray(data, (1,), NORM_RECORD)[0]
         worker, first, last = worker_neurons(record)
         shape = (record.T, record.n)
@@ -417,7 +617,7 @@ def compiled_pass(
         backward_neuron(x, r, g, gy, ab, sums, record, first, last)
         sum_lanes(sums, worker_sums(record, worker))
 
-    def run_norm(data):
+    def run_norm(data: Any) -> None:
         record = carray(data, (1,), NORM_RECORD)[0]
         _worker, first, last = worker_neurons(record)
         shape = (record.T, record.n)
@@ -461,13 +661,18 @@ def moments_of(
     x: Tensor,  # (T·B, C, H, W), channels_last
 ) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance of every channel, float32 (C,)."""
-    channels, num_numbers = x.shape[1], x.numel()
+    channels = x.shape[1]
+    num_numbers = x.numel()
     near = x[0, :, 0, 0].float()
     sums = torch.zeros(team_size(num_numbers), 2, channels, dtype=torch.float64)
     record = norm_record(None, channels, offset=near.data_ptr(), sums=sums.data_ptr())
-    run_kernel(compiled_pass("moments", is_half(x)), record, 1, num_numbers, x.data_ptr(), 0, 0)
+    function = compiled_pass("moments", is_half(x))
+    run_kernel(function, record, 1, num_numbers, x.data_ptr(), 0, 0)
+    # of x - near, so that the difference of two large numbers does not lose digits
     first, second = sums.sum(0) / (num_numbers // channels)
-    return (near + first).float(), (second - first * first).clamp_(min=0).float()
+    mean = near + first
+    variance = (second - first * first).clamp_(min=0)
+    return mean.float(), variance.float()
 
 # %% ../../nbs/lib/22_kernels.norm.ipynb #e93df46f
 def fire_pass(
@@ -588,19 +793,25 @@ class NormFire(torch.autograd.Function):
         if g.stride() != x.stride():
             g = torch.empty_like(x).copy_(g)
         gy, sum_g, sum_gx = ctx.passes.neuron_pass(x, residual, g, scale, offset, ctx.T, ctx.neuron)
-        grad_gamma = ((sum_gx - mean * sum_g) * invstd).float()
+        centered = sum_gx - mean * sum_g
+        grad_gamma = (centered * invstd).float()
         grad_beta = sum_g.float()
         if ctx.is_batch:
-            share = -1 / max(1, x.numel() // x.shape[1])
+            numbers_per_channel = x.numel() // x.shape[1]
+            share = -1 / max(1, numbers_per_channel)
             times = grad_gamma * scale * invstd * share
-            plus = torch.addcmul(grad_beta * scale * share, mean, times, value=-1)
+            through_beta = grad_beta * scale * share
+            plus = torch.addcmul(through_beta, mean, times, value=-1)
         else:
-            times = plus = torch.zeros_like(scale)
+            times = torch.zeros_like(scale)
+            plus = times
         # The gradient of the shortcut is gy. Without one, the result may take gy's memory.
         needs_gy = residual is not None and ctx.needs_input_grad[1]
         gx = torch.empty_like(x) if needs_gy else gy
         ctx.passes.norm_pass(x, gy, scale, times, plus, gx)
-        return gx, gy if needs_gy else None, grad_gamma, grad_beta, *[None] * 7
+        grad_residual = gy if needs_gy else None
+        no_gradients = [None] * 7
+        return gx, grad_residual, grad_gamma, grad_beta, *no_gradients
 
 # %% ../../nbs/lib/22_kernels.norm.ipynb #700e4937
 @torch.no_grad()
@@ -635,7 +846,9 @@ def is_plain_batchnorm(bn: torch.nn.Module, x: Tensor) -> bool:
     if type(bn) is not torch.nn.BatchNorm2d or not bn.affine:
         return False
     for value in (*bn.parameters(), *bn.buffers()):
-        if value.is_floating_point() and (value.dtype, value.device) != (torch.float32, x.device):
+        if not value.is_floating_point():
+            continue
+        if value.dtype != torch.float32 or value.device != x.device:
             return False
     return True
 

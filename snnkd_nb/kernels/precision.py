@@ -77,8 +77,10 @@ def cpu_class() -> str:
 # %% ../../nbs/lib/24_kernels.precision.ipynb #d39ccef4
 def is_strided_pointwise(weight: Tensor, stride: tuple[int, ...]) -> bool:
     """Tell whether a convolution is 1×1 with a stride; the weight is `(O, C / groups, 1, …)`."""
-    is_pointwise = all(size == 1 for size in weight.shape[2:])
-    return is_pointwise and any(step > 1 for step in stride)
+    kernel_size = weight.shape[2:]
+    if any(size > 1 for size in kernel_size):
+        return False
+    return any(step > 1 for step in stride)
 
 
 def as_tuple(value: Any, length: int) -> tuple[int, ...]:
@@ -95,9 +97,13 @@ def subsample(x: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]) -> T
     The result has the memory format of `x`.
     """
     if any(padding):
-        both_sides = [width for width in reversed(padding) for _ in range(2)]
+        # F.pad wants two numbers for each axis, and the last axis first
+        both_sides = []
+        for width in reversed(padding):
+            both_sides += [width, width]
         x = F.pad(x, both_sides)
-    index: Any = (..., *(slice(None, None, step) for step in stride))
+    every_step = [slice(None, None, step) for step in stride]
+    index: Any = (..., *every_step)
     picked = x[index]
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return picked.contiguous(memory_format=torch.channels_last)
@@ -175,12 +181,16 @@ def emulates_bf16(*operands: Any) -> bool:
     Operands in double precision stay as they are, as under `torch.autocast`.
     """
     tensors = [x for x in _flatten_operands(operands) if isinstance(x, Tensor)]
-    if not tensors or any(x.device.type != "cpu" or x.dtype == torch.float64 for x in tensors):
+    if not tensors:
         return False
-    autocast_on = (
-        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    )
-    if not autocast_on and not all(x.dtype == torch.bfloat16 for x in tensors):
+    for x in tensors:
+        if x.device.type != "cpu" or x.dtype == torch.float64:
+            return False
+    autocast_on = torch.is_autocast_enabled("cpu")
+    is_half = autocast_on and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    if not is_half:
+        is_half = all(x.dtype == torch.bfloat16 for x in tensors)
+    if not is_half:
         return False
     return bf16_route() == "emulated"
 
@@ -239,7 +249,10 @@ def fast_operands(x: Tensor, weight: Tensor, emulated: bool) -> tuple[Tensor, Te
 
 def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
     """Return `y` `(N, O, H, W)` plus a bias `(O,)`, in the type of `y`."""
-    return y if bias is None else y + bias.to(y.dtype)[:, None, None]
+    if bias is None:
+        return y
+    per_channel = bias.to(y.dtype)[:, None, None]
+    return y + per_channel
 
 
 @functools.cache
@@ -294,16 +307,18 @@ def spread_pixels(
 ) -> Tensor:
     """Return the gradient of `subsample`'s input `(N, C, H, W)`: `grad` at the pixels it read, else
     zero."""
-    height, width = (size + 2 * border for size, border in zip(shape[2:], padding, strict=True))
+    num_images, channels, height, width = shape
+    top, left = padding
+    row_step, column_step = stride
     full = torch.empty(
-        (*shape[:2], height, width),
+        (num_images, channels, height + 2 * top, width + 2 * left),
         dtype=grad.dtype,
         device=grad.device,
         memory_format=torch.channels_last,
     )
     full.zero_()
-    full[..., :: stride[0], :: stride[1]] = grad
-    return full[..., padding[0] : height - padding[0], padding[1] : width - padding[1]]
+    full[..., ::row_step, ::column_step] = grad
+    return full[..., top : top + height, left : left + width]
 
 
 def conv2d(
@@ -316,7 +331,16 @@ def conv2d(
     groups: int = 1,
 ) -> Tensor:
     """Convolve images like `torch.nn.functional.conv2d`, with correct gradients on every CPU."""
-    return convolve(torch.conv2d, x, weight, bias, stride, padding, dilation, groups)
+    return convolve(
+        torch.conv2d,
+        x,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+    )
 
 # %% ../../nbs/lib/24_kernels.precision.ipynb #2908c389
 CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
@@ -379,7 +403,10 @@ class SafeProducts(TorchFunctionMode):
 
 def kwargs_of_convolution(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the keyword arguments of a convolution with `input` named `x`, as in `convolve`."""
-    return {"x" if name == "input" else name: value for name, value in kwargs.items()}
+    renamed_kwargs = dict(kwargs)
+    if "input" in renamed_kwargs:
+        renamed_kwargs["x"] = renamed_kwargs.pop("input")
+    return renamed_kwargs
 
 
 def protected() -> contextlib.AbstractContextManager:

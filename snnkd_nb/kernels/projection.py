@@ -33,6 +33,7 @@ from snnkd_nb.kernels.flat import (
     NEURON_RECORD,
     STRICT_MATH,
     ZERO,
+    Record,
     as_pointer,
     compile_c_function,
     load_number,
@@ -60,54 +61,74 @@ from .precision import bf16_route, emulates_bf16
 
 # %% ../../nbs/lib/30_kernels.projection.ipynb #915d0335
 @njit(**STRICT_MATH)
-def add_rows(a, b, y):
+def add_rows(a: np.ndarray, b: np.ndarray, y: np.ndarray) -> None:
     """Write y = a + b."""
     for i in range(y.size):
-        store_number(y, i, load_number(a[i]) + load_number(b[i]))
+        total = load_number(a[i]) + load_number(b[i])
+        store_number(y, i, total)
 
 
 @njit(**STRICT_MATH)
-def subtract_rows(a, b, y):
+def subtract_rows(a: np.ndarray, b: np.ndarray, y: np.ndarray) -> None:
     """Write y = a - b."""
     for i in range(y.size):
-        store_number(y, i, load_number(a[i]) - load_number(b[i]))
+        difference = load_number(a[i]) - load_number(b[i])
+        store_number(y, i, difference)
 
 
 @njit(**STRICT_MATH)
-def add_three_rows(a, b, c, y):
+def add_three_rows(a: np.ndarray, b: np.ndarray, c: np.ndarray, y: np.ndarray) -> None:
     """Write y = a + b + c."""
     for i in range(y.size):
-        store_number(y, i, load_number(a[i]) + load_number(b[i]) + load_number(c[i]))
+        total = load_number(a[i])
+        total = total + load_number(b[i])
+        total = total + load_number(c[i])
+        store_number(y, i, total)
 
 
 @njit(**STRICT_MATH)
-def subtract_two_rows(a, b, c, y):
+def subtract_two_rows(a: np.ndarray, b: np.ndarray, c: np.ndarray, y: np.ndarray) -> None:
     """Write y = a - b - c."""
     for i in range(y.size):
-        store_number(y, i, load_number(a[i]) - load_number(b[i]) - load_number(c[i]))
+        difference = load_number(a[i])
+        difference = difference - load_number(b[i])
+        difference = difference - load_number(c[i])
+        store_number(y, i, difference)
 
 
 @njit(**STRICT_MATH)
-def accumulate(y, a, sign):
+def accumulate(y: np.ndarray, a: np.ndarray, sign: float) -> None:
     """Add sign · a to y."""
     for i in range(y.size):
-        y[i] += sign * load_number(a[i])
+        value = load_number(a[i])
+        y[i] += sign * value
 
 
 @njit(**STRICT_MATH)
-def image_row(x, n, r, zeros):
+def image_row(x: np.ndarray, n: int, r: int, zeros: np.ndarray) -> np.ndarray:
     """Return row r of image n, or zeros outside of the image."""
-    return x[n, r] if (r >= 0) & (r < x.shape[1]) else zeros
+    height = x.shape[1]
+    is_inside = (r >= 0) & (r < height)
+    if is_inside:
+        return x[n, r]
+    return zeros
 
 # %% ../../nbs/lib/30_kernels.projection.ipynb #27ce1ac6
 @njit(**STRICT_MATH)
-def turn_to_tiles(x, tiles, strip, zeros, n, tile_row, first_tile, c, first_channel):
-    """Turn one row of tiles of image n of x (N, h, w·c): B d Bᵀ for every patch d of 4×4 pixels.
+def turn_to_tiles(
+    x: np.ndarray,  # images (N, h, w·c)
+    tiles: np.ndarray,  # the result, (16, tiles, channels)
+    strip: np.ndarray,  # memory (4, (w + 2)·c or more); zeros before and behind the image
+    zeros: np.ndarray,  # a row of the image outside of it
+    n: int,  # which image
+    tile_row: int,  # which row of its tiles
+    first_tile: int,  # index of the row's first tile in `tiles`
+    c: int,  # channels of the image
+    first_channel: int,  # index of its first channel in `tiles`
+) -> None:
+    """Turn one row of tiles of an image: B d Bᵀ for every patch d of 4×4 pixels.
 
-    Patches overlap by two pixels and reach one pixel over the edge of the image. `first_tile` is
-    the index of the row's first tile in `tiles` (16, tiles, channels), `first_channel` the index of
-    the first of its c channels. `strip` (4, (w + 2)·c or more) is working memory; its first c
-    numbers and those behind the image are zeros. `zeros` is a row of the image outside of it.
+    Patches overlap by two pixels and reach one pixel over the edge of the image.
     """
     top = 2 * tile_row - 1
     d0 = image_row(x, n, top, zeros)
@@ -138,49 +159,94 @@ def turn_to_tiles(x, tiles, strip, zeros, n, tile_row, first_tile, c, first_chan
 
 
 @njit(**STRICT_MATH)
-def turn_from_tiles(y, tiles, strip, n, r, t, c, at):
-    """Turn one row of tiles of products back to pixels: A m Aᵀ → y (N, h, w·c)."""
+def turn_from_tiles(
+    y: np.ndarray,  # the result (N, h, w·c)
+    tiles: np.ndarray,  # products (16, tiles, channels)
+    strip: np.ndarray,  # memory (4, (w + 2)·c or more)
+    n: int,  # which image
+    tile_row: int,  # which row of its tiles
+    first_tile: int,  # index of the row's first tile in `tiles`
+    c: int,  # channels of the image
+    first_channel: int,  # index of its first channel in `tiles`
+) -> None:
+    """Turn one row of tiles of products back to pixels: A m Aᵀ."""
+    num_tiles = strip.shape[1] // (2 * c) - 1
+    last_channel = first_channel + c
     for i in range(4):
-        for b in range(strip.shape[1] // (2 * c) - 1):
-            o = 2 * b * c
-            m0 = tiles[4 * i, t + b, at : at + c]
-            m1 = tiles[4 * i + 1, t + b, at : at + c]
-            m2 = tiles[4 * i + 2, t + b, at : at + c]
-            m3 = tiles[4 * i + 3, t + b, at : at + c]
-            add_three_rows(m0, m1, m2, strip[i, o : o + c])
-            subtract_two_rows(m1, m2, m3, strip[i, o + c : o + 2 * c])
-    w = y.shape[2]
-    add_three_rows(strip[0, :w], strip[1, :w], strip[2, :w], y[n, 2 * r])
-    if 2 * r + 1 < y.shape[1]:
-        subtract_two_rows(strip[1, :w], strip[2, :w], strip[3, :w], y[n, 2 * r + 1])
+        for number in range(num_tiles):
+            tile = first_tile + number
+            m0 = tiles[4 * i, tile, first_channel:last_channel]
+            m1 = tiles[4 * i + 1, tile, first_channel:last_channel]
+            m2 = tiles[4 * i + 2, tile, first_channel:last_channel]
+            m3 = tiles[4 * i + 3, tile, first_channel:last_channel]
+            left = 2 * number * c
+            middle = left + c
+            right = middle + c
+            add_three_rows(m0, m1, m2, strip[i, left:middle])
+            subtract_two_rows(m1, m2, m3, strip[i, middle:right])
+    width = y.shape[2]
+    row0 = strip[0, :width]
+    row1 = strip[1, :width]
+    row2 = strip[2, :width]
+    row3 = strip[3, :width]
+    top = 2 * tile_row
+    add_three_rows(row0, row1, row2, y[n, top])
+    if top + 1 < y.shape[1]:
+        subtract_two_rows(row1, row2, row3, y[n, top + 1])
 
 # %% ../../nbs/lib/30_kernels.projection.ipynb #738ce212
 @njit(**STRICT_MATH)
-def spread_to_tiles(g, tiles, strip, zeros, n, r, t, c, at):
-    """Apply the transpose of `turn_from_tiles` to one row of tiles: g (N, h, w·c) → Aᵀ g A."""
-    w = zeros.size
-    g0 = image_row(g, n, 2 * r, zeros)
-    g1 = image_row(g, n, 2 * r + 1, zeros)
-    add_rows(g0, zeros, strip[0, :w])
-    add_rows(g0, g1, strip[1, :w])
-    subtract_rows(g0, g1, strip[2, :w])
-    subtract_rows(zeros, g1, strip[3, :w])
+def spread_to_tiles(
+    g: np.ndarray,  # gradients of images (N, h, w·c)
+    tiles: np.ndarray,  # the result, (16, tiles, channels)
+    strip: np.ndarray,  # memory (4, (w + 2)·c or more); zeros behind the image
+    zeros: np.ndarray,  # a row of the image outside of it
+    n: int,  # which image
+    tile_row: int,  # which row of its tiles
+    first_tile: int,  # index of the row's first tile in `tiles`
+    c: int,  # channels of the image
+    first_channel: int,  # index of its first channel in `tiles`
+) -> None:
+    """Apply the transpose of `turn_from_tiles` to one row of tiles: Aᵀ g A."""
+    width = zeros.size
+    top = 2 * tile_row
+    g0 = image_row(g, n, top, zeros)
+    g1 = image_row(g, n, top + 1, zeros)
+    add_rows(g0, zeros, strip[0, :width])
+    add_rows(g0, g1, strip[1, :width])
+    subtract_rows(g0, g1, strip[2, :width])
+    subtract_rows(zeros, g1, strip[3, :width])
     zero = zeros[:c]
+    num_tiles = strip.shape[1] // (2 * c) - 1
+    last_channel = first_channel + c
     for i in range(4):
-        for b in range(strip.shape[1] // (2 * c) - 1):
-            o = 2 * b * c
-            e0 = strip[i, o : o + c]
-            e1 = strip[i, o + c : o + 2 * c]
-            add_rows(e0, zero, tiles[4 * i, t + b, at : at + c])
-            add_rows(e0, e1, tiles[4 * i + 1, t + b, at : at + c])
-            subtract_rows(e0, e1, tiles[4 * i + 2, t + b, at : at + c])
-            subtract_rows(zero, e1, tiles[4 * i + 3, t + b, at : at + c])
+        for number in range(num_tiles):
+            tile = first_tile + number
+            left = 2 * number * c
+            middle = left + c
+            right = middle + c
+            e0 = strip[i, left:middle]
+            e1 = strip[i, middle:right]
+            add_rows(e0, zero, tiles[4 * i, tile, first_channel:last_channel])
+            add_rows(e0, e1, tiles[4 * i + 1, tile, first_channel:last_channel])
+            subtract_rows(e0, e1, tiles[4 * i + 2, tile, first_channel:last_channel])
+            subtract_rows(zero, e1, tiles[4 * i + 3, tile, first_channel:last_channel])
 
 
 @njit(**STRICT_MATH)
-def collect_columns(e0, e1, e2, e3, m0, m1, m2, m3):
+def collect_columns(
+    e0: np.ndarray,
+    e1: np.ndarray,
+    e2: np.ndarray,
+    e3: np.ndarray,
+    m0: np.ndarray,
+    m1: np.ndarray,
+    m2: np.ndarray,
+    m3: np.ndarray,
+) -> None:
     """Add Bᵀ m, for four runs m, to four runs e."""
-    plus, minus = np.float32(1), np.float32(-1)
+    plus = np.float32(1)
+    minus = np.float32(-1)
     accumulate(e0, m0, plus)
     accumulate(e1, m1, plus)
     accumulate(e1, m2, minus)
@@ -192,32 +258,55 @@ def collect_columns(e0, e1, e2, e3, m0, m1, m2, m3):
 
 
 @njit(**STRICT_MATH)
-def collect_from_tiles(x, tiles, strip, image, zeros, n, r, t, c):
+def collect_from_tiles(
+    x: np.ndarray,  # the result (N, h, w·c)
+    tiles: np.ndarray,  # products (16, tiles, channels)
+    strip: np.ndarray,  # memory (4, (w + 2)·c or more)
+    image: np.ndarray,  # memory for the image with its borders
+    zeros: np.ndarray,  # a row of the image outside of it
+    n: int,  # which image
+    tile_row: int,  # which row of its tiles
+    first_tile: int,  # index of the row's first tile in `tiles`
+    c: int,  # channels of the image
+) -> None:
     """Apply the transpose of `turn_to_tiles`: Bᵀ m B, added up in `image` where tiles overlap.
 
-    The last row of tiles writes x (N, h, w·c).
+    The last row of tiles writes x.
     """
-    if r == 0:
+    if tile_row == 0:
         image[:] = ZERO
+    num_tiles = strip.shape[1] // (2 * c) - 1
     for i in range(4):
         strip[i] = ZERO
-        for b in range(strip.shape[1] // (2 * c) - 1):
-            o = 2 * b * c
+        for number in range(num_tiles):
+            tile = first_tile + number
+            left = 2 * number * c
             collect_columns(
-                strip[i, o : o + c],
-                strip[i, o + c : o + 2 * c],
-                strip[i, o + 2 * c : o + 3 * c],
-                strip[i, o + 3 * c : o + 4 * c],
-                tiles[4 * i, t + b],
-                tiles[4 * i + 1, t + b],
-                tiles[4 * i + 2, t + b],
-                tiles[4 * i + 3, t + b],
+                strip[i, left : left + c],
+                strip[i, left + c : left + 2 * c],
+                strip[i, left + 2 * c : left + 3 * c],
+                strip[i, left + 3 * c : left + 4 * c],
+                tiles[4 * i, tile],
+                tiles[4 * i + 1, tile],
+                tiles[4 * i + 2, tile],
+                tiles[4 * i + 3, tile],
             )
-    e0, e1, e2, e3 = image[2 * r], image[2 * r + 1], image[2 * r + 2], image[2 * r + 3]
-    collect_columns(e0, e1, e2, e3, strip[0], strip[1], strip[2], strip[3])
-    if 2 * r + 2 >= x.shape[1]:
-        for i in range(x.shape[1]):
-            add_rows(image[i + 1, c : c + zeros.size], zeros, x[n, i])
+    top = 2 * tile_row
+    collect_columns(
+        image[top],
+        image[top + 1],
+        image[top + 2],
+        image[top + 3],
+        strip[0],
+        strip[1],
+        strip[2],
+        strip[3],
+    )
+    height = x.shape[1]
+    if top + 2 >= height:
+        end = c + zeros.size
+        for i in range(height):
+            add_rows(image[i + 1, c:end], zeros, x[n, i])
 
 # %% ../../nbs/lib/30_kernels.projection.ipynb #4b5e9ac9
 TILE_FIELDS = ("images", "h", "w", "c", "wide", "at")
@@ -226,31 +315,36 @@ TILE_PASSES = ("to_tiles", "from_tiles", "spread", "collect")
 
 
 @njit(**STRICT_MATH)
-def run_worker_rows(record, x, tiles):
+def run_worker_rows(record: Record, x: np.ndarray, tiles: np.ndarray) -> None:
     """Run the pass `record.kind` over the rows or images of this worker."""
     worker, workers = worker_of(record)
     tile_rows = (record.h + 1) // 2
     tile_columns = (record.w + 1) // 2
     c = record.c
+    at = record.at
     width = (2 * tile_columns + 2) * c
+    collects = record.kind == 3
+    image_rows = 2 * tile_rows + 2 if collects else 0
     strip = np.zeros((4, width), np.float32)
-    image = np.empty((2 * tile_rows + 2 if record.kind == 3 else 0, width), np.float32)
+    image = np.empty((image_rows, width), np.float32)
     zeros = np.zeros(record.w * c, x.dtype)
-    share = tile_rows if record.kind == 3 else 1  # rows that one worker must take together
+    share = tile_rows if collects else 1  # rows that one worker must take together
     shares = record.images * tile_rows // share
-    for i in range(shares * worker // workers, shares * (worker + 1) // workers):
+    first_share = shares * worker // workers
+    end_share = shares * (worker + 1) // workers
+    for i in range(first_share, end_share):
         for k in range(i * share, (i + 1) * share):
             n = k // tile_rows
-            r = k % tile_rows
-            t = k * tile_columns
+            tile_row = k % tile_rows
+            first_tile = k * tile_columns
             if record.kind == 0:
-                turn_to_tiles(x, tiles, strip, zeros, n, r, t, c, record.at)
+                turn_to_tiles(x, tiles, strip, zeros, n, tile_row, first_tile, c, at)
             elif record.kind == 1:
-                turn_from_tiles(x, tiles, strip, n, r, t, c, record.at)
+                turn_from_tiles(x, tiles, strip, n, tile_row, first_tile, c, at)
             elif record.kind == 2:
-                spread_to_tiles(x, tiles, strip, zeros, n, r, t, c, record.at)
+                spread_to_tiles(x, tiles, strip, zeros, n, tile_row, first_tile, c, at)
             else:
-                collect_from_tiles(x, tiles, strip, image, zeros, n, r, t, c)
+                collect_from_tiles(x, tiles, strip, image, zeros, n, tile_row, first_tile, c)
 
 
 @functools.cache
@@ -258,10 +352,13 @@ def compiled_tile_pass(half: bool) -> Any:
     """Return the C function of the passes over tiles, in bfloat16 (`half`) or float32."""
     dtype = np.uint16 if half else np.float32
 
-    def run_tiles(data):
+    def run_tiles(data: Any) -> None:
         record = carray(data, (1,), TILE_RECORD)[0]
-        num_tiles = record.images * ((record.h + 1) // 2) * ((record.w + 1) // 2)
-        x = carray(as_pointer(record.x), (record.images, record.h, record.w * record.c), dtype)
+        tile_rows = (record.h + 1) // 2
+        tile_columns = (record.w + 1) // 2
+        num_tiles = record.images * tile_rows * tile_columns
+        row = record.w * record.c
+        x = carray(as_pointer(record.x), (record.images, record.h, row), dtype)
         tiles = carray(as_pointer(record.y), (16, num_tiles, record.wide), dtype)
         run_worker_rows(record, x, tiles)
 
@@ -275,12 +372,15 @@ def run_tile_pass(
     at: int = 0,  # the first of c channels in the tiles
 ) -> None:
     """Run a pass between maps and tiles."""
+    images, height, width, channels = x.shape
     record = np.zeros(1, TILE_RECORD)
     record["kind"] = TILE_PASSES.index(name)
+    record["images"] = images
+    record["h"] = height
+    record["w"] = width
+    record["c"] = channels
     record["wide"] = tiles.shape[2]
     record["at"] = at
-    for field, value in zip(("images", "h", "w", "c"), x.shape, strict=True):
-        record[field] = value
     function = compiled_tile_pass(x.dtype == torch.bfloat16)
     run_kernel(function, record, 1, x.numel(), x.data_ptr(), 0, tiles.data_ptr())
 
@@ -292,7 +392,9 @@ FILTER_TRANSFORM_2D = torch.kron(FILTER_TRANSFORM, FILTER_TRANSFORM)  # (16, 9)
 
 def tiles_per_image(h: int, w: int) -> int:
     """Return the number of 2×2 tiles of an image."""
-    return ((h + 1) // 2) * ((w + 1) // 2)
+    rows = (h + 1) // 2
+    columns = (w + 1) // 2
+    return rows * columns
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -311,11 +413,15 @@ class TilePieces:
         num_images, h, w, channels = x.shape
         num_filters = filters.shape[2]
         self.tiles = tiles_per_image(h, w)
-        tiles_of_piece = max(PIECE_SIZE // (16 * num_filters), 2 * channels)
-        self.step = min(num_images, max(1, tiles_of_piece // self.tiles))
-        self.slices = [
-            slice(i, min(i + self.step, num_images)) for i in range(0, num_images, self.step)
-        ]
+        tiles_that_fit = PIECE_SIZE // (16 * num_filters)
+        # with fewer tiles, reading the filters would take longer than the product
+        tiles_of_piece = max(tiles_that_fit, 2 * channels)
+        images_of_piece = max(1, tiles_of_piece // self.tiles)
+        self.step = min(num_images, images_of_piece)
+        self.slices = []
+        for start in range(0, num_images, self.step):
+            end = min(start + self.step, num_images)
+            self.slices.append(slice(start, end))
         rows = 16 * self.tiles * self.step
         self.feature_tiles = x.new_empty(rows * channels)
         self.result_tiles = x.new_empty(rows * num_filters)
@@ -323,14 +429,17 @@ class TilePieces:
     def part_of(self, memory: Tensor, images: int) -> Tensor:
         """Return memory for the tiles of some images, (16, tiles, channels)."""
         numbers_per_image = len(memory) // self.step
-        return memory[: numbers_per_image * images].view(16, self.tiles * images, -1)
+        num_numbers = images * numbers_per_image
+        num_tiles = images * self.tiles
+        return memory[:num_numbers].view(16, num_tiles, -1)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield images, memory for the tiles of their features, and for those of the results."""
         for images in self.slices:
             count = images.stop - images.start
             features = self.part_of(self.feature_tiles, count)
-            yield images, features, self.part_of(self.result_tiles, count)
+            results = self.part_of(self.result_tiles, count)
+            yield images, features, results
 
 
 def run_for_all(name: str, maps: Sequence[Tensor], images: slice, tiles: Tensor) -> None:
@@ -344,18 +453,24 @@ def run_for_all(name: str, maps: Sequence[Tensor], images: slice, tiles: Tensor)
 def can_tile(x: Tensor) -> bool:
     """Tell whether the tiles can compute a convolution of x: images in float32 or bfloat16 on a
     CPU."""
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
+    if x.device.type != "cpu":
+        return False
+    if x.dtype not in (torch.float32, torch.bfloat16):
         return False
     return x.dim() == 4 and x.numel() > 0
 
 # %% ../../nbs/lib/30_kernels.projection.ipynb #f4a16ec8
 def turn_filters(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Return the turned filters (16, C, ΣC') of weights (C', C, 3, 3), side by side."""
-    taps = [w.detach().float().flatten(2).permute(2, 1, 0) for w in weights]
+    taps = []
+    for weight in weights:
+        filters = weight.detach().float().flatten(2)  # (C', C, 9)
+        taps.append(filters.permute(2, 1, 0))
     side_by_side = torch.cat(taps, 2)
+    _, channels, num_filters = side_by_side.shape
     with torch.autocast("cpu", enabled=False):
         turned = FILTER_TRANSFORM_2D @ side_by_side.flatten(1)
-    return turned.to(dtype).view(16, *side_by_side.shape[1:])
+    return turned.to(dtype).view(16, channels, num_filters)
 
 
 class Winograd(torch.autograd.Function):
@@ -411,10 +526,13 @@ class Winograd(torch.autograd.Function):
         if gx is not None:
             gx = gx.permute(0, 3, 1, 2)
         if not needs_filters:
-            return gx, *(None for _ in needs_weight)
+            no_gradients = [None] * len(needs_weight)
+            return gx, *no_gradients
         with torch.autocast("cpu", enabled=False):
             taps = FILTER_TRANSFORM_2D.T @ filters_grad.flatten(1)
-        weights_grad = taps.view(9, *filters.shape[1:]).permute(2, 1, 0).unflatten(2, (3, 3))
+        _, channels, num_filters = filters.shape
+        by_filter = taps.view(9, channels, num_filters).permute(2, 1, 0)
+        weights_grad = by_filter.unflatten(2, (3, 3))
         return gx, *weights_grad.split(ctx.num_filters)
 
 # %% ../../nbs/lib/30_kernels.projection.ipynb #244020b8
@@ -429,41 +547,68 @@ def tiles_pay(
     """Tell whether there are enough channels and tiles to make up for turning."""
     n, c, h, w = x.shape
     tiles = tiles_per_image(h, w)
-    turning_cost = (1 / c + 1 / filters) * 4 * tiles / (h * w)
-    return n * tiles >= MIN_TILES and turning_cost <= MAX_TURNING_COST
+    if n * tiles < MIN_TILES:
+        return False
+    turning_per_product = 1 / c + 1 / filters
+    turning_cost = turning_per_product * 4 * tiles / (h * w)
+    return turning_cost <= MAX_TURNING_COST
 
 # %% ../../nbs/lib/30_kernels.projection.ipynb #e2265f67
 @njit(**FUSED_MATH)
-def normalize_relu(x, ab, y):
+def normalize_relu(x: np.ndarray, ab: np.ndarray, y: np.ndarray) -> None:
     """Write `y = max(0, x · a + b)`."""
     for i in range(x.size):
-        v = load_number(x[i]) * ab[i] + ab[LANE_STRIDE + i]
-        store_number(y, i, ZERO if v < ZERO else v)
+        a = ab[i]
+        b = ab[LANE_STRIDE + i]
+        v = load_number(x[i]) * a + b
+        positive = ZERO if v < ZERO else v
+        store_number(y, i, positive)
 
 
 @njit(**FUSED_MATH)
-def normalize_relu_again(x, g, ab, w, y):
+def normalize_relu_again(
+    x: np.ndarray, g: np.ndarray, ab: np.ndarray, w: np.ndarray, y: np.ndarray
+) -> None:
     """Write the same, and add up the gradient that ReLU passes and its product with x in `w`."""
     for i in range(x.size):
+        a = ab[i]
+        b = ab[LANE_STRIDE + i]
         u = load_number(x[i])
-        v = u * ab[i] + ab[LANE_STRIDE + i]
+        v = u * a + b
         e = load_number(g[i]) if v > ZERO else ZERO
         w[LANE_STRIDE + i] += e
         w[2 * LANE_STRIDE + i] += e * u
-        store_number(y, i, ZERO if v < ZERO else v)
+        positive = ZERO if v < ZERO else v
+        store_number(y, i, positive)
 
 
 @njit(**FUSED_MATH)
-def combine_gradients(x, g, ab, abc, e):
+def combine_gradients(
+    x: np.ndarray, g: np.ndarray, ab: np.ndarray, abc: np.ndarray, e: np.ndarray
+) -> None:
     """Write `e = g · scale + x · times + plus`, with g only where ReLU passes it."""
     for i in range(x.size):
+        a = ab[i]
+        b = ab[LANE_STRIDE + i]
+        scale = abc[i]
+        times = abc[LANE_STRIDE + i]
+        plus = abc[2 * LANE_STRIDE + i]
         u = load_number(x[i])
-        passed = load_number(g[i]) if u * ab[i] + ab[LANE_STRIDE + i] > ZERO else ZERO
-        e[i] = passed * abc[i] + (u * abc[LANE_STRIDE + i] + abc[2 * LANE_STRIDE + i])
+        passed = load_number(g[i]) if u * a + b > ZERO else ZERO
+        from_x = u * times + plus
+        e[i] = passed * scale + from_x
 
 # %% ../../nbs/lib/30_kernels.projection.ipynb #e06b8d22
 @njit(**STRICT_MATH)
-def backward_relu(x, g, y, ab, lanes, first, last):
+def backward_relu(
+    x: np.ndarray,
+    g: np.ndarray,
+    y: np.ndarray,
+    ab: np.ndarray,
+    lanes: int,
+    first: int,
+    last: int,
+) -> np.ndarray:
     """Run `normalize_relu_again` from `first` to `last`; return the sums (2, lanes)."""
     w = np.zeros(3 * LANE_STRIDE, np.float32)
     sums = np.zeros((2, lanes))
@@ -487,38 +632,45 @@ def compiled_relu_pass(
     """Return the C function of a pass."""
     dtype = np.uint16 if half else np.float32
 
-    def run_forward(data):
+    def run_forward(data: Any) -> None:
         record = carray(data, (1,), NORM_RECORD)[0]
         _worker, first, last = worker_neurons(record)
+        shape = (record.n,)
+        lanes = record.lanes
         ab = lane_vectors(record, record.scale, record.offset, 0)
-        x = carray(as_pointer(record.x), (record.n,), dtype)
-        y = carray(as_pointer(record.y), (record.n,), dtype)
-        for i in range(first, last, record.lanes):
-            j = min(i + record.lanes, last)
+        x = carray(as_pointer(record.x), shape, dtype)
+        y = carray(as_pointer(record.y), shape, dtype)
+        for i in range(first, last, lanes):
+            j = min(i + lanes, last)
             normalize_relu(x[i:j], ab, y[i:j])
 
-    def run_again(data):
+    def run_again(data: Any) -> None:
         record = carray(data, (1,), NORM_RECORD)[0]
         worker, first, last = worker_neurons(record)
+        shape = (record.n,)
         ab = lane_vectors(record, record.scale, record.offset, 0)
-        x = carray(as_pointer(record.x), (record.n,), dtype)
-        g = carray(as_pointer(record.g), (record.n,), dtype)
-        y = carray(as_pointer(record.y), (record.n,), dtype)
+        x = carray(as_pointer(record.x), shape, dtype)
+        g = carray(as_pointer(record.g), shape, dtype)
+        y = carray(as_pointer(record.y), shape, dtype)
         sums = backward_relu(x, g, y, ab, record.lanes, first, last)
-        sum_lanes(sums, worker_sums(record, worker))
+        own_sums = worker_sums(record, worker)
+        sum_lanes(sums, own_sums)
 
-    def run_norm(data):
+    def run_norm(data: Any) -> None:
         record = carray(data, (1,), NORM_RECORD)[0]
         _worker, first, last = worker_neurons(record)
-        x = carray(as_pointer(record.x), (record.n,), dtype)
-        g = carray(as_pointer(record.g), (record.n,), dtype)
-        e = np.empty(record.lanes, np.float32)
+        shape = (record.n,)
+        lanes = record.lanes
+        x = carray(as_pointer(record.x), shape, dtype)
+        g = carray(as_pointer(record.g), shape, dtype)
+        e = np.empty(lanes, np.float32)
         ab = lane_vectors(record, record.scale, record.offset, 0)
         abc = lane_vectors(record, record.scale, record.times, record.plus)
-        for i in range(first, last, record.lanes):
-            j = min(i + record.lanes, last)
+        for i in range(first, last, lanes):
+            j = min(i + lanes, last)
+            count = j - i
             combine_gradients(x[i:j], g[i:j], ab, abc, e)
-            store_all(e[: j - i], g[i:j])
+            store_all(e[:count], g[i:j])
 
     functions = {"forward": run_forward, "again": run_again, "norm": run_norm}
     return compile_c_function(functions[name])
@@ -550,9 +702,11 @@ def split_rows(
     step = max(1, PIECE_SIZE // c)
     pieces = []
     for part in range(parts):
-        end = (part + 1) * size
-        for start in range(part * size, end, step):
-            pieces.append((part, slice(start, min(start + step, end))))
+        first = part * size
+        last = first + size
+        for start in range(first, last, step):
+            end = min(start + step, last)
+            pieces.append((part, slice(start, end)))
     return pieces
 
 
@@ -564,13 +718,19 @@ def to_rows(x: Tensor) -> Tensor:
 
 def to_maps(rows: Tensor, like: Tensor) -> Tensor:
     """Return rows (N·h·w, C') as maps (N, C', h, w), with the sizes of `like`."""
-    return rows.view(len(like), *like.shape[2:], -1).permute(0, 3, 1, 2)
+    num_images, _, height, width = like.shape
+    pixels = rows.view(num_images, height, width, -1)
+    return pixels.permute(0, 3, 1, 2)
 
 
 def empty_piece(rows: Tensor, pieces: list[tuple[int, slice]]) -> Tensor:
     """Return memory for the largest piece."""
-    longest = max(piece.stop - piece.start for _, piece in pieces)
-    return rows.new_empty(longest, rows.shape[1])
+    lengths = []
+    for _, piece in pieces:
+        lengths.append(piece.stop - piece.start)
+    longest = max(lengths)
+    channels = rows.shape[1]
+    return rows.new_empty(longest, channels)
 
 # %% ../../nbs/lib/30_kernels.projection.ipynb #8e28b8e7
 def statistics_gradients(
@@ -587,14 +747,16 @@ def statistics_gradients(
 
     The input's gradient is g · scale + x · times + plus (equation 2 of `kernels.norm`).
     """
-    gamma = ((sum_gx - mean * sum_g) * invstd).float()
+    centered = sum_gx - mean * sum_g
+    gamma = (centered * invstd).float()
     beta = sum_g.float()
     if not is_batch:
         zeros = torch.zeros_like(scale)
         return gamma, beta, zeros, zeros
     share = -1 / max(1, n)
     times = gamma * scale * invstd * share
-    plus = torch.addcmul(beta * scale * share, mean, times, value=-1)
+    through_beta = beta * scale * share
+    plus = torch.addcmul(through_beta, mean, times, value=-1)
     return gamma, beta, times, plus
 
 
@@ -671,10 +833,14 @@ def norm_relu_mix(
 ) -> Tensor:
     """Compute `mix(relu(bn(x)))`; `bn`'s running statistics move as if it had been called for every
     part."""
-    found = [batch_statistics(bn, part) for part in x.chunk(parts)]
-    mean = torch.stack([part_mean for part_mean, _, _ in found])
-    var = torch.stack([part_var for _, part_var, _ in found])
-    is_batch = found[0][2]
+    means = []
+    variances = []
+    for part in x.chunk(parts):
+        part_mean, part_var, is_batch = batch_statistics(bn, part)
+        means.append(part_mean)
+        variances.append(part_var)
+    mean = torch.stack(means)
+    var = torch.stack(variances)
     return NormReluMix.apply(x, bn.weight, bn.bias, mix.weight, mean, var, bn.eps, is_batch)
 
 # %% ../../nbs/lib/30_kernels.projection.ipynb #28946a6e
@@ -685,11 +851,24 @@ def convolve_small_maps(
     """Convolve x with each of the weights, in the precision of x, with padding 1."""
     h, w = x.shape[2:]
     taps = torch.cat(list(weights)).permute(2, 3, 1, 0)  # (3, 3, C, ΣC')
-    windows = [taps[1 - y : 1 - y + h, 1 - z : 1 - z + w] for y in range(h) for z in range(w)]
+    # The part of the filters that pixel (row, column) of the result sees of the map.
+    windows = []
+    for row in range(h):
+        for column in range(w):
+            top = 1 - row
+            left = 1 - column
+            windows.append(taps[top : top + h, left : left + w])
     seen = torch.stack(windows, 3).to(x.dtype)  # (h, w, C, pixels, ΣC')
-    products = channels_last(x).flatten(1) @ seen.flatten(3).flatten(0, 2)
-    maps = products.unflatten(1, (h, w, -1)).split([len(weight) for weight in weights], 3)
-    return [y.clone(memory_format=torch.contiguous_format).permute(0, 3, 1, 2) for y in maps]
+    pixels = channels_last(x).flatten(1)  # (N, h·w·C)
+    matrix = seen.flatten(3).flatten(0, 2)  # (h·w·C, pixels·ΣC')
+    products = pixels @ matrix
+    channels = [len(weight) for weight in weights]
+    by_weight = products.unflatten(1, (h, w, -1)).split(channels, 3)
+    maps = []
+    for result in by_weight:
+        contiguous = result.clone(memory_format=torch.contiguous_format)
+        maps.append(contiguous.permute(0, 3, 1, 2))
+    return maps
 
 # %% ../../nbs/lib/30_kernels.projection.ipynb #f7e27e1f
 SMALL_SIDE = 2  # pixels up to which `convolve_small_maps` is used
@@ -792,11 +971,13 @@ def project(
     are_projections = all(is_unhooked(m, nn.Sequential) and len(m) == 4 for m in modules)
     if parts == 1 and not are_projections:
         return [module(x) for module in modules]
-    convolved = convolve_all([module[0] for module in modules], x)
+    convolutions = [module[0] for module in modules]
+    convolved = convolve_all(convolutions, x)
     results = []
     for z, module in zip(convolved, modules, strict=True):
         _conv, norm, act, mix = module
-        results.append(finish_projection(z, norm, act, mix, parts))
+        result = finish_projection(z, norm, act, mix, parts)
+        results.append(result)
     return results
 
 # %% ../../nbs/lib/30_kernels.projection.ipynb #493857b7
@@ -829,8 +1010,10 @@ def flatten_features(
         )
     if not is_dense_behind(x, lead):
         x = x.contiguous()
-    shape = (*x.shape[:lead], math.prod(x.shape[lead:]))
-    return x.as_strided(shape, (*x.stride()[:lead], 1))
+    num_features = math.prod(x.shape[lead:])
+    shape = (*x.shape[:lead], num_features)
+    strides = (*x.stride()[:lead], 1)
+    return x.as_strided(shape, strides)
 
 # %% ../../nbs/lib/30_kernels.projection.ipynb #a902b2bd
 def multiply(
@@ -844,8 +1027,10 @@ def multiply(
             product: Any = torch.bmm if a.dim() == 3 else torch.mm
             return product(a, b, out_dtype=dtype)
         # half precision is slow on CPUs without hardware for it
-        in_float32 = a.dtype == torch.float16 or emulates_bf16(a, b)
-        result = a.float() @ b.float() if in_float32 else a @ b
+        if a.dtype == torch.float16 or emulates_bf16(a, b):
+            a = a.float()
+            b = b.float()
+        result = a @ b
         return result.to(dtype)
 
 
@@ -857,17 +1042,20 @@ class Gram(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.lead = lead
         rows = flatten_features(x, lead)
-        return multiply(rows, rows.mT, torch.promote_types(x.dtype, torch.float32))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return multiply(rows, rows.mT, dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        rows = flatten_features(x, ctx.lead)
-        gradient = multiply((g + g.mT).to(x.dtype), rows, x.dtype)
-        if not is_dense_behind(x, ctx.lead):
+        lead = ctx.lead
+        rows = flatten_features(x, lead)
+        symmetric = (g + g.mT).to(x.dtype)
+        gradient = multiply(symmetric, rows, x.dtype)
+        if not is_dense_behind(x, lead):
             return gradient.view(x.shape), None
-        strides = (*gradient.stride()[: ctx.lead], *x.stride()[ctx.lead :])
+        strides = (*gradient.stride()[:lead], *x.stride()[lead:])
         return gradient.as_strided(x.shape, strides), None
 
 
@@ -906,8 +1094,11 @@ def normalize_gram(
     if how == "cosine":
         squared = G.diagonal(dim1=-2, dim2=-1)
         length = torch.where(squared > 0, squared, 1).sqrt()
-        return G / (length[..., :, None] * length[..., None, :])
-    norm = G.norm(dim=-1 if how == "row" else (-2, -1), keepdim=True)
+        length_of_row = length[..., :, None]
+        length_of_column = length[..., None, :]
+        return G / (length_of_row * length_of_column)
+    axes = -1 if how == "row" else (-2, -1)
+    norm = G.norm(dim=axes, keepdim=True)
     return G / torch.where(norm > 0, norm, 1)
 
 
@@ -919,7 +1110,8 @@ def gram_distance(
 
     Source: SASTC eq. 1, DSAS eq. 5 with R = B.
     """
-    return (a - b).square().mean((-2, -1))
+    difference = a - b
+    return difference.square().mean((-2, -1))
 
 # %% ../../nbs/lib/30_kernels.projection.ipynb #f72a6e79
 __getattr__ = renamed(

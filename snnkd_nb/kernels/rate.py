@@ -41,7 +41,6 @@ def rates_reference(
     """Return `(spikes (T, B, …), rate (B, …), eligibility (B, …))` by equations (1) to (4), one
     small operation at a time.
     """
-    hard = v_reset is not None
     rest, v = state_at_rest(x_seq[0], v_reset)
     gain = 1 - decay if decay_input else 1.0
     rho = torch.zeros_like(v) + gain
@@ -49,20 +48,30 @@ def rates_reference(
     count = torch.zeros_like(v)
     spikes = []
     for x in x_seq:
-        m = decay * v + (gain * x.to(v.dtype) + (1 - decay) * rest)
-        s = (m > v_threshold if strict else m >= v_threshold).to(v.dtype)
+        charge = gain * x.to(v.dtype) + (1 - decay) * rest
+        m = decay * v + charge
+        fired = m > v_threshold if strict else m >= v_threshold
+        s = fired.to(v.dtype)
         slope = surrogate(m - v_threshold)
         eligibility = eligibility + slope * rho
         count = count + s
-        keep = 1 - s if hard else torch.ones_like(s)
+        # the derivative of the state after the reset with respect to m
+        if v_reset is None:
+            keep = torch.ones_like(s)
+            change_by_spike: Any = -v_threshold
+            v = m - s * v_threshold
+        else:
+            keep = 1 - s
+            change_by_spike = v_reset - m
+            v = (1 - s) * m + s * v_reset
         if not detach_reset:
-            keep = keep + (v_reset - m if hard else -v_threshold) * slope  # type: ignore[operator]
+            keep = keep + change_by_spike * slope
         rho = gain + decay * (rho * keep)
-        v = (1 - s) * m + s * v_reset if hard else m - s * v_threshold
         spikes.append(s.to(x.dtype))
     T = len(x_seq)
-    rate = (count / T).to(x_seq.dtype)
-    return torch.stack(spikes), rate, (eligibility / T).to(x_seq.dtype)
+    rate = count / T
+    mean_eligibility = eligibility / T
+    return torch.stack(spikes), rate.to(x_seq.dtype), mean_eligibility.to(x_seq.dtype)
 
 # %% ../../nbs/lib/28_kernels.rate.ipynb #b791a870
 # A kernel call costs more than it saves for fewer bytes.
@@ -82,16 +91,24 @@ def unpack_spikes(
     step: int | None = None,  # only this step
 ) -> Tensor:
     "Return the spikes (T·B, …), or (B, …) of one step, in the memory format of a plane."
-    first, steps = (0, T) if step is None else (step, 1)
-    shape = (steps, *bits.shape[1:])
+    if step is None:
+        first = 0
+        num_steps = T
+    else:
+        first = step
+        num_steps = 1
+    shape = (num_steps, *bits.shape[1:])
     out = torch.empty_strided(shape, bits.stride(), dtype=dtype, device=bits.device)
     if bits.numel() >= MIN_KERNEL_BYTES and dtype in (torch.float32, torch.bfloat16):
         cpu_kernels().write_pass(bits, first, out)
     else:
-        for i in range(steps):
+        for i in range(num_steps):
             plane, bit = divmod(first + i, 8)
-            out[i] = bits[plane].bitwise_right_shift(bit).bitwise_and_(1)
-    return out.flatten(0, 1) if step is None else out[0]
+            shifted = bits[plane].bitwise_right_shift(bit)
+            out[i] = shifted.bitwise_and_(1)
+    if step is None:
+        return out.flatten(0, 1)
+    return out[0]
 
 
 def pack_spikes(
@@ -99,13 +116,16 @@ def pack_spikes(
     T: int,  # time steps
 ) -> Tensor:
     "Return the bits (T/8, B, …) of spikes that are numbers."
-    steps = spikes.unflatten(0, (T, spikes.shape[0] // T))
-    shape = ((T + 7) // 8, *steps.shape[1:])
+    batch_size = spikes.shape[0] // T
+    steps = spikes.unflatten(0, (T, batch_size))
+    num_planes = (T + 7) // 8
+    shape = (num_planes, *steps.shape[1:])
     strides = (steps[0].numel(), *spikes.stride())
     bits = torch.empty_strided(shape, strides, dtype=torch.uint8, device=spikes.device)
     bits.zero_()
     for t in range(T):
-        bits[t // 8] |= steps[t].to(torch.uint8) << (t % 8)
+        plane, bit = divmod(t, 8)
+        bits[plane] |= steps[t].to(torch.uint8) << bit
     return bits
 
 # %% ../../nbs/lib/28_kernels.rate.ipynb #5b564f8b
@@ -114,7 +134,7 @@ DYNAMICS = ("decay", "v_threshold", "v_reset", "decay_input", "detach_reset", "s
 
 @functools.cache
 def rate_pass_for(
-    engine: ModuleType,  # `kernels.flat` or `kernels.gpu`, from `kernels.lif.engine_for`
+    engine: ModuleType,  # `kernels.flat` or `kernels.gpu`, from `kernels.lif.select_kernel_for`
 ) -> Callable[..., Any]:
     "Return the fused `rate_pass` for the same device."
     if engine.__name__.endswith("gpu"):
@@ -151,10 +171,15 @@ def lif_rates(
     numbers = {"decay": decay, "v_threshold": v_threshold, "v_reset": v_reset}
     engine = select_kernel_for(x, surrogate, backend, T, numbers)
     if engine is None:
-        x_seq = x.expand(T, *x.shape) if static else x.unflatten(0, (T, x.shape[0] // T))
+        if static:
+            x_seq = x.expand(T, *x.shape)
+        else:
+            batch_size = x.shape[0] // T
+            x_seq = x.unflatten(0, (T, batch_size))
         options: dict[str, Any] = dict(zip(DYNAMICS, dynamics))
         spikes, rate, eligibility = rates_reference(x_seq, **options)
-        return copy_dense(spikes.flatten(0, 1), x), copy_dense(rate, x), copy_dense(eligibility, x)
+        folded = spikes.flatten(0, 1)
+        return copy_dense(folded, x), copy_dense(rate, x), copy_dense(eligibility, x)
     rate_pass = rate_pass_for(engine)
     encoded = neuron_parameters(engine, *dynamics)
     spikes, rate, eligibility = rate_pass(make_dense(x), None, None, None, T, encoded, static)

@@ -22,6 +22,7 @@ from snnkd_nb.kernels.flat import (
     ONE,
     STRICT_MATH,
     ZERO,
+    Record,
     as_pointer,
     atan_grad,
     compile_c_function,
@@ -51,7 +52,9 @@ def recorder(rise: Callable[..., Any]) -> Callable[..., Any]:
     "Return the compiled loop of one time step; `rise` is the surrogate's derivative."
 
     @njit(**STRICT_MATH)
-    def record(x, r, ab, w, bit, a):
+    def record(
+        x: np.ndarray, r: np.ndarray, ab: np.ndarray, w: np.ndarray, bit: float, a: Record
+    ) -> None:
         """Take a block of neurons through one step.
 
         x: input (n,); r: added to the current (n,); ab: scale and shift of every lane;
@@ -94,7 +97,9 @@ record_witch = recorder(atan_grad)
 
 
 @njit(**STRICT_MATH)
-def record_step(x, r, ab, w, bit, a):
+def record_step(
+    x: np.ndarray, r: np.ndarray, ab: np.ndarray, w: np.ndarray, bit: float, a: Record
+) -> None:
     "Take a block through one step, with the surrogate of the neuron."
     if a.kind == 0:
         record_bell(x, r, ab, w, bit, a)
@@ -105,16 +110,17 @@ def record_step(x, r, ab, w, bit, a):
 
 # %% ../../nbs/lib/26_kernels.rate_cpu.ipynb #8760fe9f
 @njit(**STRICT_MATH)
-def start_block(w, gain, rest, n):
+def start_block(w: np.ndarray, gain: float, rest: float, n: int) -> None:
     "Set the state of a block of `n` neurons at rest."
     w[:n] = rest
     w[LANE_STRIDE : LANE_STRIDE + n] = gain
     for row in range(2, 6):
-        w[row * LANE_STRIDE : row * LANE_STRIDE + n] = ZERO
+        start = row * LANE_STRIDE
+        w[start : start + n] = ZERO
 
 
 @njit(**STRICT_MATH)
-def read_residual(r, bits, t, i, j, out):
+def read_residual(r: np.ndarray, bits: np.ndarray, t: int, i: int, j: int, out: np.ndarray) -> None:
     "Write the residual of one step, from numbers or from bits, as float32."
     if r.size:
         row = r[t, i:j]
@@ -128,40 +134,55 @@ def read_residual(r, bits, t, i, j, out):
 
 
 @njit(**STRICT_MATH)
-def write_bits(code, out):
+def write_bits(code: np.ndarray, out: np.ndarray) -> None:
     "Write up to eight steps of a block as bytes, and clear them."
     for k in range(out.size):
-        out[k] = np.uint8(np.int32(code[k]))
+        number = np.int32(code[k])
+        out[k] = np.uint8(number)
         code[k] = ZERO
 
 
 @njit(**STRICT_MATH)
-def write_means(sums, T, out):
+def write_means(sums: np.ndarray, T: float, out: np.ndarray) -> None:
     "Write sums over time as means."
     for k in range(out.size):
-        store_number(out, k, sums[k] / T)
+        mean = sums[k] / T
+        store_number(out, k, mean)
 
 
 @njit(**STRICT_MATH)
-def record_neurons(x, r, rbits, s, rate, eligibility, mean, ab, a, lo, hi):
-    """Write spikes, rates and eligibilities of the neurons `lo` to `hi`.
-
-    x: (T or 1, n); r: (T, n) or empty; rbits: bits of a residual (T/8, n) or empty; s: bits (T/8,
-    n).
-    """
+def record_neurons(
+    x: np.ndarray,  # (T, n), or (1, n) if static
+    r: np.ndarray,  # residual (T, n), or empty
+    rbits: np.ndarray,  # bits of a residual (T/8, n), or empty
+    s: np.ndarray,  # bits of the spikes (T/8, n)
+    rate: np.ndarray,  # (n,)
+    eligibility: np.ndarray,  # (n,)
+    mean: np.ndarray,  # mean of x over time (n,), or empty
+    ab: np.ndarray,  # scale and shift of every lane
+    a: Record,
+    lo: int,
+    hi: int,
+) -> None:
+    """Write spikes, rates and eligibilities of the neurons `lo` to `hi`."""
     T = a.T
+    lanes = a.lanes
     steps = np.float32(T)
     w = np.zeros(6 * LANE_STRIDE, np.float32)
-    residual = np.zeros(a.lanes, np.float32)
-    for i in range(lo, hi, a.lanes):
-        j = min(i + a.lanes, hi)
+    residual = np.zeros(lanes, np.float32)
+    for i in range(lo, hi, lanes):
+        j = min(i + lanes, hi)
         start_block(w, a.gain, a.rest, j - i)
         for t in range(T):
-            row = x[0 if a.static else t, i:j]
+            input_step = 0 if a.static else t
+            row = x[input_step, i:j]
+            position = t & 7
+            bit = np.float32(1 << position)
             read_residual(r, rbits, t, i, j, residual)
-            record_step(row, residual, ab, w, np.float32(1 << (t & 7)), a)
-            if t & 7 == 7 or t == T - 1:
-                write_bits(w[5 * LANE_STRIDE :], s[t >> 3, i:j])
+            record_step(row, residual, ab, w, bit, a)
+            if position == 7 or t == T - 1:
+                plane = t >> 3
+                write_bits(w[5 * LANE_STRIDE :], s[plane, i:j])
         write_means(w[3 * LANE_STRIDE :], steps, rate[i:j])
         write_means(w[2 * LANE_STRIDE :], steps, eligibility[i:j])
         if mean.size:
@@ -175,17 +196,23 @@ def compiled(
     "Return the C function of the pass."
     dtype = np.uint16 if half else np.float32
 
-    def rate_task(data):
+    def rate_task(data: Any) -> None:
         a = carray(data, (1,), RATE)[0]
-        _i, lo, hi = worker_neurons(a)
+        _worker, lo, hi = worker_neurons(a)
+        n = a.n
         planes = (a.T + 7) >> 3
-        x = carray(as_pointer(a.x), (1 if a.static else a.T, a.n), dtype)
-        r = carray(as_pointer(a.r), (a.T if a.r else 0, a.n), dtype)
-        rbits = carray(as_pointer(a.rbits), (planes if a.rbits else 0, a.n), np.uint8)
-        s = carray(as_pointer(a.y), (planes, a.n), np.uint8)
-        rate = carray(as_pointer(a.rate), (a.n,), dtype)
-        eligibility = carray(as_pointer(a.eligibility), (a.n,), dtype)
-        mean = carray(as_pointer(a.mean), (a.n if a.mean else 0,), dtype)
+        # an array without rows, or without numbers, if there is none
+        x_steps = 1 if a.static else a.T
+        r_steps = a.T if a.r else 0
+        r_planes = planes if a.rbits else 0
+        mean_size = n if a.mean else 0
+        x = carray(as_pointer(a.x), (x_steps, n), dtype)
+        r = carray(as_pointer(a.r), (r_steps, n), dtype)
+        rbits = carray(as_pointer(a.rbits), (r_planes, n), np.uint8)
+        s = carray(as_pointer(a.y), (planes, n), np.uint8)
+        rate = carray(as_pointer(a.rate), (n,), dtype)
+        eligibility = carray(as_pointer(a.eligibility), (n,), dtype)
+        mean = carray(as_pointer(a.mean), (mean_size,), dtype)
         ab = lane_vectors(a, a.scale, a.offset, 0)
         record_neurons(x, r, rbits, s, rate, eligibility, mean, ab, a, lo, hi)
 
@@ -235,10 +262,11 @@ def rate_pass(
 
 # %% ../../nbs/lib/26_kernels.rate_cpu.ipynb #7c9db651
 @njit(**STRICT_MATH)
-def write_bit(plane, mask, one, zero, out):
+def write_bit(plane: np.ndarray, mask: int, one: float, zero: float, out: np.ndarray) -> None:
     "Write one bit of every byte as a number."
     for k in range(plane.size):
-        out[k] = one if plane[k] & mask else zero
+        is_set = plane[k] & mask
+        out[k] = one if is_set else zero
 
 
 @functools.cache
@@ -247,18 +275,22 @@ def writer(
 ) -> Any:
     "Return the C function that writes spikes as numbers."
     dtype = np.uint16 if half else np.float32
-    one = dtype(0x3F80 if half else 1)  # 0x3F80 are the bits of 1 in bfloat16
+    bits_of_one = 0x3F80 if half else 1  # 0x3F80 are the bits of 1 in bfloat16
+    one = dtype(bits_of_one)
     zero = dtype(0)
 
-    def write_task(data):
+    def write_task(data: Any) -> None:
         a = carray(data, (1,), RATE)[0]
         lo, hi = worker_range(a)
         first = a.channels
-        bits = carray(as_pointer(a.x), ((first + a.T + 7) >> 3, a.n), np.uint8)
+        end = first + a.T
+        planes = (end + 7) >> 3
+        bits = carray(as_pointer(a.x), (planes, a.n), np.uint8)
         y = carray(as_pointer(a.y), (a.T, a.n), dtype)
-        for t in range(first, first + a.T):
+        for t in range(first, end):
             mask = np.uint8(1 << (t & 7))
-            write_bit(bits[t >> 3, lo:hi], mask, one, zero, y[t - first, lo:hi])
+            plane = t >> 3
+            write_bit(bits[plane, lo:hi], mask, one, zero, y[t - first, lo:hi])
 
     return compile_c_function(write_task)
 

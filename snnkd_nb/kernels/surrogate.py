@@ -34,7 +34,8 @@ class Surrogate:
     def param(self) -> float | Tensor:
         """Return the slope or width, a float or a scalar tensor."""
         fields: dict[str, Any] = self.__dataclass_fields__  # type: ignore[attr-defined]
-        return getattr(self, next(iter(fields)))
+        only_field = next(iter(fields))
+        return getattr(self, only_field)
 
     def __call__(self, u: Tensor) -> Tensor:
         """Return the derivative g'(u); `u` is the membrane potential minus the threshold."""
@@ -58,10 +59,13 @@ class Sigmoid(Surrogate):
 
     def __call__(self, u: Tensor) -> Tensor:
         z = self.alpha * u
-        return self.alpha * z.sigmoid() * (-z).sigmoid()
+        rising = z.sigmoid()
+        falling = (-z).sigmoid()
+        return self.alpha * rising * falling
 
     def primitive(self, u: Tensor) -> Tensor:
-        return (self.alpha * u).sigmoid()
+        z = self.alpha * u
+        return z.sigmoid()
 
     def coefficients(self) -> tuple[float, float]:
         return (float(self.alpha), 0.0)
@@ -73,7 +77,8 @@ def triangle(
     slope: float | Tensor,  # of both sides, positive
 ) -> Tensor:
     """Return `max(0, height - slope * |u|)`."""
-    return (height - slope * u.abs()).clamp(min=0)
+    sides = height - slope * u.abs()
+    return sides.clamp(min=0)
 
 
 def triangle_primitive(
@@ -82,7 +87,9 @@ def triangle_primitive(
 ) -> Tensor:
     """Return the integral of a triangle of area one: two parabolas that meet at (0, 1/2)."""
     z = (u / half_width).clamp(-1, 1)
-    return 0.5 + z - 0.5 * z * z.abs()
+    line = 0.5 + z
+    bend = 0.5 * z * z.abs()
+    return line - bend
 
 # %% ../../nbs/lib/17_kernels.surrogate.ipynb #0ac77414
 @dataclass(frozen=True)
@@ -93,13 +100,17 @@ class Triangle(Surrogate):
     kind = 1
 
     def __call__(self, u: Tensor) -> Tensor:
-        return triangle(u, 1 / self.gamma, 1 / self.gamma**2)
+        height = 1 / self.gamma
+        slope = 1 / self.gamma**2
+        return triangle(u, height, slope)
 
     def primitive(self, u: Tensor) -> Tensor:
         return triangle_primitive(u, self.gamma)
 
     def coefficients(self) -> tuple[float, float]:
-        return (float(1 / self.gamma), float(1 / self.gamma**2))
+        height = 1 / self.gamma
+        slope = 1 / self.gamma**2
+        return float(height), float(slope)
 
 
 @dataclass(frozen=True)
@@ -110,13 +121,18 @@ class PiecewiseQuadratic(Surrogate):
     kind = 1
 
     def __call__(self, u: Tensor) -> Tensor:
-        return triangle(u, self.alpha, self.alpha**2)
+        height = self.alpha
+        slope = self.alpha**2
+        return triangle(u, height, slope)
 
     def primitive(self, u: Tensor) -> Tensor:
-        return triangle_primitive(u, 1 / self.alpha)
+        half_width = 1 / self.alpha
+        return triangle_primitive(u, half_width)
 
     def coefficients(self) -> tuple[float, float]:
-        return (float(self.alpha), float(self.alpha**2))
+        height = self.alpha
+        slope = self.alpha**2
+        return float(height), float(slope)
 
 # %% ../../nbs/lib/17_kernels.surrogate.ipynb #2bbeaeae
 @dataclass(frozen=True)
@@ -127,13 +143,19 @@ class ATan(Surrogate):
     kind = 2
 
     def __call__(self, u: Tensor) -> Tensor:
-        return (self.alpha / 2) / (1 + (math.pi / 2 * self.alpha * u) ** 2)
+        height = self.alpha / 2
+        z = math.pi / 2 * self.alpha * u
+        return height / (1 + z**2)
 
     def primitive(self, u: Tensor) -> Tensor:
-        return (math.pi / 2 * self.alpha * u).atan() / math.pi + 0.5
+        z = math.pi / 2 * self.alpha * u
+        return z.atan() / math.pi + 0.5
 
     def coefficients(self) -> tuple[float, float]:
-        return (float(self.alpha) / 2, math.pi / 2 * float(self.alpha))
+        alpha = float(self.alpha)
+        height = alpha / 2
+        factor = math.pi / 2 * alpha
+        return height, factor
 
 # %% ../../nbs/lib/17_kernels.surrogate.ipynb #6e3da8a2
 SURROGATES = {
@@ -153,10 +175,15 @@ def create_surrogate(
     Raises `UserError` for an unknown name, with the nearest valid one.
     """
     if isinstance(name, Surrogate):
-        return name if value is None else type(name)(value)  # type: ignore[call-arg]
+        if value is None:
+            return name
+        return type(name)(value)  # type: ignore[call-arg]
     if name not in SURROGATES:
         raise unknown("surrogate", name, SURROGATES)
-    return SURROGATES[name]() if value is None else SURROGATES[name](value)
+    kind = SURROGATES[name]
+    if value is None:
+        return kind()
+    return kind(value)
 
 # %% ../../nbs/lib/17_kernels.surrogate.ipynb #11779857
 __getattr__ = renamed(__name__, {"tent": "triangle", "tent_primitive": "triangle_primitive"})
