@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ..core import UserError, renamed, unknown
 from snnkd_nb.kernels.lif import (
     BACKENDS,
+    DYNAMICS,
     Number,
     check_surrogate,
     lif,
@@ -58,16 +59,7 @@ def decay_from_tau(tau: float | None, decay: Number | None) -> Number:
 
 # %% ../../nbs/lib/31_neurons.lif.ipynb #1e25697f
 NUMBERS = ("decay", "v_threshold", "v_reset")  # may be tensors, also Parameters
-LIF_OPTIONS = (
-    "decay",
-    "v_threshold",
-    "v_reset",
-    "decay_input",
-    "detach_reset",
-    "surrogate",
-    "strict",
-    "backend",
-)
+LIF_OPTIONS = (*DYNAMICS, "backend")
 
 
 class LIF(nn.Module):
@@ -128,11 +120,17 @@ class LIF(nn.Module):
 
     def numbers(self) -> dict[str, Any]:
         "Return leak, threshold and reset by name."
-        return {name: getattr(self, name) for name in NUMBERS}
+        numbers = {}
+        for name in NUMBERS:
+            numbers[name] = getattr(self, name)
+        return numbers
 
     def options(self) -> dict[str, Any]:
         "Return the neuron's part of the arguments of `kernels.lif.lif`."
-        return {name: getattr(self, name) for name in LIF_OPTIONS}
+        options = {}
+        for name in LIF_OPTIONS:
+            options[name] = getattr(self, name)
+        return options
 
     def forward(self, x: Tensor, static: bool = False) -> Tensor:
         """Return the spikes (T·B, …) of a current (T·B, …), or of a `Rate` of `neurons.rate`.
@@ -141,27 +139,37 @@ class LIF(nn.Module):
         repeated in memory.
         """
         if not isinstance(x, Tensor) and hasattr(x, "fire"):
-            return x.fire(self)
-        y = lif(x, T=self.T, static=static, **self.options())
-        return y.flatten(0, 1) if static else y
+            return x.fire(self)  # a `Rate`
+        spikes = lif(x, T=self.T, static=static, **self.options())
+        if static:
+            return spikes.flatten(0, 1)
+        return spikes
 
     def after(self, norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Return the spikes of `norm(x) + residual`, in one pass over memory where a kernel covers
-        it.
+        """Return the spikes of this neuron after a normalization, `norm(x) + residual`.
 
-        The pass (`kernels.norm`) skips the calls of the two modules, so it is not taken where a
-        hook waits for them.
+        Where a kernel covers all three, one pass over memory computes them (`kernels.norm`). It
+        does not call the two modules, so it is not used if a hook waits for a call.
         """
-        engine = self._engine_for_norm(norm, x)
-        if engine is None or not fused_norm_module().can_fuse_norm(norm, x, residual):
-            y = norm(x)
-            return self(y if residual is None else y + residual)
-        passes = engine if x.is_cuda or self.backend == "triton" else fused_norm_module().CPU_PASSES
-        dynamics = [getattr(self, name) for name in LIF_OPTIONS if name != "backend"]
-        numbers = neuron_parameters(engine, *dynamics)
-        return fused_norm_module().norm_fire(x, norm, self.T, numbers, residual, passes)
+        kernels = self._kernels_with_norm(norm, x)
+        if kernels is None or not fused_norm_module().can_fuse_norm(norm, x, residual):
+            return self._call_one_by_one(norm, x, residual)
+        if x.is_cuda or self.backend == "triton":
+            norm_kernels: Any = kernels
+        else:
+            norm_kernels = fused_norm_module().CPU_PASSES
+        dynamics = [getattr(self, name) for name in DYNAMICS]
+        parameters = neuron_parameters(kernels, *dynamics)
+        return fused_norm_module().norm_fire(x, norm, self.T, parameters, residual, norm_kernels)
 
-    def _engine_for_norm(self, norm: nn.Module, x: Tensor) -> ModuleType | None:
+    def _call_one_by_one(self, norm: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
+        current = norm(x)
+        if residual is not None:
+            current = current + residual
+        return self(current)
+
+    def _kernels_with_norm(self, norm: nn.Module, x: Tensor) -> ModuleType | None:
+        "Return the module whose kernels run this neuron, None if the modules must be called."
         if torch.compiler.is_compiling() or not is_plain_lif(self):
             return None
         if has_hooks(self, norm) or x.shape[0] % self.T:
@@ -170,18 +178,23 @@ class LIF(nn.Module):
         return select_kernel_for(x, self.surrogate, self.backend, self.T, self.numbers())
 
     def extra_repr(self) -> str:
-        shown = {name: value for name, value in self.options().items() if name != "backend"}
-        for name, value in shown.items():
+        shown = [f"T={self.T}"]
+        for name, value in self.options().items():
+            if name == "backend":
+                continue
             if isinstance(value, Tensor):
-                shown[name] = value.detach().tolist()
-        return ", ".join([f"T={self.T}", *(f"{name}={value}" for name, value in shown.items())])
+                value = value.detach().tolist()
+            shown.append(f"{name}={value}")
+        return ", ".join(shown)
 
 # %% ../../nbs/lib/31_neurons.lif.ipynb #02042c2d
 def is_plain_lif(
     activation: Any,  # any module
 ) -> bool:
     "Tell whether a module is a `LIF` that has not replaced the forward method of `LIF`."
-    return isinstance(activation, LIF) and type(activation).forward is LIF.forward
+    if not isinstance(activation, LIF):
+        return False
+    return type(activation).forward is LIF.forward
 
 
 @functools.cache
@@ -415,11 +428,16 @@ def image_ranges(
     "Return `[(first, end), …]`: as many images per part as the limit allows."
     limit = memory_limit()
     if num_images * image_bytes <= limit:
-        per_part = num_images
+        per_part = max(num_images, 1)
     else:
-        per_part = max(1, int(limit // image_bytes), math.ceil(MIN_PART_BYTES / image_bytes))
-    starts = range(0, num_images, max(per_part, 1))
-    return [(i, min(i + per_part, num_images)) for i in starts]
+        allowed = int(limit // image_bytes)
+        worthwhile = math.ceil(MIN_PART_BYTES / image_bytes)
+        per_part = max(1, allowed, worthwhile)
+    ranges = []
+    for first in range(0, num_images, per_part):
+        end = min(first + per_part, num_images)
+        ranges.append((first, end))
+    return ranges
 
 # %% ../../nbs/lib/31_neurons.lif.ipynb #ed2cf971
 class DeferredSteps:
@@ -450,10 +468,12 @@ class DeferredSteps:
         return self.shape.numel()
 
     def stride(self) -> tuple[int, ...]:
-        return (self.like.numel(), *self.like.stride()[1:])
+        inner_strides = self.like.stride()[1:]
+        return (self.like.numel(), *inner_strides)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["like"], name)  # dtype, device, …
+        like = self.__dict__["like"]
+        return getattr(like, name)  # dtype, device, …
 
 
 def defer_in_parts(
@@ -487,9 +507,10 @@ def empty_batch(
     """Return empty memory for the result of the whole batch, with the axes in the order in memory
     of `like`.
     """
-    shape = [num_images if axis == dim else size for axis, size in enumerate(like.shape)]
-    order = sorted(range(like.dim()), key=like.stride, reverse=True)
-    return torch.empty_permuted(shape, order, dtype=like.dtype, device=like.device)
+    shape = list(like.shape)
+    shape[dim] = num_images
+    outermost_first = sorted(range(like.dim()), key=like.stride, reverse=True)
+    return torch.empty_permuted(shape, outermost_first, dtype=like.dtype, device=like.device)
 
 # %% ../../nbs/lib/31_neurons.lif.ipynb #91fa6568
 __getattr__ = renamed(

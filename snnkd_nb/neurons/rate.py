@@ -47,7 +47,9 @@ class ReplaceValue(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         slope = ctx.saved_tensors[0] if ctx.slope_is_tensor else ctx.slope
-        return (g if slope is None else g * slope), None, None
+        if slope is not None:
+            g = g * slope
+        return g, None, None
 
 
 def mean_of(
@@ -55,7 +57,9 @@ def mean_of(
     T: int,  # time steps
 ) -> Tensor:
     "Return the mean over time, (B, …)."
-    return steps.unflatten(0, (T, steps.shape[0] // T)).mean(0)
+    batch_size = steps.shape[0] // T
+    by_step = steps.unflatten(0, (T, batch_size))
+    return by_step.mean(0)
 
 # %% ../../nbs/lib/32_neurons.rate.ipynb #2d217e50
 RULES: dict[str, Callable[..., Any]] = {}
@@ -77,7 +81,9 @@ def rule(
 def plain_name(function: Callable[..., Any]) -> str:
     "Return the name of a function of PyTorch, without the underscores of a special method."
     name = function.__name__
-    return name.strip("_") if name.endswith("__") else name
+    if name.endswith("__"):
+        return name.strip("_")
+    return name
 
 
 def apply_rule(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -151,12 +157,16 @@ def explain_errors() -> Iterator[None]:
     try:
         yield
     except (TypeError, AttributeError, ValueError, RuntimeError) as error:
-        if str(error).startswith("rate-based") or not re.search(r"\bRate\b", str(error)):
+        message = str(error)
+        is_explained = message.startswith("rate-based")
+        names_rate = re.search(r"\bRate\b", message)
+        if is_explained or not names_rate:
             raise
         inside = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
         around = [frame for frame, _ in traceback.walk_stack(sys._getframe())]
-        where = innermost_module([*reversed(inside), *around])
-        reason = str(error).splitlines()[0]
+        innermost_first = [*reversed(inside), *around]
+        where = innermost_module(innermost_first)
+        reason = message.splitlines()[0]
         raise no_rule_error("forward", f"{where}: {reason}") from error
 
 # %% ../../nbs/lib/32_neurons.rate.ipynb #22e14681
@@ -296,12 +306,16 @@ class Rate(RateOperators):
     @property
     def is_packed(self) -> bool:
         "Tell whether the steps are stored as bits."
-        return self.stored is not None and self.stored.dtype == torch.uint8
+        if self.stored is None:
+            return False
+        return self.stored.dtype == torch.uint8
 
     @property
     def is_cheap(self) -> bool:
         "Tell whether a part of the steps is computed quickly: from bits, or without a convolution."
-        return self.is_packed or (self.is_deferred and self.stored.cheap)
+        if self.is_packed:
+            return True
+        return self.is_deferred and self.stored.cheap
 
     def part(self, i: int, j: int) -> Tensor:
         "Return all steps of the images i to j, (T·(j - i), …)."
@@ -312,12 +326,14 @@ class Rate(RateOperators):
 
         Steps stored as numbers are one part.
         """
+        num_images = len(self)
         if self.is_deferred:
             return self.stored.ranges
-        if self.is_packed and len(self):
-            numbers = self.T * self.numel() // max(1, len(self))
-            return image_ranges(len(self), numbers * self.tensor.element_size())
-        return [(0, len(self))]
+        if self.is_packed and num_images:
+            numbers_per_image = self.T * self.numel() // num_images
+            bytes_per_image = numbers_per_image * self.tensor.element_size()
+            return image_ranges(num_images, bytes_per_image)
+        return [(0, num_images)]
 
     def parts(self, other: "Rate | None" = None) -> Iterator[tuple[int, int, Tensor]]:
         """Yield (i, j, all steps of the images i to j), in parts that are also small enough for
@@ -333,7 +349,8 @@ class Rate(RateOperators):
         "Return the same pair with its steps as numbers, also if all are the same."
         if not self.is_static:
             return self
-        return Rate(self.rate, repeat_in_time(self.rate.detach(), self.T), self.T)
+        repeated = repeat_in_time(self.rate.detach(), self.T)
+        return Rate(self.rate, repeated, self.T)
 
     def fire(self, act: nn.Module) -> "Rate":
         "Return the output of a neuron, by the rule of `neurons.ratelayers`."
@@ -350,7 +367,9 @@ class Rate(RateOperators):
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return apply_rule(func, *args, **(kwargs or {}))
+        if kwargs is None:
+            kwargs = {}
+        return apply_rule(func, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name in TENSOR_FACTS:
@@ -366,15 +385,19 @@ class Rate(RateOperators):
         return len(self.tensor)
 
     def __repr__(self) -> str:
-        return f"Rate(T={self.T}, shape={tuple(self.tensor.shape)})"
+        shape = tuple(self.tensor.shape)
+        return f"Rate(T={self.T}, shape={shape})"
 
 # %% ../../nbs/lib/32_neurons.rate.ipynb #e9aa77ac
 def repeat_in_time(x: Tensor, T: int) -> Tensor:
     "Return (B, …) repeated to (T·B, …) in its memory format."
     if x.dim() != 4:
-        return x.repeat(T, *[1] * (x.dim() - 1))
+        once_for_other_axes = [1] * (x.dim() - 1)
+        return x.repeat(T, *once_for_other_axes)
     pixels_first = x.permute(0, 2, 3, 1)
-    return pixels_first.expand(T, -1, -1, -1, -1).flatten(0, 1).permute(0, 3, 1, 2)
+    in_time = pixels_first.expand(T, -1, -1, -1, -1)
+    folded = in_time.flatten(0, 1)
+    return folded.permute(0, 3, 1, 2)
 
 
 @torch.no_grad()
@@ -387,23 +410,30 @@ def steps_of_images(x: Rate, i: int, j: int) -> Tensor:
     if j - i == len(x):
         return x.steps
     if x.is_packed:
-        return unpack_spikes(bits_of_images(x, i, j), x.T, x.dtype)
-    starts = range(0, len(x.stored), len(x))
-    return torch.cat([x.stored[start + i : start + j] for start in starts])
+        bits = bits_of_images(x, i, j)
+        return unpack_spikes(bits, x.T, x.dtype)
+    parts = []
+    for start in range(0, len(x.stored), len(x)):
+        parts.append(x.stored[start + i : start + j])
+    return torch.cat(parts)
 
 
 def bits_of_images(x: Rate, i: int, j: int) -> Tensor:
     "Return the bits of the images i to j, next to each other in memory."
     bits = x.stored[:, i:j]
-    return empty_batch(bits, 1, j - i).copy_(bits)
+    memory = empty_batch(bits, 1, j - i)
+    return memory.copy_(bits)
 
 
 @torch.no_grad()
 def compute_steps(x: Rate) -> Tensor:
     "Return the steps (T·B, …) of a `Rate` whose steps are deferred."
-    shape = (x.T, len(x), *x.stored.shape[1:])
-    strides = (x.stored.stride()[0] * len(x), *x.stored.stride())
-    steps = torch.empty_strided(shape, strides, dtype=x.stored.dtype, device=x.device)
+    deferred = x.stored
+    num_images = len(x)
+    row_strides = deferred.stride()
+    shape = (x.T, num_images, *deferred.shape[1:])
+    strides = (num_images * row_strides[0], *row_strides)
+    steps = torch.empty_strided(shape, strides, dtype=deferred.dtype, device=x.device)
     for i, j, part in x.parts():
         steps[:, i:j] = part.unflatten(0, (x.T, j - i))
     return steps.flatten(0, 1)
@@ -417,15 +447,17 @@ def map_in_parts(
     other: Rate | None = None,  # another `Rate` of which `run` reads the same images
 ) -> Sequence[Tensor]:
     "Return the results for all images; with several parts, a first result of numbers becomes bits."
+    num_images = len(x)
     whole: list[Tensor] = []
     for i, j, steps in x.parts(other):
         results = list(run(i, j, steps))
-        if j - i == len(x):
+        if j - i == num_images:
             return results
         if results[0].dtype != torch.uint8:
             results[0] = pack_spikes(results[0], x.T)
         if not whole:
-            whole = [empty_batch(result, dim, len(x)) for result, dim in zip(results, dims)]
+            for result, dim in zip(results, dims):
+                whole.append(empty_batch(result, dim, num_images))
         for result, memory, dim in zip(results, whole, dims):
             memory.narrow(dim, i, j - i).copy_(result)
     return whole
@@ -455,8 +487,11 @@ def pair_results(rate: Any, steps: Any, T: int, name: str) -> Any:
     Raises `UserError` if the steps do not fit the rate.
     """
     if isinstance(rate, (tuple, list)):
-        return type(rate)(pair_results(r, s, T, name) for r, s in zip(rate, steps))
-    if rate.dim() != steps.dim() or not rate.dim() or len(steps) != T * len(rate):
+        pairs = [pair_results(r, s, T, name) for r, s in zip(rate, steps)]
+        return type(rate)(pairs)
+    if rate.dim() == 0 or steps.dim() != rate.dim():
+        raise no_rule_error(name)
+    if len(steps) != T * len(rate):
         raise no_rule_error(name)
     return Rate(rate, steps, T)
 
@@ -464,7 +499,8 @@ def pair_results(rate: Any, steps: Any, T: int, name: str) -> Any:
 def static_rate(rate: Any, T: int) -> Any:
     "Return a value that is the same in every step as a `Rate`, or a tuple of such values."
     if isinstance(rate, (tuple, list)):
-        return type(rate)(static_rate(item, T) for item in rate)
+        rates = [static_rate(item, T) for item in rate]
+        return type(rate)(rates)
     return Rate(rate, None, T)
 
 # %% ../../nbs/lib/32_neurons.rate.ipynb #a8e5bddd
@@ -508,8 +544,10 @@ def check_real(results: Any, name: str) -> Any:
 
     Raises `UserError` where they are not real numbers: whole ones have no mean and no gradient.
     """
-    for result in results if isinstance(results, (tuple, list)) else [results]:
-        if not torch.is_tensor(result) or not result.is_floating_point():
+    are_several = isinstance(results, (tuple, list))
+    for result in results if are_several else [results]:
+        is_real = torch.is_tensor(result) and result.is_floating_point()
+        if not is_real:
             raise no_rule_error(name)
     return results
 
@@ -529,13 +567,17 @@ def defer_function(
         def steps(x: Rate) -> Tensor:
             return x.part(i, j)
 
-        return function(*map_rates(args, steps), **map_rates(kwargs, steps))
+        part_args = map_rates(args, steps)
+        part_kwargs = map_rates(kwargs, steps)
+        return function(*part_args, **part_kwargs)
 
     deferred = defer_in_parts(part, largest, cheap)
     if deferred is None:
         return None
     y = Rate(rate, deferred, largest.T)
-    return y if cheap else Rate(rate, y.stored_steps, largest.T)
+    if cheap:
+        return y
+    return Rate(rate, y.stored_steps, largest.T)
 
 # %% ../../nbs/lib/32_neurons.rate.ipynb #65ad8f01
 @rule(
@@ -606,7 +648,8 @@ def join_or_split(
 def index_rate(function: Callable[..., Any], x: Rate, index: Any) -> Any:
     "Take some channels or pixels of every image."
     first = index[0] if isinstance(index, tuple) else index
-    if first is not Ellipsis and first != slice(None):
+    takes_all_images = first is Ellipsis or first == slice(None)
+    if not takes_all_images:
         raise no_rule_error("indexing of the batch")
     return commutes(function, x, index)
 
@@ -629,15 +672,19 @@ def reshape_rate(function: Callable[..., Any], x: Rate, *shape: Any) -> Any:
     if isinstance(shape[0], (tuple, list)):
         shape = tuple(shape[0])
     rate = call_on_rate(function, x.rate, shape)
-    if len(rate) == x.T > 1:
+    num_rows = len(rate)
+    if x.T > 1 and num_rows == x.T:
         # T rows: these are the steps, unless the batch has T images and its second axis stays
-        new_second_axis = rate.shape[1:2] == (1,) != x.shape[1:2]
+        new_second_axis = rate.shape[1:2] == (1,) and x.shape[1:2] != (1,)
         if len(x) != x.T or new_second_axis:
             raise no_rule_error(f"{name} of its steps")
     if x.is_static:
         return Rate(rate, None, x.T)
-    first = shape[0] if shape[0] == -1 else x.T * shape[0]
-    steps = call_on_rate(function, x.steps, (first, *shape[1:]))
+    first = shape[0]
+    if first != -1:
+        first = x.T * first
+    shape_of_steps = (first, *shape[1:])
+    steps = call_on_rate(function, x.steps, shape_of_steps)
     return pair_results(rate, steps, x.T, name)
 
 # %% ../../nbs/lib/32_neurons.rate.ipynb #71eef27a
@@ -645,9 +692,13 @@ def reshape_rate(function: Callable[..., Any], x: Rate, *shape: Any) -> Any:
 def add_rates(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     "Add two rates, or a rate and a value that every step adds."
     x = find_rates((args, kwargs))[0]
-    args = tuple(as_static_rate(value, x, function) for value in args)
-    kwargs = {name: as_static_rate(value, x, function) for name, value in kwargs.items()}
-    return commutes(function, *args, **kwargs)
+    rate_args = []
+    for value in args:
+        rate_args.append(as_static_rate(value, x, function))
+    rate_kwargs = {}
+    for name, value in kwargs.items():
+        rate_kwargs[name] = as_static_rate(value, x, function)
+    return commutes(function, *rate_args, **rate_kwargs)
 
 
 def as_static_rate(value: Any, x: Rate, function: Callable[..., Any]) -> Any:
@@ -657,11 +708,13 @@ def as_static_rate(value: Any, x: Rate, function: Callable[..., Any]) -> Any:
     """
     if not torch.is_tensor(value):
         return value
-    per_image = value.shape[:1] == x.shape[:1] and value.dim() == x.dim()
-    is_matrix = plain_name(function) == "matmul" and value.dim() < 3
+    num_axes = value.dim()
+    per_image = num_axes == x.dim() and value.shape[:1] == x.shape[:1]
+    is_matrix = num_axes < 3 and plain_name(function) == "matmul"
     if not per_image or is_matrix:
         return value
-    if value.requires_grad and len(value) > 1 and x.T > 1:
+    is_weight = value.requires_grad and len(value) > 1
+    if is_weight and x.T > 1:
         raise no_rule_error(f"{function.__name__} with a weight for every row")
     return Rate(value, None, x.T)
 
@@ -682,7 +735,9 @@ def multiply_rates(function: Callable[..., Any], *args: Any, **kwargs: Any) -> A
     y = add_rates(function, *args, **kwargs)
     if len(found) < 2 or y.is_static:
         return y
-    return Rate(ReplaceValue.apply(y.rate, mean_of(y.steps, y.T), None), y.steps, y.T)
+    mean_of_products = mean_of(y.steps, y.T)
+    rate = ReplaceValue.apply(y.rate, mean_of_products, None)
+    return Rate(rate, y.steps, y.T)
 
 # %% ../../nbs/lib/32_neurons.rate.ipynb #436d8878
 @rule(
@@ -693,13 +748,17 @@ def apply_elementwise(
 ) -> Rate:
     "Apply a smooth or piecewise smooth function of every number."
     if x.is_static:
-        return Rate(function(x.rate, *args, **kwargs), None, x.T)
+        rate = function(x.rate, *args, **kwargs)
+        return Rate(rate, None, x.T)
     with torch.enable_grad():
         steps = x.steps.detach().requires_grad_()
         y = function(steps, *args, **kwargs)
-        (slope,) = torch.autograd.grad(y, steps, torch.ones_like(y))
+        ones = torch.ones_like(y)
+        (slope,) = torch.autograd.grad(y, steps, ones)
     y = y.detach()
-    rate = ReplaceValue.apply(x.rate, mean_of(y, x.T), mean_of(slope, x.T))
+    value = mean_of(y, x.T)
+    mean_slope = mean_of(slope, x.T)
+    rate = ReplaceValue.apply(x.rate, value, mean_slope)
     return Rate(rate, y, x.T)
 
 # %% ../../nbs/lib/32_neurons.rate.ipynb #fdc7a244

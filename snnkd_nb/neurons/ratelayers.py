@@ -49,7 +49,10 @@ MIN_STEPWISE_NEURONS = 2**19
 
 def as_pair(value: Any) -> tuple[int, int]:
     "Return one number or a pair of numbers as a pair."
-    return (value, value) if isinstance(value, int) else tuple(value)  # type: ignore[return-value]
+    if isinstance(value, int):
+        return value, value
+    first, second = value
+    return first, second
 
 
 class ConvRate(torch.autograd.Function):
@@ -73,7 +76,8 @@ class ConvRate(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.bias_shape = None if bias is None else list(bias.shape)
         ctx.options = (stride, padding, dilation, groups)
-        return steps.new_empty_strided((len(x), *steps.shape[1:]), steps.stride())
+        shape = (len(x), *steps.shape[1:])
+        return steps.new_empty_strided(shape, steps.stride())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -95,7 +99,10 @@ def cast_as_convolution(*tensors: Tensor | None) -> list[Any]:
     if not torch.is_autocast_enabled(kind):
         return list(tensors)
     dtype = torch.get_autocast_dtype(kind)
-    return [None if x is None else x.to(dtype) for x in tensors]
+    converted = []
+    for x in tensors:
+        converted.append(None if x is None else x.to(dtype))
+    return converted
 
 
 def map_steps(
@@ -106,15 +113,19 @@ def map_steps(
 
     Large maps that are stored as bits are written out one step at a time.
     """
-    if not x.is_packed or x.stored_steps[0].numel() < MIN_STEPWISE_NEURONS:
+    if not x.is_packed:
         return function(x.steps)
-    y = function(unpack_spikes(x.stored_steps, x.T, x.dtype, 0))
-    shape, strides = (x.T, *y.shape), (y.numel(), *y.stride())
+    bits = x.stored_steps
+    if bits[0].numel() < MIN_STEPWISE_NEURONS:
+        return function(x.steps)
+    y = function(unpack_spikes(bits, x.T, x.dtype, 0))
+    shape = (x.T, *y.shape)
+    strides = (y.numel(), *y.stride())
     out = torch.empty_strided(shape, strides, dtype=y.dtype, device=y.device)
     out[0] = y
     for t in range(1, x.T):
         del y  # free its memory before the next step is computed
-        y = function(unpack_spikes(x.stored_steps, x.T, x.dtype, t))
+        y = function(unpack_spikes(bits, x.T, x.dtype, t))
         out[t] = y
     return out.flatten(0, 1)
 
@@ -136,13 +147,20 @@ def convolve_rate(
         return commutes(convolution, x, weight, bias, stride, padding, dilation, groups)
     if x.is_deferred and not x.is_cheap:
         x.stored = compute_steps(x)  # else its own convolutions would be computed time and again
-    options = [list(as_pair(value)) for value in (stride, padding, dilation)]
+    options = []
+    for value in (stride, padding, dilation):
+        pair = as_pair(value)
+        options.append(list(pair))
     rate, weight, bias = cast_as_convolution(x.rate, weight, bias)
 
     def convolve(images: Tensor) -> Tensor:
         return convolution(images, weight, bias, *options, groups)
 
-    steps: Any = defer_in_parts(lambda i, j: convolve(x.part(i, j).to(weight.dtype)), x)
+    def convolve_part(i: int, j: int) -> Tensor:
+        images = x.part(i, j).to(weight.dtype)
+        return convolve(images)
+
+    steps: Any = defer_in_parts(convolve_part, x)
     if steps is None:
         with torch.no_grad():
             steps = map_steps(x, convolve)
@@ -160,14 +178,23 @@ def count_wins(
     window: Window,  # kernel, stride, padding, dilation
 ) -> Tensor:
     "Return how often each position of the window was the maximum: (positions, B, C, h, w)."
-    kernel, stride, padding, dilation = window
-    tops = torch.arange(index.shape[-2], device=index.device) * stride[0] - padding[0]
-    lefts = torch.arange(index.shape[-1], device=index.device) * stride[1] - padding[1]
-    y = (index // width - tops[:, None]) // dilation[0]
-    x = (index % width - lefts) // dilation[1]
-    position = (y * kernel[1] + x).to(torch.int16).unflatten(0, (T, -1))
+    (kernel_height, kernel_width), stride, padding, dilation = window
+    num_rows, num_columns = index.shape[-2:]
+    # the first row and column of every window in the image
+    tops = torch.arange(num_rows, device=index.device) * stride[0] - padding[0]
+    lefts = torch.arange(num_columns, device=index.device) * stride[1] - padding[1]
+    # the row and column of the maximum in the image, then in its window
+    row = index // width
+    column = index % width
+    y = (row - tops[:, None]) // dilation[0]
+    x = (column - lefts) // dilation[1]
+    position = (y * kernel_width + x).to(torch.int16)
+    by_step = position.unflatten(0, (T, -1))
     dtype = torch.uint8 if T < 256 else torch.int16
-    counts = [(position == k).sum(0, dtype=dtype) for k in range(kernel[0] * kernel[1])]
+    counts = []
+    for k in range(kernel_height * kernel_width):
+        was_maximum = by_step == k
+        counts.append(was_maximum.sum(0, dtype=dtype))
     return torch.stack(counts)
 
 
@@ -192,14 +219,22 @@ class PooledRate(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         (counts,) = ctx.saved_tensors
         kernel, stride, padding, dilation = ctx.window
-        height, width = ctx.shape[-2:]
-        # pixels from the first to the last window's corner, and those of the image with its padding
-        span = [(n - 1) * s + 1 for n, s in zip(g.shape[-2:], stride)]
-        reach = [m + (k - 1) * d for m, k, d in zip(span, kernel, dilation)]
-        padded = [max(r, p + n) for r, p, n in zip(reach, padding, (height, width))]
+        num_images, channels, height, width = ctx.shape
+        image_size = (height, width)
+        # pixels from the first to the last window's corner
+        span = []
+        # pixels of the image with its padding, or to the end of the last window
+        padded_size = []
+        for axis in (0, 1):
+            num_windows = g.shape[-2:][axis]
+            corners = (num_windows - 1) * stride[axis] + 1
+            reach = corners + (kernel[axis] - 1) * dilation[axis]
+            span.append(corners)
+            padded_size.append(max(reach, padding[axis] + image_size[axis]))
         out = torch.empty(
-            *ctx.shape[:2],
-            *padded,
+            num_images,
+            channels,
+            *padded_size,
             dtype=g.dtype,
             device=g.device,
             memory_format=torch.channels_last,
@@ -209,7 +244,8 @@ class PooledRate(torch.autograd.Function):
             left = k % kernel[1] * dilation[1]
             rows = slice(top, top + span[0], stride[0])
             columns = slice(left, left + span[1], stride[1])
-            out[..., rows, columns] += g * (count / ctx.T).to(g.dtype)
+            share = (count / ctx.T).to(g.dtype)
+            out[..., rows, columns] += g * share
         top, left = padding
         inside = out[..., top : top + height, left : left + width]
         return inside, None, None, None, None
@@ -235,17 +271,22 @@ def max_pool_rate(
     gap = as_pair(dilation)
     window = (kernel, step, pad, gap)
     if x.is_static:
-        return Rate(F.max_pool2d(x.rate, kernel, step, pad, gap, ceil_mode), None, x.T)
+        pooled_rate = F.max_pool2d(x.rate, *window, ceil_mode)
+        return Rate(pooled_rate, None, x.T)
     if x.is_deferred:
         x.stored = compute_steps(x)
+    width = x.shape[-1]
 
     def pool(i: int, j: int, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        y, index = F.max_pool2d(steps, kernel, step, pad, gap, ceil_mode, return_indices=True)
-        return y, mean_of(y, x.T), count_wins(index, x.shape[-1], x.T, window)
+        maxima, index = F.max_pool2d(steps, *window, ceil_mode, return_indices=True)
+        mean = mean_of(maxima, x.T)
+        wins = count_wins(index, width, x.T, window)
+        return maxima, mean, wins
 
     with torch.no_grad():
         pooled, mean, counts = map_in_parts(x, pool, (1, 0, 1))
-    return Rate(PooledRate.apply(x.rate, mean, counts, x.T, window), pooled, x.T)
+    rate = PooledRate.apply(x.rate, mean, counts, x.T, window)
+    return Rate(rate, pooled, x.T)
 
 # %% ../../nbs/lib/33_neurons.ratelayers.ipynb #2f097f03
 class NormRate(torch.autograd.Function):
@@ -305,9 +346,12 @@ def moments_in_parts(
         n = steps.numel() // steps.shape[1]
         part_mean, part_var = (moment.double() for moment in moments_of(steps))
         count += n
+        share = n / count
         delta = part_mean - mean
-        mean = mean + delta * (n / count)
-        squares = squares + n * part_var + delta.square() * (n * (count - n) / count)
+        mean = mean + delta * share
+        within = n * part_var
+        between = delta.square() * (n * (count - n) / count)
+        squares = squares + within + between
         if fill and x.pending is not None:
             x.pending[i:j] = mean_of(steps, x.T)
     if fill:
@@ -317,9 +361,9 @@ def moments_in_parts(
 
 def plain_moments(steps: Tensor) -> tuple[Tensor, Tensor]:
     "Return mean and biased variance of every channel by PyTorch, in single precision at least."
-    numbers = steps.to(torch.promote_types(steps.dtype, torch.float32))
-    axes = [0, *range(2, steps.dim())]
-    var, mean = torch.var_mean(numbers, axes, correction=0)
+    dtype = torch.promote_types(steps.dtype, torch.float32)
+    all_but_channels = [0, *range(2, steps.dim())]
+    var, mean = torch.var_mean(steps.to(dtype), all_but_channels, correction=0)
     return mean, var
 
 # %% ../../nbs/lib/33_neurons.ratelayers.ipynb #6a8f84f2
@@ -352,7 +396,8 @@ def normalize_deferred_rate(
         value = F.batch_norm(x.rate, *options)
 
     def part(i: int, j: int) -> Tensor:
-        return F.batch_norm(x.part(i, j), *options)
+        steps = x.part(i, j)
+        return F.batch_norm(steps, *options)
 
     before = x.stored
     steps = DeferredSteps(part, before.ranges, x.T, before.cheap, before.bytes_per_image)
@@ -415,28 +460,40 @@ def fire_rate(
             f"a neuron of T={act.T} steps was given rates of {x.T}: build all layers with one T"
         )
     check_learnable(act)
+    options = act.options()
 
     def run(i: int, j: int, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return lif_rates(steps, x.T, x.is_static, **act.options(), packed=True)
+        return lif_rates(
+            steps,
+            x.T,
+            x.is_static,
+            packed=True,
+            **options,
+        )
 
     if x.is_static:
         spikes, rate, eligibility = run(0, len(x), x.rate.detach())
     else:
         spikes, rate, eligibility = map_in_parts(x, run, (1, 0, 0))
-    return Rate(ReplaceValue.apply(x.tensor, rate, eligibility), spikes, x.T)
+    value = ReplaceValue.apply(x.tensor, rate, eligibility)
+    return Rate(value, spikes, x.T)
 
 
 def tensor_of_one_step(x: Rate) -> Any:
     "Return a tensor whose memory is laid out like that of a step."
-    return x.stored_steps[0] if x.is_packed else x.stored
+    if x.is_packed:
+        return x.stored_steps[0]
+    return x.stored
 
 
 def kernel_covers(norm: nn.Module, x: Rate, residual: Rate | None) -> bool:
     "Tell whether a kernel computes BatchNorm, sum and neuron together."
     step = tensor_of_one_step(x)
     if residual is not None:
-        same_form = residual.dtype == x.dtype and residual.shape == x.shape
-        if not same_form or tensor_of_one_step(residual).stride() != step.stride():
+        if residual.dtype != x.dtype or residual.shape != x.shape:
+            return False
+        residual_step = tensor_of_one_step(residual)
+        if residual_step.stride() != step.stride():
             return False
     return fused_norm_module().can_fuse_norm(norm, step)
 
@@ -468,9 +525,14 @@ def fire_one_by_one(norm: nn.Module, act: nn.Module, x: Rate, residual: Any = No
         return act(y)
     if not isinstance(residual, Rate) or not y.is_deferred:
         return act(y + residual)
+
+    def part(i: int, j: int) -> Tensor:
+        return y.part(i, j) + residual.part(i, j)
+
+    rate = y.rate + residual.rate
     ranges = max(y.image_ranges(), residual.image_ranges(), key=len)
-    steps = DeferredSteps(lambda i, j: y.part(i, j) + residual.part(i, j), ranges, y.T)
-    return act(Rate(y.rate + residual.rate, steps, y.T))
+    steps = DeferredSteps(part, ranges, y.T)
+    return act(Rate(rate, steps, y.T))
 
 
 def _engine_for_rates(norm: nn.Module, act: Any, x: Rate, residual: Any) -> ModuleType | None:
@@ -493,8 +555,9 @@ def _statistics(norm: Any, x: Rate, passes: Any) -> tuple[Tensor, Tensor, bool]:
     if x.is_deferred:
         in_one = passes.moments_of
 
-        def moments_of(_: Any) -> list[Tensor]:
-            return [moment.float() for moment in moments_in_parts(x, in_one)]
+        def moments_of(_: Any) -> tuple[Tensor, Tensor]:
+            mean, var = moments_in_parts(x, in_one)
+            return mean.float(), var.float()
 
         passes = SimpleNamespace(moments_of=moments_of)
     return fused_norm_module().batch_statistics(norm, x.stored, passes)
@@ -511,13 +574,22 @@ def _norm_fire_pass(
 ) -> Sequence[Tensor]:
     "Return spikes, rate and eligibility of `scale · x + offset + residual`."
     as_bits = engine.__name__.endswith("flat")
-    numbers = neuron_parameters(engine, *(getattr(act, name) for name in DYNAMICS))
+    dynamics = [getattr(act, name) for name in DYNAMICS]
+    parameters = neuron_parameters(engine, *dynamics)
     rate_pass = rate_pass_for(engine)
 
     def run(i: int, j: int, steps: Tensor) -> Sequence[Tensor]:
         added = residual_part(residual, i, j, steps, as_bits)
         mean = None if x.pending is None else x.pending[i:j]
-        return rate_pass(steps, added, scale, offset, x.T, numbers, mean=mean)
+        return rate_pass(
+            steps,
+            added,
+            scale,
+            offset,
+            x.T,
+            parameters,
+            mean=mean,
+        )
 
     results = map_in_parts(x, run, (1, 0, 0), residual)
     x.pending = None
@@ -534,10 +606,13 @@ def fire_after(
     engine = _engine_for_rates(norm, act, x, residual)
     if engine is None:
         return fire_one_by_one(norm, act, x, residual)
+    passes: Any = engine
+    if engine.__name__.endswith("flat"):
+        passes = fused_norm_module().CPU_PASSES
     with torch.no_grad():
-        passes = fused_norm_module().CPU_PASSES if engine.__name__.endswith("flat") else engine
         mean, var, batch = _statistics(norm, x, passes)
-        scale = norm.weight * (var + norm.eps).rsqrt()
+        invstd = (var + norm.eps).rsqrt()
+        scale = norm.weight * invstd
         offset = torch.addcmul(norm.bias, mean, scale, value=-1)
         spikes, rate, eligibility = _norm_fire_pass(engine, act, x, residual, scale, offset)
     added = None if residual is None else residual.tensor
