@@ -52,10 +52,14 @@ def cross_entropy(
 ) -> Tensor:
     "Compute the cross-entropy of a network with or without a time axis."
     if over == "mean" or logits.dim() == 2:
-        return F.cross_entropy(mean_logits(logits), y, label_smoothing=label_smoothing)
-    num_steps = logits.shape[0]
-    targets = y.repeat(num_steps, *[1] * (y.dim() - 1))
-    return F.cross_entropy(logits.flatten(0, 1), targets, label_smoothing=label_smoothing)
+        predicted = mean_logits(logits)
+        targets = y
+    else:
+        num_steps = logits.shape[0]
+        once_for_classes = [1] * (y.dim() - 1)
+        predicted = logits.flatten(0, 1)
+        targets = y.repeat(num_steps, *once_for_classes)
+    return F.cross_entropy(predicted, targets, label_smoothing=label_smoothing)
 
 # %% ../../nbs/lib/45_losses.base.ipynb #19b382c2
 def stages_of(model: nn.Module) -> list[str]:
@@ -73,7 +77,11 @@ def image_shape(model: nn.Module) -> tuple[int, int, int] | None:
 
 def module_paths(model: nn.Module) -> list[str]:
     "List the paths of all modules inside a network."
-    return [name for name, _ in model.named_modules() if name]
+    paths = []
+    for path, _ in model.named_modules():
+        if path:  # the network itself has an empty one
+            paths.append(path)
+    return paths
 
 
 def _restore_time_axis(feature: Any, logits: Tensor) -> Any:
@@ -242,7 +250,8 @@ def choose_layer_pair(
 
 # %% ../../nbs/lib/45_losses.base.ipynb #1b70dc27
 def _warn_old_option(old: str, new: str) -> None:
-    warnings.warn(f"option {old} was renamed: use {new}", DeprecationWarning, stacklevel=4)
+    message = f"option {old} was renamed: use {new}"
+    warnings.warn(message, DeprecationWarning, stacklevel=4)
 
 
 def layers_from_pairs(
@@ -313,11 +322,13 @@ def check_pairs(
     "Return the pairs as tuples. Raises `UserError` for anything else."
 
     def is_pair(value: Any) -> bool:
-        is_two = isinstance(value, (list, tuple)) and len(value) == 2
-        return is_two and all(isinstance(name, str) for name in value)
+        if not isinstance(value, (list, tuple)) or len(value) != 2:
+            return False
+        return all(isinstance(name, str) for name in value)
 
+    is_list = isinstance(pairs, (list, tuple))
     require(
-        isinstance(pairs, (list, tuple)) and all(map(is_pair, pairs)),
+        is_list and all(map(is_pair, pairs)),
         f"pairs = {pairs!r}: give (student stage or module path, teacher stage or module path)"
         " for each, in a list",
     )
@@ -349,11 +360,15 @@ def default_pairs(
 # %% ../../nbs/lib/45_losses.base.ipynb #d8e7b3a6
 def is_number(value: Any) -> bool:
     "Return whether a value is an int or float and no bool."
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float))
 
 
 def _paper_note(paper: Any) -> str:
-    return "" if paper is None else f" (the paper uses {paper})"
+    if paper is None:
+        return ""
+    return f" (the paper uses {paper})"
 
 
 def check_positive(
@@ -438,11 +453,16 @@ def label_range(
     labels: Any,  # (B,); anything but a tensor on the CPU gives None
 ) -> tuple[int, int] | None:
     "Return the lowest and highest label, or None where reading them would wait for another device."
-    if not isinstance(labels, Tensor) or labels.device.type != "cpu" or not len(labels):
+    if not isinstance(labels, Tensor) or labels.device.type != "cpu":
+        return None
+    if len(labels) == 0:
         return None
     if labels.dim() == 2:
-        return 0, labels.shape[1] - 1
-    return int(labels.min()), int(labels.max())
+        num_classes = labels.shape[1]
+        return 0, num_classes - 1
+    low = int(labels.min())
+    high = int(labels.max())
+    return low, high
 
 
 def check_same_classes(
@@ -463,7 +483,12 @@ def check_same_classes(
             f"the labels are shares of {y.shape[1]} classes and the student has {num_classes}:"
             f" create it with num_classes={y.shape[1]}"
         )
-    low, high = label_range(y) or known_range or (0, 0)
+    found_range = label_range(y)
+    if found_range is None:
+        found_range = known_range
+    if found_range is None:
+        return
+    low, high = found_range
     if high >= num_classes:
         raise UserError(
             f"a label is {high} and the student has {num_classes} classes:"

@@ -42,9 +42,11 @@ def tet_terms(
     phi: float = 1.0,  # target of the logits
 ) -> dict[str, Tensor]:
     "Compute both terms of TET's loss, by name. Source: Deng et al. 2022."
+    ce = cross_entropy(logits, y, "each")
+    regularizer = (logits - phi).square().mean()
     return {
-        "ce": (1 - lam) * cross_entropy(logits, y, "each"),
-        "tet": lam * (logits - phi).square().mean(),
+        "ce": (1 - lam) * ce,
+        "tet": lam * regularizer,
     }
 
 
@@ -70,7 +72,8 @@ class TET(Method):
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         "Compute the terms `ce` and `tet`."
-        return tet_terms(batch.logits_s.float(), batch.y, self.lam, self.phi)
+        logits = batch.logits_s.float()
+        return tet_terms(logits, batch.y, self.lam, self.phi)
 
 # %% ../../nbs/lib/51_losses.baselines.ipynb #8ce0c813
 def average_over_time(
@@ -121,8 +124,10 @@ def kdsnn_loss(
 
     Source: our reading of Xu et al. 2023.
     """
-    rates, target = align(average_over_time(f_s), f_t)
-    return F.mse_loss(adapt(rates).float(), target.float())
+    mean_rates = average_over_time(f_s)
+    rates, target = align(mean_rates, f_t)
+    adapted = adapt(rates)
+    return F.mse_loss(adapted.float(), target.float())
 
 
 class KDSNN(Method):
@@ -150,10 +155,12 @@ class KDSNN(Method):
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         "Compute the terms `kd` and `feature`."
-        f_s = batch.feats_s[self.student_features[0]]
-        f_t = batch.feats_t[self.teacher_features[0]]
-        feature = kdsnn_loss(f_s, f_t, self.adapt)
-        kd = kd_loss(mean_logits(batch.logits_s).float(), batch.logits_t.float(), self.temp)
+        (name_s,) = self.student_features
+        (name_t,) = self.teacher_features
+        feature = kdsnn_loss(batch.feats_s[name_s], batch.feats_t[name_t], self.adapt)
+        logits_s = mean_logits(batch.logits_s).float()
+        logits_t = batch.logits_t.float()
+        kd = kd_loss(logits_s, logits_t, self.temp)
         return {"kd": kd, "feature": self.feature_weight * feature}
 
 # %% ../../nbs/lib/51_losses.baselines.ipynb #59667bed
@@ -189,9 +196,12 @@ def bkd_loss(
     "Compute α/B times the summed squares. Source: BKDSNN's published code."
     features, target = align(f_s.float(), f_t.float())
     if clip:
-        target = target * (features.max() / target.max().clamp_min(1e-12))
-    difference = generate(features * mask).float() - target
-    return alpha * difference.square().sum() / len(target)
+        largest = target.max().clamp_min(1e-12)
+        target = target * (features.max() / largest)
+    restored = generate(features * mask).float()
+    sum_of_squares = (restored - target).square().sum()
+    batch_size = len(target)
+    return alpha * sum_of_squares / batch_size
 
 # %% ../../nbs/lib/51_losses.baselines.ipynb #69f92f24
 def wsld_loss(
@@ -208,11 +218,14 @@ def wsld_loss(
     with torch.no_grad():
         ce_s = F.cross_entropy(logits_s, y, reduction="none")
         ce_t = F.cross_entropy(logits_t, y, reduction="none")
-        weights = 1 - torch.exp(-ce_s / ce_t.clamp_min(1e-12))
+        ratio = -ce_s / ce_t.clamp_min(1e-12)
+        weights = 1 - torch.exp(ratio)
     log_probs_s = F.log_softmax(logits_s / temp, -1)
     log_probs_t = F.log_softmax(logits_t / temp, -1)
-    divergence = F.kl_div(log_probs_s, log_probs_t, reduction="none", log_target=True).sum(-1)
-    return temp**2 * (weights * divergence).mean()
+    by_class = F.kl_div(log_probs_s, log_probs_t, reduction="none", log_target=True)
+    divergence = by_class.sum(-1)
+    weighted_mean = (weights * divergence).mean()
+    return temp**2 * weighted_mean
 
 # %% ../../nbs/lib/51_losses.baselines.ipynb #679bded8
 class BKD(Method):
@@ -251,14 +264,18 @@ class BKD(Method):
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         "Compute the term `bkd`, and `wsld` if it has a weight."
-        rates = average_over_time(batch.feats_s[self.student_features[0]])
+        (name_s,) = self.student_features
+        (name_t,) = self.teacher_features
+        rates = average_over_time(batch.feats_s[name_s])
         f_s = self.adapt(rates)
-        f_t = batch.feats_t[self.teacher_features[0]]
+        f_t = batch.feats_t[name_t]
         mask = blank_channels(f_s, self.ratio)
-        terms = {"bkd": bkd_loss(f_s, f_t, self.generate, mask, self.alpha, self.clip)}
+        loss = bkd_loss(f_s, f_t, self.generate, mask, self.alpha, self.clip)
+        terms = {"bkd": loss}
         if self.logits:
             logits_s = mean_logits(batch.logits_s).float()
-            wsld = wsld_loss(logits_s, batch.logits_t.float(), batch.y, self.temp)
+            logits_t = batch.logits_t.float()
+            wsld = wsld_loss(logits_s, logits_t, batch.y, self.temp)
             terms["wsld"] = self.logits * wsld
         return terms
 
@@ -272,7 +289,10 @@ def e2kd_loss(
     Source: our reading of Parchami-Araghi et al. 2024.
     """
     a, b = same_size(map_s, map_t)
-    return 1 - F.cosine_similarity(a.flatten(1), b.flatten(1)).mean()
+    flat_a = a.flatten(1)
+    flat_b = b.flatten(1)
+    cosines = F.cosine_similarity(flat_a, flat_b)
+    return 1 - cosines.mean()
 
 
 class E2KD(Method):
@@ -305,10 +325,12 @@ class E2KD(Method):
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         "Compute the term `e2kd`."
+        feature_s = batch.feats_s[self.student_map.stage]
+        feature_t = batch.feats_t[self.teacher_map.stage]
         classes = choose_classes(self.classes, batch.y, batch.logits_t)
         with torch.no_grad():
-            map_t = self.teacher_map(batch.feats_t[self.teacher_map.stage], classes)
-        map_s = self.student_map(batch.feats_s[self.student_map.stage], classes)
+            map_t = self.teacher_map(feature_t, classes)
+        map_s = self.student_map(feature_s, classes)
         return {"e2kd": e2kd_loss(map_s, map_t)}
 
 # %% ../../nbs/lib/51_losses.baselines.ipynb #51262266
@@ -319,10 +341,13 @@ def pooled_class_maps(
 ) -> Tensor:
     "Compute the class activation maps of all classes, pooled, (B, K, h, w); signed."
     height, width = f.shape[-2:]
-    pooled = F.adaptive_avg_pool2d(average_over_time(f), (min(size, height), min(size, width)))
+    pooled_size = (min(size, height), min(size, width))
+    rates = average_over_time(f)
+    pooled = F.adaptive_avg_pool2d(rates, pooled_size)
+    channels_last = pooled.permute(0, 2, 3, 1)
     with torch.autocast(f.device.type, enabled=False):
-        by_position = pooled.permute(0, 2, 3, 1) @ matrix.float().T
-    return by_position.permute(0, 3, 1, 2)
+        classes_last = channels_last @ matrix.float().T
+    return classes_last.permute(0, 3, 1, 2)
 
 
 def catkd_loss(
@@ -333,8 +358,10 @@ def catkd_loss(
 
     Source: our reading of Guo et al. 2023.
     """
-    unit_s = F.normalize(maps_s.flatten(2), dim=-1)
-    unit_t = F.normalize(maps_t.flatten(2), dim=-1)
+    flat_s = maps_s.flatten(2)
+    flat_t = maps_t.flatten(2)
+    unit_s = F.normalize(flat_s, dim=-1)
+    unit_t = F.normalize(flat_t, dim=-1)
     return F.mse_loss(unit_s, unit_t)
 
 
@@ -380,7 +407,8 @@ class CATKD(Method):
         "Compute the term `catkd`."
         with torch.no_grad():
             maps_t = self._class_maps(self.teacher_map, batch.feats_t)
-        return {"catkd": catkd_loss(self._class_maps(self.student_map, batch.feats_s), maps_t)}
+        maps_s = self._class_maps(self.student_map, batch.feats_s)
+        return {"catkd": catkd_loss(maps_s, maps_t)}
 
 # %% ../../nbs/lib/51_losses.baselines.ipynb #d9deca06
 __getattr__ = renamed(

@@ -62,11 +62,16 @@ def samd_loss(
     check_positive("temp", temp, 2)
     map_s, map_t = same_size(map_s, map_t)
     if scaling != "softmax":
-        return F.mse_loss(scale_saliency(map_s, scaling), scale_saliency(map_t, scaling))
-    log_probs_s = F.log_softmax(map_s.flatten(1).float() / temp, 1)
-    log_probs_t = F.log_softmax(map_t.flatten(1).float() / temp, 1)
+        scaled_s = scale_saliency(map_s, scaling)
+        scaled_t = scale_saliency(map_t, scaling)
+        return F.mse_loss(scaled_s, scaled_t)
+    flat_s = map_s.flatten(1).float()
+    flat_t = map_t.flatten(1).float()
+    log_probs_s = F.log_softmax(flat_s / temp, 1)
+    log_probs_t = F.log_softmax(flat_t / temp, 1)
     divergence = F.kl_div(log_probs_s, log_probs_t, reduction="batchmean", log_target=True)
-    return (temp**2 if squared else 1) * divergence
+    factor = temp**2 if squared else 1
+    return factor * divergence
 
 # %% ../../nbs/lib/49_losses.ckdsnn.ipynb #758a5aa0
 NOISES = ("adaptive", "fixed", "none")
@@ -87,10 +92,14 @@ def nld_noise(
     xi = torch.randn_like(logits) if draw is None else draw
     if noise == "fixed":
         return sigma * xi
-    source = logits.detach() if mix == "logits" else logits
-    std = source.std(-1, keepdim=True)
-    spread = std if mix == "logits" else std**2
-    return source.mean(-1, keepdim=True) + xi * spread
+    source = logits
+    if mix == "logits":
+        source = logits.detach()
+    spread = source.std(-1, keepdim=True)
+    if mix != "logits":
+        spread = spread**2
+    mean = source.mean(-1, keepdim=True)
+    return mean + xi * spread
 
 # %% ../../nbs/lib/49_losses.ckdsnn.ipynb #35e93ded
 def _check_nld_options(lam: float, noise: str, mix: str) -> None:
@@ -130,11 +139,15 @@ def nld_loss(
     eps = nld_noise(logits_s, noise, sigma, mix, draw)
     if mix == "logits":
         return kd_loss(logits_s + lam * eps, logits_t, temp)
-    probs_s = (1 - lam) * F.softmax(logits_s / temp, -1) + lam * F.softmax(eps / temp, -1)
+    probs = F.softmax(logits_s / temp, -1)
+    probs_of_noise = F.softmax(eps / temp, -1)
+    probs_s = (1 - lam) * probs + lam * probs_of_noise
     # an underflown probability would make the divergence infinite
-    log_probs_s = probs_s.clamp_min(torch.finfo(probs_s.dtype).tiny).log()
+    smallest = torch.finfo(probs_s.dtype).tiny
+    log_probs_s = probs_s.clamp_min(smallest).log()
     log_probs_t = F.log_softmax(logits_t / temp, -1)
-    return temp**2 * F.kl_div(log_probs_s, log_probs_t, reduction="batchmean", log_target=True)
+    divergence = F.kl_div(log_probs_s, log_probs_t, reduction="batchmean", log_target=True)
+    return temp**2 * divergence
 
 # %% ../../nbs/lib/49_losses.ckdsnn.ipynb #5e3617c3
 STUDENT_MAPS = ("sam", "isi", "cam")
@@ -172,20 +185,22 @@ class SAMD(Method):
         layers: Layers = None,  # one layer of each network; None: the last stages
     ):
         super().__init__(student, teacher, variant)
-        reading = dict(READINGS[variant])
+        options = dict(READINGS[variant])
         if scaling != "softmax":
-            reading["rescale"] = "none"
+            options["rescale"] = "none"
+        if classes is not None:
+            options["classes"] = classes
+        if rescale is not None:
+            options["rescale"] = rescale
+        if squared is not None:
+            options["squared"] = squared
         self.temp = check_positive("temp", temp, 2)
         self.scaling = check_choice("saliency scaling", scaling, SCALINGS)
         self.student_map = check_choice("student map", student_map, STUDENT_MAPS)
         self.decay = check_positive("decay", decay)
-        self.classes = check_choice(
-            "choice of classes", reading["classes"] if classes is None else classes, CLASSES
-        )
-        self.rescale = check_choice(
-            "rescaling", reading["rescale"] if rescale is None else rescale, RESCALES
-        )
-        self.squared = reading["squared"] if squared is None else squared
+        self.classes = check_choice("choice of classes", options["classes"], CLASSES)
+        self.rescale = check_choice("rescaling", options["rescale"], RESCALES)
+        self.squared = options["squared"]
         require(isinstance(self.squared, bool), f"squared = {squared!r}: write True or False")
         require(
             getattr(teacher, "T", None) is None,
@@ -249,18 +264,21 @@ class SAMD(Method):
 
     def maps(self, batch: Batch) -> tuple[Tensor, Tensor]:
         "Compute `(student's, teacher's)` maps of a batch, before any scaling."
+        (name_t,) = self.teacher_features
         with torch.no_grad():
-            feature_t = batch.feats_t[self.teacher_features[0]]
             classes = choose_classes(self.classes, batch.y, batch.logits_t)
-            teacher_map = self._cam(self.teacher_cam, feature_t, classes)
-        return self._student_map(batch), teacher_map
+            teacher_map = self._cam(self.teacher_cam, batch.feats_t[name_t], classes)
+        student_map = self._student_map(batch)
+        return student_map, teacher_map
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         "Compute the term `samd`."
-        map_s, map_t = same_size(*self.maps(batch))
+        map_s, map_t = self.maps(batch)
+        map_s, map_t = same_size(map_s, map_t)
         map_s = rescale_maps(map_s, self.rescale)
         map_t = rescale_maps(map_t, self.rescale)
-        return {"samd": samd_loss(map_s, map_t, self.temp, self.scaling, self.squared)}
+        loss = samd_loss(map_s, map_t, self.temp, self.scaling, self.squared)
+        return {"samd": loss}
 
 # %% ../../nbs/lib/49_losses.ckdsnn.ipynb #2d95d3a8
 class NLD(Method):
@@ -348,10 +366,13 @@ class CKDSNN(Method):
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         "Compute the terms `samd` and `nld`."
-        samd, nld = self.parts
+        parts: Any = self.parts
+        samd, nld = parts
+        samd_loss = samd.terms(batch)["samd"]
+        nld_loss = nld.terms(batch)["nld"]
         return {
-            "samd": self.beta * samd.terms(batch)["samd"],  # type: ignore[operator]
-            "nld": self.gamma * nld.terms(batch)["nld"],  # type: ignore[operator]
+            "samd": self.beta * samd_loss,
+            "nld": self.gamma * nld_loss,
         }
 
 # %% ../../nbs/lib/49_losses.ckdsnn.ipynb #f1a623a5

@@ -55,9 +55,9 @@ def hybrid_loss(
 
     Source: ESKD eq. 3 and 7.
     """
-    cross_entropy = (1 - alpha) * F.cross_entropy(logits, y)
-    divergence = alpha * kd_loss(logits, logits_t, temp)
-    return cross_entropy, divergence
+    cross_entropy = F.cross_entropy(logits, y)
+    divergence = kd_loss(logits, logits_t, temp)
+    return (1 - alpha) * cross_entropy, alpha * divergence
 
 # %% ../../nbs/lib/52_losses.eskd.ipynb #606be4c1
 ALPHA_SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -68,7 +68,9 @@ ALPHA_SCHEDULES: dict[str, Callable[[float], float]] = {
 
 def is_weight(value: Any, high: float = float("inf")) -> bool:
     "Return whether a value is a finite number from 0 to `high`."
-    return _is_number(value) and 0 <= value < float("inf") and value <= high
+    if not _is_number(value) or value == float("inf"):
+        return False
+    return 0 <= value <= high
 
 
 def check_alpha(
@@ -135,7 +137,8 @@ def compute_betas(
 # %% ../../nbs/lib/52_losses.eskd.ipynb #720450e4
 def to_full_precision(logits: Tensor) -> Tensor:
     "Convert to at least single precision, also under autocast."
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return logits.to(dtype)
 
 
 def mean_rates(
@@ -259,9 +262,10 @@ class HybridNet(nn.Module):
         self.untrained = untrained
 
     def forward(self, x: Tensor) -> Tensor:
-        stage = self.hybrids.at(self.name)[0].student
-        _, features = observe(self.student, x, [stage])
-        return self.hybrids.logits(self.name, mean_rates(features), self.untrained)
+        branch = self.hybrids.at(self.name)[0]
+        _, features = observe(self.student, x, [branch.student])
+        rates = mean_rates(features)
+        return self.hybrids.logits(self.name, rates, self.untrained)
 
 
 class ESKD(Method):
@@ -326,7 +330,8 @@ class ESKD(Method):
         gradient = getattr(self.student, "gradient", "bptt")
         is_coded = self.student.training and gradient == "rate-code"
         gradient_divisor = self.student.T if is_coded else 1
-        return self.hybrids(mean_rates(batch.feats_s), gradient_divisor)
+        rates = mean_rates(batch.feats_s)
+        return self.hybrids(rates, gradient_divisor)
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         "Compute `ce` and `kd` of the student, and one term for each hybrid model."
@@ -334,13 +339,16 @@ class ESKD(Method):
         logits_t = to_full_precision(batch.logits_t)
 
         def compute_loss(logits: Tensor) -> tuple[Tensor, Tensor]:
-            return hybrid_loss(to_full_precision(logits), logits_t, batch.y, alpha, self.temp)
+            logits = to_full_precision(logits)
+            return hybrid_loss(logits, logits_t, batch.y, alpha, self.temp)
 
-        cross_entropy, divergence = compute_loss(mean_logits(batch.logits_s))
+        student_logits = mean_logits(batch.logits_s)
+        cross_entropy, divergence = compute_loss(student_logits)
         terms = {"ce": cross_entropy, "kd": divergence}
-        for (name, logits), beta in zip(self.logits(batch).items(), self.betas, strict=True):
-            block_ce, block_kd = compute_loss(logits)
-            terms[name] = beta * (block_ce + block_kd)
+        hybrid_logits = self.logits(batch)
+        for (name, logits), beta in zip(hybrid_logits.items(), self.betas, strict=True):
+            hybrid_ce, hybrid_kd = compute_loss(logits)
+            terms[name] = beta * (hybrid_ce + hybrid_kd)
         return terms
 
 # %% ../../nbs/lib/52_losses.eskd.ipynb #4fb989af

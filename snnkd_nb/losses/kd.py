@@ -46,7 +46,8 @@ def kd_loss(
     )
     log_probs_s = F.log_softmax(logits_s / temp, -1)
     log_probs_t = F.log_softmax(logits_t / temp, -1)
-    return temp**2 * F.kl_div(log_probs_s, log_probs_t, reduction="batchmean", log_target=True)
+    divergence = F.kl_div(log_probs_s, log_probs_t, reduction="batchmean", log_target=True)
+    return temp**2 * divergence
 
 # %% ../../nbs/lib/47_losses.kd.ipynb #18e048e7
 class KD(Method):
@@ -64,8 +65,9 @@ class KD(Method):
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         "Compute the term `kd`."
-        loss = kd_loss(mean_logits(batch.logits_s).float(), batch.logits_t.float(), self.temp)
-        return {"kd": loss}
+        logits_s = mean_logits(batch.logits_s).float()
+        logits_t = batch.logits_t.float()
+        return {"kd": kd_loss(logits_s, logits_t, self.temp)}
 
 # %% ../../nbs/lib/47_losses.kd.ipynb #40e65452
 def logits_mse_loss(
@@ -84,8 +86,9 @@ class LogitsMSE(Method):
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         "Compute the term `logits`."
-        loss = logits_mse_loss(mean_logits(batch.logits_s).float(), batch.logits_t.float())
-        return {"logits": loss}
+        logits_s = mean_logits(batch.logits_s).float()
+        logits_t = batch.logits_t.float()
+        return {"logits": logits_mse_loss(logits_s, logits_t)}
 
 # %% ../../nbs/lib/47_losses.kd.ipynb #97d22f33
 def align(
@@ -153,20 +156,27 @@ class Feature(Method):
         self.weight = check_weight("weight", weight)
         named_pairs = read_layer_pairs(layers_from_pairs(layers, pairs))
         self.pairs = named_pairs or default_pairs(student, teacher)
-        self.student_features = tuple(dict.fromkeys(s for s, _ in self.pairs))
-        self.teacher_features = tuple(dict.fromkeys(t for _, t in self.pairs))
+        names_s = [name_s for name_s, _ in self.pairs]
+        names_t = [name_t for _, name_t in self.pairs]
+        self.student_features = tuple(dict.fromkeys(names_s))
+        self.teacher_features = tuple(dict.fromkeys(names_t))
         shape = input_shape or image_shape(student) or image_shape(teacher)
         shapes_s = feature_shapes(student, self.student_features, shape, "student")
         shapes_t = feature_shapes(teacher, self.teacher_features, shape, "teacher")
-        self.projections = nn.ModuleList(
-            create_projection(shapes_s[s][0], shapes_t[t][0]) for s, t in self.pairs
-        )
+        self.projections = nn.ModuleList()
+        for name_s, name_t in self.pairs:
+            channels_s = shapes_s[name_s][0]
+            channels_t = shapes_t[name_t][0]
+            self.projections.append(create_projection(channels_s, channels_t))
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         "Compute the term `feature`, the mean over the pairs."
         losses = []
-        for (s, t), project in zip(self.pairs, self.projections, strict=True):
-            losses.append(feature_loss(batch.feats_s[s], batch.feats_t[t], project))
+        for (name_s, name_t), project in zip(self.pairs, self.projections, strict=True):
+            feature_s = batch.feats_s[name_s]
+            feature_t = batch.feats_t[name_t]
+            loss = feature_loss(feature_s, feature_t, project)
+            losses.append(loss)
         total: Any = sum(losses)
         return {"feature": self.weight * total / len(losses)}
 

@@ -62,10 +62,14 @@ def cam(
 
     Source: Zhou et al. 2016; CKDSNN's published code.
     """
-    class_weights = weight[check_class_indices(classes, len(weight))].float().unsqueeze(-1)
+    num_classes = len(weight)
+    indices = check_class_indices(classes, num_classes)
+    class_weights = weight[indices].float().unsqueeze(-1)  # (B, C, 1)
+    positions = features.float().permute(0, 2, 3, 1).flatten(1, 2)  # (B, H·W, C)
     with torch.autocast(features.device.type, enabled=False):
-        maps = features.float().permute(0, 2, 3, 1).flatten(1, 2) @ class_weights
-    return F.relu(maps.squeeze(-1).unflatten(1, features.shape[-2:]))
+        flat_maps = positions @ class_weights
+    maps = flat_maps.squeeze(-1).unflatten(1, features.shape[-2:])
+    return F.relu(maps)
 
 # %% ../../nbs/lib/48_losses.maps.ipynb #c348d3ff
 CLASSES = ("true", "predicted")
@@ -130,12 +134,15 @@ def class_gradients(
 
     None if the logits do not depend on it.
     """
-    leaf = copy_prefix(feature.detach().requires_grad_(), feature)
+    leaf = feature.detach().requires_grad_()
+    leaf = copy_prefix(leaf, feature)
     with torch.enable_grad(), evaluating(model):
         logits = mean_logits(run_tail(model, stage, leaf, shape))
-        indices = check_class_indices(classes, logits.shape[-1])[:, None]
+        num_classes = logits.shape[-1]
+        indices = check_class_indices(classes, num_classes)[:, None]
         class_logits = logits.gather(1, indices)
-        return torch.autograd.grad(class_logits.sum(), leaf, allow_unused=True)[0]
+        gradients = torch.autograd.grad(class_logits.sum(), leaf, allow_unused=True)
+    return gradients[0]
 
 # %% ../../nbs/lib/48_losses.maps.ipynb #723c1a2b
 def multiply_linears(
@@ -210,7 +217,9 @@ def as_map(
     tap: Tap | None,  # of `find_tap`
 ) -> Tensor:
     "Return the feature as a map (…, C, H, W)."
-    return feature if tap is None else to_map(feature, tap)
+    if tap is None:
+        return feature
+    return to_map(feature, tap)
 
 # %% ../../nbs/lib/48_losses.maps.ipynb #994c460c
 def probe_feature(
@@ -222,9 +231,11 @@ def probe_feature(
     require(shape is not None, "the size of the images is not known: give input_shape=(C, H, W)")
     assert shape is not None
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, *shape, generator=generator).to(next(model.parameters()))
+    parameter = next(model.parameters())
+    images = torch.randn(2, *shape, generator=generator).to(parameter)
     with eval_mode(model):
-        return observe(model, images, (stage,))[1][stage]
+        _, features = observe(model, images, (stage,))
+    return features[stage]
 
 
 def check_spatial(
@@ -272,11 +283,16 @@ class ClassMap:
         self.stage = stage
         feature = probe_feature(self.model, stage, self.shape)
         self.tap = find_tap(self.model, stage, feature)
-        self.size = tuple(as_map(feature, self.tap).shape[-2:])
+        feature_map = as_map(feature, self.tap)
+        self.size = tuple(feature_map.shape[-2:])
         check_spatial(who, stage, self.size)
         self.linears: Any = find_pooled_linears(self.model, stage, feature, self.shape)
-        has_tokens = hasattr(feature, "prefix") or (self.tap is not None and self.tap.dims == 3)
-        return bool(self.linears) or not has_tokens or self.logits_depend_on(feature)
+        if self.linears:
+            return True
+        is_tokens = self.tap is not None and self.tap.dims == 3
+        if not is_tokens and not hasattr(feature, "prefix"):
+            return True
+        return self.logits_depend_on(feature)
 
     def logits_depend_on(self, feature: Tensor) -> bool:
         "Return whether the gradient of the first two classes' logits is not zero everywhere."
@@ -292,16 +308,21 @@ class ClassMap:
         Zeros if the logits do not depend on the feature.
         """
         grads = class_gradients(self.model, self.stage, feature, classes, self.shape)
-        return torch.zeros_like(feature) if grads is None else grads
+        if grads is None:
+            return torch.zeros_like(feature)
+        return grads
 
     def __call__(self, feature: Tensor, classes: Tensor) -> Tensor:
         "Compute the map (B, H, W) of the given classes."
         maps = as_map(feature, self.tap)
         if not self.linears:
-            return grad_cam(maps, as_map(self.gradients(feature, classes), self.tap))
+            grads = self.gradients(feature, classes)
+            return grad_cam(maps, as_map(grads, self.tap))
         mean_maps = maps.mean(0) if maps.dim() == 5 else maps
-        num_positions = maps.shape[-1] * maps.shape[-2]
-        return cam(mean_maps, multiply_linears(self.linears), classes) / num_positions
+        height, width = maps.shape[-2:]
+        num_positions = width * height
+        matrix = multiply_linears(self.linears)
+        return cam(mean_maps, matrix, classes) / num_positions
 
 # %% ../../nbs/lib/48_losses.maps.ipynb #7bf5e571
 def sam(
@@ -312,7 +333,9 @@ def sam(
     Source: CKDSNN eq. 3.
     """
     maps = features.sum(-3, dtype=torch.float32)
-    return maps.sum(0) if features.dim() == 5 else maps
+    if features.dim() == 5:
+        return maps.sum(0)
+    return maps
 
 # %% ../../nbs/lib/48_losses.maps.ipynb #4c47366c
 def isi_sam(
@@ -340,7 +363,9 @@ def same_size(
     b: Tensor,  # maps (B, h', w')
 ) -> tuple[Tensor, Tensor]:
     "Return both maps at the smaller size of each edge."
-    size = (min(a.shape[-2], b.shape[-2]), min(a.shape[-1], b.shape[-1]))
+    height_a, width_a = a.shape[-2:]
+    height_b, width_b = b.shape[-2:]
+    size = (min(height_a, height_b), min(width_a, width_b))
 
     def shrink(maps: Tensor) -> Tensor:
         if tuple(maps.shape[-2:]) == size:

@@ -28,12 +28,13 @@ from snnkd_nb.kernels.flat import (
     NEURON_RECORD,
     STRICT_MATH,
     ZERO,
+    Record,
     as_pointer,
-    call_c_int,
     compile_c_function,
     load_number,
     run_kernel,
     store_number,
+    worker_of,
 )
 from ..kernels.precision import emulates_bf16
 from ..kernels.projection import Gram, flatten_features, gram, project
@@ -77,7 +78,8 @@ def inner_products(
     f: Tensor,  # features (T, B, …)
 ) -> Tensor:
     "Compute inner products of all pairs of images, (T, B, B), in single precision."
-    if f.dtype == torch.bfloat16 and f.device.type == "cpu":
+    is_half_on_cpu = f.dtype == torch.bfloat16 and f.device.type == "cpu"
+    if is_half_on_cpu:
         return SplitGram.apply(f, 2)  # type: ignore[no-untyped-call]
     return gram(f, exact=True)
 
@@ -91,10 +93,15 @@ def similarity(
     Source: SASTC eq. 3.
     """
     batch_size = f.shape[1]
-    if size < batch_size:
-        return torch.cat([similarity(group, size) for group in f.split(size, 1)], 1)
+    if batch_size > size:
+        groups = f.split(size, 1)
+        rows_of_groups = [similarity(group, size) for group in groups]
+        return torch.cat(rows_of_groups, 1)
     products = inner_products(f)
-    return products if size == batch_size else F.pad(products, (0, size - batch_size))
+    missing = size - batch_size
+    if missing:
+        return F.pad(products, (0, missing))
+    return products
 
 # %% ../../nbs/lib/50_losses.sastc.ipynb #bb999857
 def create_perceptron(
@@ -105,7 +112,12 @@ def create_perceptron(
     The output has at least two numbers, because normalizing a single number leaves only its sign.
     """
     width = max(2, size // 4)
-    return nn.Sequential(nn.Linear(size, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
+    hidden_width = 2 * width
+    return nn.Sequential(
+        nn.Linear(size, hidden_width),
+        nn.ReLU(),
+        nn.Linear(hidden_width, width),
+    )
 
 
 class Embedding(nn.Module):
@@ -125,15 +137,21 @@ class Embedding(nn.Module):
 
     def _stacked(self, index: int, name: str) -> Tensor:
         "Stack a parameter over the layers."
+        parameters = []
         mlps: Any = self.mlps
-        return torch.stack([getattr(mlp[index], name) for mlp in mlps])
+        for mlp in mlps:
+            layer = mlp[index]
+            parameters.append(getattr(layer, name))
+        return torch.stack(parameters)
 
     def forward(self, rows: Tensor) -> Tensor:
         "Map (layers, n, size) to (layers, n, size / 4)."
-        weight_1, bias_1 = self._stacked(0, "weight"), self._stacked(0, "bias")
-        weight_2, bias_2 = self._stacked(2, "weight"), self._stacked(2, "bias")
-        hidden = (rows @ weight_1.mT + bias_1[:, None]).relu()
-        out = hidden @ weight_2.mT + bias_2[:, None]
+        weight_1 = self._stacked(0, "weight")
+        bias_1 = self._stacked(0, "bias")
+        weight_2 = self._stacked(2, "weight")
+        bias_2 = self._stacked(2, "bias")
+        hidden = rows @ weight_1.mT + bias_1[:, None]
+        out = hidden.relu() @ weight_2.mT + bias_2[:, None]
         if self.normalise:
             return F.normalize(out, dim=-1)
         return out
@@ -144,8 +162,10 @@ def attend(
     k: Tensor,  # keys (L, B, d)
 ) -> Tensor:
     "Compute the attention over the teacher's layers, (T, S, B, L). Source: SASTC eq. 5."
-    by_step = q.unflatten(1, (-1, k.shape[1]))
-    return torch.einsum("stbd,lbd->tsbl", by_step, k).softmax(-1)
+    batch_size = k.shape[1]
+    by_step = q.unflatten(1, (-1, batch_size))
+    scores = torch.einsum("stbd,lbd->tsbl", by_step, k)
+    return scores.softmax(-1)
 
 # %% ../../nbs/lib/50_losses.sastc.ipynb #ea17d9e2
 def max_pool(
@@ -154,9 +174,11 @@ def max_pool(
 ) -> Tensor:
     "Take the maximum of every window, by windows of equal size where these divide the map."
     height, width = x.shape[-2:]
-    if height % size[0] or width % size[1]:
-        return F.adaptive_max_pool2d(x, tuple(size))
-    return F.max_pool2d(x, (height // size[0], width // size[1]))
+    new_height, new_width = size
+    if height % new_height or width % new_width:
+        return F.adaptive_max_pool2d(x, (new_height, new_width))
+    window = (height // new_height, width // new_width)
+    return F.max_pool2d(x, window)
 
 
 POOLS: dict[str, Any] = {"max": max_pool, "avg": F.adaptive_avg_pool2d}
@@ -167,7 +189,9 @@ def common_size(
     b: Sequence[int],  # height and width
 ) -> tuple[int, int]:
     "Return the smaller of two sizes. Raises `UserError` where neither map fits into the other."
-    smaller = (min(a[0], b[0]), min(a[1], b[1]))
+    height = min(a[0], b[0])
+    width = min(a[1], b[1])
+    smaller = (height, width)
     require(
         smaller in (tuple(a), tuple(b)),
         f"maps of {a[0]}×{a[1]} and {b[0]}×{b[1]} have no common spatial extent:"
@@ -182,26 +206,39 @@ class ResizedMaps:
     def __init__(self, maps: Sequence[Tensor], pool: str):
         self.maps = maps
         self.pool = pool
-        self.by_size: list[dict[Any, Tensor]] = [{tuple(m.shape[-2:]): m} for m in maps]
+        self.by_size: list[dict[Any, Tensor]] = []
+        for full_map in maps:
+            own_size = tuple(full_map.shape[-2:])
+            self.by_size.append({own_size: full_map})
 
     def __call__(self, i: int, size: Sequence[int]) -> Tensor:
+        "Return map `i` with the given height and width."
         stored = self.by_size[i]
         size = tuple(size)
         if size not in stored:
-            source = self._nested_average(stored, size) if self.pool == "avg" else self.maps[i]
+            source = self.maps[i]
+            if self.pool == "avg":
+                source = self._smallest_source(i, size)
             stored[size] = POOLS[self.pool](source, size)
         return stored[size]
 
-    def _nested_average(self, stored: dict[Any, Tensor], size: Sequence[int]) -> Tensor:
-        "Return the smallest stored map whose average is the average of the first map."
-        height, width = next(iter(stored))
-        nested = []
-        for h, w in stored:
-            divides_first = height % h == 0 and width % w == 0
-            is_multiple = h % size[0] == 0 and w % size[1] == 0
-            if divides_first and is_multiple:
-                nested.append((h, w))
-        return stored[min(nested, default=(height, width))]
+    def _smallest_source(self, i: int, size: tuple[int, ...]) -> Tensor:
+        """Return the smallest stored map whose average of this size is that of the full map.
+
+        An average of averages is the average of all only if every average is over equally many
+        pixels. So the size of the stored map must divide the full size, and be a multiple of the
+        new size.
+        """
+        full = self.maps[i]
+        height, width = full.shape[-2:]
+        new_height, new_width = size
+        best = full
+        for (h, w), candidate in self.by_size[i].items():
+            divides_full = height % h == 0 and width % w == 0
+            is_multiple = h % new_height == 0 and w % new_width == 0
+            if divides_full and is_multiple and (h, w) < tuple(best.shape[-2:]):
+                best = candidate
+        return best
 
 # %% ../../nbs/lib/50_losses.sastc.ipynb #5825336f
 DISTANCE_TASK = np.dtype([*NEURON_RECORD.descr, ("images", "i8"), ("size", "i8"), ("w", "i8")])
@@ -209,7 +246,7 @@ SUM = dict(STRICT_MATH, fastmath={"contract", "reassoc"})
 
 
 @njit(**SUM)  # type: ignore[call-overload]
-def sum_squared_differences(x, f):
+def sum_squared_differences(x: np.ndarray, f: np.ndarray) -> np.float32:
     total = ZERO
     for i in range(x.size):
         difference = load_number(x[i]) - load_number(f[i])
@@ -218,20 +255,20 @@ def sum_squared_differences(x, f):
 
 
 @njit(**FUSED_MATH)  # type: ignore[call-overload]
-def write_scaled_differences(x, f, factor, y):
+def write_scaled_differences(x: np.ndarray, f: np.ndarray, factor: float, y: np.ndarray) -> None:
     "Write `factor · (x - f)` to y."
     for i in range(x.size):
-        store_number(y, i, factor * (load_number(x[i]) - load_number(f[i])))
+        difference = load_number(x[i]) - load_number(f[i])
+        store_number(y, i, factor * difference)
 
 
 @njit(**STRICT_MATH)  # type: ignore[call-overload]
-def images_of_worker(task):
+def images_of_worker(task: Record) -> tuple[int, int]:
     "Return the first image of this worker and the one behind its last."
-    if task.thread:
-        worker, workers = call_c_int(task.thread), call_c_int(task.threads)
-    else:
-        worker, workers = task.worker, task.workers
-    return task.images * worker // workers, task.images * (worker + 1) // workers
+    worker, workers = worker_of(task)
+    first = task.images * worker // workers
+    end = task.images * (worker + 1) // workers
+    return first, end
 
 # %% ../../nbs/lib/50_losses.sastc.ipynb #52bd9367
 @functools.cache
@@ -248,41 +285,55 @@ def compile_distance(
     dtype = np.uint16 if half else np.float32
     dtype_f = np.uint16 if half_f else np.float32
 
-    def forward_task(data):
+    def forward_task(data: Any) -> None:
         task = carray(data, (1,), DISTANCE_TASK)[0]
-        x = carray(as_pointer(task.x), (task.T, task.images, task.size), dtype)
-        f = carray(as_pointer(task.g), (task.images, task.size), dtype_f)
-        w = carray(as_pointer(task.w), (task.T, task.images), np.float32)
+        T = task.T
+        images = task.images
+        size = task.size
+        x = carray(as_pointer(task.x), (T, images, size), dtype)
+        f = carray(as_pointer(task.g), (images, size), dtype_f)
+        w = carray(as_pointer(task.w), (T, images), np.float32)
         first, end = images_of_worker(task)
         for b in range(first, end):
-            for t in range(task.T):
+            for t in range(T):
+                # parts in single precision, added up in double precision
                 total = 0.0
-                for i in range(0, task.size, 4096):
-                    total += sum_squared_differences(x[t, b, i : i + 4096], f[b, i : i + 4096])
-                w[t, b] = total / task.size
+                for i in range(0, size, 4096):
+                    part_x = x[t, b, i : i + 4096]
+                    part_f = f[b, i : i + 4096]
+                    total += sum_squared_differences(part_x, part_f)
+                w[t, b] = total / size
 
-    def backward_task(data):
+    def backward_task(data: Any) -> None:
         task = carray(data, (1,), DISTANCE_TASK)[0]
-        x = carray(as_pointer(task.x), (task.T, task.images, task.size), dtype)
-        f = carray(as_pointer(task.g), (task.images, task.size), dtype_f)
-        w = carray(as_pointer(task.w), (task.T, task.images), np.float32)
-        y = carray(as_pointer(task.y), (task.T, task.images, task.size), dtype)
+        T = task.T
+        images = task.images
+        size = task.size
+        x = carray(as_pointer(task.x), (T, images, size), dtype)
+        f = carray(as_pointer(task.g), (images, size), dtype_f)
+        w = carray(as_pointer(task.w), (T, images), np.float32)
+        y = carray(as_pointer(task.y), (T, images, size), dtype)
         first, end = images_of_worker(task)
         for b in range(first, end):
-            for t in range(task.T):
-                write_scaled_differences(x[t, b], f[b], w[t, b], y[t, b])
+            for t in range(T):
+                factor = w[t, b]
+                write_scaled_differences(x[t, b], f[b], factor, y[t, b])
 
-    return compile_c_function({"forward": forward_task, "backward": backward_task}[name])
+    tasks = {"forward": forward_task, "backward": backward_task}
+    return compile_c_function(tasks[name])
 
 
 def run_distance(name: str, x: Tensor, f: Tensor, w: Tensor, y: Tensor | None) -> None:
     "Run one pass of `compile_distance`."
+    num_images = len(f)
+    num_steps = len(x) // num_images
     task = np.zeros(1, DISTANCE_TASK)
-    num_steps = len(x) // len(f)
-    task["images"] = len(f)
+    task["images"] = num_images
     task["size"] = f[0].numel()
     task["w"] = w.data_ptr()
-    function = compile_distance(name, x.dtype == torch.bfloat16, f.dtype == torch.bfloat16)
+    half = x.dtype == torch.bfloat16
+    half_f = f.dtype == torch.bfloat16
+    function = compile_distance(name, half, half_f)
     y_pointer = 0 if y is None else y.data_ptr()
     elements = x.numel() // num_steps
     run_kernel(function, task, num_steps, elements, x.data_ptr(), f.data_ptr(), y_pointer)
@@ -297,7 +348,9 @@ class Distance(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, f):
         ctx.save_for_backward(x, f)
-        w = torch.empty(len(x) // len(f), len(f))
+        batch_size = len(f)
+        num_steps = len(x) // batch_size
+        w = torch.empty(num_steps, batch_size)
         run_distance("forward", x, f, w, None)
         return w
 
@@ -306,7 +359,8 @@ class Distance(torch.autograd.Function):
     def backward(ctx, g):
         x, f = ctx.saved_tensors
         y = torch.empty_like(x)
-        factors = (2 / f[0].numel() * g).contiguous()
+        size = f[0].numel()
+        factors = (2 / size * g).contiguous()
         run_distance("backward", x, f, factors, y)
         return y, None
 
@@ -316,9 +370,13 @@ FAST_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _is_fast(x: Tensor, f: Tensor) -> bool:
-    on_cpu = x.device.type == f.device.type == "cpu"
-    known = x.dtype in FAST_DTYPES and f.dtype in FAST_DTYPES
-    return on_cpu and known and x.numel() >= MIN_ELEMENTS and not f.requires_grad
+    "Return whether the compiled loops compute a distance, and pay."
+    for features in (x, f):
+        if features.device.type != "cpu" or features.dtype not in FAST_DTYPES:
+            return False
+    if f.requires_grad:
+        return False
+    return x.numel() >= MIN_ELEMENTS
 
 
 def distance(
@@ -333,10 +391,12 @@ def distance(
         order = torch.contiguous_format
         if x.is_contiguous(memory_format=torch.channels_last):
             order = torch.channels_last
-        x, f = x.contiguous(memory_format=order), f.contiguous(memory_format=order)
+        x = x.contiguous(memory_format=order)
+        f = f.contiguous(memory_format=order)
         return Distance.apply(x, f)  # type: ignore[no-untyped-call]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    difference = x.unflatten(0, (-1, len(f))).to(dtype) - f.to(dtype)
+    by_step = x.unflatten(0, (-1, len(f)))
+    difference = by_step.to(dtype) - f.to(dtype)
     return difference.square().flatten(2).mean(2)
 
 # %% ../../nbs/lib/50_losses.sastc.ipynb #5ecc9c52
@@ -351,7 +411,9 @@ def sastc_loss(
 ) -> Tensor:
     "Compute the attended distances. Source: SASTC eq. 6; averaged in its published code."
     total = (attention * distances).sum(-1)
-    return total.mean() if reduction == "mean" else total.sum()
+    if reduction == "mean":
+        return total.mean()
+    return total.sum()
 
 # %% ../../nbs/lib/50_losses.sastc.ipynb #3227b774
 NORMS = ("all", "step")
@@ -382,7 +444,7 @@ class Calibration(nn.Module):
         self.pool = pool
         self.route = route
         self.reduction = reduction
-        self._warned = False
+        self._saw_batch = False
         self.query = Embedding(len(channels_s), size, shared, normalise)
         self.key = Embedding(len(channels_t), size, shared, normalise)
         self.projections = nn.ModuleList()
@@ -419,36 +481,48 @@ class Calibration(nn.Module):
 
     def distances(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
         "Compute the distances (T, S, B, L)."
+        num_steps, batch_size = students[0].shape[:2]
         if self.training:
             self.check_batch_statistics(students, teachers)
-            self._warn_of_batch_size(students[0].shape[1])
-        student_maps = ResizedMaps([f.flatten(0, 1) for f in students], self.pool)
+            self._warn_of_batch_size(batch_size)
+        folded = [f.flatten(0, 1) for f in students]
+        student_maps = ResizedMaps(folded, self.pool)
         teacher_maps = ResizedMaps(teachers, "avg")
-        num_groups = len(students[0]) if self.norm == "step" else 1
+        num_groups = num_steps if self.norm == "step" else 1
         by_layer = []
         for i, f_s in enumerate(students):
             sizes = [common_size(f_s.shape[-2:], f_t.shape[-2:]) for f_t in teachers]
-            by_layer.append(self._layer_distances(i, sizes, student_maps, teacher_maps, num_groups))
+            distances = self._layer_distances(i, sizes, student_maps, teacher_maps, num_groups)
+            by_layer.append(distances)
         return torch.stack(by_layer, 1)
 
     def _layer_distances(
         self,
-        i: int,  # student layer
+        student_layer: int,
         sizes: list[tuple[int, int]],  # common size with each teacher layer
         student_maps: ResizedMaps,
         teacher_maps: ResizedMaps,
         num_groups: int,  # groups of steps that share batch statistics
     ) -> Tensor:
-        "Compute (T, B, L) of a student layer, with all projections to maps of one size at once."
-        projections: Any = self.projections[i]
-        found: dict[int, Tensor] = {}
-        for size in dict.fromkeys(sizes):
-            same_size = [j for j, own_size in enumerate(sizes) if own_size == size]
-            chosen = [projections[j] for j in same_size]
-            guesses = project(chosen, student_maps(i, size), num_groups)
-            for j, guess in zip(same_size, guesses, strict=True):
-                found[j] = distance(guess, teacher_maps(j, size))
-        return torch.stack([found[j] for j in range(len(sizes))], -1)
+        """Compute (T, B, L) of a student layer.
+
+        Teacher layers with maps of one size need projections of the same student map. These are
+        computed together, which is faster.
+        """
+        layers_by_size: dict[tuple[int, int], list[int]] = {}
+        for teacher_layer, size in enumerate(sizes):
+            layers_by_size.setdefault(size, []).append(teacher_layer)
+
+        projections: Any = self.projections[student_layer]
+        distances: dict[int, Tensor] = {}
+        for size, teacher_layers in layers_by_size.items():
+            student_map = student_maps(student_layer, size)
+            of_this_size = [projections[layer] for layer in teacher_layers]
+            projected = project(of_this_size, student_map, num_groups)
+            for layer, guess in zip(teacher_layers, projected, strict=True):
+                distances[layer] = distance(guess, teacher_maps(layer, size))
+        in_order = [distances[layer] for layer in range(len(sizes))]
+        return torch.stack(in_order, -1)
 
     def check_batch_statistics(
         self, students: Sequence[Tensor], teachers: Sequence[Tensor]
@@ -467,16 +541,17 @@ class Calibration(nn.Module):
         )
 
     def _warn_of_batch_size(self, batch_size: int) -> None:
-        "Warn once if the first batch does not have the size that the embeddings were made for."
-        fits = 0.9 * self.size <= batch_size <= self.size
-        was_checked = self._warned
-        self._warned = True  # later batches may be short: the last of an epoch often is
-        if was_checked or fits:
-            return
-        if batch_size < self.size:
-            problem = f"{1 - batch_size / self.size:.0%} of every row are zeros"
-        else:
+        "Warn if the first batch does not have the size that the embeddings were made for."
+        if self._saw_batch:
+            return  # a later batch may be short: the last of an epoch often is
+        self._saw_batch = True
+        if batch_size > self.size:
             problem = "similarities with images beyond are left out"
+        elif batch_size < 0.9 * self.size:
+            share_of_zeros = 1 - batch_size / self.size
+            problem = f"{share_of_zeros:.0%} of every row are zeros"
+        else:
+            return
         warnings.warn(
             f"SASTC was made for batch_size={self.size} and is trained on batches of {batch_size}:"
             f" {problem}; give batch_size={batch_size} (images of one process, rounded up)",
@@ -486,7 +561,8 @@ class Calibration(nn.Module):
     def forward(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
         "Compute the loss."
         attention = self.attention(students, teachers)
-        return sastc_loss(attention, self.distances(students, teachers), self.reduction)
+        distances = self.distances(students, teachers)
+        return sastc_loss(attention, distances, self.reduction)
 
 # %% ../../nbs/lib/50_losses.sastc.ipynb #0488aa92
 READINGS = {"paper": {"stem": True, "norm": "all"}, "code": {"stem": False, "norm": "step"}}
@@ -499,9 +575,11 @@ def check_betas(
 
     Raises `UserError` for a value that is no weight.
     """
-    parts = tuple(beta) if isinstance(beta, (list, tuple)) else (beta,)
+    is_list = isinstance(beta, (list, tuple))
+    parts = tuple(beta) if is_list else (beta,)
     require(parts, "beta = []: give a number, or a list with one for each part of the epochs")
-    return tuple(check_weight("beta", part, 1300) for part in parts)
+    weights = [check_weight("beta", part, 1300) for part in parts]
+    return tuple(weights)
 
 
 def select_layers(
@@ -564,8 +642,9 @@ class SASTC(Method):
         teacher: Any,  # an ordinary network
         # "paper" or "code": sets `norm`, and whether the stem is among the layers; *Deviations*
         variant: str = "paper",
-        # weight of the loss, ≥ 0 (paper: 1300 on CIFAR-10, 700 on CIFAR-100, 50 on ImageNet); a
-        # list has one weight for each equal part of the epochs
+        # weight of the loss, ≥ 0 (paper: 1300 on CIFAR-10, 700 on CIFAR-100, 50 on ImageNet, which
+        # fit its learning rate; divide them by 100 at a rate ten times as high, as the 0.1 of
+        # `fit`); a list has one weight for each equal part of the epochs
         beta: float | Sequence[float] = 700.0,
         batch_size: int = 128,  # images of a batch in one process: the embeddings are made for it
         student_layers: Any = None,  # old name of `layers`
@@ -639,36 +718,47 @@ class SASTC(Method):
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         "Set the weight of this part of the epochs."
-        part = epoch * len(self.betas) // epochs
+        num_parts = len(self.betas)
+        part = epoch * num_parts // epochs
         self.beta = self.betas[part]
 
     def _maps(self, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
+        "Return the maps (T, B, C, h, w) of the student and (B, C, h, w) of the teacher."
         student_maps = []
         for name in self.student_features:
             feature = batch.feats_s[name]
-            student_maps.append(feature if feature.dim() == 5 else feature[None])
-        return student_maps, [batch.feats_t[name] for name in self.teacher_features]
+            if feature.dim() < 5:
+                feature = feature[None]  # one step
+            student_maps.append(feature)
+        teacher_maps = [batch.feats_t[name] for name in self.teacher_features]
+        return student_maps, teacher_maps
 
     def attention(self, batch: Batch) -> Tensor:
         "Compute the attention (T, S, B, L) of a `Batch`, without gradient."
+        student_maps, teacher_maps = self._maps(batch)
         with torch.no_grad():
-            return self.calibration.attention(*self._maps(batch))
+            return self.calibration.attention(student_maps, teacher_maps)
 
     def count(self) -> dict[str, int]:
         "Count the parameters that are trained with the student and dropped with the teacher."
 
-        def count_trained(*modules: nn.Module) -> int:
-            trained = [p for m in modules for p in m.parameters() if p.requires_grad]
+        def count_trained(module: nn.Module) -> int:
+            trained = [p for p in module.parameters() if p.requires_grad]
             return sum(p.numel() for p in trained)
 
+        calibration = self.calibration
+        queries = count_trained(calibration.query)
+        keys = count_trained(calibration.key)
         return {
-            "embeddings": count_trained(self.calibration.query, self.calibration.key),
-            "projections": count_trained(self.calibration.projections),
+            "embeddings": queries + keys,
+            "projections": count_trained(calibration.projections),
         }
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         "Compute the term `sastc`."
-        return {"sastc": self.beta * self.calibration(*self._maps(batch))}
+        student_maps, teacher_maps = self._maps(batch)
+        loss = self.calibration(student_maps, teacher_maps)
+        return {"sastc": self.beta * loss}
 
 # %% ../../nbs/lib/50_losses.sastc.ipynb #8a214d84
 def mean_attention(
@@ -689,12 +779,14 @@ def mean_attention(
         num_images = x.shape[1] if x.dim() == 5 else len(x)
         y = torch.zeros(num_images, dtype=torch.long, device=x.device)
     with eval_mode(distiller):
-        eta = method.attention(distiller.run_networks(x, y)).mean(2)
+        batch = distiller.run_networks(x, y)
+        attention = method.attention(batch)  # (T, S, B, L)
+    mean_of_images = attention.mean(2)
     found = {}
     for i, layer in enumerate(method.student_features):
-        for t in range(len(eta)):
-            weights = eta[t, i].tolist()
-            found[layer, t] = dict(zip(method.teacher_features, weights, strict=True))
+        for step, of_step in enumerate(mean_of_images):
+            weights = of_step[i].tolist()
+            found[layer, step] = dict(zip(method.teacher_features, weights, strict=True))
     return found
 
 # %% ../../nbs/lib/50_losses.sastc.ipynb #b5900101

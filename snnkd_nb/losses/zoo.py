@@ -60,7 +60,9 @@ def _class_of_function(
 
         def terms(self, batch: Batch) -> dict[str, Tensor]:
             value = function(batch, **self.options)
-            return dict(value) if isinstance(value, Mapping) else {FromFunction.__name__: value}
+            if isinstance(value, Mapping):
+                return dict(value)
+            return {FromFunction.__name__: value}
 
     FromFunction.__name__ = function.__name__
     FromFunction.__module__ = function.__module__
@@ -97,12 +99,19 @@ def adapt_loss(
         def __init__(self, student: Any, teacher: Any, variant: str = "paper", **options: Any):
             super().__init__(student, teacher, variant)
             # the identity of a checkpoint is made of the plain attributes of a method
-            self.options = [f"{name}={options[name]!r}" for name in sorted(options)]
+            self.options = []
+            for name in sorted(options):
+                self.options.append(f"{name}={options[name]!r}")
             networks = {"student": student, "teacher": teacher, "variant": variant}
-            asked = {name: value for name, value in networks.items() if name in own}
+            asked = {}
+            for name, value in networks.items():
+                if name in own:
+                    asked[name] = value
             self.loss = cls(**asked, **options)
-            self.student_features = tuple(getattr(self.loss, "student_features", ()))
-            self.teacher_features = tuple(getattr(self.loss, "teacher_features", ()))
+            names_s = getattr(self.loss, "student_features", ())
+            names_t = getattr(self.loss, "teacher_features", ())
+            self.student_features = tuple(names_s)
+            self.teacher_features = tuple(names_t)
 
         def terms(self, batch: Batch) -> dict[str, Tensor]:
             return self.loss.terms(batch)
@@ -183,8 +192,10 @@ def wants_batch_size(
     "Return whether one of the methods has the option `batch_size`."
     if text == "none":
         return False
-    names = [name for _, name in parse_methods(text)]
-    return any(getattr(_methods[name], "wants_batch_size", False) for name in names)
+    for _, name in parse_methods(text):
+        if getattr(_methods[name], "wants_batch_size", False):
+            return True
+    return False
 
 # %% ../../nbs/lib/53_losses.zoo.ipynb #17aa26a8
 def _variants_of(method_class: type) -> tuple[str, ...]:
@@ -196,8 +207,8 @@ _COMMON = ("ce", "ce_weight")
 
 
 def _option_names(method: str) -> list[str]:
-    parameters = inspect.signature(_methods[method]).parameters
-    return [name for name in parameters if name not in ("student", "teacher", "variant")]
+    names = inspect.signature(_methods[method]).parameters
+    return [name for name in names if name not in NETWORKS]
 
 
 def _options_of(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,9 +238,11 @@ def _check_values(method: str, options: Mapping[str, Any]) -> None:
     # ESKD without positions is the distillation of the logits alone
     check_arguments(_methods[method], options, ("positions",), f"{method}: ")
     shape = options.get("input_shape")
+    if shape is None:
+        return
     is_shape = isinstance(shape, (list, tuple)) and len(shape) == 3
     require(
-        shape is None or (is_shape and all(isinstance(n, int) and n >= 1 for n in shape)),
+        is_shape and all(isinstance(n, int) and n >= 1 for n in shape),
         f"{method}: input_shape = {shape!r}: give (channels, height, width)",
     )
 
