@@ -214,8 +214,11 @@ def _pairs(claim: Claim, records: Sequence[ClaimRecord]) -> list[tuple[ClaimReco
     names = claim.by.split()
     all_better = [record for record in records if matches(record, claim.better)]
     all_worse = [record for record in records if matches(record, claim.worse or {})]
-    pairs = itertools.product(all_better, all_worse)
-    return [(better, worse) for better, worse in pairs if _agree(better, worse, names)]
+    pairs = []
+    for better, worse in itertools.product(all_better, all_worse):
+        if _agree(better, worse, names):
+            pairs.append((better, worse))
+    return pairs
 
 
 def _index_names(record: ClaimRecord) -> list[str]:
@@ -278,7 +281,7 @@ def _point(claim: Claim, record: ClaimRecord, records: Sequence[ClaimRecord]) ->
     return _Point(x, None, at_chance)
 
 
-def _compare_neighbours(claim: Claim, records: Sequence[ClaimRecord]) -> list[Comparison]:
+def _compare_neighbors(claim: Claim, records: Sequence[ClaimRecord]) -> list[Comparison]:
     "Return the comparisons of every number of a series, or lead, with the one before it."
     names = claim.by.split()
     series: dict[tuple[str, ...], dict[float, _Point]] = {}
@@ -305,7 +308,7 @@ def list_comparisons(
     "Return the comparisons a claim makes, also those whose runs are missing."
     printed = [record for record in records if _is_printed(record)]
     if claim.over:
-        return _compare_neighbours(claim, printed)
+        return _compare_neighbors(claim, printed)
     return _compare_pairs(claim, printed)
 
 # %% ../../nbs/lib/74_reports.claims.ipynb #a36fa527

@@ -53,7 +53,7 @@ def method_color(
     method: str,
     colors: dict[str, str] | None = None,  # method -> color, before the project's palette
 ) -> str:
-    "Return the color of a method; grey for one that has none."
+    "Return the color of a method; gray for one that has none."
     return (METHOD_COLORS | (colors or {})).get(method, OTHER_COLOR)
 
 
@@ -231,7 +231,7 @@ def _tag(name: str, text: str, side: str, span: str = "") -> str:
 
 
 def _headings(columns: "pd.Index", sides: Sequence[str]) -> list[str]:
-    "The rows of the head of a table; equal neighbours above the last row are one cell."
+    "Return the rows of the head of a table; equal neighbors above the last row are one cell."
     names = [column if isinstance(column, tuple) else (column,) for column in columns]
     rows = []
     for level in range(len(names[0])):
