@@ -153,8 +153,9 @@ def budget_in_words(optim: OptimSpec, data: DataSpec) -> str:
 
 
 def _range_in_words(first: int, last: int) -> str:
-    ends = dict.fromkeys((str(first), str(last)))
-    return " to ".join(ends)
+    if first == last:
+        return str(first)
+    return f"{first} to {last}"
 
 
 def space_in_words(

@@ -652,7 +652,12 @@ def make_learner(
 
     from snnkd_nb.models.zoo import create_model
 
-    options = {"stem": "half", "init": "pytorch", "depth": 0.5, "neuron_args": {"v_threshold": 0.5}}
+    options: dict[str, Any] = {
+        "stem": "half",
+        "init": "pytorch",
+        "depth": 0.5,
+        "neuron_args": {"v_threshold": 0.5},
+    }
     network = create_model(
         "resnet18_imagenet",
         T=2,
