@@ -329,9 +329,9 @@ def memory_rows(tiny: bool = False) -> list[Row]:
 
 # %% ../../nbs/lib/95_runner.bench.ipynb #d28f88c0
 def measure_allocation(is_kept: bool, batch: int, size: int, num_steps: int) -> tuple[float, float]:
-    """Return the processor's seconds per training step and the peak in MiB; call it in a new process.
+    """Return the processor's seconds per training step, and the peak in MiB.
 
-    ResNet-20 with T = 4 learns in float32. `is_kept` tells whether freed memory is kept.
+    Call it in a new process. ResNet-20 with T = 4 learns in float32. `is_kept` tells whether freed memory is kept.
     """
     import resource
 

@@ -357,8 +357,8 @@ def run_train(
     """Return the record of a run: from the store, or by training it and, before it, its teacher.
 
     If two processes ask for the same run, it is trained once. A run that was killed continues
-    after its last epoch, from its file in `checkpoints` in the cache (`core.cache_dir`). Raises `UserError` for a wrong spec or a weak teacher, and
-    `NonFiniteLoss`."""
+    after its last epoch, from its file in `checkpoints` in the cache (`core.cache_dir`). Raises
+    `UserError` for a wrong spec or a weak teacher, and `NonFiniteLoss`."""
     store = store or Store()
     check_spec(spec)
     require(

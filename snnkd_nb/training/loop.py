@@ -686,8 +686,9 @@ def _summarize(value: Any) -> Any:
     return float((value.abs() if value.is_complex() else value).double().sum())
 
 
-# Fields of `OptimSpec` that are newer than the first checkpoints, with their defaults. A group whose
-# fields all have their defaults is left out of the identity, so that older checkpoints stay valid.
+# Fields of `OptimSpec` that are newer than the first checkpoints, with their defaults. A group
+# whose fields all have their defaults is left out of the identity, so that older checkpoints stay
+# valid.
 NEWER_DEFAULTS: tuple[dict[str, Any], ...] = (
     {"gradient": "bptt"},
     {"label_smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "accumulate": 1},
@@ -869,7 +870,8 @@ def measure_teacher(
 ) -> float | None:
     """Measure a teacher's accuracy in percent on the test images.
 
-    Without test images it returns None, and the teacher is not checked. Raises `UserError` for a teacher near chance or far below its record."""
+    Without test images it returns None, and the teacher is not checked. Raises `UserError` for a
+    teacher near chance or far below its record."""
     if weak_teacher not in WEAK_TEACHERS:
         raise unknown("weak_teacher", weak_teacher, WEAK_TEACHERS)
     if data.test is None:
@@ -1117,8 +1119,8 @@ def fit(
     time steps take more than `stream` MiB is computed in parts (`neurons.lif.streaming`). Parts
     of the student that are in evaluation mode stay so, see `find_kept_in_eval`.
 
-    Before the first epoch the teacher's accuracy is measured, shown and kept in the history. Without
-    test images it is not.
+    Before the first epoch the teacher's accuracy is measured, shown and kept in the history, if
+    there are test images.
 
     Raises `UserError`, and `NonFiniteLoss`. After the latter the checkpoint of the last good epoch
     stays, and the same call fails again in the same epoch: change an argument."""
