@@ -56,10 +56,13 @@ def _terms(history: Mapping[str, list]) -> list[str]:
 
 
 def _mean_share(histories: list[Mapping[str, list]], term: str, epoch: int) -> float:
-    "Return the share of a term in the loss of an epoch, in per cent, as the mean over the runs."
+    """Return the share of a term in the loss of an epoch, in per cent, as the mean over the runs.
+
+    A term that has not begun in this epoch has the share 0."""
     shares = []
     for history in histories:
-        share = history[term][epoch] / history["loss"][epoch]
+        value = history[term][epoch]
+        share = 0.0 if value is None else value / history["loss"][epoch]
         shares.append(100 * share)
     return mean(shares)
 
