@@ -92,8 +92,8 @@ def test_a_student_that_ends_before_its_record_is_stored_keeps_all_numbers(
     monkeypatch.setattr(job, "measure_metrics", end_before_the_record)
     with reliability.inside(tmp_path):
         with pytest.raises(KeyboardInterrupt):
-            reliability.train()
-        reliability.train()
+            reliability.train_one_run()
+        reliability.train_one_run()
         record = reliability.Store().get(reliability.STUDENT)
     assert len(calls) == 3
     assert reliability.numbers_of(record) == bench.numbers[1]

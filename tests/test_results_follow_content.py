@@ -84,7 +84,7 @@ def test_an_edited_network_is_not_shown_with_the_old_result(place):
     write_plugin(place, width=0.2)
     with pytest.raises(UserError) as error:
         run_train(run, store)
-    check_one_line(error, run.id, "model my_net", "remove", str(store.path(run.id)))
+    check_one_line(error, run.id, "model my_net", "delete", str(store.path(run.id)))
     store.path(run.id).unlink()
     assert run_train(run, store).metrics["params"] > record.metrics["params"]
 

@@ -248,7 +248,7 @@ def create_model(
     _check_sizes(T, width, num_classes, in_channels, image_size)
     require(
         T is not None or not neuron_args,
-        f"neuron_args = {dict(neuron_args or {})!r}: a network without time steps has no spiking"
+        f"neuron_args = {neuron_args!r}: a network without time steps has no spiking"
         " neurons; give T, or leave out neuron_args",
     )
     check_arguments(create_foreign if is_foreign(name) else entry["make"], options)

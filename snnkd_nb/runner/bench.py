@@ -331,7 +331,8 @@ def memory_rows(tiny: bool = False) -> list[Row]:
 def measure_allocation(is_kept: bool, batch: int, size: int, num_steps: int) -> tuple[float, float]:
     """Return the processor's seconds per training step, and the peak in MiB.
 
-    Call it in a new process. ResNet-20 with T = 4 learns in float32. `is_kept` tells whether freed memory is kept.
+    Call it in a new process. ResNet-20 with T = 4 learns in float32. `is_kept` tells whether freed
+    memory is kept.
     """
     import resource
 
