@@ -408,7 +408,7 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):  # another C library
         return False
     is_kept = mallopt(_MMAP_THRESHOLD, LARGEST_KEPT_BLOCK) == 1
-    if not is_kept:  # glibc before 2.35 takes no threshold above 32 MiB
+    if not is_kept:  # some versions of glibc take no threshold above 32 MiB
         is_kept = mallopt(_MMAP_MAX, 0) == 1
     return is_kept and mallopt(_TRIM_THRESHOLD, 2**31 - 1) == 1
 

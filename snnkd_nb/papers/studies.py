@@ -311,7 +311,7 @@ def compare_with(
 
 
 def _list_names(names: Sequence[str]) -> str:
-    "Names as words, e.g. `AS, MAS and TGS`."
+    "Join names as in a sentence, e.g. `AS, MAS and TGS`."
     if len(names) < 2:
         return "".join(names)
     return f"{', '.join(names[:-1])} and {names[-1]}"
@@ -319,9 +319,12 @@ def _list_names(names: Sequence[str]) -> str:
 
 def _list_effects(verdicts: Mapping[str, Verdict], outcome: str) -> list[str]:
     "Return `method (+1.2)`, the effect in points, for the methods with an outcome, best first."
-    chosen = [(name, v.effect) for name, v in verdicts.items() if v.outcome == outcome]
-    chosen.sort(key=lambda item: -item[1])
-    return [f"{name} ({effect:+.1f})" for name, effect in chosen]
+    effects = {}
+    for name, verdict in verdicts.items():
+        if verdict.outcome == outcome:
+            effects[name] = verdict.effect
+    best_first = sorted(effects, key=effects.__getitem__, reverse=True)
+    return [f"{name} ({effects[name]:+.1f})" for name in best_first]
 
 
 # outcome of a test -> what it means for a method that is compared with another
@@ -421,7 +424,7 @@ def _advise_weights(pilot: "pd.DataFrame", num_epochs: int) -> list[str]:
     means = pilot.groupby(["method", "weight"]).value.mean().groupby("method")
     best = means.max().sort_values(ascending=False)
     worst_loss = means.max() - means.min()
-    ranking = ", ".join(f"{method} {value:.1f} %" for method, value in best.items())
+    ranking = "; ".join(f"{method} {value:.1f} %" for method, value in best.items())
     return [
         f"The weight matters: {worst_loss.max():.1f} points lie between the best and the worst"
         f" weight of {worst_loss.idxmax()} (held-out images, {num_epochs} epochs).",
@@ -772,7 +775,10 @@ def judge_interval(
 
 
 def _judge(row: Mapping[str, Any], statistic: str) -> str:
-    return judge_interval(row[f"{statistic} low"], row[f"{statistic} high"])
+    "Judge the interval of a statistic of a proxy."
+    low = row[f"{statistic} low"]
+    high = row[f"{statistic} high"]
+    return judge_interval(low, high)
 
 
 def format_interval(

@@ -878,7 +878,9 @@ def watch(
     on_line: Callable[[str], Any] = print,  # called with every line
     every: float = 0.5,  # seconds between two looks at the file
 ) -> bool:
-    """Show the progress of a run until it is done or no process trains it; return if it is done.
+    """Show the progress of a run until it is done or no process trains it.
+
+    Returns whether it is done.
 
     Raises `UserError` if no progress file begins with `run`, or more than one.
     """

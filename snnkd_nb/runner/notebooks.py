@@ -337,15 +337,6 @@ def prepare(
     return found, check_parameters(key, nb, {**values, **given})
 
 
-def _policy(path: Path, missing: str) -> dict[str, str]:
-    """Return what a page is told to do about missing runs, if it has this parameter.
-
-    The page that is written keeps its own value: how its runs came about does not change it.
-    """
-    nb = json.loads(path.read_text(encoding="utf-8"))
-    return {"missing": missing} if "missing" in read_parameters(nb) else {}
-
-
 def render(
     key: str,  # e.g. "sastc/table02"
     scale: str = "smoke",  # smoke, small, medium, paper
@@ -359,7 +350,12 @@ def render(
     if missing not in MISSING:
         raise unknown("value of missing", missing, MISSING)
     found, values = prepare(key, scale, given)
-    executed = run_notebook(found.path, {**values, **_policy(found.path, missing)}, missing)
+    nb = json.loads(found.path.read_text(encoding="utf-8"))
+    values_to_run = dict(values)
+    if "missing" in read_parameters(nb):
+        # The page that is written keeps its own value: it does not matter how its runs came about.
+        values_to_run["missing"] = missing
+    executed = run_notebook(found.path, values_to_run, missing)
     return atomic_write(rendered_path(key, scale), clean_notebook(executed, values))
 
 # %% ../../nbs/lib/85_runner.notebooks.ipynb #eadf8531
